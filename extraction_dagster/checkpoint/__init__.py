@@ -1,0 +1,1 @@
+"""The cursor's state and its mirrors."""

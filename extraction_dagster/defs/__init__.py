@@ -1,0 +1,1 @@
+"""The Dagster room: only this folder and `definitions.py` import Dagster."""

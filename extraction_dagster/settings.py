@@ -1,0 +1,214 @@
+"""Every setting: its name, default, description and check. This is their only home.
+
+Each field `name` is read from the environment as `EXTRACTION_NAME`, or from a `.env` file in the working directory.
+`docs/settings.md` is generated from this file; a test holds the two equal.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from extraction_dagster.errors import SettingsError
+
+PREFIX = "EXTRACTION_"
+_TEST_PREFIX = "EXTRACTION_TEST_"
+Names = Annotated[tuple[str, ...], NoDecode]
+
+
+class Settings(BaseSettings):
+    """Every setting of the project, validated, immutable."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        env_file=".env",
+        env_ignore_empty=True,
+        extra="ignore",
+        frozen=True,
+        hide_input_in_errors=True,
+    )
+
+    # Where things live
+    home: Path = Field(
+        Path(".extraction"),
+        description="Data folder for everything that runs embedded: source and state on SQLite, Dagster's storage, "
+        "frames, embeddings, points.",
+    )
+    postgres_url: SecretStr | None = Field(
+        None, description="PostgreSQL for Dagster's own storage (runs, events, cursors); SQLite under home when unset."
+    )
+    state_url: SecretStr | None = Field(
+        None, description="Database of the ledger, errors, requests and checkpoint tables; the source's when unset."
+    )
+    frames_uri: str | None = Field(
+        None,
+        description="Where frame shards are kept: any fsspec path, s3://bucket/frames say; home/frames when unset.",
+    )
+    embeddings_uri: str | None = Field(
+        None, description="Where embedding shards are kept, any fsspec path; home/embeddings when unset."
+    )
+
+    # The source table
+    source_url: SecretStr | None = Field(
+        None, description="Database of the videos table, as a SQLAlchemy URL; home/source.db (SQLite) when unset."
+    )
+    source_schema: str | None = Field(
+        None, description="Schema of the videos table; the database's default when unset."
+    )
+    source_table: str = Field("insta_content", min_length=1, description="Name of the videos table.")
+    source_id_column: str = Field("id", min_length=1, description="Integer column that identifies a record.")
+    source_uri_column: str = Field("path", min_length=1, description="Column that says where the file lies.")
+    source_uri_template: str | None = Field(
+        None,
+        description="Where the file lies, built from columns, for example s3://bucket/{platform}/{code}/video.mp4; "
+        "used instead of source_uri_column.",
+    )
+    source_platform_column: str | None = Field("platform", description="Column of the platform; empty for none.")
+    source_code_column: str | None = Field("code", description="Column of the video's code; empty for none.")
+    source_payload_columns: Names = Field(
+        (), description="Further columns that are copied into each point's payload, separated by commas."
+    )
+    source_predicate: str | None = Field(
+        None, description="Which rows are eligible, over the table's columns: is_downloaded AND NOT is_removed."
+    )
+    source_version_column: str | None = Field(
+        None, description="Column whose value changes whenever the file changes (updated_at, an etag)."
+    )
+    source_extracted_column: str | None = Field(
+        "is_extracted", description="Boolean column set once a record's frames are stored; empty for none."
+    )
+    source_embedded_column: str | None = Field(
+        "is_embedded", description="Boolean column set once a record's points are verified; empty for none."
+    )
+    source_read_only: bool = Field(
+        default=False, description="Never write to the source table: the ledger alone says what is done."
+    )
+
+    # Ranges
+    batch_size: int = Field(1000, ge=1, le=100_000, description="Records per ID range, hence per run.")
+    max_attempts: int = Field(3, ge=1, le=100, description="Tries of a failing record before it is parked.")
+    retry_delay_seconds: float = Field(
+        60.0, ge=0, le=86_400, description="Wait before a failed record's second try; doubles at each further try."
+    )
+
+    # Fetching
+    allowed_roots: Names = Field(
+        (), description="Folders from which files may be read, separated by commas; home/videos when unset."
+    )
+
+    # Decoding
+    decoder: Literal["pyav", "decord"] = Field("pyav", description="Decoder: pyav (exact, faster) or decord.")
+    sampling: Literal["fps", "uniform"] = Field("fps", description="How frames are chosen from a video.")
+    fps: float = Field(1.0, gt=0, le=240, description="Frames per second of video, for sampling=fps.")
+    max_frames: int = Field(600, ge=1, le=100_000, description="Most frames of one video; fps is thinned out to fit.")
+    num_frames: int = Field(16, ge=1, le=10_000, description="Frames per video, for sampling=uniform.")
+    short_side_px: int = Field(224, ge=16, le=4320, description="Short side of a stored frame; never scaled up.")
+    jpeg_quality: int = Field(95, ge=30, le=100, description="Quality of a stored frame's JPEG.")
+    decode_workers: int = Field(
+        default_factory=lambda: os.cpu_count() or 1, ge=1, le=256, description="Decoding processes; the cores if unset."
+    )
+    decode_timeout_seconds: float = Field(300.0, gt=0, le=86_400, description="Wall-clock limit for one video.")
+    decode_memory_bytes: int = Field(
+        4 * 2**30, ge=2**28, description="Address space that a decoding process may use beyond its own start."
+    )
+    max_pixels: int = Field(
+        8192 * 4320, ge=1, description="Most pixels of one source frame; a larger video is refused before decoding."
+    )
+    max_duration_seconds: float = Field(6 * 3600.0, gt=0, description="Longest video that is decoded.")
+    shard_records: int = Field(64, ge=1, le=10_000, description="Most videos in one frame shard.")
+    shard_seconds: float = Field(5.0, gt=0, le=3600, description="Most seconds of decoding kept in memory per shard.")
+
+    # Embedding
+    model: str = Field(
+        "efficientnet-lite0",
+        min_length=1,
+        description="Embedding model: the packaged one, a hub id@revision, or a folder.",
+    )
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps.")
+    embed_batch_size: int = Field(16, ge=1, le=4096, description="Frames per forward pass.")
+
+    # Qdrant
+    qdrant_url: str | None = Field(None, description="Qdrant server; the embedded engine under home when unset.")
+    qdrant_api_key: SecretStr | None = Field(None, description="API key of the Qdrant server.")
+    qdrant_timeout_seconds: float = Field(60.0, gt=0, le=3600, description="Limit for one call to the Qdrant server.")
+    collection_name: str = Field(
+        "video_frames", pattern=r"^[A-Za-z0-9_\-]{1,200}$", description="Name of the collection."
+    )
+
+    @field_validator("source_payload_columns", "allowed_roots", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("home", mode="after")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return value.expanduser().absolute()
+
+    @model_validator(mode="after")
+    def _read_only_source_keeps_state_elsewhere(self) -> Self:
+        if self.source_read_only and self.state_url is None:
+            message = "source_read_only needs state_url: the ledger can't be kept in a database that is never written"
+            raise ValueError(message)
+        return self
+
+    @property
+    def resolved_source_url(self) -> str:
+        """The source's SQLAlchemy URL, default applied; holds the password: never print it."""
+        return self.source_url.get_secret_value() if self.source_url else f"sqlite:///{self.home / 'source.db'}"
+
+    @property
+    def resolved_state_url(self) -> str:
+        """The state's SQLAlchemy URL, default applied; holds the password: never print it."""
+        return self.state_url.get_secret_value() if self.state_url else self.resolved_source_url
+
+    @property
+    def resolved_frames_uri(self) -> str:
+        """Where frame shards are kept, default applied."""
+        return self.frames_uri or str(self.home / "frames")
+
+    @property
+    def resolved_embeddings_uri(self) -> str:
+        """Where embedding shards are kept, default applied."""
+        return self.embeddings_uri or str(self.home / "embeddings")
+
+    @property
+    def resolved_allowed_roots(self) -> tuple[Path, ...]:
+        """Folders from which files may be read, default applied."""
+        return tuple(Path(root).expanduser().absolute() for root in self.allowed_roots) or (self.home / "videos",)
+
+
+def load_settings() -> Settings:
+    """Read every setting from the environment and `.env`.
+
+    Raises:
+        SettingsError: A value is wrong, or an `EXTRACTION_…` variable is no setting (a typing slip would otherwise
+            be ignored in silence).
+    """
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    for variable in os.environ:
+        if variable.startswith(PREFIX) and variable not in known and not variable.startswith(_TEST_PREFIX):
+            close = difflib.get_close_matches(variable, known, n=1)
+            raise SettingsError(variable, "unknown", f"{close[0]}, perhaps" if close else "a known setting")
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        name = str(first["loc"][0]) if first["loc"] else ""
+        raise SettingsError(
+            PREFIX + name.upper() if name else "combination", _shown(name), first["msg"].removeprefix("Value error, ")
+        ) from None
+
+
+def _shown(name: str) -> str:
+    """The value as it may be printed: never a secret's."""
+    if not name:
+        return "not consistent"
+    if "SecretStr" in str(Settings.model_fields[name].annotation):
+        return "not usable (hidden)"
+    return repr(os.environ.get(PREFIX + name.upper(), "what .env says"))

@@ -1,0 +1,1 @@
+"""The way of the data, in alphabetical order: catalog, decode, embed, index. Plain Python; no Dagster here."""

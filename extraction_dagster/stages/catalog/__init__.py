@@ -1,0 +1,1 @@
+"""Which rows: the source table, the ledger, ranges, and the file behind a row."""

@@ -1,0 +1,1 @@
+"""Video to frames: decoders, sampling, worker processes, the frame store."""

@@ -1,0 +1,1 @@
+"""Frames to vectors: models, preprocessing, batching, the embedding store."""

@@ -1,0 +1,1 @@
+"""Vectors to points: the collection, the writer, verification, search."""
