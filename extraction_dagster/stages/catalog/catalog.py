@@ -1,0 +1,240 @@
+"""What is to do in a range of ids, and how it is marked once it is done: the source table and the ledger together."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Literal
+
+from extraction_dagster.stages.catalog.database import make_engine, writing
+from extraction_dagster.stages.catalog.ledger import Ledger, LedgerEntry
+from extraction_dagster.stages.catalog.source_table import SourceRow, SourceTable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+    import sqlalchemy as sa
+
+    from extraction_dagster.records import Failure, IdRange, VideoRow
+    from extraction_dagster.settings import Settings
+
+Status = Literal["done", "todo", "again", "waiting", "parked"]
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprints:
+    """What the frames and vectors of today are made with.
+
+    Attributes:
+        frames: Of everything that changes frames.
+        embedding: Of everything that changes vectors.
+    """
+
+    frames: str
+    embedding: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRow:
+    """A row, what the ledger says of it, and what is to be done with it.
+
+    Attributes:
+        row: As the source table has it.
+        entry: As the ledger has it, or None.
+        status: `todo`: to be processed; `again`: was done, and its mark was cleared since; `waiting`: failed, not yet
+            to be tried again; `parked`: failed for good until somebody says otherwise; `done`.
+    """
+
+    row: SourceRow
+    entry: LedgerEntry | None
+    status: Status
+
+    @property
+    def video(self) -> VideoRow:
+        """The row with its full content version: the source's version, and how often it was asked for again."""
+        revision = self.entry.revision if self.entry else 0
+        if not revision:
+            return self.row.video
+        return replace(self.row.video, content_version=f"{self.row.video.content_version}~{revision}")
+
+
+def status_of(row: SourceRow, entry: LedgerEntry | None, fingerprints: Fingerprints, *, now: datetime) -> Status:
+    """Decide what is to be done with a row.
+
+    A row that the source marks as done and the ledger has never seen was done before this project came: it stays done.
+    """
+    if entry is None:
+        return "done" if row.marked_done else "todo"
+    if not _same_version(row, entry):
+        return "todo"
+    if entry.state == "parked":
+        return "parked"
+    if entry.state == "failed":
+        return "waiting" if entry.not_before is not None and entry.not_before > now else "todo"
+    if entry.state != "done":
+        return "todo"
+    if row.marked_done is False:
+        return "again"
+    made_with = (entry.frames_fingerprint, entry.embedding_fingerprint)
+    return "done" if made_with == (fingerprints.frames, fingerprints.embedding) else "todo"
+
+
+def _same_version(row: SourceRow, entry: LedgerEntry) -> bool:
+    suffix = f"~{entry.revision}" if entry.revision else ""
+    return entry.content_version == row.video.content_version + suffix
+
+
+class Catalog:
+    """The rows of the source table with what is known of each."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Open the databases, reflect and check the source table, create missing state tables.
+
+        Raises:
+            SourceTableError, SourceUnreachableError, DatabaseUrlError, PredicateError, StateError: What they say.
+        """
+        self.settings = settings
+        self._source_engine = make_engine(settings.resolved_source_url, setting="EXTRACTION_SOURCE_URL")
+        self.source = SourceTable(self._source_engine, settings)
+        self._one_database = settings.resolved_state_url == settings.resolved_source_url
+        self._state_engine = (
+            self._source_engine
+            if self._one_database
+            else make_engine(settings.resolved_state_url, setting="EXTRACTION_STATE_URL")
+        )
+        self.ledger = Ledger(self._state_engine)
+        self.ledger.create(self.source.identity)
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self._source_engine.dispose()
+        self._state_engine.dispose()
+
+    def plan(self, id_range: IdRange, fingerprints: Fingerprints) -> dict[int, PlannedRow]:
+        """Every eligible row of a range and what is to be done with it, in ascending order of ids."""
+        entries = self.ledger.entries(id_range)
+        now = datetime.now(UTC)
+        plan = {}
+        for row in self.source.rows(id_range):
+            entry = entries.get(row.video.record_id)
+            plan[row.video.record_id] = PlannedRow(row, entry, status_of(row, entry, fingerprints, now=now))
+        return plan
+
+    def begin(self, id_range: IdRange, fingerprints: Fingerprints) -> dict[int, PlannedRow]:
+        """Plan a range; rows whose mark was cleared get a new revision, so that they are decoded afresh."""
+        plan = self.plan(id_range, fingerprints)
+        again = [planned for planned in plan.values() if planned.status == "again"]
+        if not again:
+            return plan
+        with writing(self._state_engine, what="write the ledger") as connection:
+            self.ledger.upsert(connection, [_next_revision(planned) for planned in again])
+        return self.plan(id_range, fingerprints)
+
+    def mark_extracted(self, plan: Mapping[int, PlannedRow], num_frames: Mapping[int, int], frames: str) -> None:
+        """Mark rows whose frames are stored.
+
+        Args:
+            plan: The range's plan.
+            num_frames: Stored frames by record.
+            frames: The frames' fingerprint.
+        """
+        entries = [
+            {
+                "record_id": record_id,
+                "state": "extracted",
+                "content_version": plan[record_id].video.content_version,
+                "frames_fingerprint": frames,
+                "num_frames": number,
+                "not_before": None,
+            }
+            for record_id, number in num_frames.items()
+        ]
+        with self._marking("extracted", [plan[record_id].row for record_id in num_frames]) as connection:
+            self.ledger.upsert(connection, entries)
+
+    def mark_embedded(self, records: Iterable[int], embedding: str) -> None:
+        """Note rows whose vectors are stored; the source's mark waits until their points are verified."""
+        with writing(self._state_engine, what="write the ledger") as connection:
+            self.ledger.upsert(
+                connection,
+                [
+                    {"record_id": record_id, "state": "embedded", "embedding_fingerprint": embedding}
+                    for record_id in records
+                ],
+            )
+
+    def mark_done(
+        self, plan: Mapping[int, PlannedRow], num_points: Mapping[int, int], fingerprints: Fingerprints
+    ) -> None:
+        """Mark rows whose points were verified; this is the last thing that happens to a row.
+
+        Args:
+            plan: The range's plan.
+            num_points: Verified points by record.
+            fingerprints: What they were made with.
+        """
+        entries = [
+            {
+                "record_id": record_id,
+                "state": "done",
+                "content_version": plan[record_id].video.content_version,
+                "frames_fingerprint": fingerprints.frames,
+                "embedding_fingerprint": fingerprints.embedding,
+                "num_points": number,
+                "attempts": 0,
+                "not_before": None,
+                "last_error": None,
+            }
+            for record_id, number in num_points.items()
+        ]
+        with self._marking("embedded", [plan[record_id].row for record_id in num_points]) as connection:
+            self.ledger.upsert(connection, entries)
+
+    def record_failures(self, failures: Iterable[Failure], *, run_id: str) -> dict[int, str]:
+        """Write failures down; each record is tried again later, or parked. Returns each record's new state."""
+        return dict(
+            self.ledger.record_failures(
+                failures,
+                run_id=run_id,
+                max_attempts=self.settings.max_attempts,
+                retry_delay_seconds=self.settings.retry_delay_seconds,
+            )
+        )
+
+    @contextmanager
+    def _marking(self, step: Literal["extracted", "embedded"], rows: list[SourceRow]) -> Iterator[sa.Connection]:
+        """A connection to the state; the source's marks are set in the same transaction, or right after it.
+
+        In two databases the ledger comes first: a crash in between leaves a row that is done and not marked, which
+        is processed once more; the other order would leave a marked row that the ledger never finished.
+        """
+        with writing(self._state_engine, what="write the ledger") as connection:
+            yield connection
+            if self._one_database:
+                self.source.mark(connection, rows, step=step)
+        if not self._one_database and not self.settings.source_read_only:
+            with writing(self._source_engine, what=f"mark rows of {self.source.name!r}") as connection:
+                self.source.mark(connection, rows, step=step)
+
+
+def _next_revision(planned: PlannedRow) -> dict[str, object]:
+    revision = (planned.entry.revision if planned.entry else 0) + 1
+    return {
+        "record_id": planned.row.video.record_id,
+        "state": "todo",
+        "content_version": f"{planned.row.video.content_version}~{revision}",
+        "revision": revision,
+        "attempts": 0,
+        "not_before": None,
+    }
+
+
+@contextmanager
+def open_catalog(settings: Settings) -> Iterator[Catalog]:
+    """A catalog that gives its connections back at the end."""
+    catalog = Catalog(settings)
+    try:
+        yield catalog
+    finally:
+        catalog.close()

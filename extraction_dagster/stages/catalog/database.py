@@ -1,0 +1,98 @@
+"""Connections to the source's and the state's databases: SQLAlchemy engines that never print a secret."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+
+from extraction_dagster.errors import DatabaseUrlError, SourceUnreachableError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_POSTGRES_NAMES = frozenset({"postgres", "postgresql"})
+
+
+def parse_url(url: str, *, setting: str) -> sa.URL:
+    """Parse a database URL; a bare `postgresql://` means psycopg2, whatever SQLAlchemy's default is.
+
+    Raises:
+        DatabaseUrlError: The text is no SQLAlchemy URL. The message never holds the text.
+    """
+    try:
+        parsed = sa.make_url(url)
+    except sa.exc.ArgumentError:
+        raise DatabaseUrlError(setting) from None
+    if parsed.drivername in _POSTGRES_NAMES:
+        parsed = parsed.set(drivername="postgresql+psycopg2")
+    return parsed
+
+
+def make_engine(url: str, *, setting: str) -> sa.Engine:
+    """Build an engine: parameters hidden from errors, SQLite with real transactions and patience for other writers.
+
+    Raises:
+        DatabaseUrlError: The URL is malformed, or names a database whose driver is not installed.
+    """
+    parsed = parse_url(url, setting=setting)
+    sqlite = parsed.get_backend_name() == "sqlite"
+    # SQLite connections are cheap and must not outlive a fork; a server's are kept and tested before use.
+    options: dict[str, Any] = {"poolclass": sa.NullPool} if sqlite else {"pool_pre_ping": True}
+    try:
+        engine = sa.create_engine(parsed, hide_parameters=True, **options)
+    except (ModuleNotFoundError, sa.exc.NoSuchModuleError) as error:
+        raise DatabaseUrlError(setting, driver=parsed.drivername) from error
+    if sqlite:
+        sa.event.listen(engine, "connect", _prepare_sqlite)
+        sa.event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: Any, _record: object) -> None:  # noqa: ANN401 - a driver's own connection
+    connection.isolation_level = None  # the driver must not begin transactions of its own
+    connection.execute("PRAGMA busy_timeout = 60000")
+    connection.execute("PRAGMA foreign_keys = ON")
+
+
+def _begin_sqlite(connection: sa.Connection) -> None:
+    # A writer takes its lock at the start: a transaction that reads first and writes later would fail at once
+    # with "database is locked" when another writer came between, however long the time-out.
+    writes = connection.get_execution_options().get("writes", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+@contextmanager
+def reading(engine: sa.Engine, *, what: str) -> Iterator[sa.Connection]:
+    """A connection to read with.
+
+    Raises:
+        SourceUnreachableError: The database can't be reached or read.
+    """
+    with _translated(engine, what), engine.connect() as connection:
+        yield connection
+
+
+@contextmanager
+def writing(engine: sa.Engine, *, what: str) -> Iterator[sa.Connection]:
+    """A connection inside one transaction to write with: commits at the end, rolls back on an error.
+
+    Raises:
+        SourceUnreachableError: The database can't be reached or written.
+    """
+    with _translated(engine, what), engine.connect().execution_options(writes=True) as connection, connection.begin():
+        yield connection
+
+
+@contextmanager
+def _translated(engine: sa.Engine, what: str) -> Iterator[None]:
+    try:
+        yield
+    except (sa.exc.OperationalError, sa.exc.ProgrammingError, sa.exc.InterfaceError) as error:
+        raise SourceUnreachableError(what, describe(engine.url), str(error.orig)) from error
+
+
+def describe(url: sa.URL) -> str:
+    """The database as it may be printed: no user, no password, no query string."""
+    return url.set(username=None, password=None, query={}).render_as_string(hide_password=True)

@@ -1,0 +1,264 @@
+"""The ledger: what became of every record, in tables of our own.
+
+One row per record that was ever touched; a record without a row is still to do. The errors table only grows.
+Times are timezone-aware UTC on every database.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, Literal
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from extraction_dagster.errors import StateError
+from extraction_dagster.stages.catalog.database import describe, reading, writing
+from extraction_dagster.stages.catalog.source_table import chunks
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from extraction_dagster.records import Failure, IdRange
+
+State = Literal["todo", "extracted", "embedded", "done", "failed", "parked"]
+_LONGEST_DELAY_SECONDS = 86_400.0
+
+
+class UtcDateTime(sa.types.TypeDecorator[datetime]):
+    """A point in time: TIMESTAMPTZ where there is one, UTC text on SQLite; always timezone-aware in Python."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:  # noqa: ARG002
+        """Store UTC."""
+        return None if value is None else value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:  # noqa: ARG002
+        """Read UTC."""
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+METADATA = sa.MetaData()
+META_TABLE = sa.Table(
+    "extraction_meta",
+    METADATA,
+    sa.Column("key", sa.String(64), primary_key=True),
+    sa.Column("value", sa.Text, nullable=False),
+)
+LEDGER_TABLE = sa.Table(
+    "extraction_ledger",
+    METADATA,
+    sa.Column("record_id", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("content_version", sa.Text, nullable=False, server_default=""),
+    sa.Column("revision", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("frames_fingerprint", sa.String(64)),
+    sa.Column("embedding_fingerprint", sa.String(64)),
+    sa.Column("num_frames", sa.Integer),
+    sa.Column("num_points", sa.Integer),
+    sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("not_before", UtcDateTime),
+    sa.Column("last_error", sa.Text),
+    sa.Column("updated_at", UtcDateTime, nullable=False),
+    # Few records wait or are parked: this index stays small whatever the ledger's size.
+    sa.Index(
+        "extraction_ledger_unfinished",
+        "state",
+        "record_id",
+        postgresql_where=sa.text("state <> 'done'"),
+        sqlite_where=sa.text("state <> 'done'"),
+    ),
+)
+ERRORS_TABLE = sa.Table(
+    "extraction_errors",
+    METADATA,
+    sa.Column(
+        "id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), sa.Identity(), primary_key=True, autoincrement=True
+    ),
+    sa.Column("record_id", sa.BigInteger, nullable=False, index=True),
+    sa.Column("stage", sa.String(16), nullable=False),
+    sa.Column("error_type", sa.String(128), nullable=False),
+    sa.Column("error_message", sa.Text, nullable=False),
+    sa.Column("error_details", sa.Text, nullable=False, server_default=""),
+    sa.Column("occurred_at", UtcDateTime, nullable=False),
+    sa.Column("run_id", sa.String(64), nullable=False, server_default=""),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerEntry:
+    """A record's row in the ledger; the fields are described in docs/operations.md."""
+
+    record_id: int
+    state: State
+    content_version: str = ""
+    revision: int = 0
+    frames_fingerprint: str | None = None
+    embedding_fingerprint: str | None = None
+    num_frames: int | None = None
+    num_points: int | None = None
+    attempts: int = 0
+    not_before: datetime | None = None
+    last_error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorRow:
+    """A row of the errors table, with the record's present state."""
+
+    record_id: int
+    stage: str
+    error_type: str
+    error_message: str
+    error_details: str
+    occurred_at: datetime
+    run_id: str
+    state: str
+
+
+class Ledger:
+    """Reads and writes the state tables."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        """Use the state database; `create` makes its tables."""
+        self.engine = engine
+        insert = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}.get(engine.dialect.name)
+        if insert is None:
+            raise StateError(
+                f"{engine.dialect.name} can't keep them", "Set EXTRACTION_STATE_URL to a PostgreSQL or SQLite database."
+            )
+        self._insert: Any = insert
+
+    def create(self, source_identity: str) -> None:
+        """Create the tables that are missing, and claim them for this source.
+
+        Raises:
+            StateError: They belong to another source.
+        """
+        with writing(self.engine, what="create the state tables") as connection:
+            if self.engine.dialect.name == "postgresql":  # two processes that create at once would collide
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(0x657874726163)))
+            METADATA.create_all(connection)
+            claim = self._insert(META_TABLE).values(key="source", value=source_identity).on_conflict_do_nothing()
+            connection.execute(claim)
+            owner = connection.execute(sa.select(META_TABLE.c.value).where(META_TABLE.c.key == "source")).scalar_one()
+        if owner != source_identity:
+            raise StateError(
+                f"those in {describe(self.engine.url)} belong to another source table (its mark is {owner}, this "
+                f"one's is {source_identity})",
+                "Set EXTRACTION_STATE_URL to a database of its own for each source table.",
+            )
+
+    def entries(self, id_range: IdRange) -> dict[int, LedgerEntry]:
+        """The entries of a range, by record."""
+        query = _ENTRY_QUERY.where(LEDGER_TABLE.c.record_id.between(id_range.first_id, id_range.last_id))
+        with reading(self.engine, what="read the ledger") as connection:
+            return {row["record_id"]: LedgerEntry(**row) for row in connection.execute(query).mappings()}
+
+    def counts(self) -> dict[str, int]:
+        """The number of records by state."""
+        query = sa.select(LEDGER_TABLE.c.state, sa.func.count()).group_by(LEDGER_TABLE.c.state)
+        with reading(self.engine, what="read the ledger") as connection:
+            return {state: int(number) for state, number in connection.execute(query)}
+
+    def upsert(self, connection: sa.Connection, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write entries; every row has the same keys, `record_id` among them. Other columns keep their values."""
+        if not rows:
+            return
+        now = datetime.now(UTC)
+        statement = self._insert(LEDGER_TABLE)
+        columns = {name: statement.excluded[name] for name in (*rows[0], "updated_at") if name != "record_id"}
+        connection.execute(
+            statement.on_conflict_do_update(index_elements=["record_id"], set_=columns),
+            [{**row, "updated_at": now} for row in rows],
+        )
+
+    def record_failures(
+        self, failures: Iterable[Failure], *, run_id: str, max_attempts: int, retry_delay_seconds: float
+    ) -> dict[int, State]:
+        """Write failures to the errors table, and decide for each record: another try later, or parked.
+
+        Returns:
+            The state of each record: `failed` or `parked`.
+        """
+        failures = list(failures)
+        now = datetime.now(UTC)
+        with writing(self.engine, what="write the ledger") as connection:
+            attempts = self._attempts(connection, failures)
+            entries: list[dict[str, Any]] = []
+            for failure in failures:
+                tries = attempts[failure.record_id] + 1
+                parked = failure.permanent or tries >= max_attempts
+                delay = _back_off(retry_delay_seconds, tries)
+                entries.append(
+                    {
+                        "record_id": failure.record_id,
+                        "state": "parked" if parked else "failed",
+                        "content_version": failure.content_version,
+                        "attempts": tries,
+                        "not_before": None if parked else now + timedelta(seconds=delay),
+                        "last_error": f"{failure.error_type}: {failure.message}",
+                    }
+                )
+            self.upsert(connection, entries)
+            if failures:
+                connection.execute(sa.insert(ERRORS_TABLE), [_error_values(item, now, run_id) for item in failures])
+        return {entry["record_id"]: entry["state"] for entry in entries}
+
+    def errors(self, *, limit: int, error_type: str | None = None, current_only: bool = True) -> list[ErrorRow]:
+        """The newest errors; by default only the last one of each record that is still failed or parked."""
+        table, state = ERRORS_TABLE.c, LEDGER_TABLE.c.state
+        query = (
+            sa.select(
+                *(column for column in table if column.name != "id"), sa.func.coalesce(state, "gone").label("state")
+            )
+            .join_from(ERRORS_TABLE, LEDGER_TABLE, table.record_id == LEDGER_TABLE.c.record_id, isouter=True)
+            .order_by(table.id.desc())
+            .limit(limit)
+        )
+        if error_type is not None:
+            query = query.where(table.error_type == error_type)
+        if current_only:
+            newest = sa.select(sa.func.max(table.id)).group_by(table.record_id)
+            query = query.where(state.in_(("failed", "parked")), table.id.in_(newest))
+        with reading(self.engine, what="read the errors") as connection:
+            return [ErrorRow(**row) for row in connection.execute(query).mappings()]
+
+    def _attempts(self, connection: sa.Connection, failures: Sequence[Failure]) -> dict[int, int]:
+        """How often each record was tried in its present version."""
+        version = {failure.record_id: failure.content_version for failure in failures}
+        attempts = dict.fromkeys(version, 0)
+        table = LEDGER_TABLE.c
+        for chunk in chunks(list(version)):
+            query = sa.select(table.record_id, table.content_version, table.attempts).where(table.record_id.in_(chunk))
+            for record_id, tried_version, number in connection.execute(query):
+                if tried_version == version[record_id]:
+                    attempts[record_id] = number
+        return attempts
+
+
+_ENTRY_QUERY = sa.select(*(column for column in LEDGER_TABLE.c if column.name != "updated_at"))
+
+
+def _back_off(delay_seconds: float, tries: int) -> float:
+    """The wait before the next try: 1, 2, 4, … times the delay, and up to a quarter more so that crowds spread out."""
+    delay = min(delay_seconds * float(2 ** min(tries - 1, 32)), _LONGEST_DELAY_SECONDS)
+    return delay * random.uniform(1.0, 1.25)  # noqa: S311 - no secret
+
+
+def _error_values(failure: Failure, now: datetime, run_id: str) -> dict[str, Any]:
+    return {
+        "record_id": failure.record_id,
+        "stage": failure.stage,
+        "error_type": failure.error_type,
+        "error_message": failure.message,
+        "error_details": failure.details,
+        "occurred_at": now,
+        "run_id": run_id,
+    }

@@ -1,0 +1,265 @@
+"""The source table: which rows are eligible, which are pending by their marks, and where each row's file lies."""
+
+from __future__ import annotations
+
+import difflib
+import string
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import sqlalchemy as sa
+
+from extraction_dagster.errors import SourceTableError
+from extraction_dagster.records import IdRange, VideoRow, fingerprint
+from extraction_dagster.stages.catalog.database import describe, parse_url, reading
+from extraction_dagster.stages.catalog.predicate import build_predicate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from extraction_dagster.settings import Settings
+
+Step = Literal["extracted", "embedded"]
+_CHUNK = 500
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRow:
+    """A row as the source table has it.
+
+    Attributes:
+        video: The row, with the source's own version as its content_version.
+        version: The version column's value as the database gave it, for the guarded mark.
+        extracted: The mark, or None where there is no such column.
+        embedded: The mark, or None where there is no such column.
+    """
+
+    video: VideoRow
+    version: object
+    extracted: bool | None
+    embedded: bool | None
+
+    @property
+    def marked_done(self) -> bool | None:
+        """Whether every mark column says done; None when the table has none."""
+        marks = [mark for mark in (self.extracted, self.embedded) if mark is not None]
+        return all(marks) if marks else None
+
+
+class SourceTable:
+    """The configured table, reflected and checked."""
+
+    def __init__(self, engine: sa.Engine, settings: Settings) -> None:
+        """Reflect the table and refuse what can't work.
+
+        Raises:
+            SourceTableError: The table or a column is missing, or the id column can't identify records.
+            SourceUnreachableError: The database can't be reached or read.
+            PredicateError: The predicate is no condition over the table's columns.
+        """
+        self._engine, self._settings = engine, settings
+        self.name = ".".join(filter(None, (settings.source_schema, settings.source_table)))
+        self.table = self._reflect()
+        self.id: sa.Column[int] = self._column(settings.source_id_column, "EXTRACTION_SOURCE_ID_COLUMN")
+        self._check_id()
+        self._uri_columns = self._find_uri_columns()
+        self._platform = self._optional(settings.source_platform_column, "EXTRACTION_SOURCE_PLATFORM_COLUMN")
+        self._code = self._optional(settings.source_code_column, "EXTRACTION_SOURCE_CODE_COLUMN")
+        self._payload = [
+            self._column(name, "EXTRACTION_SOURCE_PAYLOAD_COLUMNS") for name in settings.source_payload_columns
+        ]
+        self._version = self._optional(settings.source_version_column, "EXTRACTION_SOURCE_VERSION_COLUMN")
+        self._extracted = self._mark(settings.source_extracted_column, "EXTRACTION_SOURCE_EXTRACTED_COLUMN")
+        self._embedded = self._mark(settings.source_embedded_column, "EXTRACTION_SOURCE_EMBEDDED_COLUMN")
+        self.eligible: sa.ColumnElement[bool] = (
+            build_predicate(settings.source_predicate, self.table) if settings.source_predicate else sa.true()
+        )
+
+    @property
+    def identity(self) -> str:
+        """16 hex digits that tell this source from another: the database without its credentials, table, id column."""
+        url = parse_url(self._settings.resolved_source_url, setting="EXTRACTION_SOURCE_URL")
+        return fingerprint(url=describe(url), table=self.name, id_column=self.id.name)
+
+    @property
+    def has_marks(self) -> bool:
+        """Whether the table says by itself which rows are done."""
+        return self._extracted is not None or self._embedded is not None
+
+    def rows(self, id_range: IdRange) -> Iterator[SourceRow]:
+        """Every eligible row of the range, in ascending order of ids."""
+        query = (
+            sa.select(self.table)
+            .where(self.id.between(id_range.first_id, id_range.last_id), self.eligible)
+            .order_by(self.id)
+        )
+        with reading(self._engine, what=f"read source table {self.name!r}") as connection:
+            for row in connection.execution_options(yield_per=1000).execute(query).mappings():
+                yield self._source_row(row)
+
+    def extent(self) -> tuple[int, int] | None:
+        """The least and the greatest id of the eligible rows; None when there is none."""
+        query = sa.select(sa.func.min(self.id), sa.func.max(self.id)).where(self.eligible)
+        with reading(self._engine, what=f"read source table {self.name!r}") as connection:
+            first, last = connection.execute(query).one()
+        return None if first is None else (int(first), int(last))
+
+    def count(self, id_range: IdRange | None = None) -> int:
+        """The number of eligible rows, of the whole table or of a range."""
+        query = sa.select(sa.func.count()).select_from(self.table).where(self.eligible)
+        if id_range is not None:
+            query = query.where(self.id.between(id_range.first_id, id_range.last_id))
+        with reading(self._engine, what=f"read source table {self.name!r}") as connection:
+            return int(connection.execute(query).scalar_one())
+
+    def batch_end(self, after_id: int | None, batch_size: int) -> tuple[int, int, bool] | None:
+        """The ids of the first and the last record of the batch after an id, and whether it is a full batch."""
+        query = sa.select(self.id).where(self.eligible).order_by(self.id).limit(batch_size)
+        if after_id is not None:
+            query = query.where(self.id > after_id)
+        batch = query.subquery()
+        bounds = sa.select(sa.func.min(batch.c[0]), sa.func.max(batch.c[0]), sa.func.count())
+        with reading(self._engine, what=f"read source table {self.name!r}") as connection:
+            first, last, number = connection.execute(bounds).one()
+        return None if first is None else (int(first), int(last), number == batch_size)
+
+    def mark(self, connection: sa.Connection, rows: Sequence[SourceRow], *, step: Step) -> None:
+        """Set the mark of a step, unless a row's version changed since it was read."""
+        column = self._extracted if step == "extracted" else self._embedded
+        if column is None or self._settings.source_read_only:
+            return
+        statement = sa.update(self.table).values({column.name: True})
+        if self._version is None:
+            for chunk in chunks([row.video.record_id for row in rows]):
+                connection.execute(statement.where(self.id.in_(chunk)))
+            return
+        for row in rows:
+            unchanged = self._version.is_not_distinct_from(row.version)
+            connection.execute(statement.where(self.id == row.video.record_id, unchanged))
+
+    def _source_row(self, row: sa.RowMapping) -> SourceRow:
+        version = None if self._version is None else row[self._version.name]
+        return SourceRow(
+            video=VideoRow(
+                record_id=int(row[self.id.name]),
+                uri=self._uri(row),
+                platform=_text(row[self._platform.name]) if self._platform is not None else None,
+                code=_text(row[self._code.name]) if self._code is not None else None,
+                content_version="" if version is None else str(version),
+                payload={column.name: row[column.name] for column in self._payload},
+            ),
+            version=version,
+            extracted=None if self._extracted is None else bool(row[self._extracted.name]),
+            embedded=None if self._embedded is None else bool(row[self._embedded.name]),
+        )
+
+    def _uri(self, row: sa.RowMapping) -> str:
+        """Where the file lies; empty when a column that it needs is NULL (fetching then says so)."""
+        values = {column.name: row[column.name] for column in self._uri_columns}
+        if any(value is None for value in values.values()):
+            return ""
+        template = self._settings.source_uri_template
+        return template.format_map(values) if template else str(next(iter(values.values())))
+
+    def _reflect(self) -> sa.Table:
+        schema, name = self._settings.source_schema, self._settings.source_table
+        with reading(self._engine, what=f"read source table {self.name!r}") as connection:
+            try:
+                return sa.Table(name, sa.MetaData(), schema=schema, autoload_with=connection)
+            except sa.exc.NoSuchTableError:
+                inspector = sa.inspect(connection)
+                names = [*inspector.get_table_names(schema), *inspector.get_view_names(schema)]
+        close = difflib.get_close_matches(name, names, n=1)
+        raise SourceTableError(
+            self.name,
+            f"there is no such table in {describe(self._engine.url)}",
+            f"Set EXTRACTION_SOURCE_TABLE to {f'{close[0]!r}, perhaps' if close else 'one that exists'} "
+            f"(there: {', '.join(sorted(names)[:10]) or 'none'}), or run 'extraction demo' to try it without a table.",
+        )
+
+    def _column(self, name: str, setting: str) -> sa.Column[Any]:
+        if name in self.table.c:
+            return self.table.c[name]
+        close = difflib.get_close_matches(name, self.table.c.keys(), n=1)
+        raise SourceTableError(
+            self.name,
+            f"it has no column {name!r}",
+            f"Set {setting} to {f'{close[0]!r}, perhaps' if close else 'a column that exists'} "
+            f"(it has: {', '.join(self.table.c.keys())}).",
+        )
+
+    def _optional(self, name: str | None, setting: str) -> sa.Column[Any] | None:
+        return self._column(name, setting) if name else None
+
+    def _mark(self, name: str | None, setting: str) -> sa.Column[Any] | None:
+        column = self._optional(name, setting)
+        if column is not None and not isinstance(column.type, sa.Boolean):
+            raise SourceTableError(
+                self.name,
+                f"mark column {name!r} is of type {column.type}, expected BOOLEAN",
+                f"Set {setting} to a boolean column, or to nothing to keep the marks in the ledger alone.",
+            )
+        return column
+
+    def _find_uri_columns(self) -> list[sa.Column[Any]]:
+        template = self._settings.source_uri_template
+        if not template:
+            return [self._column(self._settings.source_uri_column, "EXTRACTION_SOURCE_URI_COLUMN")]
+        try:
+            parts = list(string.Formatter().parse(template))
+        except ValueError as error:
+            raise self._bad_template(template, str(error)) from None
+        names = [name for _, name, _, _ in parts if name is not None]
+        if not names or any(spec or conversion for _, _, spec, conversion in parts):
+            raise self._bad_template(template, "it must name columns, each as {column} and nothing more")
+        return [self._column(name, "EXTRACTION_SOURCE_URI_TEMPLATE") for name in dict.fromkeys(names)]
+
+    def _bad_template(self, template: str, why: str) -> SourceTableError:
+        fix = "Set EXTRACTION_SOURCE_URI_TEMPLATE to, for example, s3://bucket/{platform}/{code}/video.mp4."
+        return SourceTableError(self.name, f"EXTRACTION_SOURCE_URI_TEMPLATE is {template!r}: {why}", fix)
+
+    def _check_id(self) -> None:
+        """An id must be an integer, never NULL, and belong to one row."""
+        setting = "EXTRACTION_SOURCE_ID_COLUMN"
+        if not isinstance(self.id.type, sa.Integer):
+            raise SourceTableError(
+                self.name,
+                f"id column {self.id.name!r} is of type {self.id.type}, expected an integer",
+                f"Add one (PostgreSQL): ALTER TABLE {self.name} ADD COLUMN extraction_id BIGINT GENERATED ALWAYS AS "
+                f"IDENTITY; CREATE UNIQUE INDEX ON {self.name} (extraction_id); then set {setting}=extraction_id.",
+            )
+        with reading(self._engine, what=f"read source table {self.name!r}") as connection:
+            if self.table.name in sa.inspect(connection).get_view_names(self.table.schema):
+                return  # a view declares neither keys nor NOT NULL: whoever made it vouches for its ids
+            unique = self._is_unique(sa.inspect(connection))
+            null = self.id.nullable and connection.execute(sa.select(self.id).where(self.id.is_(None)).limit(1)).first()
+        if not unique:
+            fix = f"CREATE UNIQUE INDEX ON {self.name} ({self.id.name}), or set {setting} to a unique column."
+            raise SourceTableError(self.name, f"id column {self.id.name!r} is not declared unique", fix)
+        if null or (self.id.nullable and not self.id.primary_key):
+            fix = f"ALTER TABLE {self.name} ALTER COLUMN {self.id.name} SET NOT NULL, or set {setting} to another."
+            raise SourceTableError(self.name, f"id column {self.id.name!r} may be NULL", fix)
+
+    def _is_unique(self, inspector: sa.Inspector) -> bool:
+        wanted = [self.id.name]
+        if [column.name for column in self.table.primary_key] == wanted:
+            return True
+        name, schema = self.table.name, self.table.schema
+        unique: list[Any] = [item["column_names"] for item in inspector.get_unique_constraints(name, schema)]
+        unique += [item["column_names"] for item in inspector.get_indexes(name, schema) if _covers_all(item)]
+        return wanted in unique
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)
+
+
+def chunks(items: Sequence[int]) -> Iterable[Sequence[int]]:
+    """The ids in pieces that fit every database's limit of bound parameters."""
+    return (items[start : start + _CHUNK] for start in range(0, len(items), _CHUNK))
+
+
+def _covers_all(index: Any) -> bool:  # noqa: ANN401 - an index as the inspector describes it
+    """Whether an index is unique over every row; a partial one is not."""
+    options = index.get("dialect_options", {})
+    return bool(index["unique"]) and not any(name.endswith("_where") and options[name] for name in options)
