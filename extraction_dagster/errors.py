@@ -120,3 +120,53 @@ class EmptyRangeError(ExtractionError):
             f"Range {key} holds no eligible row of {table!r}: {rows}. Nothing was done. "
             f"Choose a range that overlaps the table's ids, or wait until rows arrive."
         )
+
+
+# Dagster
+
+
+class InstanceError(ExtractionError):
+    """The Dagster instance can't be opened."""
+
+    def __init__(self, home: str, reason: str) -> None:
+        """Name the folder and what is wrong with it."""
+        super().__init__(
+            f"DAGSTER_HOME is {home!r}, and no Dagster instance opens there: {reason}. "
+            f"Set DAGSTER_HOME to the folder that holds dagster.yaml, or unset it to use the one under EXTRACTION_HOME."
+        )
+
+
+class RangeBusyError(ExtractionError):
+    """A range was launched that has an active run."""
+
+    def __init__(self, key: str, run_id: str) -> None:
+        """Name the range and the run."""
+        super().__init__(
+            f"Range {key} has an active run, {run_id}: nothing was launched. Wait until it ends, or terminate it in the UI."
+        )
+
+
+class RunFailedError(ExtractionError):
+    """A run that a command launched has failed."""
+
+    def __init__(self, key: str, run_id: str, reason: str) -> None:
+        """Name the range, the run and the failed step's own sentence."""
+        super().__init__(
+            f"Range {key} failed (run {run_id}): {reason} "
+            f"What was finished is kept; 'extraction launch {key}' goes on from there."
+        )
+
+
+# Checkpoint
+
+
+class CursorError(ExtractionError):
+    """What the cursor store keeps can't be used."""
+
+    def __init__(self, why: str) -> None:
+        """Say what is wrong with it."""
+        super().__init__(
+            f"The stored cursor can't be used: {why}. Nothing was changed, and the rows still know what is done. "
+            f"Look at it with 'extraction checkpoint show'; 'extraction checkpoint reset --storage cursor' "
+            f"derives it anew from the rows."
+        )

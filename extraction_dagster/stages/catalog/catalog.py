@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -19,6 +20,14 @@ if TYPE_CHECKING:
     from extraction_dagster.records import Failure, IdRange, VideoRow
     from extraction_dagster.settings import Settings
 
+_SUMMARY = {
+    "todo": "pending",
+    "extracted": "pending",
+    "embedded": "pending",
+    "done": "done",
+    "failed": "failed",
+    "parked": "parked",
+}
 Status = Literal["done", "todo", "again", "waiting", "parked"]
 
 
@@ -201,6 +210,28 @@ class Catalog:
                 retry_delay_seconds=self.settings.retry_delay_seconds,
             )
         )
+
+    def summary(self, id_range: IdRange) -> str:
+        """A range in words: how many of its records are done, failed, parked, pending."""
+        entries, counts = self.ledger.entries(id_range), Counter[str]()
+        for row in self.source.rows(id_range):
+            entry = entries.get(row.video.record_id)
+            counts[_SUMMARY[entry.state] if entry else "done" if row.marked_done else "pending"] += 1
+        return ", ".join(f"{counts[name]} {name}" for name in ("done", "pending", "failed", "parked"))
+
+    def status(self) -> dict[str, int | str | None]:
+        """The whole table in numbers; the keys are stable."""
+        counts, extent = self.ledger.counts(), self.source.extent()
+        eligible = self.source.count()
+        finished = {state: counts.get(state, 0) for state in ("done", "failed", "parked")}
+        return {
+            "source_table": self.source.name,
+            "first_id": extent[0] if extent else None,
+            "last_id": extent[1] if extent else None,
+            "eligible": eligible,
+            **finished,
+            "pending": max(eligible - sum(finished.values()), 0),
+        }
 
     @contextmanager
     def _marking(self, step: Literal["extracted", "embedded"], rows: list[SourceRow]) -> Iterator[sa.Connection]:

@@ -1,0 +1,64 @@
+"""What commands print: tables and bars on a terminal, plain lines elsewhere; JSON alone on stdout with --json."""
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from extraction_dagster import progress
+
+out = Console(soft_wrap=True, highlight=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def print_json(document: Any) -> None:  # noqa: ANN401 - any JSON document
+    """Print one JSON document, and nothing else, on stdout."""
+    sys.stdout.write(json.dumps(document, indent=2, default=str) + "\n")
+
+
+class _Bars:
+    """One bar per step, for a terminal."""
+
+    def __init__(self, bars: Progress) -> None:
+        self._bars = bars
+        self._tasks: dict[str, TaskID] = {}
+
+    def begin(self, step: str, total: int) -> None:
+        if step in self._tasks:
+            self._bars.reset(self._tasks[step], total=total)
+        else:
+            self._tasks[step] = self._bars.add_task(step, total=total)
+
+    def advance(self, step: str, number: int) -> None:
+        self._bars.advance(self._tasks[step], number)
+
+
+@contextmanager
+def long_work() -> Iterator[None]:
+    """Show what long work does: a bar per step and warnings on a terminal, every log line elsewhere."""
+    logger = logging.getLogger("extraction_dagster")
+    terminal = err.is_terminal
+    handler: logging.Handler
+    if terminal:
+        handler = RichHandler(console=err, show_path=False, show_time=False)
+        handler.setLevel(logging.WARNING)
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        if not terminal:
+            yield
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=err, transient=True) as bars, progress.listening(_Bars(bars)):
+            yield
+    finally:
+        logger.removeHandler(handler)

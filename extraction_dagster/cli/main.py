@@ -1,0 +1,51 @@
+"""The `extraction` command.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+"""
+
+import sys
+
+import typer
+
+from extraction_dagster import __version__
+from extraction_dagster.cli import console, demo, errors, init, launch, search, status
+from extraction_dagster.errors import ExtractionError
+
+app = typer.Typer(
+    name="extraction",
+    help="Keep a Qdrant collection of video frames in step with a growing table of videos.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for module in (init, demo, status, launch, errors, search):
+    app.command(name=module.__name__.rpartition(".")[2])(module.command)
+
+
+def _show_version(value: bool) -> None:  # noqa: FBT001 - Typer calls it so
+    if value:
+        console.out.print(f"extraction {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    *,
+    version: bool = typer.Option(False, "--version", help="Print the version.", callback=_show_version, is_eager=True),  # noqa: ARG001, FBT003
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command; a known error ends in one line on stderr, never in a traceback."""
+    try:
+        app()
+    except ExtractionError as error:
+        console.err.print(f"error: {error}", style="red", markup=False)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        console.err.print("Interrupted. What was finished is kept: run the same command again to go on.")
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)

@@ -1,0 +1,13 @@
+"""Open this first: everything that Dagster sees, in data order."""
+
+import dagster as dg
+
+from extraction_dagster.defs.assets import frame_embeddings, qdrant_points, video_frames
+from extraction_dagster.defs.jobs import extraction_job
+from extraction_dagster.defs.resources import Extraction
+
+defs = dg.Definitions(
+    assets=[video_frames, frame_embeddings, qdrant_points],
+    jobs=[extraction_job],
+    resources={"extraction": Extraction()},
+)

@@ -1,0 +1,230 @@
+"""The three assets, in data order: video_frames, frame_embeddings, qdrant_points; one partition per range of ids."""
+
+import time
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+
+from extraction_dagster import progress
+from extraction_dagster.defs.partitions import id_ranges, register
+from extraction_dagster.defs.resources import Extraction, plain_failures
+from extraction_dagster.errors import EmptyRangeError
+from extraction_dagster.records import Failure, IdRange
+from extraction_dagster.settings import load_settings
+from extraction_dagster.stages.decode.fingerprint import frames_fingerprint
+from extraction_dagster.stages.embed.fingerprint import embedding_settings_fingerprint
+
+if TYPE_CHECKING:
+    from extraction_dagster.stages.catalog.catalog import Catalog, PlannedRow
+
+_settings = load_settings()
+_COMMON: dict[str, Any] = {"partitions_def": id_ranges, "group_name": "extraction", "owners": ["team:extraction"]}
+_MOST_FAILURES_SHOWN = 100
+
+
+@dg.asset(
+    **_COMMON,
+    pool="decode",
+    kinds={"parquet", "ffmpeg"},
+    code_version=frames_fingerprint(_settings),
+    description="Frames sampled from each video of the range, as JPEG in Parquet shards; marks `is_extracted`.",
+)
+def video_frames(context: dg.AssetExecutionContext, extraction: Extraction) -> dg.MaterializeResult:  # type: ignore[type-arg]
+    """Fetch, decode and sample the range's pending rows; finished shards of an earlier try are kept."""
+    started = time.perf_counter()
+    with plain_failures(), extraction.catalog() as catalog:
+        id_range = register(context.instance, context.partition_key)
+        plan = catalog.begin(id_range, extraction.fingerprints)
+        if not plan:
+            raise EmptyRangeError(id_range.partition_key, catalog.source.name, catalog.source.extent())
+        decoded = _decode(context, extraction, catalog, id_range, plan)
+    return _result(plan, decoded, seconds=time.perf_counter() - started)
+
+
+def _decode(
+    context: dg.AssetExecutionContext,
+    extraction: Extraction,
+    catalog: "Catalog",
+    id_range: IdRange,
+    plan: Mapping[int, "PlannedRow"],
+) -> dict[str, Any]:
+    from extraction_dagster.stages.decode.stage import decode_rows  # noqa: PLC0415 - loads the decoders' neighbours
+
+    store, made_with = extraction.frame_store(), extraction.fingerprints.frames
+    todo = {record_id: planned for record_id, planned in plan.items() if planned.status == "todo"}
+    kept = _stored(store.shards(id_range), todo)
+    _mark_extracted(context, catalog, plan, {key: number for key, number in kept.items() if _unmarked(plan[key])}, made_with)
+    rows = [planned.video for record_id, planned in todo.items() if record_id not in kept]
+    context.log.info(f"Processing batch of {len(rows)} records (IDs: {id_range.first_id} - {id_range.last_id})")
+    progress.begin("video_frames", len(rows))
+    failures: list[Failure] = []
+    num_frames = num_bytes = 0
+    for landed in decode_rows(rows, store=store, partition=id_range, settings=extraction.settings):
+        if landed.shard is not None:
+            stored = {record.record_id: record.num_frames for record in landed.shard.records}
+            _mark_extracted(context, catalog, plan, stored, made_with)
+            num_frames, num_bytes = num_frames + landed.num_frames, num_bytes + landed.num_bytes
+        _write_failures(context, catalog, landed.failures)
+        failures += landed.failures
+        progress.advance("video_frames", landed.num_videos + len(landed.failures))
+    return {
+        "videos": len(rows) - len(failures),
+        "videos_kept": len(kept),
+        "frames": num_frames,
+        "bytes": num_bytes,
+        "failures": failures,
+    }
+
+
+@dg.asset(
+    **_COMMON,
+    deps=[video_frames],
+    pool="gpu",
+    kinds={"pytorch", "parquet"},
+    code_version=embedding_settings_fingerprint(_settings),
+    description="One L2-normalised vector per frame, float16 in Parquet, one shard per frame shard.",
+)
+def frame_embeddings(context: dg.AssetExecutionContext, extraction: Extraction) -> dg.MaterializeResult:  # type: ignore[type-arg]
+    """Embed the frame shards that hold a pending row and have no vectors yet."""
+    from extraction_dagster.stages.embed.model import load_model  # noqa: PLC0415 - loads torch
+    from extraction_dagster.stages.embed.stage import embed_shards  # noqa: PLC0415
+
+    started = time.perf_counter()
+    failures: list[Failure] = []
+    num_frames = 0
+    with plain_failures(), extraction.catalog() as catalog:
+        id_range = register(context.instance, context.partition_key)
+        frames, store = extraction.frame_store(), extraction.embedding_store()
+        plan = catalog.plan(id_range, extraction.fingerprints)
+        todo = {record_id: planned for record_id, planned in plan.items() if planned.status == "todo"}
+        finished = {shard.name for shard in store.shards(id_range)}
+        wanted = [shard for shard in frames.shards(id_range) if _stored([shard], todo) and shard.name not in finished]
+        progress.begin("frame_embeddings", sum(len(shard.records) for shard in wanted))
+        if wanted:
+            model = load_model(extraction.settings)
+            for done in embed_shards(
+                wanted, frames=frames, store=store, model=model, partition=id_range, settings=extraction.settings
+            ):
+                _write_failures(context, catalog, done.failures)
+                failures += done.failures
+                num_frames += done.num_frames
+                progress.advance("frame_embeddings", len(done.shard.records) + len(done.failures))
+        embedded = _stored(store.shards(id_range), todo)
+        catalog.mark_embedded(embedded, extraction.fingerprints.embedding)
+    counts = {"videos": len(embedded), "frames": num_frames, "shards": len(wanted), "failures": failures}
+    return _result(plan, counts, seconds=time.perf_counter() - started)
+
+
+@dg.asset(
+    **_COMMON,
+    deps=[frame_embeddings],
+    pool="qdrant",
+    kinds={"qdrant"},
+    code_version=embedding_settings_fingerprint(_settings),
+    description="The range's points in Qdrant, verified by exact count; then the rows are marked `is_embedded`.",
+)
+def qdrant_points(context: dg.AssetExecutionContext, extraction: Extraction) -> dg.MaterializeResult:  # type: ignore[type-arg]
+    """Replace the points of every pending row whose vectors are stored; mark a row once its points are verified."""
+    started = time.perf_counter()
+    with plain_failures(), extraction.catalog() as catalog:
+        id_range = register(context.instance, context.partition_key)
+        plan = catalog.plan(id_range, extraction.fingerprints)
+        num_points = _index(context, extraction, catalog, id_range, plan)
+    counts = {"videos": len(num_points), "points": sum(num_points.values()), "failures": []}
+    return _result(plan, counts, seconds=time.perf_counter() - started)
+
+
+def _index(
+    context: dg.AssetExecutionContext,
+    extraction: Extraction,
+    catalog: "Catalog",
+    id_range: IdRange,
+    plan: Mapping[int, "PlannedRow"],
+) -> dict[int, int]:
+    """Index shard by shard, so that an interruption costs one shard at most."""
+    from extraction_dagster.stages.index.point_store import open_point_store  # noqa: PLC0415 - loads the engine
+    from extraction_dagster.stages.index.points import generation  # noqa: PLC0415
+    from extraction_dagster.stages.index.replace import replace_records  # noqa: PLC0415
+
+    embeddings, made_with = extraction.embedding_store(), extraction.fingerprints
+    todo = {record_id: planned for record_id, planned in plan.items() if planned.status == "todo"}
+    shards = [(shard, _stored([shard], todo)) for shard in embeddings.shards(id_range)]
+    shards = [(shard, records) for shard, records in shards if records]
+    progress.begin("qdrant_points", len({record_id for _, records in shards for record_id in records}))
+    num_points: dict[int, int] = {}
+    if not shards:
+        return num_points
+    with open_point_store(extraction.settings) as store:
+        store.ensure_collection(embeddings.dim(shards[0][0]), made_with.embedding)
+        for shard, records in shards:
+            wanted = [record_id for record_id in records if record_id not in num_points]
+            videos = {record_id: todo[record_id].video for record_id in wanted}
+            written = replace_records(
+                store,
+                embeddings.read(shard, record_ids=wanted),
+                rows=videos,
+                generations={
+                    record_id: generation(made_with.embedding, made_with.frames, video.content_version)
+                    for record_id, video in videos.items()
+                },
+            )
+            catalog.mark_done(plan, written, made_with)
+            num_points |= written
+            context.log.info(f"Marked {len(written)} records as embedded")
+            progress.advance("qdrant_points", len(written))
+    return num_points
+
+
+def _stored(shards: Iterable[Any], todo: Mapping[int, "PlannedRow"]) -> dict[int, int]:
+    """Frames by record, of the pending rows that a shard holds in their present version."""
+    return {
+        record.record_id: record.num_frames
+        for shard in shards
+        for record in shard.records
+        if record.record_id in todo and record.content_version == todo[record.record_id].video.content_version
+    }
+
+
+def _unmarked(planned: "PlannedRow") -> bool:
+    return planned.entry is None or planned.entry.state not in {"extracted", "embedded", "done"}
+
+
+def _mark_extracted(
+    context: dg.AssetExecutionContext,
+    catalog: "Catalog",
+    plan: Mapping[int, "PlannedRow"],
+    num_frames: Mapping[int, int],
+    made_with: str,
+) -> None:
+    if num_frames:
+        catalog.mark_extracted(plan, num_frames, made_with)
+        context.log.info(f"Marked {len(num_frames)} records as extracted")
+
+
+def _write_failures(context: dg.AssetExecutionContext, catalog: "Catalog", failures: Iterable[Failure]) -> None:
+    states = catalog.record_failures(failures, run_id=context.run_id)
+    for failure in failures:
+        context.log.warning(f"Record {failure.record_id} {states[failure.record_id]}: {failure.message}")
+
+
+def _result(plan: Mapping[int, "PlannedRow"], counts: dict[str, Any], *, seconds: float) -> dg.MaterializeResult:  # type: ignore[type-arg]
+    """Numbers that plot over time, and the failures as a table."""
+    failures: list[Failure] = counts.pop("failures")
+    statuses = [planned.status for planned in plan.values()]
+    metadata: dict[str, Any] = {
+        "records": len(plan),
+        **counts,
+        "failures": len(failures),
+        "records_waiting": statuses.count("waiting"),
+        "records_parked": statuses.count("parked"),
+        "seconds": round(seconds, 3),
+    }
+    if failures:
+        metadata["failures_table"] = dg.MetadataValue.table(
+            [
+                dg.TableRecord({"record": item.record_id, "error": item.error_type, "message": item.message})
+                for item in failures[:_MOST_FAILURES_SHOWN]
+            ]
+        )
+    return dg.MaterializeResult(metadata=metadata)

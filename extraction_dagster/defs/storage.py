@@ -1,0 +1,87 @@
+"""Where the Dagster instance keeps its own data: chosen by the settings, so that one dagster.yaml serves every place."""
+
+from pathlib import Path
+from typing import Any
+
+from dagster._core.storage.base_storage import DagsterStorage
+from dagster._core.storage.local_compute_log_manager import LocalComputeLogManager
+from dagster._core.storage.root import LocalArtifactStorage
+from dagster._core.storage.sqlite_storage import DagsterSqliteStorage
+from dagster._serdes import ConfigurableClass, ConfigurableClassData
+from filelock import FileLock
+
+from extraction_dagster.settings import load_settings
+
+
+def instance_folder() -> Path:
+    """The folder of everything that Dagster writes to disk."""
+    return load_settings().home / "dagster"
+
+
+class ExtractionStorage(DagsterStorage, ConfigurableClass):
+    """Runs, events, schedules and cursors: PostgreSQL when EXTRACTION_POSTGRES_URL is set, else SQLite under home."""
+
+    @classmethod
+    def config_type(cls) -> dict[str, Any]:
+        """Nothing to configure here: the settings decide."""
+        return {}
+
+    @classmethod
+    def from_config_value(
+        cls,
+        inst_data: ConfigurableClassData | None,
+        config_value: object,  # noqa: ARG003 - Dagster's signature
+    ) -> DagsterStorage:
+        """Open the storage that the settings name.
+
+        Raises:
+            DatabaseUrlError: EXTRACTION_POSTGRES_URL is malformed.
+        """
+        settings = load_settings()
+        if settings.postgres_url is None:
+            folder = instance_folder()
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / "storage.lock"):  # two processes that create the tables at once would collide
+                return DagsterSqliteStorage.from_local(str(folder), inst_data=inst_data)
+        from dagster_postgres import DagsterPostgresStorage  # noqa: PLC0415 - only where it is used
+
+        from extraction_dagster.stages.catalog.database import parse_url  # noqa: PLC0415
+
+        url = parse_url(settings.postgres_url.get_secret_value(), setting="EXTRACTION_POSTGRES_URL")
+        return DagsterPostgresStorage(url.render_as_string(hide_password=False), inst_data=inst_data)
+
+
+class ExtractionArtifactStorage(LocalArtifactStorage):
+    """Local artifacts, under home."""
+
+    @classmethod
+    def config_type(cls) -> dict[str, Any]:
+        """Nothing to configure here: the settings decide."""
+        return {}
+
+    @classmethod
+    def from_config_value(
+        cls,
+        inst_data: ConfigurableClassData | None,
+        config_value: object,  # noqa: ARG003 - Dagster's signature
+    ) -> "ExtractionArtifactStorage":
+        """Use the folder under home."""
+        return cls(str(instance_folder()), inst_data=inst_data)
+
+
+class ExtractionComputeLogManager(LocalComputeLogManager):
+    """What steps print, under home."""
+
+    @classmethod
+    def config_type(cls) -> dict[str, Any]:
+        """Nothing to configure here: the settings decide."""
+        return {}
+
+    @classmethod
+    def from_config_value(
+        cls,
+        inst_data: ConfigurableClassData | None,
+        config_value: object,  # noqa: ARG003 - Dagster's signature
+    ) -> "ExtractionComputeLogManager":
+        """Use the folder under home."""
+        return cls(str(instance_folder() / "storage"), inst_data=inst_data)
