@@ -142,7 +142,8 @@ class RangeBusyError(ExtractionError):
     def __init__(self, key: str, run_id: str) -> None:
         """Name the range and the run."""
         super().__init__(
-            f"Range {key} has an active run, {run_id}: nothing was launched. Wait until it ends, or terminate it in the UI."
+            f"Range {key} has an active run, {run_id}: nothing was launched. "
+            f"Wait until it ends, or terminate it in the UI."
         )
 
 
@@ -169,4 +170,26 @@ class CursorError(ExtractionError):
             f"The stored cursor can't be used: {why}. Nothing was changed, and the rows still know what is done. "
             f"Look at it with 'extraction checkpoint show'; 'extraction checkpoint reset --storage cursor' "
             f"derives it anew from the rows."
+        )
+
+
+class MirrorError(ExtractionError):
+    """A mirror of the checkpoint can't be reached."""
+
+    def __init__(self, name: str, action: str, reason: str) -> None:
+        """Name the mirror, what was tried and why it failed."""
+        super().__init__(
+            f"Checkpoint mirror {name} can't be {action}: {reason}. The cursor store is not affected. "
+            f"Restore access to it, or set EXTRACTION_CHECKPOINT_MIRROR=none."
+        )
+
+
+class LostCursorError(ExtractionError):
+    """The cursor store is empty and the mirror, which would speak for it, is corrupt."""
+
+    def __init__(self, name: str, why: str) -> None:
+        """Name the mirror and what is wrong with it."""
+        super().__init__(
+            f"The cursor store is empty, and checkpoint mirror {name} is corrupt: {why}. Nothing was started. Mend or "
+            f"remove it, or say where to start with 'extraction checkpoint set ID' or 'extraction checkpoint reset'."
         )

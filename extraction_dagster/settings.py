@@ -96,6 +96,23 @@ class Settings(BaseSettings):
         60.0, ge=0, le=86_400, description="Wait before a failed record's second try; doubles at each further try."
     )
 
+    # The sensor and the checkpoint
+    max_in_flight: int = Field(4, ge=1, le=1000, description="Most ranges that the sensor keeps active at once.")
+    max_wait_seconds: float = Field(
+        30.0, ge=0, le=86_400, description="Longest wait of a row for its range to fill, before the range is requested."
+    )
+    sensor_interval_seconds: int = Field(10, ge=1, le=3600, description="Time between two ticks of the sensor.")
+    sweep_every_ticks: int = Field(
+        30, ge=1, le=10_000, description="Each so many ticks, rows below the watermark are looked through as well."
+    )
+    max_run_seconds: int = Field(
+        6 * 3600, ge=10, description="A run that takes longer is ended, so that its range can be asked for again."
+    )
+    checkpoint_mirror: Literal["none", "json", "table"] = Field(
+        "none", description="Where the watermark is copied to: none, json (checkpoint_path) or table."
+    )
+    checkpoint_path: Path | None = Field(None, description="The JSON mirror; home/.checkpoint when unset.")
+
     # Fetching
     allowed_roots: Names = Field(
         (), description="Folders from which files may be read, separated by commas; home/videos when unset."

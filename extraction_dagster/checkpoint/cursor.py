@@ -1,13 +1,13 @@
 """The cursor's state: a watermark derived from the rows, kept in Dagster's cursor store as strict JSON.
 
-    {"v":1,"source":"0f3c…","last_processed_id":12345,"frontier_id":16345,"floor_id":null,"seq":17,"reset_epoch":0,
-     "updated_at":"2025-01-31T12:00:00Z"}
+{"v":1,"source":"0f3c…","last_processed_id":12345,"frontier_id":16345,"floor_id":null,"seq":17,"reset_epoch":0,
+ "updated_at":"2025-01-31T12:00:00Z"}
 
-          floor_id      last_processed_id           frontier_id
-    ─────────┼─────────────────┼─────────────────────────┼──────────────► id
-     left    │ every eligible  │ handed out in ranges,   │ not handed out yet
-     alone   │ row is done or  │ some rows unfinished    │
-             │ parked          │                         │
+      floor_id      last_processed_id           frontier_id
+─────────┼─────────────────┼─────────────────────────┼──────────────► id
+ left    │ every eligible  │ handed out in ranges,   │ not handed out yet
+ alone   │ row is done or  │ some rows unfinished    │
+         │ parked          │                         │
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ _KEYS = {
     "updated_at",
 }
 _VERSION = 1
+_EPOCH = datetime.fromtimestamp(0, UTC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class CursorState:
     floor_id: int | None = None
     seq: int = 0
     reset_epoch: int = 0
-    updated_at: datetime = datetime.fromtimestamp(0, UTC)
+    updated_at: datetime = _EPOCH
 
     @classmethod
     def first(cls, source: str, *, now: datetime) -> CursorState:

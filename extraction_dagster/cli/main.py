@@ -31,7 +31,7 @@ def _show_version(value: bool) -> None:  # noqa: FBT001 - Typer calls it so
 @app.callback()
 def _options(
     *,
-    version: bool = typer.Option(False, "--version", help="Print the version.", callback=_show_version, is_eager=True),  # noqa: ARG001, FBT003
+    version: bool = typer.Option(False, "--version", help="Print the version.", callback=_show_version, is_eager=True),  # noqa: FBT003
 ) -> None:
     pass
 

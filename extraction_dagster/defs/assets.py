@@ -1,5 +1,6 @@
 """The three assets, in data order: video_frames, frame_embeddings, qdrant_points; one partition per range of ids."""
 
+import logging
 import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from extraction_dagster.stages.embed.fingerprint import embedding_settings_finge
 if TYPE_CHECKING:
     from extraction_dagster.stages.catalog.catalog import Catalog, PlannedRow
 
+_log = logging.getLogger(__name__)  # managed by Dagster: what is said here is in the run's events too
 _settings = load_settings()
 _COMMON: dict[str, Any] = {"partitions_def": id_ranges, "group_name": "extraction", "owners": ["team:extraction"]}
 _MOST_FAILURES_SHOWN = 100
@@ -54,16 +56,16 @@ def _decode(
     store, made_with = extraction.frame_store(), extraction.fingerprints.frames
     todo = {record_id: planned for record_id, planned in plan.items() if planned.status == "todo"}
     kept = _stored(store.shards(id_range), todo)
-    _mark_extracted(context, catalog, plan, {key: number for key, number in kept.items() if _unmarked(plan[key])}, made_with)
+    _mark_extracted(catalog, plan, {key: number for key, number in kept.items() if _unmarked(plan[key])}, made_with)
     rows = [planned.video for record_id, planned in todo.items() if record_id not in kept]
-    context.log.info(f"Processing batch of {len(rows)} records (IDs: {id_range.first_id} - {id_range.last_id})")
+    _log.info("Processing batch of %d records (IDs: %d - %d)", len(rows), id_range.first_id, id_range.last_id)
     progress.begin("video_frames", len(rows))
     failures: list[Failure] = []
     num_frames = num_bytes = 0
     for landed in decode_rows(rows, store=store, partition=id_range, settings=extraction.settings):
         if landed.shard is not None:
             stored = {record.record_id: record.num_frames for record in landed.shard.records}
-            _mark_extracted(context, catalog, plan, stored, made_with)
+            _mark_extracted(catalog, plan, stored, made_with)
             num_frames, num_bytes = num_frames + landed.num_frames, num_bytes + landed.num_bytes
         _write_failures(context, catalog, landed.failures)
         failures += landed.failures
@@ -130,13 +132,12 @@ def qdrant_points(context: dg.AssetExecutionContext, extraction: Extraction) -> 
     with plain_failures(), extraction.catalog() as catalog:
         id_range = register(context.instance, context.partition_key)
         plan = catalog.plan(id_range, extraction.fingerprints)
-        num_points = _index(context, extraction, catalog, id_range, plan)
+        num_points = _index(extraction, catalog, id_range, plan)
     counts = {"videos": len(num_points), "points": sum(num_points.values()), "failures": []}
     return _result(plan, counts, seconds=time.perf_counter() - started)
 
 
 def _index(
-    context: dg.AssetExecutionContext,
     extraction: Extraction,
     catalog: "Catalog",
     id_range: IdRange,
@@ -171,7 +172,7 @@ def _index(
             )
             catalog.mark_done(plan, written, made_with)
             num_points |= written
-            context.log.info(f"Marked {len(written)} records as embedded")
+            _log.info("Marked %d records as embedded", len(written))
             progress.advance("qdrant_points", len(written))
     return num_points
 
@@ -191,7 +192,6 @@ def _unmarked(planned: "PlannedRow") -> bool:
 
 
 def _mark_extracted(
-    context: dg.AssetExecutionContext,
     catalog: "Catalog",
     plan: Mapping[int, "PlannedRow"],
     num_frames: Mapping[int, int],
@@ -199,13 +199,13 @@ def _mark_extracted(
 ) -> None:
     if num_frames:
         catalog.mark_extracted(plan, num_frames, made_with)
-        context.log.info(f"Marked {len(num_frames)} records as extracted")
+        _log.info("Marked %d records as extracted", len(num_frames))
 
 
 def _write_failures(context: dg.AssetExecutionContext, catalog: "Catalog", failures: Iterable[Failure]) -> None:
     states = catalog.record_failures(failures, run_id=context.run_id)
     for failure in failures:
-        context.log.warning(f"Record {failure.record_id} {states[failure.record_id]}: {failure.message}")
+        _log.warning("Record %d %s: %s", failure.record_id, states[failure.record_id], failure.message)
 
 
 def _result(plan: Mapping[int, "PlannedRow"], counts: dict[str, Any], *, seconds: float) -> dg.MaterializeResult:  # type: ignore[type-arg]

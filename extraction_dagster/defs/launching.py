@@ -79,7 +79,9 @@ def launch(instance: dg.DagsterInstance, id_range: IdRange) -> FinishedRun:
     _bury_dead_runs(instance)
     register(instance, id_range.partition_key)
     active = instance.get_runs(
-        dg.RunsFilter(tags={"dagster/partition": id_range.partition_key}, statuses=[*_ACTIVE, dg.DagsterRunStatus.QUEUED])
+        dg.RunsFilter(
+            tags={"dagster/partition": id_range.partition_key}, statuses=[*_ACTIVE, dg.DagsterRunStatus.QUEUED]
+        )
     )
     if active:
         raise RangeBusyError(id_range.partition_key, active[0].run_id)

@@ -1,4 +1,4 @@
-"""Where the Dagster instance keeps its own data: chosen by the settings, so that one dagster.yaml serves every place."""
+"""Where the Dagster instance keeps its data: the settings decide, so that one dagster.yaml serves every place."""
 
 from pathlib import Path
 from typing import Any
