@@ -151,6 +151,7 @@ class Settings(BaseSettings):
 
     # Qdrant
     qdrant_url: str | None = Field(None, description="Qdrant server; the embedded engine under home when unset.")
+    qdrant_grpc_port: int = Field(6334, ge=1, le=65535, description="The Qdrant server's gRPC port.")
     qdrant_api_key: SecretStr | None = Field(None, description="API key of the Qdrant server.")
     qdrant_timeout_seconds: float = Field(60.0, gt=0, le=3600, description="Limit for one call to the Qdrant server.")
     collection_name: str = Field(

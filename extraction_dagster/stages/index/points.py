@@ -1,0 +1,226 @@
+"""From embeddings to points: ids, generations, payloads.
+
+A point's id follows from its record and frame alone, so that writing it twice leaves one point. Its generation says
+from what it was made, so that points made from something else can be told apart and removed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import uuid
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from extraction_dagster.errors import PayloadError, RecordShapeError, SettingsError, VectorNormError
+from extraction_dagster.records import fingerprint
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from extraction_dagster.records import EmbeddingBatch, VideoRow
+
+_NAMESPACE = uuid.UUID("8c1f4bb4-5d0a-5b6e-9c3e-2f6f1f0d7a51")
+RESERVED_KEYS = (
+    "record_id",
+    "platform",
+    "video_code",
+    "frame_number",
+    "frame_second",
+    "path",
+    "created_at",
+    "generation",
+)
+# Vectors come in float16, whose rounding moves a unit norm by about 0.0005.
+_NORM_TOLERANCE = 0.01
+_MIN_INT, _MAX_INT = -(2**63), 2**63 - 1
+
+
+def point_id(record_id: int, frame_number: int) -> str:
+    """The id of a frame's point: the same for ever, whatever the model or the run."""
+    return str(uuid.uuid5(_NAMESPACE, f"{record_id}/{frame_number}"))
+
+
+def generation(*, embedding_fingerprint: str, frames_fingerprint: str, content_version: str) -> str:
+    """Name what a record's points are made from; a retry of the same work gives the same name.
+
+    Args:
+        embedding_fingerprint: Model, preprocessing and storage of the vectors.
+        frames_fingerprint: Decoder, sampling and quality steps.
+        content_version: The row's version of its file.
+    """
+    return fingerprint(embedding=embedding_fingerprint, frames=frames_fingerprint, content=content_version)
+
+
+@dataclass(frozen=True, slots=True)
+class PointBatch:
+    """Points as a store takes them.
+
+    Attributes:
+        ids: N distinct UUIDs.
+        vectors: float32 or float16, shape (N, dim), L2-normalised.
+        payloads: N payloads of JSON values.
+    """
+
+    ids: Sequence[str]
+    vectors: np.ndarray
+    payloads: Sequence[Mapping[str, Any]]
+
+    def __post_init__(self) -> None:
+        """Refuse mismatched lengths, other dtypes, and an id that occurs twice."""
+        got = f"ids {len(self.ids)}, vectors {self.vectors.dtype} {self.vectors.shape}, payloads {len(self.payloads)}"
+        if self.vectors.dtype not in (np.float32, np.float16) or self.vectors.ndim != 2:  # noqa: PLR2004 - (N, dim)
+            raise RecordShapeError(record="PointBatch", why="vectors must be float32 or float16 (N, dim)", shapes=got)
+        if not len(self.ids) == len(self.vectors) == len(self.payloads):
+            raise RecordShapeError(record="PointBatch", why="ids, vectors, payloads must have one length", shapes=got)
+        if len(set(self.ids)) != len(self.ids):
+            raise RecordShapeError(record="PointBatch", why="ids must be distinct: a frame occurs twice", shapes=got)
+
+    def __len__(self) -> int:
+        """The number of points, N."""
+        return len(self.ids)
+
+    @property
+    def dim(self) -> int:
+        """The length of each vector."""
+        return int(self.vectors.shape[1])
+
+    def chunks(self, *, max_points: int, max_bytes: int) -> Iterator[PointBatch]:
+        """Cut into batches that one call to a store can carry; a single point above `max_bytes` goes alone."""
+        start, size = 0, 0
+        for index, payload in enumerate(self.payloads):
+            # 64 bytes stand for the id and the framing.
+            point_bytes = 4 * self.dim + 64 + len(json.dumps(payload))
+            if index > start and (index - start >= max_points or size + point_bytes > max_bytes):
+                yield self._slice(start, index)
+                start, size = index, 0
+            size += point_bytes
+        if start < len(self):
+            yield self._slice(start, len(self))
+
+    def _slice(self, start: int, stop: int) -> PointBatch:
+        return PointBatch(self.ids[start:stop], self.vectors[start:stop], self.payloads[start:stop])
+
+
+def build_points(
+    embeddings: EmbeddingBatch,
+    *,
+    rows: Mapping[int, VideoRow],
+    generations: Mapping[int, str],
+    created_at: datetime | None = None,
+) -> PointBatch:
+    """Make the points of a batch of embeddings.
+
+    Args:
+        embeddings: Vectors, L2-normalised up to float16 rounding; they are normalised again in float32.
+        rows: The row of every record in the batch; further rows are ignored.
+        generations: The generation of every record in the batch.
+        created_at: Timezone-aware; now when None.
+
+    Raises:
+        VectorNormError: A vector's norm is not 1.
+        PayloadError: A payload column's value has no JSON form.
+        SettingsError: A payload column has a reserved name.
+        RecordShapeError: A record has no row or no generation.
+    """
+    stamp = rfc3339(created_at or datetime.now(UTC))
+    record_ids: list[int] = embeddings.record_id.tolist()
+    frame_numbers: list[int] = embeddings.frame_number.tolist()
+    bases = {record_id: _record_payload(record_id, rows, generations, stamp) for record_id in dict.fromkeys(record_ids)}
+    return PointBatch(
+        ids=tuple(map(point_id, record_ids, frame_numbers)),
+        vectors=_unit(embeddings),
+        payloads=tuple(
+            {**bases[record_id], "frame_number": number, "frame_second": second}
+            for record_id, number, second in zip(
+                record_ids, frame_numbers, embeddings.pts_seconds.tolist(), strict=True
+            )
+        ),
+    )
+
+
+def rfc3339(moment: datetime) -> str:
+    """A moment as `2026-01-02T03:04:05.678Z`; a naive one is taken for UTC."""
+    aware = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    return aware.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _unit(embeddings: EmbeddingBatch) -> np.ndarray:
+    vectors = embeddings.vectors.astype(np.float32)
+    norms = np.linalg.norm(vectors, axis=1)
+    wrong = np.flatnonzero(np.abs(norms - 1) > _NORM_TOLERANCE)
+    if len(wrong):
+        first = int(wrong[0])
+        raise VectorNormError(
+            int(embeddings.record_id[first]), int(embeddings.frame_number[first]), float(norms[first])
+        )
+    return np.asarray(vectors / norms[:, np.newaxis], dtype=np.float32)
+
+
+def _record_payload(
+    record_id: int, rows: Mapping[int, VideoRow], generations: Mapping[int, str], stamp: str
+) -> dict[str, Any]:
+    if record_id not in rows or record_id not in generations:
+        raise RecordShapeError(
+            record="PointBatch",
+            why=f"record {record_id} needs a row and a generation",
+            shapes=f"rows {sorted(rows)}, generations {sorted(generations)}",
+        )
+    row = rows[record_id]
+    return {
+        **_extra_payload(row),
+        "record_id": record_id,
+        "platform": row.platform,
+        "video_code": row.code,
+        "path": _text(row.uri),
+        "created_at": stamp,
+        "generation": generations[record_id],
+    }
+
+
+def _extra_payload(row: VideoRow) -> dict[str, Any]:
+    reserved = sorted(set(row.payload) & set(RESERVED_KEYS))
+    if reserved:
+        raise SettingsError(
+            setting="EXTRACTION_SOURCE_PAYLOAD_COLUMNS",
+            got=repr(", ".join(reserved)),
+            expected=f"columns other than {', '.join(RESERVED_KEYS)}, which every point has",
+        )
+    return {column: _json_value(value, row.record_id, column) for column, value in row.payload.items()}
+
+
+def _json_value(value: object, record_id: int, column: str) -> object:  # noqa: C901, PLR0911 - one line a type
+    """A database value as JSON has it; NaN and infinity, which JSON lacks, become null."""
+    match value:
+        case None | bool():
+            return value
+        case str():
+            return _text(value)
+        case int():
+            if _MIN_INT <= value <= _MAX_INT:
+                return value
+            raise PayloadError(record_id, column, f"{value} does not fit 64 bits")
+        case float() | Decimal():
+            return float(value) if math.isfinite(value) else None
+        case datetime():
+            return rfc3339(value)
+        case date():
+            return value.isoformat()
+        case uuid.UUID():
+            return str(value)
+        case np.generic():
+            return _json_value(value.item(), record_id, column)
+        case dict():
+            return {_text(str(key)): _json_value(item, record_id, column) for key, item in value.items()}
+        case list() | tuple() | set() | frozenset():
+            return [_json_value(item, record_id, column) for item in value]
+    raise PayloadError(record_id, column, f"a value of type {type(value).__name__} has no JSON form")
+
+
+def _text(value: str) -> str:
+    r"""Text that UTF-8 can carry: a file name's undecodable byte 0xff becomes `\udcff`, spelled out."""
+    return value.encode("utf-8", "backslashreplace").decode("utf-8")
