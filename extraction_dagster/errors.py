@@ -192,6 +192,9 @@ class LostCursorError(ExtractionError):
         super().__init__(
             f"The cursor store is empty, and checkpoint mirror {name} is corrupt: {why}. Nothing was started. Mend or "
             f"remove it, or say where to start with 'extraction checkpoint set ID' or 'extraction checkpoint reset'."
+        )
+
+
 # The index room. A store's fault is no record's fault, so none of these parks a record, except PayloadError.
 
 
@@ -331,6 +334,9 @@ class PointsMissingError(PointStoreError):
         super().__init__(
             f"{got} points were found {when}, expected exactly {expected} ({records}). The rows were not marked, so "
             f"their range is tried again; 'extraction reconcile' compares the whole collection."
+        )
+
+
 # The demo
 
 
