@@ -144,7 +144,7 @@ def _index(
     plan: Mapping[int, "PlannedRow"],
 ) -> dict[int, int]:
     """Index shard by shard, so that an interruption costs one shard at most."""
-    from extraction_dagster.stages.index.point_store import open_point_store  # noqa: PLC0415 - loads the engine
+    from extraction_dagster.stages.index.point_store import CollectionSpec, open_point_store  # noqa: PLC0415 - loads the engine
     from extraction_dagster.stages.index.points import generation  # noqa: PLC0415
     from extraction_dagster.stages.index.replace import replace_records  # noqa: PLC0415
 
@@ -157,7 +157,8 @@ def _index(
     if not shards:
         return num_points
     with open_point_store(extraction.settings) as store:
-        store.ensure_collection(embeddings.dim(shards[0][0]), made_with.embedding)
+        dim = shards[0][0].dim
+        store.ensure_collection(CollectionSpec(extraction.settings.collection_name, dim, made_with.embedding))
         for shard, records in shards:
             wanted = [record_id for record_id in records if record_id not in num_points]
             videos = {record_id: todo[record_id].video for record_id in wanted}
@@ -166,7 +167,11 @@ def _index(
                 embeddings.read(shard, record_ids=wanted),
                 rows=videos,
                 generations={
-                    record_id: generation(made_with.embedding, made_with.frames, video.content_version)
+                    record_id: generation(
+                        embedding_fingerprint=made_with.embedding,
+                        frames_fingerprint=made_with.frames,
+                        content_version=video.content_version,
+                    )
                     for record_id, video in videos.items()
                 },
             )

@@ -27,11 +27,11 @@ class ExtractionStorage(DagsterStorage, ConfigurableClass):
         return {}
 
     @classmethod
-    def from_config_value(
+    def from_config_value(  # type: ignore[override]  # it opens one of two kinds
         cls,
         inst_data: ConfigurableClassData | None,
         config_value: object,  # noqa: ARG003 - Dagster's signature
-    ) -> DagsterStorage:
+    ) -> DagsterStorage[Any]:
         """Open the storage that the settings name.
 
         Raises:

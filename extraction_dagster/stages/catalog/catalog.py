@@ -68,8 +68,11 @@ class PlannedRow:
         return replace(self.row.video, content_version=f"{self.row.video.content_version}~{revision}")
 
 
-def status_of(row: SourceRow, entry: LedgerEntry | None, fingerprints: Fingerprints, *, now: datetime) -> Status:
+def status_of(row: SourceRow, entry: LedgerEntry | None, fingerprints: Fingerprints | None, *, now: datetime) -> Status:
     """Decide what is to be done with a row.
+
+    With fingerprints, a row that was done with other settings is to be done again: a materialization brings its range
+    up to date. Without, it stays done: a changed setting alone makes nobody's table pending.
 
     A row that the source marks as done and the ledger has never seen was done before this project came: it stays done.
     """
@@ -85,8 +88,8 @@ def status_of(row: SourceRow, entry: LedgerEntry | None, fingerprints: Fingerpri
         return "todo"
     if row.marked_done is False:
         return "again"
-    made_with = (entry.frames_fingerprint, entry.embedding_fingerprint)
-    return "done" if made_with == (fingerprints.frames, fingerprints.embedding) else "todo"
+    made_with = Fingerprints(entry.frames_fingerprint or "", entry.embedding_fingerprint or "")
+    return "done" if fingerprints in {None, made_with} else "todo"
 
 
 def _same_version(row: SourceRow, entry: LedgerEntry) -> bool:
@@ -210,6 +213,12 @@ class Catalog:
                 retry_delay_seconds=self.settings.retry_delay_seconds,
             )
         )
+
+    def num_pending(self, id_range: IdRange) -> int:
+        """The records of a range that a run would process now."""
+        entries, now = self.ledger.entries(id_range), datetime.now(UTC)
+        rows = ((row, entries.get(row.video.record_id)) for row in self.source.rows(id_range))
+        return sum(status_of(row, entry, None, now=now) in {"todo", "again"} for row, entry in rows)
 
     def summary(self, id_range: IdRange) -> str:
         """A range in words: how many of its records are done, failed, parked, pending."""

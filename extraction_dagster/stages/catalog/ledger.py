@@ -167,6 +167,12 @@ class Ledger:
         with reading(self.engine, what="read the ledger") as connection:
             return {state: int(number) for state, number in connection.execute(query)}
 
+    def num_frames(self) -> int:
+        """The number of stored frames of the records that are done."""
+        query = sa.select(sa.func.coalesce(sa.func.sum(LEDGER_TABLE.c.num_frames), 0))
+        with reading(self.engine, what="read the ledger") as connection:
+            return int(connection.execute(query.where(LEDGER_TABLE.c.state == "done")).scalar_one())
+
     def upsert(self, connection: sa.Connection, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write entries; every row has the same keys, `record_id` among them. Other columns keep their values."""
         if not rows:
