@@ -47,6 +47,8 @@ def make_engine(url: str, *, setting: str) -> sa.Engine:
     if sqlite:
         sa.event.listen(engine, "connect", _prepare_sqlite)
         sa.event.listen(engine, "begin", _begin_sqlite)
+    if parsed.get_backend_name() == "postgresql":
+        sa.event.listen(engine, "connect", _prepare_postgresql)
     return engine
 
 
@@ -54,6 +56,13 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:  # noqa: ANN401 -
     connection.isolation_level = None  # the driver must not begin transactions of its own
     connection.execute("PRAGMA busy_timeout = 60000")
     connection.execute("PRAGMA foreign_keys = ON")
+
+
+def _prepare_postgresql(connection: Any, _record: object) -> None:  # noqa: ANN401 - a driver's own connection
+    # A version column is compared as text: it must read the same whatever the server's or the role's defaults are.
+    with connection.cursor() as cursor:
+        cursor.execute("SET TIME ZONE 'UTC'; SET DateStyle TO 'ISO, YMD'")
+    connection.commit()
 
 
 def _begin_sqlite(connection: sa.Connection) -> None:
@@ -95,4 +104,5 @@ def _translated(engine: sa.Engine, what: str) -> Iterator[None]:
 
 def describe(url: sa.URL) -> str:
     """The database as it may be printed: no user, no password, no query string."""
-    return url.set(username=None, password=None, query={}).render_as_string(hide_password=True)
+    bare = sa.URL.create(url.drivername, host=url.host, port=url.port, database=url.database)
+    return bare.render_as_string(hide_password=True)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Step = Literal["extracted", "embedded"]
 _CHUNK = 500
+_VERSION_LABEL = "extraction_version"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +30,11 @@ class SourceRow:
 
     Attributes:
         video: The row, with the source's own version as its content_version.
-        version: The version column's value as the database gave it, for the guarded mark.
         extracted: The mark, or None where there is no such column.
         embedded: The mark, or None where there is no such column.
     """
 
     video: VideoRow
-    version: object
     extracted: bool | None
     embedded: bool | None
 
@@ -68,7 +67,9 @@ class SourceTable:
         self._payload = [
             self._column(name, "EXTRACTION_SOURCE_PAYLOAD_COLUMNS") for name in settings.source_payload_columns
         ]
-        self._version = self._optional(settings.source_version_column, "EXTRACTION_SOURCE_VERSION_COLUMN")
+        version = self._optional(settings.source_version_column, "EXTRACTION_SOURCE_VERSION_COLUMN")
+        # As text, made by the database: one form for reading and for comparing, whoever wrote the value and how.
+        self._version = None if version is None else sa.func.coalesce(sa.cast(version, sa.Text), "")
         self._extracted = self._mark(settings.source_extracted_column, "EXTRACTION_SOURCE_EXTRACTED_COLUMN")
         self._embedded = self._mark(settings.source_embedded_column, "EXTRACTION_SOURCE_EMBEDDED_COLUMN")
         self.eligible: sa.ColumnElement[bool] = (
@@ -88,8 +89,9 @@ class SourceTable:
 
     def rows(self, id_range: IdRange) -> Iterator[SourceRow]:
         """Every eligible row of the range, in ascending order of ids."""
+        version = sa.literal("") if self._version is None else self._version
         query = (
-            sa.select(self.table)
+            sa.select(*self._needed_columns(), version.label(_VERSION_LABEL))
             .where(self.id.between(id_range.first_id, id_range.last_id), self.eligible)
             .order_by(self.id)
         )
@@ -134,21 +136,24 @@ class SourceTable:
                 connection.execute(statement.where(self.id.in_(chunk)))
             return
         for row in rows:
-            unchanged = self._version.is_not_distinct_from(row.version)
+            unchanged = self._version == row.video.content_version
             connection.execute(statement.where(self.id == row.video.record_id, unchanged))
 
+    def _needed_columns(self) -> list[sa.Column[Any]]:
+        optional = (self._platform, self._code, self._extracted, self._embedded)
+        columns = [self.id, *self._uri_columns, *self._payload, *(column for column in optional if column is not None)]
+        return list({column.name: column for column in columns}.values())
+
     def _source_row(self, row: sa.RowMapping) -> SourceRow:
-        version = None if self._version is None else row[self._version.name]
         return SourceRow(
             video=VideoRow(
                 record_id=int(row[self.id.name]),
                 uri=self._uri(row),
                 platform=_text(row[self._platform.name]) if self._platform is not None else None,
                 code=_text(row[self._code.name]) if self._code is not None else None,
-                content_version="" if version is None else str(version),
+                content_version=row[_VERSION_LABEL],
                 payload={column.name: row[column.name] for column in self._payload},
             ),
-            version=version,
             extracted=None if self._extracted is None else bool(row[self._extracted.name]),
             embedded=None if self._embedded is None else bool(row[self._embedded.name]),
         )
@@ -262,4 +267,4 @@ def chunks(items: Sequence[int]) -> Iterable[Sequence[int]]:
 def _covers_all(index: Any) -> bool:  # noqa: ANN401 - an index as the inspector describes it
     """Whether an index is unique over every row; a partial one is not."""
     options = index.get("dialect_options", {})
-    return bool(index["unique"]) and not any(name.endswith("_where") and options[name] for name in options)
+    return bool(index["unique"]) and not any(name.endswith("_where") for name in options if options[name] is not None)

@@ -1,0 +1,189 @@
+"""What is to do in a range, and how rows are marked."""
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from pydantic import SecretStr
+
+from extraction_dagster.errors import StateError
+from extraction_dagster.records import Failure, IdRange, VideoRow
+from extraction_dagster.stages.catalog.catalog import Fingerprints, status_of
+from extraction_dagster.stages.catalog.ledger import LedgerEntry
+from extraction_dagster.stages.catalog.source_table import SourceRow
+
+TODAY = Fingerprints(frames="f1", embedding="e1")
+ALL = IdRange(1, 100)
+NOW = datetime(2025, 6, 1, tzinfo=UTC)
+
+
+def statuses(catalog, fingerprints=TODAY):
+    return {record_id: planned.status for record_id, planned in catalog.plan(ALL, fingerprints).items()}
+
+
+def finish(catalog, *ids):
+    plan = catalog.plan(ALL, TODAY)
+    catalog.mark_extracted(plan, dict.fromkeys(ids, 3), "f1")
+    catalog.mark_done(plan, dict.fromkeys(ids, 3), TODAY)
+
+
+def failure(record_id, *, permanent=False, version=""):
+    return Failure(record_id, version, "decode", "VideoDecodeError", "broken", permanent=permanent)
+
+
+def row(*, version="", extracted=None, embedded=None):
+    return SourceRow(VideoRow(1, "1.mp4", content_version=version), extracted=extracted, embedded=embedded)
+
+
+@pytest.mark.parametrize(
+    ("source", "entry", "status"),
+    [
+        (row(), None, "todo"),
+        (row(extracted=True, embedded=True), None, "done"),
+        (row(extracted=True, embedded=False), None, "todo"),
+        (row(), LedgerEntry(1, "extracted"), "todo"),
+        (row(), LedgerEntry(1, "embedded"), "todo"),
+        (row(), LedgerEntry(1, "parked"), "parked"),
+        (row(version="2"), LedgerEntry(1, "parked", content_version="1"), "todo"),
+        (row(), LedgerEntry(1, "failed", not_before=NOW + timedelta(seconds=1)), "waiting"),
+        (row(), LedgerEntry(1, "failed", not_before=NOW - timedelta(seconds=1)), "todo"),
+        (row(), LedgerEntry(1, "done", frames_fingerprint="f1", embedding_fingerprint="e1"), "done"),
+        (row(), LedgerEntry(1, "done", frames_fingerprint="f0", embedding_fingerprint="e1"), "todo"),
+        (row(), LedgerEntry(1, "done", frames_fingerprint="f1", embedding_fingerprint="e0"), "todo"),
+        (
+            row(extracted=True, embedded=False),
+            LedgerEntry(1, "done", frames_fingerprint="f1", embedding_fingerprint="e1"),
+            "again",
+        ),
+        (row(version="2"), LedgerEntry(1, "done", content_version="1"), "todo"),
+        (row(version="1"), LedgerEntry(1, "failed", content_version="1~2", revision=2), "todo"),
+    ],
+)
+def test_the_status_of_a_row_follows_from_its_marks_and_its_entry(source, entry, status):
+    assert status_of(source, entry, TODAY, now=NOW) == status
+
+
+def test_a_changed_setting_alone_makes_nothing_pending():
+    entry = LedgerEntry(1, "done", frames_fingerprint="f0", embedding_fingerprint="e0")
+    assert status_of(row(), entry, None, now=NOW) == "done"
+
+
+def test_marking_writes_the_ledger_and_the_marks(database):
+    database.create(ids=(1, 2, 3))
+    catalog = database.catalog()
+    plan = catalog.plan(ALL, TODAY)
+    catalog.mark_extracted(plan, {1: 5, 2: 4}, "f1")
+    catalog.mark_embedded([1, 2], "e1")
+    catalog.mark_done(plan, {1: 5}, TODAY)
+    entries = catalog.ledger.entries(ALL)
+    assert entries[1] == LedgerEntry(
+        1, "done", frames_fingerprint="f1", embedding_fingerprint="e1", num_frames=5, num_points=5
+    )
+    assert (entries[2].state, entries[2].num_frames, entries[2].num_points) == ("embedded", 4, None)
+    marks = database.rows("SELECT id, is_extracted, is_embedded FROM insta_content ORDER BY id")
+    assert [tuple(map(int, row)) for row in marks] == [(1, 1, 1), (2, 1, 0), (3, 0, 0)]
+    assert statuses(catalog) == {1: "done", 2: "todo", 3: "todo"}
+    catalog.close()
+
+
+def test_a_cleared_mark_gives_the_row_a_new_revision_once(database):
+    database.create(ids=(1,))
+    catalog = database.catalog()
+    finish(catalog, 1)
+    database.execute("UPDATE insta_content SET is_embedded = false")
+    assert statuses(catalog) == {1: "again"}
+    first = catalog.begin(ALL, TODAY)[1]
+    again = catalog.begin(ALL, TODAY)[1]  # a second try of the same run must not start from nothing
+    assert (first.status, first.video.content_version) == ("todo", "~1")
+    assert again.video.content_version == "~1"
+    finish(catalog, 1)
+    assert catalog.plan(ALL, TODAY)[1].status == "done"
+    catalog.close()
+
+
+def test_a_failing_record_is_tried_three_times_then_parked(database):
+    database.create(ids=(1, 2))
+    catalog = database.catalog(max_attempts=3, retry_delay_seconds=0)
+    states = [catalog.record_failures([failure(1)], run_id="r")[1] for _ in range(3)]
+    assert states == ["failed", "failed", "parked"]
+    assert statuses(catalog) == {1: "parked", 2: "todo"}
+    assert [error.error_message for error in catalog.ledger.errors(limit=9, current_only=False)] == ["broken"] * 3
+    assert len(catalog.ledger.errors(limit=9)) == 1
+    catalog.close()
+
+
+def test_each_further_try_waits_twice_as_long(database):
+    database.create(ids=(1,))
+    catalog = database.catalog(max_attempts=9, retry_delay_seconds=100)
+    waits = []
+    for _ in range(3):
+        before = datetime.now(UTC)
+        catalog.record_failures([failure(1)], run_id="r")
+        waits.append((catalog.ledger.entries(ALL)[1].not_before - before).total_seconds())
+    assert [100 <= waits[0] <= 130, 200 <= waits[1] <= 255, 400 <= waits[2] <= 505] == [True, True, True]
+    assert statuses(catalog) == {1: "waiting"}
+    catalog.close()
+
+
+def test_a_permanent_failure_parks_at_once(database):
+    database.create(ids=(1,))
+    catalog = database.catalog()
+    assert catalog.record_failures([failure(1, permanent=True)], run_id="r") == {1: "parked"}
+    catalog.close()
+
+
+def test_a_changed_version_starts_the_count_of_tries_anew(database):
+    database.create(ids=(1,))
+    catalog = database.catalog(max_attempts=2)
+    catalog.record_failures([failure(1, version="1")], run_id="r")
+    assert catalog.record_failures([failure(1, version="2")], run_id="r") == {1: "failed"}
+    catalog.close()
+
+
+def test_success_clears_what_failed_before(database):
+    database.create(ids=(1,))
+    catalog = database.catalog(retry_delay_seconds=0)
+    catalog.record_failures([failure(1)], run_id="r")
+    finish(catalog, 1)
+    entry = catalog.ledger.entries(ALL)[1]
+    assert (entry.state, entry.attempts, entry.not_before, entry.last_error) == ("done", 0, None, None)
+    assert catalog.ledger.errors(limit=9) == []
+    catalog.close()
+
+
+def test_state_in_another_database_never_touches_a_read_only_source(database, tmp_path):
+    database.create(ids=(1,))
+    state = f"sqlite:///{tmp_path}/state.db"
+    catalog = database.catalog(source_read_only=True, state_url=SecretStr(state))
+    finish(catalog, 1)
+    assert database.rows("SELECT is_extracted, is_embedded FROM insta_content") in ([(0, 0)], [(False, False)])
+    names = "SELECT name FROM sqlite_master" if "sqlite" in database.url else "SELECT tablename FROM pg_tables"
+    assert not [name for (name,) in database.rows(names) if name.startswith("extraction_")]
+    catalog.close()
+
+
+def test_state_tables_of_another_source_are_refused(database):
+    database.create(ids=(1,))
+    database.catalog().close()
+    database.create(name="other")
+    with pytest.raises(StateError, match=r"belong to another source table.*Set EXTRACTION_STATE_URL"):
+        database.catalog(source_table="other")
+
+
+def test_the_summary_counts_records_by_what_became_of_them(database):
+    database.create(ids=(1, 2, 3, 4))
+    catalog = database.catalog()
+    finish(catalog, 1)
+    catalog.record_failures([failure(2, permanent=True), failure(3)], run_id="r")
+    assert catalog.summary(ALL) == "1 done, 1 pending, 1 failed, 1 parked"
+    assert catalog.status() == {
+        "source_table": "insta_content",
+        "first_id": 1,
+        "last_id": 4,
+        "eligible": 4,
+        "done": 1,
+        "failed": 1,
+        "parked": 1,
+        "pending": 1,
+    }
+    assert catalog.num_pending(ALL) == 1
+    catalog.close()
