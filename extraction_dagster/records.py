@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 Stage = Literal["catalog", "fetch", "decode", "embed", "index"]
-_KEY = re.compile(r"(-?(?:0|[1-9][0-9]*))-(-?(?:0|[1-9][0-9]*))", re.ASCII)
+_KEY = re.compile(r"(-?(?:0|[1-9][0-9]{0,18}))-(-?(?:0|[1-9][0-9]{0,18}))")  # BIGINT has up to 19 digits
 _MIN_ID, _MAX_ID = -(2**63), 2**63 - 1
 
 

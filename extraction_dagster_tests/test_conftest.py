@@ -1,0 +1,80 @@
+"""The fixtures and the guard against rotten skips."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+CONFTEST = Path(__file__).with_name("conftest.py")
+CASES = """
+import pytest
+
+@pytest.mark.slow
+def test_marked():
+    pytest.skip("no time")
+
+def test_unmarked():
+    pytest.skip("not here")
+
+@pytest.mark.slow
+@pytest.mark.xfail(reason="known")
+def test_known():
+    assert False
+"""
+
+
+def run_pytest(folder, text, required):
+    (folder / "conftest.py").write_text(CONFTEST.read_text())
+    (folder / "test_it.py").write_text(text)
+    (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    slow: takes long\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "."]
+    env = {**os.environ, "EXTRACTION_TEST_REQUIRE": required, "PYTEST_ADDOPTS": ""}
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+
+
+def test_without_the_variable_a_skip_is_a_skip(tmp_path):
+    done = run_pytest(tmp_path, CASES, "")
+    assert (done.returncode, "2 skipped, 1 xfailed" in done.stdout) == (0, True), done.stdout
+
+
+def test_a_required_marker_turns_its_own_skip_into_a_failure(tmp_path):
+    done = run_pytest(tmp_path, CASES, "slow")
+    assert (done.returncode, "1 failed, 1 skipped, 1 xfailed" in done.stdout) == (1, True), done.stdout
+    assert "skipped, but EXTRACTION_TEST_REQUIRE names slow: Skipped: no time" in done.stdout
+
+
+def test_where_a_marker_is_required_no_module_skips_as_a_whole(tmp_path):
+    done = run_pytest(tmp_path, "import pytest\npytest.skip('all', allow_module_level=True)\n", "slow")
+    assert done.returncode == 2, done.stdout
+    assert "test_it.py skips as a whole, so its markers can't be seen" in done.stdout
+
+
+def test_a_required_marker_that_does_not_exist_is_a_usage_error(tmp_path):
+    done = run_pytest(tmp_path, CASES, "slow,brwoser")
+    assert (done.returncode, "names brwoser, which is no marker of this project" in done.stderr) == (4, True)
+
+
+@pytest.mark.parametrize("variable", ["EXTRACTION_HOME", "EXTRACTION_QDRANT_URL", "DAGSTER_HOME"])
+def test_no_test_sees_a_developers_environment(variable, tmp_path):
+    assert variable not in os.environ
+    assert Path.cwd() == tmp_path
+
+
+def test_settings_live_in_the_tests_own_folder(settings, tmp_path):
+    assert (settings().home, settings(batch_size=2).batch_size) == (tmp_path, 2)
+
+
+@pytest.mark.parametrize("_turn", [1, 2])
+def test_each_test_has_an_empty_postgresql_of_its_own(postgres_url, _turn):
+    engine = sa.create_engine(postgres_url)
+    with engine.begin() as connection:
+        assert connection.scalar(sa.text("SELECT version()")).startswith("PostgreSQL 18")
+        connection.execute(sa.text("CREATE TABLE only_here (id int)"))
+    engine.dispose()
+
+
+def test_the_demos_videos_are_there(demo_folder, demo_videos):
+    assert {(demo_folder / video.path).is_file() for video in demo_videos} == {True}

@@ -1,0 +1,63 @@
+"""The documents that can go stale: held equal to what they describe."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from extraction_dagster.settings import Settings
+from extraction_dagster.settings_doc import settings_page
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+DEPENDENCIES = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]
+NAMES = [re.split(r"[<>=\[ ]", dependency)[0] for dependency in DEPENDENCIES]
+
+
+def canonical(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_the_settings_page_is_what_the_settings_say():
+    page = (ROOT / "docs/settings.md").read_text()
+    assert page == settings_page(), "run 'make docs'"
+
+
+def test_the_settings_page_has_a_line_for_every_setting():
+    listed = re.findall(r"^\| `EXTRACTION_(\w+)` \| (.+?) \| \S", settings_page(), re.MULTILINE)
+    assert [name.lower() for name, _ in listed] == list(Settings.model_fields)
+    assert ("BATCH_SIZE", "`1000`") in listed
+    assert ("QDRANT_URL", "unset") in listed
+    assert ("DECODE_WORKERS", "see right") in listed
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_dependency_has_its_line(name):
+    lines = (ROOT / "docs/dependencies.md").read_text().splitlines()
+    found = [line for line in lines if line.startswith(f"| {name} |")]
+    assert len(found) == 1, f"docs/dependencies.md needs one line '| {name} | why | what else was weighed |'"
+    assert all(len(cell.strip()) > 5 for cell in found[0].strip("|").split("|")[1:]), found[0]
+
+
+def test_no_line_speaks_of_a_dependency_that_is_gone():
+    lines = (ROOT / "docs/dependencies.md").read_text().splitlines()
+    tables = [line.split("|")[1].strip() for line in lines if line.startswith("| ")]
+    assert sorted(set(tables) - {"package", "---"}) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_dependency_is_pinned_to_what_the_tests_ran_with(name):
+    pins = [line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line]
+    assert canonical(name) in {canonical(pin) for pin in pins}
+
+
+def test_every_relative_link_leads_somewhere():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+    dead = [
+        f"{page.relative_to(ROOT)}: {target}"
+        for page in pages
+        for target in re.findall(r"\]\((?!https?:|#|data:)([^)#\s]+)", page.read_text())
+        if not (page.parent / target).exists()
+    ]
+    assert dead == []

@@ -1,0 +1,54 @@
+"""The family of errors: they cross processes, and their sentences name the culprit."""
+
+import pickle
+
+import pytest
+
+from extraction_dagster import errors
+from extraction_dagster.errors import (
+    DemoEncoderError,
+    DemoTargetError,
+    ExtractionError,
+    PartitionKeyError,
+    RecordShapeError,
+    SettingsError,
+)
+
+ONE_OF_EACH = [
+    (SettingsError("EXTRACTION_FPS", "'x'", "a number"), False),
+    (PartitionKeyError("1..5", "it is not two integers joined by '-'"), False),
+    (RecordShapeError("FrameBatch", "data must be uint8", "data int64 (2,)"), False),
+    (DemoEncoderError("a.mp4", ("libx264", "mpeg4"), "18.1.0"), True),
+    (DemoTargetError(("EXTRACTION_QDRANT_URL",), "/home"), True),
+]
+
+
+@pytest.mark.parametrize(("error", "permanent"), ONE_OF_EACH, ids=lambda value: type(value).__name__)
+def test_an_error_crosses_processes_unchanged(error, permanent):
+    error.culprit = 42
+    error.add_note("seen in a worker")
+    back = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own bytes
+    assert (type(back), str(back), back.culprit, back.permanent) == (type(error), str(error), 42, permanent)
+    assert back.__notes__ == ["seen in a worker"]
+
+
+def test_every_error_of_the_project_is_one_of_the_family():
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
+    assert len(kinds) >= 7
+    assert {kind for kind in kinds if not issubclass(kind, ExtractionError)} == set()
+
+
+def test_the_sentence_names_the_culprit_and_the_fix():
+    assert str(PartitionKeyError("5-1", "the first id must not be greater than the last")) == (
+        "'5-1' is not a range of ids: the first id must not be greater than the last. "
+        "Expected FIRST-LAST with both ends included, for example 1-1000."
+    )
+    assert str(DemoTargetError(("EXTRACTION_SOURCE_URL", "EXTRACTION_QDRANT_URL"), "/d/.extraction")) == (
+        "The demo writes under '/d/.extraction' only, but EXTRACTION_SOURCE_URL, EXTRACTION_QDRANT_URL lead "
+        "elsewhere. Nothing was written. Unset EXTRACTION_SOURCE_URL, EXTRACTION_QDRANT_URL in the environment "
+        "and in .env, or run the demo in another folder."
+    )
+    assert str(DemoEncoderError("a.mp4", ("libx264", "mpeg4"), "18.1.0")) == (
+        "Demo clip 'a.mp4' can't be encoded: PyAV 18.1.0 has none of libx264, mpeg4. Nothing was written for it. "
+        "Install PyAV's own wheel: pip install --force-reinstall av."
+    )

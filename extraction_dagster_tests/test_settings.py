@@ -1,0 +1,116 @@
+"""Settings from the environment and .env: what is read, what is refused, what is never shown."""
+
+from pathlib import Path
+
+import pytest
+
+from extraction_dagster.errors import SettingsError
+from extraction_dagster.settings import Settings, load_settings
+
+
+def test_defaults_run_everything_embedded_under_one_home(tmp_path):
+    settings = load_settings()
+    assert settings.home == tmp_path / ".extraction"
+    assert settings.resolved_source_url == f"sqlite:///{tmp_path}/.extraction/source.db"
+    assert settings.resolved_state_url == settings.resolved_source_url
+    assert settings.resolved_frames_uri == f"{tmp_path}/.extraction/frames"
+    assert settings.resolved_embeddings_uri == f"{tmp_path}/.extraction/embeddings"
+    assert settings.resolved_allowed_roots == (tmp_path / ".extraction" / "videos",)
+    assert (settings.qdrant_url, settings.batch_size, settings.decoder) == (None, 1000, "pyav")
+
+
+def test_the_environment_wins_over_the_env_file(monkeypatch, tmp_path):
+    (tmp_path / ".env").write_text("EXTRACTION_BATCH_SIZE=5\nEXTRACTION_FPS=2\nOTHER=1\n")
+    monkeypatch.setenv("EXTRACTION_BATCH_SIZE", "7")
+    settings = load_settings()
+    assert (settings.batch_size, settings.fps) == (7, 2.0)
+
+
+def test_the_state_follows_the_source_unless_it_is_set(settings):
+    assert settings(source_url="sqlite:////a.db").resolved_state_url == "sqlite:////a.db"
+    assert settings(source_url="sqlite:////a.db", state_url="sqlite:////b.db").resolved_state_url == "sqlite:////b.db"
+
+
+def test_lists_are_written_with_commas(monkeypatch):
+    monkeypatch.setenv("EXTRACTION_SOURCE_PAYLOAD_COLUMNS", "title, likes,")
+    monkeypatch.setenv("EXTRACTION_ALLOWED_ROOTS", "/a,/b")
+    settings = load_settings()
+    assert settings.source_payload_columns == ("title", "likes")
+    assert settings.resolved_allowed_roots == (Path("/a"), Path("/b"))
+
+
+@pytest.mark.parametrize("column", ["PLATFORM", "CODE", "EXTRACTED", "EMBEDDED"])
+def test_an_empty_optional_column_means_none(monkeypatch, column):
+    monkeypatch.setenv(f"EXTRACTION_SOURCE_{column}_COLUMN", "")
+    assert getattr(load_settings(), f"source_{column.lower()}_column") is None
+
+
+@pytest.mark.parametrize("name", ["QDRANT_URL", "BATCH_SIZE", "HOME", "POSTGRES_URL", "ALLOWED_ROOTS"])
+def test_any_other_empty_value_counts_as_unset(monkeypatch, name):
+    monkeypatch.setenv(f"EXTRACTION_{name}", "")
+    assert getattr(load_settings(), name.lower()) == getattr(Settings(), name.lower())
+
+
+def test_an_unknown_variable_is_refused_with_the_likely_name(monkeypatch):
+    monkeypatch.setenv("EXTRACTION_BATCHSIZE", "5")
+    with pytest.raises(
+        SettingsError, match=r"^Setting EXTRACTION_BATCHSIZE is unknown, expected EXTRACTION_BATCH_SIZE, perhaps\. "
+    ):
+        load_settings()
+
+
+def test_an_unknown_line_of_the_env_file_is_refused_too(tmp_path):
+    (tmp_path / ".env").write_text("EXTRACTION_QRANT_URL=http://localhost\n")
+    with pytest.raises(SettingsError, match="EXTRACTION_QRANT_URL is unknown, expected EXTRACTION_QDRANT_URL"):
+        load_settings()
+
+
+def test_an_env_file_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / ".env").write_bytes(b"EXTRACTION_FPS=\xff\xfe\n")
+    with pytest.raises(SettingsError, match=r"Setting file \.env is unreadable \(UnicodeDecodeError\)"):
+        load_settings()
+
+
+def test_variables_of_the_tests_are_no_settings(monkeypatch):
+    monkeypatch.setenv("EXTRACTION_TEST_ANYTHING", "1")
+    load_settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("BATCH_SIZE", "0", "is '0', expected Input should be greater than or equal to 1"),
+        ("BATCH_SIZE", "many", "is 'many', expected Input should be a valid integer"),
+        ("DECODER", "cv2", "is 'cv2', expected Input should be 'pyav' or 'decord'"),
+        ("DEVICE", "gpu", "is 'gpu', expected String should match pattern"),
+        ("FPS", "nan", "is 'nan', expected Input should be "),
+        ("SOURCE_READ_ONLY", "maybe", "is 'maybe', expected Input should be a valid boolean"),
+        ("COLLECTION_NAME", "a/b", "is 'a/b', expected String should match pattern"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_name_and_what_was_expected(monkeypatch, name, value, sentence):
+    monkeypatch.setenv(f"EXTRACTION_{name}", value)
+    with pytest.raises(SettingsError, match=f"^Setting EXTRACTION_{name} {sentence}"):
+        load_settings()
+
+
+def test_a_read_only_source_needs_its_state_elsewhere(monkeypatch):
+    monkeypatch.setenv("EXTRACTION_SOURCE_READ_ONLY", "true")
+    with pytest.raises(SettingsError, match="is not consistent, expected source_read_only needs state_url"):
+        load_settings()
+    monkeypatch.setenv("EXTRACTION_STATE_URL", "sqlite:///state.db")
+    assert load_settings().source_read_only is True
+
+
+@pytest.mark.parametrize("name", ["SOURCE_URL", "STATE_URL", "POSTGRES_URL", "QDRANT_API_KEY"])
+def test_a_secret_is_never_shown(monkeypatch, name):
+    monkeypatch.setenv(f"EXTRACTION_{name}", "postgresql://u:canary-4711@db/x")
+    settings = load_settings()
+    assert getattr(settings, name.lower()).get_secret_value() == "postgresql://u:canary-4711@db/x"
+    for shown in (repr(settings), str(settings), settings.model_dump_json(), str(settings.model_dump())):
+        assert "canary" not in shown
+
+
+def test_settings_do_not_change_after_they_were_read(settings):
+    with pytest.raises(ValueError, match="Instance is frozen"):
+        settings().batch_size = 2
