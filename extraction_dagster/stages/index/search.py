@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Hit", "search_images"]
 
-# Frames asked for beyond the limit, so that equal scores at its edge come out in the same order every time.
+# Frames asked for beyond the limit, so that up to so many equal scores at its edge come out in the same order.
 _TIES = 32
 _FRAMES_PER_VIDEO = 8
 

@@ -7,6 +7,7 @@ a second, or never) and are not used; ours repeat what may pass and are safe bec
 
 from __future__ import annotations
 
+import math
 import urllib.parse
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
@@ -45,7 +46,13 @@ class ServerStore:
     """A `PointStore` on a Qdrant server; see `PointStore` for what each method promises."""
 
     def __init__(
-        self, client: QdrantClient, *, url: str, wire: server_wire.Wire = "grpc", retry: RetryPolicy | None = None
+        self,
+        client: QdrantClient,
+        *,
+        url: str,
+        wire: server_wire.Wire = "grpc",
+        timeout_seconds: float = 60.0,
+        retry: RetryPolicy | None = None,
     ) -> None:
         """Take over a client, which is closed with the store.
 
@@ -53,11 +60,13 @@ class ServerStore:
             client: Connected, or on its local engine.
             url: For messages; without credentials.
             wire: `local` for the client's local engine, which takes no gRPC messages.
+            timeout_seconds: Limit for one call.
             retry: How calls are repeated.
         """
         self._client = client
         self._url = url
         self._wire = wire
+        self._timeout_seconds = timeout_seconds
         self._retry = retry or RetryPolicy()
         self._collections = ServerCollections(client, url, self._call)
         self._spec: CollectionSpec | None = None
@@ -75,11 +84,12 @@ class ServerStore:
             grpc_port=settings.qdrant_grpc_port,
             prefer_grpc=True,
             api_key=key.get_secret_value() if key else None,
-            timeout=int(max(1, settings.qdrant_timeout_seconds)),
+            timeout=math.ceil(settings.qdrant_timeout_seconds),
             check_compatibility=False,
             pool_size=1,
         )
-        return cls(client, url=_without_credentials(url), retry=retry)
+        timeout = settings.qdrant_timeout_seconds
+        return cls(client, url=_without_credentials(url), timeout_seconds=timeout, retry=retry)
 
     def __repr__(self) -> str:
         """The server; never the key."""
@@ -126,7 +136,7 @@ class ServerStore:
                 record="PointBatch", why=f"collection {spec.name!r} takes dim {spec.dim}", shapes=f"dim {batch.dim}"
             )
         for chunk in batch.chunks(max_points=MAX_POINTS_PER_CALL, max_bytes=MAX_BYTES_PER_CALL):
-            self._upsert_chunk(target, server_wire.encode_points(chunk, self._wire))
+            self._upsert_chunk(target, chunk)
 
     def count(self, filters: PointFilter | None = None) -> int:
         """The exact number of points."""
@@ -225,8 +235,11 @@ class ServerStore:
             raise StoreNotOpenError(operation, self._url)
         return self._spec, self._target
 
-    def _upsert_chunk(self, target: str, points: list[Any]) -> None:
-        self._call("write points", lambda: require_completed(self._client.upsert(target, points, wait=True)))
+    def _upsert_chunk(self, target: str, chunk: PointBatch) -> None:
+        upsert = server_wire.prepare_upsert(
+            self._client, target, chunk, wire=self._wire, timeout_seconds=self._timeout_seconds
+        )
+        self._call("write points", lambda: require_completed(upsert()))
 
     def _facet(self, filters: PointFilter | None, limit: int) -> list[Any]:
         _, target = self._open("count points")

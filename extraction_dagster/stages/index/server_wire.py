@@ -10,20 +10,34 @@ import numpy as np
 from extraction_dagster.stages.index.filters import Dialect
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qdrant_client import QdrantClient, models
+
     from extraction_dagster.stages.index.points import PointBatch
 
 Wire = Literal["grpc", "local"]
 
 
-def encode_points(batch: PointBatch, wire: Wire) -> list[Any]:
-    """The batch as the client's upsert takes it.
+def prepare_upsert(
+    client: QdrantClient, target: str, batch: PointBatch, *, wire: Wire, timeout_seconds: float
+) -> Callable[[], models.UpdateResult]:
+    """A call that writes the batch and waits until it is applied; it can be repeated without encoding again."""
+    if wire == "local":
+        points = _model_points(batch)
+        return lambda: client.upsert(target, points, wait=True)
+    from qdrant_client import grpc
+    from qdrant_client.conversions.conversion import GrpcToRest
 
-    Over gRPC a vector's bytes go into its message as they are, which costs a third of handing over Python floats.
-    """
-    return _grpc_points(batch) if wire == "grpc" else _model_points(batch)
+    request = grpc.UpsertPoints(collection_name=target, points=_grpc_points(batch), wait=True)
+    return lambda: GrpcToRest.convert_update_result(client.grpc_points.Upsert(request, timeout=timeout_seconds).result)
 
 
 def _grpc_points(batch: PointBatch) -> list[Any]:
+    """Points as gRPC messages.
+
+    A vector's bytes go into its message as they are, which costs a third of handing over Python floats.
+    """
     from qdrant_client import grpc
     from qdrant_client.conversions.conversion import payload_to_grpc
 

@@ -1,0 +1,92 @@
+"""Search over every store."""
+
+from datetime import UTC, datetime
+
+import numpy as np
+import pytest
+
+from extraction_dagster.errors import RecordShapeError
+from extraction_dagster.records import IdRange, VideoRow
+from extraction_dagster.stages.index.points import PointBatch, build_points, point_id
+from extraction_dagster.stages.index.search import Hit, search_images
+
+
+def _towards(cosine):
+    return [cosine, float(np.sqrt(1 - cosine**2)), 0, 0, 0, 0, 0, 0]
+
+
+@pytest.fixture
+def scored(opened):
+    """`scored({(7, 0): 0.9})`: points whose cosine to the query is known."""
+
+    def write(cosines, *, platforms=None, created="2026-01-01T00:00:00Z"):
+        payloads = [
+            {
+                "record_id": record_id,
+                "platform": (platforms or {}).get(record_id, "insta"),
+                "video_code": f"c{record_id}",
+                "frame_number": number,
+                "frame_second": number / 30,
+                "path": f"/videos/{record_id}.mp4",
+                "created_at": created,
+                "generation": "a",
+            }
+            for record_id, number in cosines
+        ]
+        vectors = np.array([_towards(cosine) for cosine in cosines.values()], np.float32)
+        opened.upsert(PointBatch([point_id(*key) for key in cosines], vectors, payloads))
+        return opened
+
+    return write
+
+
+QUERY = np.array([2.0, 0, 0, 0, 0, 0, 0, 0])
+
+
+def _found(hits):
+    return [(hit.record_id, hit.frame_number) for hit in hits]
+
+
+def test_the_best_come_first_with_their_cosine(scored):
+    store = scored({(7, 0): 0.5, (8, 30): 0.9, (9, 0): -0.2})
+    assert search_images(store, QUERY, limit=2) == [
+        Hit(8, 30, 1.0, pytest.approx(0.9, abs=2e-3), "insta", "c8", "/videos/8.mp4"),
+        Hit(7, 0, 0.0, pytest.approx(0.5, abs=2e-3), "insta", "c7", "/videos/7.mp4"),
+    ]
+
+
+def test_equal_scores_come_by_record_then_frame_even_at_the_limit(scored):
+    cosines = {(record_id, number): 0.5 for record_id in (9, 3, 7, 5) for number in (60, 0, 30)}
+    store = scored(cosines)
+    assert _found(search_images(store, QUERY, limit=4)) == [(3, 0), (3, 30), (3, 60), (5, 0)]
+
+
+def test_filters_and_threshold_combine(scored):
+    store = scored({(7, 0): 0.9, (8, 0): 0.8, (9, 0): 0.7, (9, 1): 0.1}, platforms={8: "tiktok"})
+    assert _found(search_images(store, QUERY, record_id_range=IdRange(8, 9))) == [(8, 0), (9, 0), (9, 1)]
+    assert _found(search_images(store, QUERY, platform="insta", score_threshold=0.5)) == [(7, 0), (9, 0)]
+    assert search_images(store, QUERY, created_from=datetime(2026, 1, 2, tzinfo=UTC)) == []
+    assert len(search_images(store, QUERY, created_before=datetime(2026, 1, 2, tzinfo=UTC))) == 4
+
+
+def test_grouping_finds_videos_behind_one_that_fills_every_page(scored):
+    crowd = {(1, number): 0.9 - number / 1000 for number in range(200)}
+    store = scored({**crowd, (5, 0): 0.3, (5, 1): 0.4, (6, 0): 0.2, (4, 0): 0.1})
+    hits = search_images(store, QUERY, limit=3, group_by_video=True)
+    assert _found(hits) == [(1, 0), (5, 1), (6, 0)]
+    assert _found(search_images(store, QUERY, limit=9, group_by_video=True)) == [(1, 0), (5, 1), (6, 0), (4, 0)]
+
+
+def test_a_missing_platform_and_code_come_back_as_none(opened, embeddings):
+    batch = embeddings({7: [0]})
+    opened.upsert(build_points(batch, rows={7: VideoRow(7, "v.mp4")}, generations={7: "a"}))
+    (hit,) = search_images(opened, batch.vectors[0])
+    assert (hit.platform, hit.video_code, hit.path) == (None, None, "v.mp4")
+
+
+@pytest.mark.parametrize(
+    ("vector", "limit"), [(np.zeros(8), 1), (np.full(8, np.nan), 1), (np.ones((1, 8)), 1), (QUERY, 0)]
+)
+def test_what_can_not_be_searched_with_is_refused(scored, vector, limit):
+    with pytest.raises(RecordShapeError, match="search refused: it needs a vector"):
+        search_images(scored({(7, 0): 0.5}), vector, limit=limit)
