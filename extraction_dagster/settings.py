@@ -153,6 +153,13 @@ class Settings(BaseSettings):
     )
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps.")
     embed_batch_size: int = Field(16, ge=1, le=4096, description="Frames per forward pass.")
+    embed_threads: int | None = Field(
+        None,
+        ge=1,
+        le=1024,
+        description="Threads of a forward pass on the CPU; the cores this process may use (affinity and container "
+        "limit) when unset.",
+    )
 
     # Qdrant
     qdrant_url: str | None = Field(None, description="Qdrant server; the embedded engine under home when unset.")

@@ -1,0 +1,140 @@
+"""Embedding models: one interface, and which names lead to which.
+
+A family answers for a set of names. Telling vectors apart (`identity`) needs no torch; only loading does.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from extraction_dagster.errors import EmbeddingModelError
+from extraction_dagster.records import fingerprint
+from extraction_dagster.stages.embed import efficientnet_lite0
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    import numpy as np
+
+    from extraction_dagster.settings import Settings
+
+# What becomes of a network's vector before it is kept, the same for every model; part of every fingerprint.
+_STORED = {"normalisation": "l2", "normalisation_dtype": "float64", "storage_dtype": "float16"}
+
+
+class EmbeddingModel(Protocol):
+    """A resident model: images to vectors.
+
+    Vectors are what the network gives, float32 and not normalised: `vectors.normalise` checks and normalises them, the
+    same way for frames and for queries.
+
+    Attributes:
+        name: The model's name, for people.
+        dim: Length of a vector.
+        device: Where it runs: cpu, cuda:N or mps.
+        fingerprint: Equal for two models exactly when their vectors may be compared.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102 - an attribute, described above
+    @property
+    def dim(self) -> int: ...  # noqa: D102 - as above
+    @property
+    def device(self) -> str: ...  # noqa: D102 - as above
+    @property
+    def fingerprint(self) -> str: ...  # noqa: D102 - as above
+
+    def prepare(self, images: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
+        """Resize uint8 (H, W, 3) RGB images to the network's pixels, uint8 (N, h, w, 3); safe in any thread."""
+        ...
+
+    def embed_prepared(self, pixels: np.ndarray) -> np.ndarray:
+        """Vectors of prepared pixels, float32 (N, dim), not normalised."""
+        ...
+
+    def embed_images(self, images: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
+        """Vectors of images of any size, float32 (N, dim), not normalised."""
+        ...
+
+
+@runtime_checkable
+class TextEmbeddingModel(Protocol):
+    """A model that puts texts beside images."""
+
+    def embed_text(self, texts: Sequence[str]) -> np.ndarray:
+        """Vectors of texts, float32 (N, dim), not normalised."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFamily:
+    """A kind of model.
+
+    Attributes:
+        shown: The names it answers for, as shown to a person.
+        answers_for: Whether a name is one of its.
+        settings_identity: What changes the vectors, cheaply, from the settings alone; without torch.
+        identity: The same with the contents of the model's files; without torch.
+        load: Loads the model; gets its fingerprint.
+    """
+
+    shown: str
+    answers_for: Callable[[str], bool]
+    settings_identity: Callable[[Settings], Mapping[str, object]]
+    identity: Callable[[Settings], Mapping[str, object]]
+    load: Callable[[Settings, str], EmbeddingModel]
+
+
+def _lite0_family() -> ModelFamily:
+    return ModelFamily(
+        shown=f"{efficientnet_lite0.NAME} (packaged, offline)",
+        answers_for=lambda name: name == efficientnet_lite0.NAME,
+        settings_identity=lambda _: efficientnet_lite0.settings_identity(),
+        identity=lambda _: efficientnet_lite0.identity(),
+        load=lambda settings, fingerprint: efficientnet_lite0.load(settings, fingerprint=fingerprint),
+    )
+
+
+FAMILIES: tuple[ModelFamily, ...] = (_lite0_family(),)
+
+_resident: dict[tuple[object, ...], EmbeddingModel] = {}
+_loading = threading.Lock()
+
+
+def load_model(settings: Settings) -> EmbeddingModel:
+    """The model of the settings, loaded once per process; another model replaces the resident one.
+
+    Raises:
+        EmbeddingModelError: No family answers for the name.
+        ModelFilesError: The model's files are missing, damaged or refused.
+        EmbeddingDeviceError: The device is not there.
+    """
+    key = (embedding_fingerprint(settings), settings.device, settings.embed_threads)
+    with _loading:
+        if key not in _resident:
+            _resident.clear()
+            _resident[key] = _family(settings.model).load(settings, str(key[0]))
+        return _resident[key]
+
+
+def embedding_fingerprint(settings: Settings) -> str:
+    """Names the vectors: equal exactly when vectors may lie in one collection.
+
+    Covers model, weights, preprocessing, dim, normalisation, compute and storage type; batch size, device, threads and
+    library versions are left out, for they move a vector by less than its float16 storage does.
+    """
+    return fingerprint(**_STORED, **_family(settings.model).identity(settings))
+
+
+def embedding_settings_fingerprint(settings: Settings) -> str:
+    """The same from the settings alone: opens no file, imports no torch; for an asset's code version."""
+    return fingerprint(**_STORED, **_family(settings.model).settings_identity(settings))
+
+
+def _family(name: str) -> ModelFamily:
+    for family in FAMILIES:
+        if family.answers_for(name):
+            return family
+    raise EmbeddingModelError(name, "the name is unknown", "; ".join(family.shown for family in FAMILIES))

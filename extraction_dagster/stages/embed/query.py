@@ -1,0 +1,122 @@
+"""A query image: a file made into a vector that can be compared with the stored ones."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from extraction_dagster.errors import QueryImageError
+from extraction_dagster.stages.embed.vectors import normalise
+
+if TYPE_CHECKING:
+    import os
+
+    from extraction_dagster.stages.embed.model import EmbeddingModel
+
+MAX_QUERY_PIXELS = 100_000_000
+_MAX_BYTES = 256 * 2**20
+_HEADER_BYTES = 30
+_EXPECTED = "a JPEG, PNG, WebP, BMP or GIF image"
+
+
+def load_query_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_QUERY_PIXELS) -> np.ndarray:
+    """Read an image file, turned upright as its EXIF orientation says; a GIF's first picture.
+
+    Args:
+        path: Local file. What it is shows in its first bytes, whatever its name ends in.
+        max_pixels: The most pixels, looked up in the header before anything is decoded.
+
+    Returns:
+        uint8, shape (H, W, 3), RGB.
+
+    Raises:
+        QueryImageError: There is no such file, it is no image, it is damaged, or it has too many pixels.
+    """
+    import cv2
+
+    shown = str(path)
+    data = _read(Path(path))
+    size = _size_px(data)
+    if size is None:
+        raise QueryImageError(shown, f"a file that starts with {data[:8]!r}", _EXPECTED)
+    if not 0 < size[0] * size[1] <= max_pixels:
+        raise QueryImageError(shown, f"{size[0]}x{size[1]} pixels", f"1 to {max_pixels} pixels in all")
+    try:
+        bgr = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    except cv2.error as error:
+        raise QueryImageError(shown, f"damaged data ({error.err})", _EXPECTED) from error
+    if bgr is None:
+        raise QueryImageError(shown, "damaged data", _EXPECTED)
+    return np.ascontiguousarray(bgr[:, :, ::-1])
+
+
+def embed_query_image(model: EmbeddingModel, image: np.ndarray, *, shown: str = "query") -> np.ndarray:
+    """The vector of one image, made as the stored ones are, save that it stays float32.
+
+    Args:
+        model: The model that made the stored vectors.
+        image: uint8, shape (H, W, 3), RGB.
+        shown: What to call the image in an error.
+
+    Returns:
+        float32, shape (dim,), length 1.
+
+    Raises:
+        QueryImageError: The model gives it a vector that can't be searched for.
+    """
+    vectors, faults = normalise(model.embed_images([image]))
+    if faults[0]:
+        raise QueryImageError(shown, f"a vector with {faults[0]} from model {model.name!r}", "finite values")
+    vector: np.ndarray = vectors[0]
+    return vector
+
+
+def _read(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise QueryImageError(str(path), f"{path.stat().st_size} bytes", f"at most {_MAX_BYTES}")
+        return path.read_bytes()
+    except OSError as error:
+        raise QueryImageError(str(path), error.strerror or str(error), "a file that can be read") from error
+
+
+def _size_px(data: bytes) -> tuple[int, int] | None:
+    """Width and height from the header, or None for any other kind of file."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return _jpeg_size_px(data)
+    if len(data) < _HEADER_BYTES:
+        return None
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return struct.unpack_from(">II", data, 16)
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return struct.unpack_from("<HH", data, 6)
+    if data.startswith(b"BM"):
+        width, height = struct.unpack_from("<ii", data, 18)
+        return abs(width), abs(height)  # a negative height says that rows run downwards
+    return _webp_size_px(data) if data.startswith(b"RIFF") and data[8:12] == b"WEBP" else None
+
+
+def _jpeg_size_px(data: bytes) -> tuple[int, int] | None:
+    import simplejpeg  # noqa: PLC0415 - only a search needs it
+
+    try:
+        height, width, *_ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    return width, height
+
+
+def _webp_size_px(data: bytes) -> tuple[int, int] | None:
+    kind = data[12:16]
+    if kind == b"VP8 ":  # lossy: 14 bits each
+        width, height = struct.unpack_from("<HH", data, 26)
+        return width & 0x3FFF, height & 0x3FFF
+    if kind == b"VP8L":  # lossless: 14 bits each, less one, packed
+        (bits,) = struct.unpack_from("<I", data, 21)
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    if kind == b"VP8X":  # extended: 24 bits each, less one
+        return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
+    return None

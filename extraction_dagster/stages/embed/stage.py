@@ -1,0 +1,243 @@
+"""The embed stage: frame shards in, embedding shards out, one for one."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+
+import numpy as np
+
+from extraction_dagster.errors import ExtractionError, InvalidVectorError, StoredFrameError
+from extraction_dagster.records import EmbeddingBatch, Failure
+from extraction_dagster.stages.embed.batching import BatchEmbedder, embed_pieces
+from extraction_dagster.stages.embed.prefetch import prefetch
+from extraction_dagster.stages.embed.vectors import normalise
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from extraction_dagster.records import EncodedFrames, IdRange
+    from extraction_dagster.settings import Settings
+    from extraction_dagster.stages.embed.embedding_store import EmbeddingShard, EmbeddingStore
+    from extraction_dagster.stages.embed.model import EmbeddingModel
+
+_PIECES_AHEAD = 4
+
+
+class SourceRecord(Protocol):
+    """What the stage needs to know of a record in a frame shard."""
+
+    @property
+    def record_id(self) -> int: ...  # noqa: D102 - says itself
+    @property
+    def content_version(self) -> str: ...  # noqa: D102 - as above
+    @property
+    def num_frames(self) -> int: ...  # noqa: D102 - as above
+
+
+class SourceShard(Protocol):
+    """What the stage needs to know of a frame shard."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102 - says itself
+    @property
+    def records(self) -> Sequence[SourceRecord]: ...  # noqa: D102 - as above
+
+
+S = TypeVar("S", bound=SourceShard)
+S_contra = TypeVar("S_contra", bound=SourceShard, contravariant=True)
+
+
+class FrameSource(Protocol[S_contra]):
+    """Where frames come from; the frame store is one."""
+
+    def read(self, shard: S_contra) -> Iterable[EncodedFrames]:
+        """The shard's records in order, one at a time."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddedShard:
+    """What became of a frame shard.
+
+    Attributes:
+        shard: Its embedding shard.
+        failures: Its records that have no vector.
+        num_frames: Vectors in it.
+        cpu_seconds: CPU time of the whole process since the shard before it, reading ahead included; 0 if reused.
+        wall_seconds: The same by the clock.
+        reused: It was there already; nothing was embedded.
+    """
+
+    shard: EmbeddingShard
+    failures: tuple[Failure, ...]
+    num_frames: int
+    cpu_seconds: float
+    wall_seconds: float
+    reused: bool = False
+
+
+@dataclass(slots=True)
+class _Result:
+    """A record's vectors as they come in, or its failure."""
+
+    frames: EncodedFrames
+    failure: Failure | None = None
+    vectors: list[np.ndarray] = field(default_factory=list)
+
+    def take(self, vectors: np.ndarray, model: EmbeddingModel) -> None:
+        """Keep the next vectors, normalised; the first that can't be kept fails the record."""
+        first = sum(map(len, self.vectors))
+        unit, faults = normalise(vectors)
+        self.vectors.append(unit.astype(np.float16))
+        bad = next((n for n, fault in enumerate(faults) if fault), None)
+        if bad is not None and self.failure is None:
+            number = int(self.frames.frame_number[first + bad])
+            self.fail(InvalidVectorError(self.frames.record_id, number, model.name, str(faults[bad])))
+
+    def fail(self, error: ExtractionError) -> None:
+        """Mark the record as failed."""
+        self.failure = Failure(
+            record_id=self.frames.record_id,
+            content_version=self.frames.content_version,
+            stage="embed",
+            error_type=type(error).__name__,
+            message=str(error),
+            permanent=error.permanent,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece(Generic[S]):
+    """A mark in the stream: frames of a record, or the end of its shard."""
+
+    shard: S
+    result: _Result | None
+
+
+def embed_shards(  # noqa: PLR0913 - the shards and what handles them, each by name
+    shards: Iterable[S],
+    *,
+    frames: FrameSource[S],
+    store: EmbeddingStore,
+    model: EmbeddingModel,
+    partition: IdRange,
+    settings: Settings,
+) -> Iterator[EmbeddedShard]:
+    """Embed the frame shards of a partition.
+
+    A shard whose embedding shard is there, of the same records and versions and without a failure worth another try,
+    is not read again; so an interrupted run goes on at its first unfinished shard.
+
+    Args:
+        shards: Frame shards.
+        frames: Reads them.
+        store: Takes the vectors.
+        model: The resident model.
+        partition: The partition that the shards belong to.
+        settings: embed_batch_size.
+
+    Yields:
+        One result per shard: first those that were there, then the others in the order given, each once it is stored.
+
+    Raises:
+        EmbeddingMemoryError: Not even one frame fits into memory.
+        ModelOutputError: The model gave something else than one vector per frame.
+    """
+    stored = {shard.name: shard for shard in store.shards(partition)}
+    todo: list[S] = []
+    for shard in shards:
+        there = stored.get(shard.name)
+        if there is not None and _is_current(there, shard):
+            yield EmbeddedShard(there, there.failures, there.num_frames, 0.0, 0.0, reused=True)
+        else:
+            todo.append(shard)
+    embedder = BatchEmbedder(model, settings.embed_batch_size)
+    clock = _Clock()
+    with prefetch(_pieces(todo, frames, model, settings.embed_batch_size), depth=_PIECES_AHEAD) as pieces:
+        results: list[_Result] = []
+        for piece, vectors in embed_pieces(pieces, embedder):
+            if piece.result is None:
+                written = _write(store, partition, piece.shard.name, results, model.dim)
+                yield EmbeddedShard(written, written.failures, written.num_frames, *clock.lap())
+                results = []
+                continue
+            if not results or results[-1] is not piece.result:
+                results.append(piece.result)
+            piece.result.take(vectors, model)
+
+
+class _Clock:
+    """CPU and wall seconds since the last lap."""
+
+    def __init__(self) -> None:
+        self._last = (time.process_time(), time.perf_counter())
+
+    def lap(self) -> tuple[float, float]:
+        now = (time.process_time(), time.perf_counter())
+        cpu, wall = now[0] - self._last[0], now[1] - self._last[1]
+        self._last = now
+        return cpu, wall
+
+
+def _is_current(there: EmbeddingShard, shard: SourceShard) -> bool:
+    frames = {record.record_id: (record.content_version, record.num_frames) for record in shard.records}
+    vectors = {record.record_id: (record.content_version, record.num_frames) for record in there.records}
+    lost = {failure.record_id: failure.content_version for failure in there.failures if failure.permanent}
+    return (
+        all(
+            vectors.get(record_id) == expected or lost.get(record_id) == expected[0]
+            for record_id, expected in frames.items()
+        )
+        and not vectors.keys() - frames.keys()
+    )
+
+
+def _pieces(
+    shards: Sequence[S], source: FrameSource[S], model: EmbeddingModel, size: int
+) -> Iterator[tuple[_Piece[S], np.ndarray]]:
+    """The stream of a reading thread: each record's prepared frames, at most `size` at a time, then its shard's end."""
+    nothing = np.empty((0, 1, 1, 3), np.uint8)
+    for shard in shards:
+        for frames in source.read(shard):
+            result = _Result(frames)
+            piece = _Piece(shard, result)
+            try:
+                for start in range(0, len(frames), size):
+                    yield piece, model.prepare([_decode(frames, n) for n in range(len(frames))[start : start + size]])
+            except StoredFrameError as error:
+                result.fail(error)
+                yield piece, nothing
+        yield _Piece(shard, None), nothing
+
+
+def _decode(frames: EncodedFrames, n: int) -> np.ndarray:
+    import simplejpeg  # noqa: PLC0415 - only a process that embeds needs it
+
+    try:
+        image: np.ndarray = simplejpeg.decode_jpeg(frames.jpegs[n], colorspace="RGB")
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise StoredFrameError(frames.record_id, int(frames.frame_number[n]), str(error)) from error
+    return image
+
+
+def _write(
+    store: EmbeddingStore, partition: IdRange, name: str, results: Sequence[_Result], dim: int
+) -> EmbeddingShard:
+    good = [result for result in results if result.failure is None]
+    batch = EmbeddingBatch(
+        vectors=np.concatenate([np.empty((0, dim), np.float16), *(part for result in good for part in result.vectors)]),
+        record_id=np.repeat(
+            np.array([result.frames.record_id for result in good], np.int64), [len(result.frames) for result in good]
+        ),
+        frame_number=np.concatenate([np.empty(0, np.int64), *(result.frames.frame_number for result in good)]),
+        pts_seconds=np.concatenate([np.empty(0, np.float64), *(result.frames.pts_seconds for result in good)]),
+    )
+    return store.write(
+        partition,
+        name,
+        batch,
+        versions=[(result.frames.record_id, result.frames.content_version) for result in good],
+        failures=[result.failure for result in results if result.failure is not None],
+    )

@@ -1,0 +1,33 @@
+"""Checking and normalising what a network gives: the same for frames and for queries."""
+
+from __future__ import annotations
+
+import numpy as np
+
+_SHORTEST = 1e-12
+
+
+def normalise(raw: np.ndarray) -> tuple[np.ndarray, list[str | None]]:
+    """Scale each vector to length 1.
+
+    The length is taken in float64, so that no finite float32 vector overflows.
+
+    Args:
+        raw: float32, shape (N, dim).
+
+    Returns:
+        float32 (N, dim), zeros in the rows that can't be kept; and for each row what is wrong with it, or None.
+    """
+    lengths = np.sqrt(np.einsum("nd,nd->n", raw, raw, dtype=np.float64))
+    finite = np.isfinite(raw).all(axis=1)
+    good = finite & (lengths > _SHORTEST)
+    unit = np.divide(raw, lengths[:, None], out=np.zeros(raw.shape, np.float64), where=good[:, None])
+    return unit.astype(np.float32), [
+        None if fine else _fault(row) for fine, row in zip(good.tolist(), raw, strict=True)
+    ]
+
+
+def _fault(row: np.ndarray) -> str:
+    if bool(np.isnan(row).any()):
+        return "NaN"
+    return "an infinite value" if bool(np.isinf(row).any()) else "length zero"
