@@ -209,6 +209,9 @@ class PayloadError(ExtractionError):
         super().__init__(
             f"Column {column!r} of record {record_id} can't be kept in a point's payload: {why}. Nothing was written "
             f"for it. Correct the value, or leave the column out of EXTRACTION_SOURCE_PAYLOAD_COLUMNS; then run "
+        )
+
+
 # Embedding
 
 
@@ -460,6 +463,8 @@ class DemoTargetError(ExtractionError):
             f"The demo writes under {home!r} only, but {names} {'leads' if len(settings) == 1 else 'lead'} elsewhere. "
             f"Nothing was written. Unset {names} in the environment and in .env, or run the demo in another folder."
         )
+
+
 class EmbeddingShardError(ExtractionError):
     """A file is no embedding shard of this store, or it is damaged."""
 

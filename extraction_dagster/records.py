@@ -17,7 +17,7 @@ import numpy as np
 from extraction_dagster.errors import PartitionKeyError, RecordShapeError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
 Stage = Literal["catalog", "fetch", "decode", "embed", "index"]
 _KEY = re.compile(r"(-?(?:0|[1-9][0-9]{0,18}))-(-?(?:0|[1-9][0-9]{0,18}))")  # BIGINT has up to 19 digits
@@ -217,6 +217,13 @@ class EmbeddingBatch:
     def dim(self) -> int:
         """The length of each vector."""
         return int(self.vectors.shape[1])
+
+    def of_records(self, record_ids: Collection[int]) -> EmbeddingBatch:
+        """The vectors of some records, in the same order."""
+        chosen = np.isin(self.record_id, np.array(list(record_ids), np.int64))
+        return EmbeddingBatch(
+            self.vectors[chosen], self.record_id[chosen], self.frame_number[chosen], self.pts_seconds[chosen]
+        )
 
 
 @dataclass(frozen=True, slots=True)

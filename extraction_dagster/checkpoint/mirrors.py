@@ -138,7 +138,7 @@ CHECKPOINT_TABLE = sa.Table(
     sa.Column("updated_at", UtcDateTime),
 )
 # The id is the primary key, so that a plain upsert would add a row per value. This index allows one row in all.
-_ONE_ROW = sa.DDL(
+_ONE_ROW = sa.text(
     "CREATE UNIQUE INDEX IF NOT EXISTS extraction_checkpoint_one_row ON extraction_checkpoint ((id IS NOT NULL))"
 )
 

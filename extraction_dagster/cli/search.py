@@ -28,14 +28,16 @@ def command(
 
 def search_image(settings: Settings, image: Path, *, limit: int) -> list[Hit]:
     """The frames most like a picture, one per video, best first."""
-    from extraction_dagster.stages.embed.model import embed_query_image, load_query_image  # noqa: PLC0415 - torch
+    from extraction_dagster.stages.embed.model import load_model  # noqa: PLC0415 - loads torch
+    from extraction_dagster.stages.embed.query import embed_query_image, load_query_image  # noqa: PLC0415
     from extraction_dagster.stages.index.point_store import open_point_store  # noqa: PLC0415
     from extraction_dagster.stages.index.search import search_images  # noqa: PLC0415
 
     query = load_query_image(image)
+    vector = embed_query_image(load_model(settings), query, shown=str(image))
     with open_point_store(settings) as store:
         store.open_collection(settings.collection_name)
-        return search_images(store, embed_query_image(settings, query), limit=limit, group_by_video=True)
+        return search_images(store, vector, limit=limit, group_by_video=True)
 
 
 def hits_table(hits: list[Hit]) -> Table:

@@ -14,7 +14,7 @@ from extraction_dagster.errors import EmptyRangeError
 from extraction_dagster.records import Failure, IdRange
 from extraction_dagster.settings import load_settings
 from extraction_dagster.stages.decode.fingerprint import frames_fingerprint
-from extraction_dagster.stages.embed.fingerprint import embedding_settings_fingerprint
+from extraction_dagster.stages.embed.model import embedding_settings_fingerprint
 
 if TYPE_CHECKING:
     from extraction_dagster.stages.catalog.catalog import Catalog, PlannedRow
@@ -54,7 +54,7 @@ def _decode(
     from extraction_dagster.stages.decode.stage import decode_rows  # noqa: PLC0415 - loads the decoders' neighbours
 
     store, made_with = extraction.frame_store(), extraction.fingerprints.frames
-    todo = {record_id: planned for record_id, planned in plan.items() if planned.status == "todo"}
+    todo = _todo(plan)
     kept = _stored(store.shards(id_range), todo)
     _mark_extracted(catalog, plan, {key: number for key, number in kept.items() if _unmarked(plan[key])}, made_with)
     rows = [planned.video for record_id, planned in todo.items() if record_id not in kept]
@@ -99,17 +99,18 @@ def frame_embeddings(context: dg.AssetExecutionContext, extraction: Extraction) 
         id_range = register(context.instance, context.partition_key)
         frames, store = extraction.frame_store(), extraction.embedding_store()
         plan = catalog.plan(id_range, extraction.fingerprints)
-        todo = {record_id: planned for record_id, planned in plan.items() if planned.status == "todo"}
-        finished = {shard.name for shard in store.shards(id_range)}
-        wanted = [shard for shard in frames.shards(id_range) if _stored([shard], todo) and shard.name not in finished]
+        todo = _todo(plan)
+        there = _stored(store.shards(id_range), todo)
+        wanted = [shard for shard in frames.shards(id_range) if _stored([shard], todo).keys() - there]
         progress.begin("frame_embeddings", sum(len(shard.records) for shard in wanted))
         if wanted:
             model = load_model(extraction.settings)
             for done in embed_shards(
                 wanted, frames=frames, store=store, model=model, partition=id_range, settings=extraction.settings
             ):
-                _write_failures(context, catalog, done.failures)
-                failures += done.failures
+                failed = [item for item in done.failures if _concerns(item, todo)]
+                _write_failures(context, catalog, failed)
+                failures += failed
                 num_frames += done.num_frames
                 progress.advance("frame_embeddings", len(done.shard.records) + len(done.failures))
         embedded = _stored(store.shards(id_range), todo)
@@ -149,7 +150,7 @@ def _index(
     from extraction_dagster.stages.index.replace import replace_records  # noqa: PLC0415
 
     embeddings, made_with = extraction.embedding_store(), extraction.fingerprints
-    todo = {record_id: planned for record_id, planned in plan.items() if planned.status == "todo"}
+    todo = _todo(plan)
     shards = [(shard, _stored([shard], todo)) for shard in embeddings.shards(id_range)]
     shards = [(shard, records) for shard, records in shards if records]
     progress.begin("qdrant_points", len({record_id for _, records in shards for record_id in records}))
@@ -164,7 +165,7 @@ def _index(
             videos = {record_id: todo[record_id].video for record_id in wanted}
             written = replace_records(
                 store,
-                embeddings.read(shard, record_ids=wanted),
+                embeddings.read(shard).of_records(wanted),
                 rows=videos,
                 generations={
                     record_id: generation(
@@ -180,6 +181,16 @@ def _index(
             _log.info("Marked %d records as embedded", len(written))
             progress.advance("qdrant_points", len(written))
     return num_points
+
+
+def _todo(plan: Mapping[int, "PlannedRow"]) -> dict[int, "PlannedRow"]:
+    return {record_id: planned for record_id, planned in plan.items() if planned.status == "todo"}
+
+
+def _concerns(failure: Failure, todo: Mapping[int, "PlannedRow"]) -> bool:
+    """Whether a failure is one of a pending row in its present version."""
+    planned = todo.get(failure.record_id)
+    return planned is not None and planned.video.content_version == failure.content_version
 
 
 def _stored(shards: Iterable[Any], todo: Mapping[int, "PlannedRow"]) -> dict[int, int]:

@@ -28,7 +28,7 @@ class Extraction(dg.ConfigurableResource):  # type: ignore[type-arg]  # not gene
         """What the frames and vectors of today are made with."""
         from extraction_dagster.stages.catalog.catalog import Fingerprints  # noqa: PLC0415 - imports take time
         from extraction_dagster.stages.decode.frame_store import frames_fingerprint  # noqa: PLC0415
-        from extraction_dagster.stages.embed.fingerprint import embedding_fingerprint  # noqa: PLC0415
+        from extraction_dagster.stages.embed.model import embedding_fingerprint  # noqa: PLC0415
 
         settings = self.settings
         return Fingerprints(frames=frames_fingerprint(settings), embedding=embedding_fingerprint(settings))

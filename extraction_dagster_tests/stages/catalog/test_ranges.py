@@ -1,5 +1,7 @@
 """Ranges cut from a backlog: contiguous, and each with a batch of records however sparse the ids are."""
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,4 +35,4 @@ def test_every_id_lies_in_exactly_one_range_and_no_range_holds_more_than_a_batch
     assert [sum(number in id_range for id_range in ranges) for number in sorted(ids)] == [1] * len(ids)
     sizes = [sum(number in id_range for number in ids) for id_range in ranges]
     assert all(size == batch_size for size in sizes[:-1])
-    assert all(after.first_id == before.last_id + 1 for before, after in zip(ranges, ranges[1:], strict=False))
+    assert all(after.first_id == before.last_id + 1 for before, after in pairwise(ranges))

@@ -72,7 +72,7 @@ def test_a_payload_says_everything_about_its_frame():
         (Decimal("NaN"), None),
         (float("inf"), None),
         (datetime(2026, 1, 2, 3, 4, 5, 678000, tzinfo=timezone(timedelta(hours=2))), "2026-01-02T01:04:05.678Z"),
-        (datetime(2026, 1, 2, 3, 4, 5), "2026-01-02T03:04:05.000Z"),  # noqa: DTZ001 - a column without time zone
+        (datetime(2026, 1, 2, 3, 4, 5), "2026-01-02T03:04:05.000Z"),
         (date(2026, 1, 2), "2026-01-02"),
         (uuid.UUID(int=1), "00000000-0000-0000-0000-000000000001"),
         (np.float32(0.5), 0.5),
