@@ -66,7 +66,7 @@ class VideoOpenError(ExtractionError):
     def __init__(self, video: str, why: str) -> None:
         """Name the file and what the codec library said."""
         super().__init__(
-            f"Video {video!r} can't be opened: {why}. Expected a complete file in a known container (mp4, webm, ts, …). "
+            f"Video {video!r} can't be opened: {why}. Expected a complete file in a known container (mp4, webm, ts). "
             f"Nothing was written for it; the range goes on. Fetch the file again, then retry the record."
         )
 
@@ -153,11 +153,12 @@ class FramesTooManyError(ExtractionError):
 class VideoDecodeError(ExtractionError):
     """No sampled frame of a video decodes."""
 
-    def __init__(self, video: str, *, expected_frames: int, why: str) -> None:
-        """Name the file, what was expected and what the codec library said."""
+    def __init__(self, video: str, *, listed_frames: int, why: str) -> None:
+        """Name the file, how many frames it lists and what the codec library said."""
+        listed = f" of the {listed_frames} that it lists" if listed_frames else ""
         super().__init__(
-            f"Video {video!r} decoded 0 of {expected_frames} frames, expected at least 1: {why}. Nothing was written "
-            f"for it; the range goes on. Fetch the file again, then retry the record."
+            f"Video {video!r} decoded 0 frames{listed}, expected at least 1: {why}. Nothing was written for it; the "
+            f"range goes on. Fetch the file again, then retry the record."
         )
 
 

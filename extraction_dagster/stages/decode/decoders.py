@@ -24,4 +24,5 @@ def make_decoder(name: str) -> Decoder:
         from extraction_dagster.stages.decode.decord_decoder import DecordDecoder  # noqa: PLC0415 - one backend at a time
 
         return DecordDecoder()
-    raise SettingsError("EXTRACTION_DECODER", repr(name), "pyav or decord")
+    setting = "EXTRACTION_DECODER"
+    raise SettingsError(setting, repr(name), "pyav or decord")

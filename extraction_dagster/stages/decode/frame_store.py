@@ -132,7 +132,7 @@ class FrameStore:
         return FrameShard(name, path, partition.partition_key, records, sum(map(len, videos)), len(content))
 
     def shards(self, partition: IdRange) -> list[FrameShard]:
-        """The range's shards, oldest first; only footers are read. What is no whole shard is left out, with a warning."""
+        """The range's shards, oldest first, read off their footers; what is no whole shard is warned about."""
         folder = self._partition_folder(partition)
         self._fs.invalidate_cache(folder)
         try:
@@ -149,30 +149,17 @@ class FrameStore:
         Raises:
             FrameShardError: The shard is gone or damaged.
         """
-        expected = iter(shard.records)
-        rows: list[pa.RecordBatch] = []
         try:
             with self._fs.open(shard.path, "rb") as file:
-                for record in expected:
-                    break
-                else:
-                    return
-                waiting = 0
-                for batch in pq.ParquetFile(file).iter_batches(_ROWS_PER_GROUP):
-                    rows.append(batch)
-                    waiting += len(batch)
-                    while waiting >= record.num_frames:
-                        table = pa.Table.from_batches(rows)
-                        yield _video(table.slice(0, record.num_frames), record)
-                        rest = table.slice(record.num_frames)
-                        rows, waiting = rest.to_batches(), len(rest)
-                        following = next(expected, None)
-                        if following is None:
-                            return
-                        record = following
+                batches = pq.ParquetFile(file).iter_batches(_ROWS_PER_GROUP)
+                rows = _SCHEMA.empty_table()
+                for record in shard.records:
+                    while len(rows) < record.num_frames:
+                        rows = pa.concat_tables([rows, _table(next(batches, None), record)])
+                    yield _video(rows.slice(0, record.num_frames), record)
+                    rows = rows.slice(record.num_frames)
         except (OSError, pa.ArrowException, ValueError) as error:
             raise FrameShardError(shard.path, str(error)) from error
-        raise FrameShardError(shard.path, f"record {record.record_id} is cut short")
 
     def _partition_folder(self, partition: IdRange) -> str:
         return f"{self._folder}/{partition.partition_key}"
@@ -181,19 +168,25 @@ class FrameStore:
         try:
             with self._fs.open(path, "rb") as file:
                 metadata = pq.read_metadata(file)
-            listed = json.loads((metadata.metadata or {})[_FOOTER_KEY])
-            records = tuple(ShardRecord(**record) for record in listed["records"])
-            num_frames = sum(record.num_frames for record in records)
-            if listed["format"] != _FORMAT or listed["partition_key"] != partition.partition_key:
-                reason = f"format {listed['format']}, range {listed['partition_key']}"
-                raise ValueError(reason)
-            if num_frames != metadata.num_rows:
-                reason = f"{metadata.num_rows} frames instead of {num_frames}"
-                raise ValueError(reason)
+            records = _listed(metadata, partition)
         except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
             logger.warning("Ignoring %s: it is no whole frame shard of range %s (%s).", path, partition, error)
             return None
-        return FrameShard(path.rsplit("/", 1)[-1], path, partition.partition_key, records, num_frames, size_bytes)
+        name = path.rsplit("/", 1)[-1]
+        return FrameShard(name, path, partition.partition_key, records, metadata.num_rows, size_bytes)
+
+
+def _listed(metadata: pq.FileMetaData, partition: IdRange) -> tuple[ShardRecord, ...]:
+    """The videos that a footer lists; ValueError, KeyError or TypeError when it is not one of ours."""
+    footer = json.loads((metadata.metadata or {})[_FOOTER_KEY])
+    if footer["format"] != _FORMAT or footer["partition_key"] != partition.partition_key:
+        reason = f"it has format {footer['format']} and range {footer['partition_key']}"
+        raise ValueError(reason)
+    records = tuple(ShardRecord(**record) for record in footer["records"])
+    if sum(record.num_frames for record in records) != metadata.num_rows:
+        reason = f"it has {metadata.num_rows} frames, not those that it lists"
+        raise ValueError(reason)
+    return records
 
 
 def _record(video: EncodedFrames) -> ShardRecord:
@@ -233,6 +226,13 @@ def _to_parquet(partition: IdRange, videos: Sequence[EncodedFrames], records: Se
         write_statistics=["record_id"],
     )
     return buffer.getvalue()
+
+
+def _table(batch: pa.RecordBatch | None, record: ShardRecord) -> pa.Table:
+    if batch is None:
+        reason = f"record {record.record_id} is cut short"
+        raise ValueError(reason)
+    return pa.Table.from_batches([batch]).replace_schema_metadata()
 
 
 def _video(rows: pa.Table, record: ShardRecord) -> EncodedFrames:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -76,7 +76,7 @@ def _display_matrix(frame: VideoFrame) -> tuple[int, int, int, int]:
         side_data = frame.side_data.get("DISPLAYMATRIX")
     except ValueError:  # a kind of side data that the binding has no name for hides the others
         return _QUARTER_TURNS[round(frame.rotation / 90) % 4]
-    matrix = np.frombuffer(cast('Buffer', side_data), np.int32) if side_data is not None else np.empty(0)
+    matrix = np.frombuffer(cast("bytes", side_data), np.int32) if side_data is not None else np.empty(0)
     if len(matrix) >= _MATRIX_ENTRIES:
         return int(matrix[0]), int(matrix[1]), int(matrix[3]), int(matrix[4])
     return 1, 0, 0, 1

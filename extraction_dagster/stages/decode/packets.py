@@ -180,7 +180,7 @@ class _Builder:
         )
 
     def _is_shown(self, packet: Packet[VideoStream]) -> bool:
-        """A VP8 packet says in bit 4 whether its frame is displayed; other codecs pack hidden frames with shown ones."""
+        """A VP8 packet's bit 4 says whether its frame is displayed; other codecs pack hidden frames with shown ones."""
         return not packet.is_discard and not (self._codec == "vp8" and not memoryview(packet)[0] & 0x10)
 
     def _note_order(self, packet: Packet[VideoStream]) -> None:

@@ -60,7 +60,7 @@ def _decode_planned(path: Path, sampling: Sampling, short_side_px: int, limits: 
     with open_video(path, limits) as video:
         index = read_packets(video, limits)
         if len(index) == 0:
-            raise VideoDecodeError(str(path), expected_frames=video.stream.frames, why=index.stopped or "no packet")
+            raise VideoDecodeError(str(path), listed_frames=video.stream.frames, why=index.stopped or "no packet")
         if index.irregular is not None:
             raise UnplannedError(index.irregular)
         display = _display_order(video, index, limits)

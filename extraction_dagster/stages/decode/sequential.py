@@ -61,14 +61,14 @@ def decode_sequentially(path: Path, sampling: Sampling, short_side_px: int, limi
         complete = tally.errors == 0 and 0 < video.stream.frames <= tally.packets
     if not times:
         raise VideoDecodeError(
-            str(path), expected_frames=listed, why=tally.last_words or f"{tally.packets} packets gave no frame"
+            str(path), listed_frames=listed, why=tally.last_words or f"{tally.packets} packets gave no frame"
         )
     order, seconds = display_times(times, gap)
     if seconds[-1] > limits.max_duration_seconds:
         raise VideoTooLongError(str(path), seconds=float(seconds[-1]), max_seconds=limits.max_duration_seconds)
     selection = select_frames(seconds, sampling)
     with open_video(path, limits) as video:
-        frames, damaged = _keep(video, order, seconds, selection, short_side_px, limits)
+        frames, damaged = _keep(video, order, seconds, selection, short_side_px=short_side_px, limits=limits)
     short = None if complete else shortfall(covered_seconds=float(seconds[-1]) + gap, claimed_seconds=claimed)
     return DecodedVideo(frames, claimed, _partial(tally, short, damaged=damaged, num_frames=len(frames)))
 
@@ -141,6 +141,7 @@ def _keep(  # noqa: PLR0913 - the second pass needs all that the first found
     order: np.ndarray,
     seconds: np.ndarray,
     selection: Selection,
+    *,
     short_side_px: int,
     limits: DecodeLimits,
 ) -> tuple[FrameBatch, int]:

@@ -61,7 +61,16 @@ def decode_job(job: DecodeJob) -> EncodedFrames:
     Raises:
         ExtractionError: The video can't be decoded; see `Decoder.decode`.
     """
+    _let_the_library_speak()
     video = make_decoder(job.decoder).decode(
         Path(job.path), sampling=job.sampling, short_side_px=job.short_side_px, limits=job.limits
     )
     return encode_frames(video, record_id=job.record_id, content_version=job.content_version, quality=job.jpeg_quality)
+
+
+def _let_the_library_speak() -> None:
+    """Have the codec library write its errors to the worker's log, from where they reach a failure's details."""
+    import av.logging
+
+    av.logging.restore_default_callback()
+    av.logging.set_libav_level(av.logging.ERROR)
