@@ -484,6 +484,8 @@ class QueryImageError(ExtractionError):
     def __init__(self, path: str, got: str, expected: str) -> None:
         """Name the file, what it is and what was expected."""
         super().__init__(f"Image {path!r} can't be searched for: got {got}, expected {expected}.")
+
+
 # Decoding
 
 

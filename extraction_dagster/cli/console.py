@@ -13,7 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from extraction_dagster import progress
 
-out = Console(soft_wrap=True, highlight=False)
+_WIDE = 200  # columns of a pipe or a file: nobody wants a table cut to a terminal's width there
+
+out = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else _WIDE)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 

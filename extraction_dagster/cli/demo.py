@@ -1,5 +1,6 @@
 """`extraction demo`: the whole way of the data, on videos made on the spot."""
 
+import os
 import time
 from dataclasses import dataclass, field
 
@@ -34,6 +35,7 @@ def command() -> None:
 
     Safe to repeat: what is done is not done again. Everything lies under EXTRACTION_HOME (default ./.extraction).
     """
+    os.environ.setdefault("EXTRACTION_MAX_ATTEMPTS", "1")  # the broken videos stay broken: park them at once
     settings = load_settings()
     refuse_foreign_targets(settings)
     videos = _prepare(settings)
@@ -91,7 +93,7 @@ def _report(settings: Settings, work: _Work) -> None:
         table.add_row(str(name), str(value))
     console.out.print(table)
     for failure in failures:
-        console.out.print(f"  record {failure.record_id} {failure.state}: {failure.error_message}", markup=False)
+        console.out.print(f"  {failure.state}: {failure.error_message}", markup=False)
     if not work.finished:
         console.out.print("Processed 0 records: everything was done already.")
 

@@ -4,7 +4,6 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from extraction_dagster.cli import console
 from extraction_dagster.settings import load_settings
@@ -27,8 +26,7 @@ def command(
     if not rows:
         console.out.print("No record has failed." if not history else "No error was ever recorded.")
         return
-    table = Table("record", "state", "stage", "type", "message", "when (UTC)")
     for row in rows:
-        cells = (row.state, row.stage, row.error_type, row.error_message, f"{row.occurred_at:%Y-%m-%d %H:%M:%S}")
-        table.add_row(str(row.record_id), *cells)
-    console.out.print(table, soft_wrap=False)
+        when = f"{row.occurred_at:%Y-%m-%d %H:%M:%S} UTC"
+        console.out.print(f"[bold]{row.record_id}[/] {row.state}, {row.stage}, {row.error_type}, {when}")
+        console.out.print(f"  {row.error_message}", markup=False)

@@ -42,7 +42,8 @@ def search_image(settings: Settings, image: Path, *, limit: int) -> list[Hit]:
 
 def hits_table(hits: list[Hit]) -> Table:
     """Hits as a table."""
-    table = Table("score", "record", "second", "platform", "code", "path")
+    table = Table("score", "record", "second", "platform", "code")
+    table.add_column("path", overflow="fold")
     for hit in hits:
         cells = (str(hit.record_id), f"{hit.frame_second:.2f}", hit.platform or "-", hit.video_code or "-", hit.path)
         table.add_row(f"{hit.score:.4f}", *cells)

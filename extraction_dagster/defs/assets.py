@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
@@ -13,7 +14,7 @@ from extraction_dagster.defs.resources import Extraction, plain_failures
 from extraction_dagster.errors import EmptyRangeError
 from extraction_dagster.records import Failure, IdRange
 from extraction_dagster.settings import load_settings
-from extraction_dagster.stages.decode.fingerprint import frames_fingerprint
+from extraction_dagster.stages.decode.frame_store import frames_fingerprint
 from extraction_dagster.stages.embed.model import embedding_settings_fingerprint
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def _decode(
     id_range: IdRange,
     plan: Mapping[int, "PlannedRow"],
 ) -> dict[str, Any]:
-    from extraction_dagster.stages.decode.stage import decode_rows  # noqa: PLC0415 - loads the decoders' neighbours
+    from extraction_dagster.stages.decode.stage import LandedShard, decode_rows  # noqa: PLC0415 - loads the decoders' neighbours
 
     store, made_with = extraction.frame_store(), extraction.fingerprints.frames
     todo = _todo(plan)
@@ -62,14 +63,22 @@ def _decode(
     progress.begin("video_frames", len(rows))
     failures: list[Failure] = []
     num_frames = num_bytes = 0
-    for landed in decode_rows(rows, store=store, partition=id_range, settings=extraction.settings):
+
+    def keep(landed: LandedShard) -> None:
+        nonlocal num_frames, num_bytes
         if landed.shard is not None:
-            stored = {record.record_id: record.num_frames for record in landed.shard.records}
-            _mark_extracted(catalog, plan, stored, made_with)
-            num_frames, num_bytes = num_frames + landed.num_frames, num_bytes + landed.num_bytes
+            _mark_extracted(
+                catalog, plan, {record.record_id: record.num_frames for record in landed.shard.records}, made_with
+            )
         _write_failures(context, catalog, landed.failures)
-        failures += landed.failures
+        failures.extend(landed.failures)
+        num_frames, num_bytes = num_frames + landed.num_frames, num_bytes + landed.num_bytes
         progress.advance("video_frames", landed.num_videos + len(landed.failures))
+
+    shards = decode_rows(rows, store=store, partition=id_range, settings=extraction.settings, on_close=keep)
+    with closing(shards):  # an interruption keeps, and marks, what was finished by then
+        for landed in shards:
+            keep(landed)
     return {
         "videos": len(rows) - len(failures),
         "videos_kept": len(kept),
@@ -221,7 +230,7 @@ def _mark_extracted(
 def _write_failures(context: dg.AssetExecutionContext, catalog: "Catalog", failures: Iterable[Failure]) -> None:
     states = catalog.record_failures(failures, run_id=context.run_id)
     for failure in failures:
-        _log.warning("Record %d %s: %s", failure.record_id, states[failure.record_id], failure.message)
+        _log.warning("%s (%s)", failure.message, states[failure.record_id])
 
 
 def _result(plan: Mapping[int, "PlannedRow"], counts: dict[str, Any], *, seconds: float) -> dg.MaterializeResult:  # type: ignore[type-arg]
