@@ -408,7 +408,21 @@ class CollectionInUseError(PointStoreError):
 
     def __init__(self, name: str, where: str) -> None:
         """Name the collection and the store."""
-        super().__init__(f"Collection {name!r} in {where} is the one in use: publish another one before dropping it.")
+        super().__init__(
+            f"Collection {name!r} in {where} is the one in use: it can't be dropped before another is published in "
+            f"its place. Nothing was changed."
+        )
+
+
+class CollectionNameTakenError(PointStoreError):
+    """The name that should stand for a collection is a collection itself."""
+
+    def __init__(self, name: str, where: str) -> None:
+        """Name the collection and the server."""
+        super().__init__(
+            f"{name!r} at {where} is a collection and no alias: another can't be put in its place. Nothing was "
+            f"changed. Set EXTRACTION_COLLECTION_NAME to a new name, or remove that collection on the server."
+        )
 
 
 class PointsMissingError(PointStoreError):

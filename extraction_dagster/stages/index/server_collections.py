@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from extraction_dagster.errors import CollectionInUseError, CollectionMismatchError, CollectionMissingError
+from extraction_dagster.errors import (
+    CollectionInUseError,
+    CollectionMismatchError,
+    CollectionMissingError,
+    CollectionNameTakenError,
+)
 from extraction_dagster.stages.index.point_store import PAYLOAD_INDEXES, CollectionSpec
 from extraction_dagster.stages.index.server_retry import is_already_there, require_completed
 
@@ -79,7 +84,7 @@ class ServerCollections:
         """Let a name stand for a collection, in one step on the server.
 
         Raises:
-            CollectionInUseError: A collection has that very name, so that it can't become an alias.
+            CollectionNameTakenError: A collection has that very name, so that it can't become an alias.
         """
         from qdrant_client import models
 
@@ -87,7 +92,7 @@ class ServerCollections:
         if current == target:
             return
         if current == name:
-            raise CollectionInUseError(name, self.url)
+            raise CollectionNameTakenError(name, self.url)
         operations: list[Any] = []
         if current is not None:
             operations.append(models.DeleteAliasOperation(delete_alias=models.DeleteAlias(alias_name=name)))

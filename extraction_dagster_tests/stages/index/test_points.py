@@ -95,9 +95,7 @@ def test_a_value_without_json_form_names_the_record_and_the_column(value, why):
 
 
 def test_a_payload_column_can_not_take_a_reserved_name():
-    with pytest.raises(
-        SettingsError, match=r"SOURCE_PAYLOAD_COLUMNS is 'created_at, record_id', expected columns other"
-    ):
+    with pytest.raises(SettingsError, match=r"COLUMNS is 'created_at, record_id', expected columns other"):
         _payload(VideoRow(7, "v", payload={"record_id": 1, "created_at": 2, "likes": 3}))
 
 
@@ -109,7 +107,7 @@ def test_vectors_are_normalised_again_in_float32():
 
 @pytest.mark.parametrize("vector", [(0.0, 0.0), (0.6, 0.9)])
 def test_a_vector_that_is_not_normalised_names_its_frame(vector):
-    with pytest.raises(VectorNormError, match=r"record 7, frame 30, has norm (0|1\.08), expected 1"):
+    with pytest.raises(VectorNormError, match=r"record 7, frame 30, has norm (0|1\.08\d), expected 1"):
         build_points(_one(vector), rows={7: VideoRow(7, "v")}, generations={7: "g"})
 
 

@@ -1,0 +1,236 @@
+"""Replacing points: what is left afterwards, what a fault or a kill leaves behind, what a search sees meanwhile."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from extraction_dagster.errors import PointsMissingError, RecordShapeError
+from extraction_dagster.records import EmbeddingBatch, VideoRow
+from extraction_dagster.stages.index.edge_store import EdgeStore
+from extraction_dagster.stages.index.filters import PointFilter
+from extraction_dagster.stages.index.point_store import CollectionSpec
+from extraction_dagster.stages.index.points import point_id
+from extraction_dagster.stages.index.replace import count_by_record, delete_records, replace_records
+
+OLD = {7: [0, 30, 60], 8: [0], 9: [0, 15]}
+NEW = {7: [0, 90], 8: [0, 30, 60]}
+
+
+class Faulty:
+    """A store that fails at the n-th call, before or after it is applied, and shows each state to a spy."""
+
+    def __init__(self, store, *, fail_at=None, before=True, spy=lambda: None):
+        self._store, self._fail_at, self._before, self._spy = store, fail_at, before, spy
+        self.calls = []
+
+    def __getattr__(self, name):
+        method = getattr(self._store, name)
+        if name not in ("upsert", "count", "delete", "point_ids", "flush"):
+            return method
+
+        def call(*args, **kwargs):
+            fails = len(self.calls) == self._fail_at
+            self.calls.append(name)
+            if fails and self._before:
+                raise ConnectionResetError(name)
+            result = method(*args, **kwargs)
+            self._spy()
+            if fails:
+                raise ConnectionResetError(name)
+            return result
+
+        return call
+
+
+@pytest.fixture
+def filled(opened, embeddings, rows):
+    """Each store in turn, holding OLD with generation a."""
+    replace_records(opened, embeddings(OLD), rows=rows(*OLD), generations=dict.fromkeys(OLD, "a"))
+    return opened
+
+
+@pytest.fixture
+def replace_new(embeddings, rows):
+    return lambda store: replace_records(store, embeddings(NEW, seed=1), rows=rows(*NEW), generations={7: "b", 8: "c"})
+
+
+def _held(store):
+    """What is in the store: frame and generation of each point, by record."""
+    held = {}
+    for page in store.read():
+        for payload in page.payloads:
+            held.setdefault(payload["record_id"], []).append((payload["frame_number"], payload["generation"]))
+    return {record_id: sorted(frames) for record_id, frames in sorted(held.items())}
+
+
+AFTER = {7: [(0, "b"), (90, "b")], 8: [(0, "c"), (30, "c"), (60, "c")], 9: [(0, "a"), (15, "a")]}
+
+
+def test_the_records_in_the_batch_hold_exactly_their_new_points(filled, replace_new):
+    assert replace_new(filled) == {7: 2, 8: 3}
+    assert _held(filled) == AFTER
+
+
+def test_doing_it_again_changes_nothing(filled, replace_new):
+    replace_new(filled)
+    assert replace_new(filled) == {7: 2, 8: 3}
+    assert _held(filled) == AFTER
+
+
+def test_fewer_frames_of_the_same_generation_leave_no_surplus(filled, embeddings, rows):
+    replace_records(filled, embeddings({7: [30]}), rows=rows(7), generations={7: "a"})
+    assert _held(filled) == {7: [(30, "a")], 8: [(0, "a")], 9: [(0, "a"), (15, "a")]}
+
+
+def test_more_records_than_one_step_takes(opened, embeddings, rows):
+    frames = {record_id: [0, 1] for record_id in range(1, 151)}
+    counts = replace_records(opened, embeddings(frames), rows=rows(*frames), generations=dict.fromkeys(frames, "a"))
+    assert counts == dict.fromkeys(range(1, 151), 2)
+    assert opened.count() == 300
+
+
+def test_nothing_is_removed_when_written_points_are_missing(filled, replace_new, monkeypatch):
+    upsert = filled.upsert
+    monkeypatch.setattr(filled, "upsert", lambda batch: upsert(next(batch.chunks(max_points=4, max_bytes=10**6))))
+    with pytest.raises(
+        PointsMissingError, match=r"4 points were found after writing them, expected exactly 5 \(record 8: 2 of 3\)"
+    ):
+        replace_new(filled)
+    assert _held(filled) == {
+        7: [(0, "b"), (30, "a"), (60, "a"), (90, "b")],
+        8: [(0, "c"), (30, "c")],
+        9: [(0, "a"), (15, "a")],
+    }
+
+
+def test_points_that_were_not_removed_are_noticed(filled, replace_new, monkeypatch):
+    monkeypatch.setattr(filled, "delete", lambda _: None)
+    wanted = r"7 points were found after removing stale ones, expected exactly 5 \(record 7: 4 of 2\)"
+    with pytest.raises(PointsMissingError, match=wanted):
+        replace_new(filled)
+
+
+def test_a_right_number_of_wrong_points_is_noticed(filled, replace_new, monkeypatch):
+    ids = filled.point_ids
+    monkeypatch.setattr(filled, "point_ids", lambda filters: ids(filters) - {point_id(7, 90)} | {point_id(7, 91)})
+    with pytest.raises(PointsMissingError, match="4 points were found by their ids, expected exactly 5"):
+        replace_new(filled)
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("fail_at", range(6))
+def test_a_fault_at_any_call_loses_nothing_and_the_next_try_arrives(filled, replace_new, fail_at, before):
+    def no_record_is_missing():
+        assert {7, 8, 9} <= set(filled.count_by_record())
+        # A frame that was there before and is still sampled never disappears.
+        assert {point_id(7, 0), point_id(8, 0), point_id(9, 0), point_id(9, 15)} <= filled.point_ids()
+
+    store = Faulty(filled, fail_at=fail_at, before=before, spy=no_record_is_missing)
+    with pytest.raises(ConnectionResetError):
+        replace_new(store)
+    assert store.calls == ["upsert", "count", "delete", "count", "point_ids", "flush"][: fail_at + 1]
+    no_record_is_missing()
+    replace_new(filled)
+    assert _held(filled) == AFTER
+
+
+def test_a_record_without_a_row_is_refused_before_anything_is_written(filled, embeddings, rows):
+    with pytest.raises(RecordShapeError, match="record 8 needs a row"):
+        replace_records(filled, embeddings(NEW), rows=rows(7), generations={7: "b", 8: "b"})
+    assert set(_held(filled)[7]) == {(0, "a"), (30, "a"), (60, "a")}
+
+
+def test_removed_records_are_gone_and_others_stay(filled):
+    assert delete_records(filled, [7, 8, 99]) == 4
+    assert count_by_record(filled, [7, 8, 9, 99]) == {7: 0, 8: 0, 9: 2, 99: 0}
+    assert delete_records(filled, [7]) == 0
+    assert delete_records(filled, []) == 0
+
+
+def test_records_that_were_not_removed_are_noticed(filled, monkeypatch):
+    monkeypatch.setattr(filled, "delete", lambda _: None)
+    with pytest.raises(PointsMissingError, match=r"1 points were found after removing them, expected exactly 0"):
+        delete_records(filled, [8])
+
+
+# Real kills: a process replaces 60 records, again and again with the next generation, until it is killed.
+
+SPEC = CollectionSpec("frames", dim=32, fingerprint="abc123")
+_REPLACE_FOR_EVER = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+import test_replace
+from extraction_dagster.stages.index.edge_store import EdgeStore
+with EdgeStore(Path(sys.argv[1])) as store:
+    store.ensure_collection(test_replace.SPEC)
+    print("go", flush=True)
+    for round_number in range(int(sys.argv[3]), 10**6):
+        test_replace.replace_round(store, round_number)
+        print("done", round_number, flush=True)
+"""
+
+
+def replace_round(store, round_number):
+    """Records 1 to 60 with 3 to 7 frames each, numbered from the round on: some stay, some go, some come."""
+    frames = {record_id: range(round_number % 5, round_number % 5 + 3 + record_id % 5) for record_id in range(1, 61)}
+    record_ids = np.array([record_id for record_id, part in frames.items() for _ in part], np.int64)
+    numbers = np.array([number for part in frames.values() for number in part], np.int64)
+    vectors = np.random.default_rng(round_number).standard_normal((len(numbers), 32))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    replace_records(
+        store,
+        EmbeddingBatch(vectors.astype(np.float16), record_ids, numbers, numbers / 30.0),
+        rows={record_id: VideoRow(record_id, "v") for record_id in frames},
+        generations=dict.fromkeys(frames, f"g{round_number}"),
+    )
+    return {record_id: [(number, f"g{round_number}") for number in part] for record_id, part in frames.items()}
+
+
+def _kill_somewhere(home, round_number, delay):
+    """Start the process and kill it `delay` seconds after its first round; the number of rounds it finished."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _REPLACE_FOR_EVER, str(home), str(__file__).rpartition("/")[0], str(round_number)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process, process.stdout as lines:
+        assert next(lines) == "go\n"
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        finished = [line for line in lines if line.startswith("done ") and line.endswith("\n")]
+    assert process.returncode == -signal.SIGKILL
+    return len(finished)
+
+
+@pytest.mark.slow
+def test_a_killed_process_loses_nothing_and_the_next_one_arrives(tmp_path):
+    home, kills, seed = tmp_path / "qdrant", 25, 20260102
+    delays = random.Random(seed)  # noqa: S311 - a schedule, no secret
+    with EdgeStore(home) as store:
+        store.ensure_collection(SPEC)
+        replace_round(store, 0)
+    round_number, states = 1, {"one generation": 0, "mixed": 0}
+    for _ in range(kills):
+        round_number += _kill_somewhere(home, round_number, delays.uniform(0, 0.12))
+        with EdgeStore(home) as store:
+            store.ensure_collection(SPEC)
+            held = _held(store)
+            generations = {generation for frames in held.values() for _, generation in frames}
+            states["mixed" if len(generations) > 1 else "one generation"] += 1
+            assert set(held) == set(range(1, 61))
+            # Frame 4 is sampled in every round: it was there before the kill, whichever step it hit.
+            assert store.count(PointFilter(point_ids=[point_id(record_id, 4) for record_id in range(2, 60, 5)])) == 12
+            assert generations <= {f"g{round_number - 1}", f"g{round_number}"}
+            assert _arrived(store, round_number)
+        round_number += 1
+    print(f"{kills} kills: {states}")  # noqa: T201 - shown by pytest -rP
+
+
+def _arrived(store, round_number):
+    return replace_round(store, round_number) == _held(store)
