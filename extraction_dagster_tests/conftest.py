@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import tempfile
 import uuid
 import warnings
@@ -112,3 +113,20 @@ def demo_folder(tmp_path_factory):
 def demo_videos(demo_folder):
     """The demo's videos, as `make_videos` returned them; their files lie in `demo_folder`."""
     return make_videos(demo_folder)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A real, headless Chromium."""
+    executable = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if executable is None:
+        pytest.skip("no Chromium is installed")
+    from playwright.sync_api import sync_playwright  # noqa: PLC0415 - lazy: few tests need it
+
+    quiet = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=executable, args=[*quiet, "--disable-sync", "--no-first-run"]
+        )
+        yield browser
+        browser.close()

@@ -3,12 +3,12 @@
 import os
 import time
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from extraction_dagster.cli import console
 from extraction_dagster.cli.search import hits_table, search_image
-from extraction_dagster.defs.launching import FinishedRun, launch, open_instance
 from extraction_dagster.demo.table import DemoQuery, choose_query, make_table, refuse_foreign_targets
 from extraction_dagster.demo.videos import DemoVideo, make_videos, real_clips_hint
 from extraction_dagster.errors import RunFailedError
@@ -18,6 +18,9 @@ from extraction_dagster.stages.catalog.catalog import open_catalog
 from extraction_dagster.stages.catalog.ranges import cut_backlog
 from extraction_dagster.stages.index.point_store import open_point_store
 
+if TYPE_CHECKING:
+    from extraction_dagster.defs.launching import FinishedRun
+
 _BATCH_SIZE = 12
 
 
@@ -25,7 +28,7 @@ _BATCH_SIZE = 12
 class _Work:
     """What this call did, for the summary."""
 
-    runs: dict[IdRange, FinishedRun] = field(default_factory=dict)
+    runs: dict[IdRange, "FinishedRun"] = field(default_factory=dict)
     seconds: float = 0.0
     finished: int = 0
 
@@ -54,6 +57,8 @@ def _prepare(settings: Settings) -> list[DemoVideo]:
 
 
 def _process(settings: Settings) -> _Work:
+    from extraction_dagster.defs.launching import launch, open_instance
+
     work, started = _Work(), time.perf_counter()
     with open_catalog(settings) as catalog:
         ranges = list(cut_backlog(catalog.source, _BATCH_SIZE))

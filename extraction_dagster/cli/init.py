@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from extraction_dagster.cli import console
-from extraction_dagster.defs.launching import open_instance, template
 from extraction_dagster.settings import load_settings
 from extraction_dagster.stages.catalog.catalog import open_catalog
 
@@ -14,6 +13,8 @@ def command() -> None:
     Writes workspace.yaml and dagster.yaml into this folder unless they are there, creates Dagster's storage, checks
     the source table and creates the state tables.
     """
+    from extraction_dagster.defs.launching import open_instance, template
+
     settings = load_settings()
     for name in ("workspace.yaml", "dagster.yaml"):
         if not Path(name).exists():

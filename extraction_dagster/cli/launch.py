@@ -5,7 +5,6 @@ from typing import Annotated
 import typer
 
 from extraction_dagster.cli import console
-from extraction_dagster.defs.launching import launch, open_instance
 from extraction_dagster.errors import EmptyRangeError, RunFailedError
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import load_settings
@@ -19,6 +18,8 @@ def command(
 
     The run is in Dagster's run history like any other. Records that are done already are skipped.
     """
+    from extraction_dagster.defs.launching import launch, open_instance
+
     wanted = IdRange.parse(id_range)
     settings = load_settings()
     with open_catalog(settings) as catalog:  # refuses a table that can't be used before a run is made of it

@@ -28,10 +28,10 @@ def command(
 
 def search_image(settings: Settings, image: Path, *, limit: int) -> list[Hit]:
     """The frames most like a picture, one per video, best first."""
-    from extraction_dagster.stages.embed.model import load_model  # noqa: PLC0415 - loads torch
-    from extraction_dagster.stages.embed.query import embed_query_image, load_query_image  # noqa: PLC0415
-    from extraction_dagster.stages.index.point_store import open_point_store  # noqa: PLC0415
-    from extraction_dagster.stages.index.search import search_images  # noqa: PLC0415
+    from extraction_dagster.stages.embed.model import load_model
+    from extraction_dagster.stages.embed.query import embed_query_image, load_query_image
+    from extraction_dagster.stages.index.point_store import open_point_store
+    from extraction_dagster.stages.index.search import search_images
 
     query = load_query_image(image)
     vector = embed_query_image(load_model(settings), query, shown=str(image))

@@ -59,7 +59,10 @@ def _decode(
     kept = _stored(store.shards(id_range), todo)
     _mark_extracted(catalog, plan, {key: number for key, number in kept.items() if _unmarked(plan[key])}, made_with)
     rows = [planned.video for record_id, planned in todo.items() if record_id not in kept]
-    _log.info("Processing batch of %d records (IDs: %d - %d)", len(rows), id_range.first_id, id_range.last_id)
+    if rows:
+        _log.info("Processing batch of %d records (IDs: %d - %d)", len(rows), id_range.first_id, id_range.last_id)
+    else:
+        _log.info("Nothing to decode (IDs: %d - %d)", id_range.first_id, id_range.last_id)
     progress.begin("video_frames", len(rows))
     failures: list[Failure] = []
     num_frames = num_bytes = 0

@@ -1,0 +1,330 @@
+"""The whole way: the demo, Dagster's own ways in, and the obvious mistakes; all as a user would type them."""
+
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+BIN = Path(sys.executable).parent
+# One frame a second of the 26 rendered clips: 6+4+8+3+5+4+6+5+5+6+4+4 + 4+7+5+4+5+12+4+4+2+6+5+8+4+4 seconds.
+RENDERED_FRAMES = 134
+REAL_FRAMES = {"bikes": 10, "bigbuckbunny": 6, "carphone_pristine": 4, "carphone_distorted": 4}
+
+
+def run(*command, cwd, expect=0, **environment):
+    done = subprocess.run(
+        [BIN / command[0], *command[1:]],
+        cwd=cwd,
+        env={**os.environ, "DAGSTER_HOME": str(cwd), "NO_COLOR": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == expect, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory, demo_folder):
+    """A folder in which the demo ran once; the videos are those of the session, not rendered again."""
+    folder = tmp_path_factory.mktemp("demo")
+    (folder / ".extraction").mkdir()
+    (folder / ".extraction" / "videos").symlink_to(demo_folder)
+    for name in ("dagster.yaml", "workspace.yaml"):
+        (folder / name).write_text((Path(__file__).parents[1] / name).read_text())
+    first = run("extraction", "demo", cwd=folder)
+    return folder, first.stdout
+
+
+def rows(folder, sql):
+    with sqlite3.connect(f"file:{folder}/.extraction/source.db?mode=ro", uri=True) as connection:
+        return connection.execute(sql).fetchall()
+
+
+def points_by_record(folder):
+    """Points in the engine, read with the engine's own package."""
+    import qdrant_edge as edge
+
+    (config,) = (folder / ".extraction" / "qdrant").rglob("edge_config.json")
+    shard = edge.EdgeShard.load(str(config.parent))
+    try:
+        records, _ = shard.scroll(edge.ScrollRequest(limit=100_000, with_payload=["record_id"]))
+    finally:
+        shard.close()
+    counts = {}
+    for record in records:
+        counts[record.payload["record_id"]] = counts.get(record.payload["record_id"], 0) + 1
+    return counts
+
+
+def expected_frames(folder):
+    codes = [
+        code for code, platform in rows(folder, "SELECT code, platform FROM insta_content") if platform != "rendered"
+    ]
+    return RENDERED_FRAMES + sum(REAL_FRAMES[code] for code in codes)
+
+
+def test_the_demo_marks_every_good_video_and_leaves_the_two_broken_ones(demo):
+    folder, _ = demo
+    broken = "code IN ('truncated', 'no_video')"
+    assert rows(
+        folder, f"SELECT count(*) FROM insta_content WHERE NOT ({broken}) AND is_extracted AND is_embedded"
+    ) == [(rows(folder, "SELECT count(*) - 2 FROM insta_content")[0][0],)]
+    assert rows(folder, f"SELECT is_extracted, is_embedded FROM insta_content WHERE {broken}") == [(0, 0), (0, 0)]
+    assert rows(folder, "SELECT count(*) FROM insta_content")[0][0] >= 28
+    parked = rows(folder, "SELECT record_id FROM extraction_ledger WHERE state = 'parked' ORDER BY 1")
+    assert parked == rows(folder, f"SELECT id FROM insta_content WHERE {broken} ORDER BY 1")
+
+
+def test_the_store_holds_one_point_for_each_second_of_video(demo):
+    folder, printed = demo
+    points = points_by_record(folder)
+    assert sum(points.values()) == expected_frames(folder)
+    assert points == dict(rows(folder, "SELECT record_id, num_points FROM extraction_ledger WHERE state = 'done'"))
+    assert f"points in Qdrant      │ {expected_frames(folder)} " in printed
+
+
+def test_the_demo_says_what_a_person_wants_to_know(demo):
+    _, printed = demo
+    for words in (
+        "ranges processed now  │ 1-12, 13-112, 113-208",
+        "videos that failed    │ 2 ",
+        "parked: Record 9: Video",
+        "The first hit is the right video.",
+        "extraction search --image",
+    ):
+        assert words in printed
+
+
+def test_a_second_demo_does_nothing_new_and_says_so(demo):
+    folder, _ = demo
+    before = points_by_record(folder)
+    printed = run("extraction", "demo", cwd=folder).stdout
+    assert "Processed 0 records: everything was done already." in printed
+    assert "ranges processed now  │ none" in printed
+    assert points_by_record(folder) == before
+
+
+def test_status_errors_and_search_speak_json(demo):
+    folder, _ = demo
+    status = json.loads(run("extraction", "status", "--json", cwd=folder).stdout)
+    assert (status["failed"], status["parked"], status["pending"]) == (0, 2, 0)
+    errors = json.loads(run("extraction", "errors", "--json", cwd=folder).stdout)["errors"]
+    assert sorted(error["record_id"] for error in errors) == [9, 108]
+    image = str(folder / ".extraction" / "query.jpg")
+    hits = json.loads(run("extraction", "search", "--image", image, "--limit", "3", "--json", cwd=folder).stdout)[
+        "hits"
+    ]
+    assert len(hits) == 3
+    assert hits[0]["score"] > hits[1]["score"] > hits[2]["score"]
+
+
+def test_a_cleared_mark_brings_a_record_back(demo):
+    folder, _ = demo
+    with sqlite3.connect(folder / ".extraction" / "source.db") as connection:
+        connection.execute("UPDATE insta_content SET is_extracted = 0, is_embedded = 0 WHERE id = 3")
+    printed = run("extraction", "launch", "1-12", cwd=folder)
+    assert "Processing batch of 1 records (IDs: 1 - 12)" in printed.stderr
+    assert "11 done, 0 pending, 0 failed, 1 parked" in printed.stdout
+    assert points_by_record(folder)[3] == 8
+
+
+@pytest.mark.parametrize(
+    ("command", "environment", "code", "words"),
+    [
+        (("launch", "12-1"), {}, 1, "'12-1' is not a range of ids: the first id must not be greater"),
+        (("launch", "abc"), {}, 1, "'abc' is not a range of ids: it is not two integers joined by '-'"),
+        (
+            ("launch", "5000-6000"),
+            {},
+            1,
+            "Range 5000-6000 holds no eligible row of 'insta_content': its eligible rows have",
+        ),
+        (("launch",), {}, 2, "Missing argument 'FIRST-LAST'"),
+        (("lunch",), {}, 2, "No such command 'lunch'"),
+        (
+            ("status",),
+            {"EXTRACTION_SOURCE_TABLE": "videos"},
+            1,
+            "Source table 'videos' can't be used: there is no such table",
+        ),
+        (
+            ("status",),
+            {"EXTRACTION_SOURCE_URI_COLUMN": "file"},
+            1,
+            "it has no column 'file'. Set EXTRACTION_SOURCE_URI_COLUMN",
+        ),
+        (("status",), {"EXTRACTION_BATCH_SIZE": "0"}, 1, "Setting EXTRACTION_BATCH_SIZE is '0', expected"),
+        (
+            ("status",),
+            {"EXTRACTION_BATCHSIZE": "5"},
+            1,
+            "EXTRACTION_BATCHSIZE is unknown, expected EXTRACTION_BATCH_SIZE",
+        ),
+        (("status",), {"EXTRACTION_SOURCE_URL": "nonsense"}, 1, "EXTRACTION_SOURCE_URL is not a database URL"),
+        (("search", "--image", "none.jpg"), {}, 1, "none.jpg"),
+        (("demo",), {"EXTRACTION_SOURCE_URL": "postgresql://u:s3cret@h/d"}, 1, "EXTRACTION_SOURCE_URL"),
+    ],
+)
+def test_a_mistake_ends_in_one_clear_line(demo, command, environment, code, words):
+    folder, _ = demo
+    done = run("extraction", *command, cwd=folder, expect=code, COLUMNS="200", **environment)
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert "s3cret" not in done.stderr + done.stdout
+    if code == 1:
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_empty_table_says_so(tmp_path):
+    marks = "is_extracted BOOLEAN, is_embedded BOOLEAN"
+    schema = f"CREATE TABLE insta_content (id INTEGER PRIMARY KEY, platform, code, path, {marks})"
+    (tmp_path / ".extraction").mkdir()
+    with sqlite3.connect(tmp_path / ".extraction" / "source.db") as connection:
+        connection.execute(schema)
+    done = run("extraction", "launch", "1-10", cwd=tmp_path, expect=1, DAGSTER_HOME="")
+    assert "it has no eligible row at all" in done.stderr
+    assert json.loads(run("extraction", "status", "--json", cwd=tmp_path, DAGSTER_HOME="").stdout)["eligible"] == 0
+
+
+def test_files_that_can_not_be_read_fail_their_records_alone(demo):
+    folder, _ = demo
+    with sqlite3.connect(folder / ".extraction" / "source.db") as connection:
+        connection.execute(
+            "INSERT INTO insta_content (id, platform, code, path) VALUES (9001, 'x', 'y', 'no/such/file.mp4')"
+        )
+        connection.execute(
+            "INSERT INTO insta_content (id, platform, code, path) VALUES (9002, 'x', 'z', '/etc/passwd')"
+        )
+    printed = run("extraction", "launch", "9001-9002", cwd=folder)
+    assert "0 done, 0 pending, 1 failed, 1 parked" in printed.stdout
+    with sqlite3.connect(folder / ".extraction" / "source.db") as connection:
+        connection.execute("DELETE FROM insta_content WHERE id > 9000")
+
+
+# Dagster's own ways in, against a webserver and a daemon.
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def dagster_dev(demo):
+    """`dagster dev` on the demo's data, as `make ui` starts it."""
+    folder, _ = demo
+    port = free_port()
+    with (folder / "dev.log").open("w") as log:
+        process = subprocess.Popen(
+            [BIN / "dagster", "dev", "-w", "workspace.yaml", "--host", "127.0.0.1", "--port", str(port)],
+            cwd=folder,
+            env={**os.environ, "DAGSTER_HOME": str(folder)},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        wait(lambda: urllib.request.urlopen(f"http://127.0.0.1:{port}/server_info", timeout=5), seconds=90)
+        yield folder, f"http://127.0.0.1:{port}"
+    finally:
+        os.killpg(process.pid, signal.SIGINT)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait(ready, *, seconds):
+    """The first true answer; errors on the way count as no."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            if answer := ready():
+                return answer
+        except OSError:
+            pass
+        time.sleep(0.5)
+    pytest.fail(f"not ready within {seconds} seconds")
+
+
+def finished_runs(folder, partition):
+    """The states of a partition's runs, read by another process as a user would."""
+    code = (
+        "import dagster as dg, json, sys\n"
+        "with dg.DagsterInstance.get() as instance:\n"
+        "    runs = instance.get_runs(dg.RunsFilter(tags={'dagster/partition': sys.argv[1]}))\n"
+        "    keys = ('video_frames', 'frame_embeddings', 'qdrant_points')\n"
+        "    made = [k for k in keys if sys.argv[1] in instance.get_materialized_partitions(dg.AssetKey(k))]\n"
+        "    print(json.dumps([[run.status.value for run in runs], made]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, partition],
+        cwd=folder,
+        env={**os.environ, "DAGSTER_HOME": str(folder)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout)
+
+
+ALL_THREE = ["video_frames", "frame_embeddings", "qdrant_points"]
+
+
+@pytest.mark.slow
+def test_a_range_that_was_never_registered_can_be_launched(dagster_dev):
+    folder, _ = dagster_dev
+    tags = json.dumps({"dagster/partition": "2-7"})
+    run("dagster", "job", "launch", "-w", "workspace.yaml", "-j", "extraction_job", "--tags", tags, cwd=folder)
+    wait(lambda: finished_runs(folder, "2-7") == [["SUCCESS"], ALL_THREE], seconds=120)
+
+
+@pytest.mark.slow
+def test_a_malformed_range_fails_its_run_and_says_why(dagster_dev):
+    folder, _ = dagster_dev
+    tags = json.dumps({"dagster/partition": "seven"})
+    run("dagster", "job", "launch", "-w", "workspace.yaml", "-j", "extraction_job", "--tags", tags, cwd=folder)
+    wait(lambda: finished_runs(folder, "seven") == [["FAILURE"], []], seconds=120)
+    assert "'seven' is not a range of ids" in (folder / "dev.log").read_text()
+
+
+@pytest.mark.slow
+def test_a_backfill_of_two_ranges_from_the_command_line_succeeds(dagster_dev):
+    folder, _ = dagster_dev
+    command = ("dagster", "job", "backfill", "-w", "workspace.yaml", "-j", "extraction_job", "--noprompt")
+    before = [len(finished_runs(folder, key)[0]) for key in ("1-12", "13-112")]
+    run(*command, "--partitions", "1-12,13-112", cwd=folder)
+    for key, number in zip(("1-12", "13-112"), before, strict=True):
+        wait(lambda key=key, number=number: finished_runs(folder, key)[0] == ["SUCCESS"] * (number + 1), seconds=180)
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_a_backfill_of_two_ranges_from_the_browser_succeeds(dagster_dev, browser):
+    folder, url = dagster_dev
+    before = [len(finished_runs(folder, key)[0]) for key in ("13-112", "113-208")]
+    page = browser.new_page(viewport={"width": 1500, "height": 950})
+    page.goto(f"{url}/locations/extraction_dagster/jobs/extraction_job")
+    page.get_by_role("button", name="Materialize").first.click()
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_text("Select a partition or create one").click()
+    for key in ("13-112", "113-208"):
+        page.get_by_role("menuitem").filter(has_text=key).get_by_text(key, exact=True).first.click()
+    page.keyboard.press("Escape")
+    dialog.get_by_role("button", name="Launch backfill").click()
+    for key, number in zip(("13-112", "113-208"), before, strict=True):
+        wait(lambda key=key, number=number: finished_runs(folder, key)[0] == ["SUCCESS"] * (number + 1), seconds=180)
+    page.goto(f"{url}/assets/qdrant_points?view=partitions")
+    page.get_by_text("113-208").first.wait_for()
+    assert page.get_by_text("Materialized").first.is_visible()
