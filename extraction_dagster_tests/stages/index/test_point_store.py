@@ -15,6 +15,7 @@ from extraction_dagster.errors import (
 )
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import Settings
+from extraction_dagster.stages.index import edge_store, server_store
 from extraction_dagster.stages.index.edge_store import EdgeStore
 from extraction_dagster.stages.index.filters import PointFilter
 from extraction_dagster.stages.index.point_store import CollectionSpec, Hit, PointStore, open_point_store
@@ -102,6 +103,14 @@ def test_a_filter_selects_exactly_its_points(opened, load, filters, expected):
     assert opened.count_by_record(filters) == expected
     assert opened.count(filters) == sum(expected.values())
     assert len(opened.point_ids(filters)) == sum(expected.values())
+
+
+def test_records_are_counted_beyond_one_page_of_the_engine(opened, load, monkeypatch):
+    load({record_id: [0, 1] for record_id in range(1, 21)})
+    monkeypatch.setattr(edge_store, "_PAGE", 2)
+    monkeypatch.setattr(server_store, "_PAGE", 2)
+    assert opened.count_by_record() == dict.fromkeys(range(1, 21), 2)
+    assert len(opened.point_ids()) == 40
 
 
 def test_removing_takes_exactly_the_named_points(opened, load):
