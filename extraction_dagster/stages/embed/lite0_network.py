@@ -67,7 +67,7 @@ class _Block(nn.Module):
         self.residual = stride == 1 and inputs == outputs
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = x if self.expand is None else fn.relu6(self.expand(x), inplace=True)
+        y: torch.Tensor = x if self.expand is None else fn.relu6(self.expand(x), inplace=True)
         y = self.project(fn.relu6(self.depthwise(y), inplace=True))
         return y.add_(x) if self.residual else y
 
@@ -87,8 +87,7 @@ class Lite0(nn.Module):
         x = fn.relu6(self.stem(x), inplace=True)
         for block in self.blocks:
             x = block(x)
-        features: torch.Tensor = fn.relu6(self.head(x), inplace=True)
-        return features.mean((2, 3))
+        return fn.relu6(self.head(x), inplace=True).mean((2, 3))
 
     def named_convolutions(self) -> Iterator[tuple[SameConv, str, str]]:
         """Each convolution with the checkpoint's name for it and for the BatchNorm behind it."""
