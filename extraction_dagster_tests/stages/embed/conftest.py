@@ -15,7 +15,7 @@ from extraction_dagster.stages.embed.model import load_model
 
 @pytest.fixture(scope="session")
 def cpu_settings():
-    return Settings(device="cpu", embed_batch_size=4, embed_threads=2)
+    return Settings(device="cpu", embed_batch_size=4, embed_threads=1)
 
 
 @pytest.fixture(scope="session")
@@ -34,17 +34,19 @@ def make_picture():
     return picture
 
 
+def video(record_id, num_frames=3, *, version="v1", broken_frame=None):
+    """A record of the frame store: a frame a second at 30 frames per second."""
+    jpegs = [simplejpeg.encode_jpeg(picture(1000 * record_id + n), 95, "RGB", "444") for n in range(num_frames)]
+    if broken_frame is not None:
+        jpegs[broken_frame] = b"\xff\xd8\xff\xe0 no more than a beginning"
+    seconds = np.arange(num_frames, dtype=np.float64)
+    numbers = np.arange(num_frames, dtype=np.int64) * 30
+    return EncodedFrames(record_id, version, jpegs, seconds, seconds, numbers, 96, 64)
+
+
 @pytest.fixture(scope="session")
 def make_video():
-    def make(record_id, num_frames=3, *, version="v1", broken_frame=None):
-        jpegs = [simplejpeg.encode_jpeg(picture(1000 * record_id + n), 95, "RGB", "444") for n in range(num_frames)]
-        if broken_frame is not None:
-            jpegs[broken_frame] = b"\xff\xd8\xff\xe0 no more than a beginning"
-        seconds = np.arange(num_frames, dtype=np.float64)
-        numbers = np.arange(num_frames, dtype=np.int64) * 30
-        return EncodedFrames(record_id, version, jpegs, seconds, seconds, numbers, 96, 64)
-
-    return make
+    return video
 
 
 @dataclass

@@ -62,8 +62,12 @@ def test_leaving_early_ends_the_thread():
 def test_leaving_by_an_interrupt_ends_the_thread():
     before = threading.active_count()
 
-    with pytest.raises(KeyboardInterrupt, match="now"), prefetch(count(), depth=2):
-        message = "now"
-        raise KeyboardInterrupt(message)
+    def interrupted():
+        with prefetch(count(), depth=2):
+            message = "now"
+            raise KeyboardInterrupt(message)
+
+    with pytest.raises(KeyboardInterrupt, match="now"):
+        interrupted()
 
     assert threading.active_count() == before

@@ -27,7 +27,7 @@ def _resize_rows(image, size):
 
 
 @pytest.mark.parametrize(("width_px", "height_px"), [(398, 224), (224, 398), (90, 50), (1000, 61)])
-def test_squash_is_pillows_antialiased_bicubic_written_in_float64(make_picture, width_px, height_px):
+def test_squash_is_pillows_antialiased_bicubic_written_in_float64(width_px, height_px):
     noise = np.random.default_rng(5).integers(0, 256, (height_px, width_px, 3), dtype=np.uint8)
     across = _resize_rows(noise.transpose(1, 0, 2).astype(np.float64), 224).transpose(1, 0, 2)
     expected = _resize_rows(across, 224)

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
-import torch
+import torch  # noqa: TID253 - what the settings act on
 
 from extraction_dagster.errors import EmbeddingDeviceError
 from extraction_dagster.stages.embed.runtime import resolve_device, tune_process, usable_cores
@@ -31,7 +33,7 @@ def test_auto_is_the_first_gpu_and_a_number_is_checked(monkeypatch):
     assert resolve_device("auto") == "cuda:0"
     assert resolve_device("cuda") == "cuda:0"
     assert resolve_device("cuda:1") == "cuda:1"
-    with pytest.raises(EmbeddingDeviceError, match="Device 'cuda:2' is not available, .*: cpu, cuda:0, cuda:1"):
+    with pytest.raises(EmbeddingDeviceError, match=r"Device 'cuda:2' is not available, .*: cpu, cuda:0, cuda:1"):
         resolve_device("cuda:2")
 
 
@@ -55,3 +57,24 @@ def test_threads_are_those_asked_for_and_omp_num_threads_is_left_alone(monkeypat
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+LOAD = """
+import os
+from extraction_dagster.settings import Settings
+from extraction_dagster.stages.embed.model import load_model
+load_model(Settings(device="cpu"))
+print(os.environ.get("OMP_WAIT_POLICY"))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="libgomp is what torch brings on Linux")
+@pytest.mark.parametrize(("given", "policy", "left"), [(None, "PASSIVE", "None"), ("ACTIVE", "ACTIVE", "ACTIVE")])
+def test_waiting_threads_sleep_unless_told_otherwise_and_child_processes_see_no_difference(given, policy, left):
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_DISPLAY_ENV": "TRUE"} | ({"OMP_WAIT_POLICY": given} if given else {})
+
+    ran = subprocess.run([sys.executable, "-c", LOAD], env=environment, capture_output=True, text=True, check=True)
+
+    assert f"OMP_WAIT_POLICY = '{policy}'" in ran.stderr
+    assert ran.stdout.strip() == left
