@@ -113,3 +113,17 @@ def test_a_model_that_gives_too_few_vectors_is_refused():
 
     with pytest.raises(ModelOutputError, match=r"gave float32 \(3, 2\), expected float32 \(4, 2\)"):
         BatchEmbedder(model, 4).embed(np.zeros((4, 2, 2, 3), np.uint8))
+
+
+def test_a_large_piece_is_embedded_as_it_comes_and_not_hoarded():
+    model = Counting()
+    seen_when_drawn = []
+
+    def pieces():
+        for piece in _pieces(10, 2):
+            seen_when_drawn.append(list(model.seen))
+            yield piece
+
+    list(embed_pieces(pieces(), BatchEmbedder(model, 4)))
+
+    assert seen_when_drawn == [[], [4, 4]]
