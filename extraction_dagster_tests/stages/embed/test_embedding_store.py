@@ -77,6 +77,16 @@ def test_what_is_written_is_listed_from_the_footer_and_read_back(root):
     assert not store.has(RANGE, "0002-abc")
 
 
+def test_the_file_is_called_as_its_frame_shard_is(tmp_path):
+    store = EmbeddingStore(str(tmp_path), "f00d")
+
+    shard = _write(store, "20260101T000000Z-0a1b.parquet")
+
+    assert Path(shard.path) == tmp_path / "f00d" / "-5-20" / "20260101T000000Z-0a1b.parquet"
+    assert store.shards(RANGE) == [shard]
+    assert shard.name == "20260101T000000Z-0a1b.parquet"
+
+
 def test_a_shard_of_failures_only_has_no_vectors(root):
     store = EmbeddingStore(root, "f00d")
     store.write(RANGE, "0001", _batch(), versions=[], failures=[FAILURE])
