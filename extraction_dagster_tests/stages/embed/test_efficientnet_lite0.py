@@ -14,7 +14,7 @@ from extraction_dagster.errors import EmbeddingDeviceError, ModelFilesError
 from extraction_dagster.settings import Settings
 from extraction_dagster.stages.embed import efficientnet_lite0
 from extraction_dagster.stages.embed.efficientnet_lite0 import read_checkpoint, weights_path
-from extraction_dagster.stages.embed.lite0_network import Lite0, checkpoint_shapes, fold
+from extraction_dagster.stages.embed.lite0_network import checkpoint_shapes, fold
 from extraction_dagster.stages.embed.model import load_model
 from extraction_dagster.stages.embed.vectors import normalise
 
@@ -118,15 +118,15 @@ def test_a_checkpoint_with_a_tensor_missing_or_of_another_shape_is_refused(tmp_p
     path = tmp_path / "lite0.pth"
     torch.save({name: tensor for name, tensor in state.items() if name != "_conv_head.weight"}, path)
     with pytest.raises(ModelFilesError, match=r"1 tensors that differ, the first _conv_head.weight missing.*Reinstall"):
-        read_checkpoint(path, Lite0())
+        read_checkpoint(path)
 
     torch.save({**state, "_fc.bias": torch.zeros(7)}, path)
     with pytest.raises(ModelFilesError, match=r"the first _fc.bias \(7,\), expected 296 tensors, _fc.bias \(1000,\)"):
-        read_checkpoint(path, Lite0())
+        read_checkpoint(path)
 
     torch.save({**state, "extra": torch.zeros(7)}, path)
     with pytest.raises(ModelFilesError, match=r"the first extra \(7,\), expected 296 tensors, extra absent"):
-        read_checkpoint(path, Lite0())
+        read_checkpoint(path)
 
 
 class Hostile:
@@ -144,12 +144,12 @@ def test_a_checkpoint_that_carries_code_is_refused_and_not_run(tmp_path):
     torch.save({"_fc.bias": Hostile(proof)}, path)
 
     with pytest.raises(ModelFilesError, match=r"no plain checkpoint \(UnpicklingError\)"):
-        read_checkpoint(path, Lite0())
+        read_checkpoint(path)
 
     assert not proof.exists()
     path.write_bytes(pickle.dumps([1, 2, 3]))
     with pytest.raises(ModelFilesError, match="no plain checkpoint"):
-        read_checkpoint(path, Lite0())
+        read_checkpoint(path)
 
 
 def test_a_missing_wheel_or_checkpoint_is_an_error_with_the_fix(monkeypatch):
@@ -163,13 +163,14 @@ def test_a_missing_wheel_or_checkpoint_is_an_error_with_the_fix(monkeypatch):
         weights_path()
 
 
-def test_the_network_has_the_parameters_of_lite0_and_none_is_left_unset(state):
-    network = fold(Lite0(), state)
+def test_the_network_has_the_parameters_of_lite0(state):
+    network = fold(state, device="cpu")
+    convolutions = [network.stem, *(conv for block in network.blocks for conv in block), network.head]
 
-    assert len(checkpoint_shapes(network)) == 296
-    assert not any(parameter.is_meta or parameter.requires_grad for parameter in network.parameters())
+    assert len(checkpoint_shapes()) == 296
+    assert len(convolutions) == 49
     # The checkpoint's 4,652,008 parameters, less the classifier's 1,281,000, less one of two per BatchNorm channel.
-    assert sum(parameter.numel() for parameter in network.parameters()) == 3_350_000
+    assert sum(conv.weight.numel() + conv.bias.numel() for conv in convolutions) == 3_350_000
 
 
 def test_an_absent_device_is_refused_before_anything_is_loaded():
