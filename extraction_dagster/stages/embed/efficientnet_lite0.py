@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from extraction_dagster.errors import ModelFilesError
+from extraction_dagster.stages.embed.lite0_network import checkpoint_shapes, fold
 from extraction_dagster.stages.embed.preprocess import SQUASH, squash
 from extraction_dagster.stages.embed.runtime import resolve_device, tune_process
 
@@ -83,13 +84,13 @@ class EfficientNetLite0:
     dim: int = DIM
 
     def __init__(self, network: Lite0, *, device: str, fingerprint: str) -> None:
-        """Take a network whose weights are set."""
+        """Take a network that lies on the device."""
         import torch
 
         self.device = device
         self.fingerprint = fingerprint
         self._torch = torch
-        self._network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload] # torch's stub lacks it
+        self._network = network
 
     def prepare(self, images: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
         """Squash whole images to uint8 (N, 224, 224, 3); safe in any thread."""
@@ -117,22 +118,17 @@ def load(settings: Settings, *, fingerprint: str) -> EfficientNetLite0:
         ModelFilesError: The checkpoint is missing, damaged, or not Lite0's.
         EmbeddingDeviceError: The device is not there.
     """
-    from extraction_dagster.stages.embed.lite0_network import Lite0, fold  # noqa: PLC0415 - imports torch
-
     device = resolve_device(settings.device)
     tune_process(device, settings.embed_threads)
-    network = Lite0()
-    state = read_checkpoint(weights_path(), network)
-    return EfficientNetLite0(fold(network, state), device=device, fingerprint=fingerprint)
+    network = fold(read_checkpoint(weights_path()), device=device)
+    return EfficientNetLite0(network, device=device, fingerprint=fingerprint)
 
 
-def read_checkpoint(path: Path, network: Lite0) -> Mapping[str, torch.Tensor]:
-    """Read a checkpoint that holds exactly the network's tensors; runs no code from the file."""
+def read_checkpoint(path: Path) -> Mapping[str, torch.Tensor]:
+    """Read a checkpoint that holds exactly Lite0's tensors; runs no code from the file."""
     import torch
 
-    from extraction_dagster.stages.embed.lite0_network import checkpoint_shapes  # noqa: PLC0415 - imports torch
-
-    expected = checkpoint_shapes(network)
+    expected = checkpoint_shapes()
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = {name: tuple(tensor.shape) for name, tensor in state.items()}

@@ -1,6 +1,6 @@
 """Embedding shards: one Parquet file per frame shard, on any fsspec path.
 
-    <root>/<fingerprint>/<partition key>/<frame shard's name>.parquet
+    <root>/<fingerprint>/<partition key>/<frame shard's name>
 
 A file appears under its name only when it is whole. Its footer says what it is and what became of each record, so a
 listing reads footers only; a file without that footer (torn, foreign, of another fingerprint) is no shard.
@@ -154,7 +154,7 @@ class EmbeddingStore:
         return len(stale)
 
     def _path(self, partition: IdRange, name: str) -> str:
-        return self._files.path(partition.partition_key, name + _SUFFIX)
+        return self._files.path(partition.partition_key, name.removesuffix(_SUFFIX) + _SUFFIX)
 
     def _described(self, path: str, partition: IdRange) -> EmbeddingShard | None:
         footer = self._files.footer(path)

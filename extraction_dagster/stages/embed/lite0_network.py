@@ -1,6 +1,4 @@
-"""EfficientNet-Lite0 as a network for inference: BatchNorm folded into the convolutions.
-
-Imports torch at its top: nothing imports this module before a model is loaded.
+"""EfficientNet-Lite0 for inference: what its layers are, and the network with BatchNorm folded into them.
 
 Source:
     The layers and TensorFlow's SAME padding of `efficientnet_lite_pytorch`, whose checkpoint this loads; a test holds
@@ -9,14 +7,13 @@ Source:
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-import torch  # noqa: TID253 - imported lazily as a whole, see above
-from torch import nn  # noqa: TID253 - as above
-from torch.nn import functional as fn  # noqa: TID253 - as above
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+    import torch
 
 BN_EPSILON = 1e-3
 NUM_FEATURES = 1280
@@ -33,7 +30,54 @@ _STAGES = (
 )
 
 
-class SameConv(nn.Conv2d):
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A convolution and the BatchNorm behind it, by the checkpoint's names."""
+
+    conv: str
+    norm: str
+    inputs: int
+    outputs: int
+    kernel: int = 1
+    stride: int = 1
+    groups: int = 1
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The layer's tensors in the checkpoint."""
+        norms = {f"{self.norm}.{name}": (self.outputs,) for name in ("weight", "bias", "running_mean", "running_var")}
+        weight = (self.outputs, self.inputs // self.groups, self.kernel, self.kernel)
+        return {f"{self.conv}.weight": weight, **norms, f"{self.norm}.num_batches_tracked": ()}
+
+
+STEM = Layer("_conv_stem", "_bn0", 3, _STEM_CHANNELS, kernel=3, stride=2)
+HEAD = Layer("_conv_head", "_bn1", _STAGES[-1][-1], NUM_FEATURES)
+
+
+def blocks() -> Iterator[tuple[Layer, ...]]:
+    """The layers of each block: expand (save in the first), filter each channel, project."""
+    inputs, number = _STEM_CHANNELS, 0
+    for count, kernel, stride, expansion, outputs in _STAGES:
+        for n in range(count):
+            inner, name = inputs * expansion, f"_blocks.{number}"
+            expand = (Layer(f"{name}._expand_conv", f"{name}._bn0", inputs, inner),) if expansion > 1 else ()
+            yield (
+                *expand,
+                Layer(f"{name}._depthwise_conv", f"{name}._bn1", inner, inner, kernel, 1 if n else stride, inner),
+                Layer(f"{name}._project_conv", f"{name}._bn2", inner, outputs),
+            )
+            inputs, number = outputs, number + 1
+
+
+def checkpoint_shapes() -> dict[str, tuple[int, ...]]:
+    """Every tensor that the checkpoint must hold, with its shape: no more and no fewer."""
+    shapes: dict[str, tuple[int, ...]] = {"_fc.weight": (1000, NUM_FEATURES), "_fc.bias": (1000,)}
+    for layer in (STEM, *(layer for block in blocks() for layer in block), HEAD):
+        shapes |= layer.shapes()
+    return shapes
+
+
+@dataclass(frozen=True, slots=True)
+class SameConv:
     """A convolution with a bias and TensorFlow's SAME padding, for even input sizes where the stride is 2.
 
     At stride 2, SAME pads one pixel more at the end than at the start, which a torch convolution can't do, and padding
@@ -44,93 +88,61 @@ class SameConv(nn.Conv2d):
         here 2 and 2         __abcd__      windows __a abc cd_    the first is cut off
     """
 
-    def __init__(self, inputs: int, outputs: int, *, kernel: int = 1, stride: int = 1, groups: int = 1) -> None:
-        """Lay out the weights, unset."""
-        padding = kernel // 2 if stride == 1 else (kernel - 2) // 2 + 2
-        super().__init__(inputs, outputs, kernel, stride, padding, groups=groups, device="meta")
+    weight: torch.Tensor
+    bias: torch.Tensor
+    stride: int
+    groups: int
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Float (N, inputs, H, W) to (N, outputs, H / stride, W / stride)."""
-        y: torch.Tensor = super().forward(x)
-        return y if self.stride == (1, 1) else y[:, :, 1:, 1:]
+        import torch
+
+        kernel = self.weight.shape[-1]
+        padding = kernel // 2 if self.stride == 1 else (kernel - 2) // 2 + 2
+        y = torch.conv2d(x, self.weight, self.bias, self.stride, padding, 1, self.groups)
+        return y if self.stride == 1 else y[:, :, 1:, 1:]
 
 
-class _Block(nn.Module):
-    """Expand, filter each channel, project; add the input where the shape is kept."""
-
-    def __init__(self, inputs: int, outputs: int, *, kernel: int, stride: int, expansion: int) -> None:
-        super().__init__()
-        inner = inputs * expansion
-        self.expand = SameConv(inputs, inner) if expansion > 1 else None
-        self.depthwise = SameConv(inner, inner, kernel=kernel, stride=stride, groups=inner)
-        self.project = SameConv(inner, outputs)
-        self.residual = stride == 1 and inputs == outputs
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = x if self.expand is None else fn.relu6(self.expand(x), inplace=True)
-        y = self.project(fn.relu6(self.depthwise(y), inplace=True))
-        return y.add_(x) if self.residual else y
-
-
-class Lite0(nn.Module):
+@dataclass(frozen=True, slots=True)
+class Lite0:
     """The network up to its pooled features; the checkpoint's ImageNet classifier is left out."""
 
-    def __init__(self) -> None:
-        """Lay out the layers, weights unset."""
-        super().__init__()
-        self.stem = SameConv(3, _STEM_CHANNELS, kernel=3, stride=2)
-        self.blocks = nn.ModuleList(_blocks())
-        self.head = SameConv(_STAGES[-1][-1], NUM_FEATURES)
+    stem: SameConv
+    blocks: tuple[tuple[SameConv, ...], ...]
+    head: SameConv
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Float32 (N, 3, 224, 224) of (pixel - 127) / 128, channels_last, to features (N, 1280)."""
-        x = fn.relu6(self.stem(x), inplace=True)
-        for block in self.blocks:
-            x = block(x)
-        features: torch.Tensor = fn.relu6(self.head(x), inplace=True)
-        return features.mean((2, 3))
-
-    def named_convolutions(self) -> Iterator[tuple[SameConv, str, str]]:
-        """Each convolution with the checkpoint's name for it and for the BatchNorm behind it."""
-        yield self.stem, "_conv_stem", "_bn0"
-        for n, block in enumerate(self.blocks):
-            for layer, conv, norm in (
-                (block.expand, "_expand_conv", "_bn0"),
-                (block.depthwise, "_depthwise_conv", "_bn1"),
-                (block.project, "_project_conv", "_bn2"),
-            ):
-                if isinstance(layer, SameConv):
-                    yield layer, f"_blocks.{n}.{conv}", f"_blocks.{n}.{norm}"
-        yield self.head, "_conv_head", "_bn1"
+        x = _relu6(self.stem(x))
+        for *filters, project in self.blocks:
+            y = x
+            for conv in filters:
+                y = _relu6(conv(y))
+            y = project(y)
+            # Same shape in and out: the block learnt a difference.
+            x = y.add_(x) if y.shape == x.shape else y
+        return _relu6(self.head(x)).mean((2, 3))
 
 
-def _blocks() -> Iterator[_Block]:
-    inputs = _STEM_CHANNELS
-    for blocks, kernel, stride, expansion, outputs in _STAGES:
-        for n in range(blocks):
-            yield _Block(inputs, outputs, kernel=kernel, stride=1 if n else stride, expansion=expansion)
-            inputs = outputs
+def _relu6(x: torch.Tensor) -> torch.Tensor:
+    return x.clamp_(0, 6)
 
 
-def checkpoint_shapes(network: Lite0) -> dict[str, tuple[int, ...]]:
-    """Every tensor that the checkpoint must hold, with its shape: no more and no fewer."""
-    shapes: dict[str, tuple[int, ...]] = {"_fc.weight": (1000, NUM_FEATURES), "_fc.bias": (1000,)}
-    for layer, conv, norm in network.named_convolutions():
-        shapes[f"{conv}.weight"] = tuple(layer.weight.shape)
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            shapes[f"{norm}.{name}"] = (layer.out_channels,)
-        shapes[f"{norm}.num_batches_tracked"] = ()
-    return shapes
+def fold(state: Mapping[str, torch.Tensor], *, device: str) -> Lite0:
+    """The network with the checkpoint's weights on a device, each BatchNorm folded into its convolution in float64."""
+    folded = [tuple(_folded(layer, state, device) for layer in block) for block in blocks()]
+    return Lite0(_folded(STEM, state, device), tuple(folded), _folded(HEAD, state, device))
 
 
-def fold(network: Lite0, state: Mapping[str, torch.Tensor]) -> Lite0:
-    """Set the network's weights from the checkpoint's, each BatchNorm folded into its convolution, in float64."""
-    for layer, conv, norm in network.named_convolutions():
-        scale, shift, mean, variance = (
-            state[f"{norm}.{name}"].double() for name in ("weight", "bias", "running_mean", "running_var")
-        )
-        scale = scale / torch.sqrt(variance + BN_EPSILON)
-        weight = state[f"{conv}.weight"].double() * scale[:, None, None, None]
-        layer.weight = nn.Parameter(weight.float().contiguous(memory_format=torch.channels_last), requires_grad=False)
-        layer.bias = nn.Parameter((shift - mean * scale).float(), requires_grad=False)
-    return network.eval()
+def _folded(layer: Layer, state: Mapping[str, torch.Tensor], device: str) -> SameConv:
+    import torch
+
+    scale, shift, mean, variance = (
+        state[f"{layer.norm}.{name}"].double() for name in ("weight", "bias", "running_mean", "running_var")
+    )
+    scale = scale / torch.sqrt(variance + BN_EPSILON)
+    weight = (state[f"{layer.conv}.weight"].double() * scale[:, None, None, None]).float()
+    bias = (shift - mean * scale).float()
+    return SameConv(
+        weight.contiguous(memory_format=torch.channels_last).to(device), bias.to(device), layer.stride, layer.groups
+    )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from extraction_dagster.errors import EmbeddingModelError
 from extraction_dagster.records import fingerprint
 from extraction_dagster.stages.embed import efficientnet_lite0
+from extraction_dagster.stages.embed.runtime import import_torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -115,6 +116,7 @@ def load_model(settings: Settings) -> EmbeddingModel:
     with _loading:
         if key not in _resident:
             _resident.clear()
+            import_torch()
             _resident[key] = _family(settings.model).load(settings, str(key[0]))
         return _resident[key]
 

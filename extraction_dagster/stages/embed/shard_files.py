@@ -71,9 +71,11 @@ class ShardFiles:
         import pyarrow.parquet as pq  # noqa: PLC0415 - as above
 
         try:
-            return pq.read_table(io.BytesIO(self._fs.cat_file(path))).combine_chunks()
+            data = io.BytesIO(self._fs.cat_file(path))
+            return pq.read_table(data, page_checksum_verification=True).combine_chunks()
         except (OSError, pa.ArrowException) as error:
-            raise EmbeddingShardError(path, f"{type(error).__name__}: {error}", "a whole Parquet file") from error
+            got = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise EmbeddingShardError(path, got, "a whole Parquet file") from error
 
     def write_table(self, path: str, table: pa.Table, description: Mapping[str, object]) -> None:
         """Write a file so that it is seen whole or not at all, also by whoever looks after a crash."""
@@ -82,7 +84,14 @@ class ShardFiles:
         buffer = io.BytesIO()
         described = table.replace_schema_metadata({_KEY: json.dumps(description).encode()})
         # zstd saves what float16 leaves to save; a dictionary or statistics of vectors would cost time and space.
-        pq.write_table(described, buffer, compression="zstd", use_dictionary=False, write_statistics=False)
+        pq.write_table(
+            described,
+            buffer,
+            compression="zstd",
+            use_dictionary=False,
+            write_statistics=False,
+            write_page_checksum=True,
+        )
         self._publish(path, buffer.getvalue())
 
     def delete(self, path: str) -> None:

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch  # noqa: TID253 - what the settings act on
+
+from extraction_dagster.errors import EmbeddingDeviceError
+from extraction_dagster.stages.embed.runtime import resolve_device, tune_process, usable_cores
+
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens on a machine without a GPU")
+
+
+@NO_GPU
+@pytest.mark.parametrize("device", ["cuda", "cuda:3", "mps"])
+def test_a_device_that_is_not_there_is_an_error_that_names_those_that_are(device):
+    with pytest.raises(EmbeddingDeviceError, match=rf"Device '{device}' is not available, .* sees: cpu\. Set"):
+        resolve_device(device)
+
+
+@NO_GPU
+def test_auto_is_the_cpu_where_there_is_no_gpu():
+    assert resolve_device("auto") == "cpu"
+    assert resolve_device("cpu") == "cpu"
+
+
+def test_auto_is_the_first_gpu_and_a_number_is_checked(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+    assert resolve_device("auto") == "cuda:0"
+    assert resolve_device("cuda") == "cuda:0"
+    assert resolve_device("cuda:1") == "cuda:1"
+    with pytest.raises(EmbeddingDeviceError, match=r"Device 'cuda:2' is not available, .*: cpu, cuda:0, cuda:1"):
+        resolve_device("cuda:2")
+
+
+@pytest.mark.parametrize(("limit", "cores"), [("150000 100000", 2), ("20000 100000", 1), ("max 100000", 6), ("", 6)])
+def test_a_container_limit_caps_the_cores(tmp_path, monkeypatch, limit, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
+    (tmp_path / "cpu.max").write_text(limit)
+
+    assert usable_cores(tmp_path / "cpu.max") == cores
+    assert usable_cores(tmp_path / "missing") == 6
+
+
+def test_threads_are_those_asked_for_and_omp_num_threads_is_left_alone(monkeypatch):
+    before = torch.get_num_threads()
+    try:
+        tune_process("cpu", 1)
+        assert torch.get_num_threads() == 1
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(2)
+        tune_process("cpu", None)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+LOAD = """
+import os
+from extraction_dagster.settings import Settings
+from extraction_dagster.stages.embed.model import load_model
+load_model(Settings(device="cpu"))
+print(os.environ.get("OMP_WAIT_POLICY"))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="libgomp is what torch brings on Linux")
+@pytest.mark.parametrize(("given", "policy", "left"), [(None, "PASSIVE", "None"), ("ACTIVE", "ACTIVE", "ACTIVE")])
+def test_waiting_threads_sleep_unless_told_otherwise_and_child_processes_see_no_difference(given, policy, left):
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_DISPLAY_ENV": "TRUE"} | ({"OMP_WAIT_POLICY": given} if given else {})
+
+    ran = subprocess.run([sys.executable, "-c", LOAD], env=environment, capture_output=True, text=True, check=True)
+
+    assert f"OMP_WAIT_POLICY = '{policy}'" in ran.stderr
+    assert ran.stdout.strip() == left

@@ -1,0 +1,305 @@
+# ruff: noqa: PLR0913, PLR0917 - fixtures are arguments
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from extraction_dagster.errors import EmbeddingMemoryError
+from extraction_dagster.records import Failure, IdRange
+from extraction_dagster.stages.embed.embedding_store import EmbeddedRecord, EmbeddingStore
+from extraction_dagster.stages.embed.stage import embed_shards
+
+RANGE = IdRange(1, 100)
+
+
+class Faulty:
+    """The real model, save that it gives bad values for chosen frames and runs out of memory above a batch size."""
+
+    def __init__(self, model, *, spoil=(), value=np.nan, fits=1000):
+        self.name, self.dim, self.device, self.fingerprint = model.name, model.dim, model.device, model.fingerprint
+        self._model, self._value, self._fits = model, value, fits
+        self._spoil = [image.tobytes() for image in spoil]
+        self.batches = []
+
+    def prepare(self, images):
+        return self._model.prepare(images)
+
+    def embed_prepared(self, pixels):
+        self.batches.append(len(pixels))
+        if len(pixels) > self._fits:
+            message = "DefaultCPUAllocator: can't allocate memory"
+            raise RuntimeError(message)
+        vectors = self._model.embed_prepared(pixels)
+        for n, image in enumerate(pixels):
+            if image.tobytes() in self._spoil:
+                vectors[n] = 0 if self._value == 0 else np.where(np.arange(self.dim) == 5, self._value, vectors[n])
+        return vectors
+
+    def pixels_of(self, video, n):
+        import simplejpeg  # noqa: PLC0415 - only here
+
+        return self.prepare([simplejpeg.decode_jpeg(video.jpegs[n], colorspace="RGB")])[0]
+
+
+@pytest.fixture
+def store(tmp_path):
+    return EmbeddingStore(str(tmp_path / "embeddings"), "f00d")
+
+
+@pytest.fixture
+def run(model, cpu_settings, frames, store):
+    def run(shards, *, model=model, batch_size=4, store=store):
+        settings = cpu_settings.model_copy(update={"embed_batch_size": batch_size})
+        return list(embed_shards(shards, frames=frames, store=store, model=model, partition=RANGE, settings=settings))
+
+    return run
+
+
+@pytest.fixture
+def shards(make_shard, make_video):
+    return [
+        make_shard("0001", [make_video(1, 3), make_video(2, 1), make_video(5, 6)]),
+        make_shard("0002", [make_video(11, 2)]),
+        make_shard("0003", [make_video(12, 2), make_video(13, 5)]),
+    ]
+
+
+def _failure(record_id, error_type, message):
+    return Failure(record_id, "v1", "embed", error_type, message)
+
+
+def test_each_frame_shard_gets_its_embedding_shard_with_every_frame_in_order(run, shards, store):
+    done = run(shards)
+
+    assert [(e.shard.name, e.num_frames, e.failures, e.reused) for e in done] == [
+        ("0001", 10, (), False),
+        ("0002", 2, (), False),
+        ("0003", 7, (), False),
+    ]
+    assert all(e.cpu_seconds > 0 and e.wall_seconds > 0 for e in done)
+    assert store.shards(RANGE) == [e.shard for e in done]
+    first = store.read(done[0].shard)
+    assert first.record_id.tolist() == [1, 1, 1, 2, 5, 5, 5, 5, 5, 5]
+    assert first.frame_number.tolist() == [0, 30, 60, 0, 0, 30, 60, 90, 120, 150]
+    assert first.pts_seconds.tolist() == [0, 1, 2, 0, 0, 1, 2, 3, 4, 5]
+    assert done[0].shard.records == (EmbeddedRecord(1, "v1", 3), EmbeddedRecord(2, "v1", 1), EmbeddedRecord(5, "v1", 6))
+
+
+def test_vectors_are_each_frames_own_normalised_features(run, shards, store, model):
+    (_, _, last) = run(shards)
+    direct = Faulty(model)
+    pixels = np.stack([direct.pixels_of(video, n) for video in shards[2].videos for n in range(len(video))])
+    raw = np.concatenate([model.embed_prepared(pixels[n : n + 1]) for n in range(len(pixels))]).astype(np.float64)
+    expected = raw / np.linalg.norm(raw, axis=1, keepdims=True)
+
+    vectors = store.read(last.shard).vectors.astype(np.float64)
+
+    assert np.abs(vectors - expected).max() < 1e-4
+    assert np.abs(np.linalg.norm(vectors, axis=1) - 1).max() < 1e-3
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_vectors_do_not_depend_on_the_batch_size(run, shards, store, tmp_path, batch_size):
+    other = EmbeddingStore(str(tmp_path / "other"), "f00d")
+
+    one = [store.read(e.shard).vectors.astype(np.float32) for e in run(shards, batch_size=4)]
+    two = [other.read(e.shard).vectors.astype(np.float32) for e in run(shards, batch_size=batch_size, store=other)]
+
+    # One step of float16 at the largest value is 2.4e-4: sums in another order may round to its other side.
+    assert max(np.abs(a - b).max() for a, b in zip(one, two, strict=True)) <= 2.5e-4
+
+
+def test_batches_are_filled_across_videos_and_shards(run, shards, model):
+    faulty = Faulty(model)
+
+    run(shards, model=faulty, batch_size=8)
+
+    assert faulty.batches == [8, 8, 3]
+
+
+def test_a_second_run_reads_and_embeds_nothing(run, shards, frames, model):
+    first = run(shards)
+    frames.asked.clear()
+    faulty = Faulty(model)
+
+    second = run(shards, model=faulty)
+
+    assert [(e.shard, e.reused, e.cpu_seconds) for e in second] == [(e.shard, True, 0.0) for e in first]
+    assert (frames.asked, faulty.batches) == ([], [])
+
+
+def test_only_shards_that_are_missing_or_changed_are_embedded(run, shards, frames, make_shard, make_video, store):
+    run(shards)
+    frames.asked.clear()
+    changed = [
+        shards[0],
+        make_shard("0002", [make_video(11, 2, version="v2")]),
+        make_shard("0003", [make_video(12, 2), make_video(13, 4)]),
+        make_shard("0004", [make_video(40, 1)]),
+    ]
+
+    again = run(changed)
+
+    assert [(e.shard.name, e.reused) for e in again] == [
+        ("0001", True),
+        ("0002", False),
+        ("0003", False),
+        ("0004", False),
+    ]
+    assert frames.asked == ["0002", "0003", "0004"]
+    assert [shard.num_frames for shard in store.shards(RANGE)] == [10, 2, 6, 1]
+
+
+def test_a_shard_that_lost_a_record_is_embedded_again(run, shards, make_shard, frames):
+    run(shards)
+    frames.asked.clear()
+
+    run([make_shard("0001", shards[0].videos[:2])])
+
+    assert frames.asked == ["0001"]
+
+
+@pytest.mark.parametrize(
+    ("value", "word"),
+    [(np.nan, "NaN"), (np.inf, "an infinite value"), (-np.inf, "an infinite value"), (0, "length zero")],
+)
+def test_a_bad_vector_fails_its_record_alone(run, shards, store, model, value, word):
+    faulty = Faulty(model, value=value)
+    faulty._spoil = [faulty.pixels_of(shards[0].videos[2], 4).tobytes()]
+
+    done = run(shards, model=faulty)
+
+    assert [e.failures for e in done] == [
+        (
+            _failure(
+                5,
+                "InvalidVectorError",
+                f"Frame 120 of record 5 got a vector with {word} from model 'efficientnet-lite0', expected finite "
+                "values and a length above zero. No vector of the record was kept; the range goes on. "
+                "'extraction retry 5' tries it again.",
+            ),
+        ),
+        (),
+        (),
+    ]
+    assert [r.record_id for r in done[0].shard.records] == [1, 2]
+    assert store.read(done[0].shard).record_id.tolist() == [1, 1, 1, 2]
+    assert store.shards(RANGE)[0].failures == done[0].failures
+
+
+def test_a_frame_that_is_no_jpeg_fails_its_record_alone(run, make_shard, make_video, store):
+    videos = [make_video(1, 2), make_video(2, 9, broken_frame=6), make_video(3, 1, broken_frame=0), make_video(4, 2)]
+
+    (done,) = run([make_shard("0001", videos)])
+
+    assert [(f.record_id, f.error_type) for f in done.failures] == [(2, "StoredFrameError"), (3, "StoredFrameError")]
+    assert done.failures[0].message.startswith("Stored frame 180 of record 2 is no readable JPEG (")
+    assert store.read(done.shard).record_id.tolist() == [1, 1, 4, 4]
+
+
+def test_a_failure_worth_another_try_has_its_shard_embedded_again(run, shards, store, model, frames):
+    faulty = Faulty(model)
+    faulty._spoil = [faulty.pixels_of(shards[1].videos[0], 0).tobytes()]
+    assert [len(e.failures) for e in run(shards, model=faulty)] == [0, 1, 0]
+    frames.asked.clear()
+
+    again = run(shards)
+
+    assert frames.asked == ["0002"]
+    assert [len(e.failures) for e in again] == [0, 0, 0]
+    assert [shard.num_frames for shard in store.shards(RANGE)] == [10, 2, 7]
+
+
+def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(run, shards, store, model):
+    faulty = Faulty(model, fits=3)
+
+    done = run(shards, model=faulty, batch_size=8)
+
+    assert faulty.batches[:3] == [8, 4, 2]
+    assert max(faulty.batches[2:]) == 2
+    assert [e.num_frames for e in done] == [10, 2, 7]
+    assert store.read(done[2].shard).record_id.tolist() == [12, 12, 13, 13, 13, 13, 13]
+
+
+def test_no_memory_at_all_ends_with_a_clear_error_and_no_shard(run, shards, store, model):
+    with pytest.raises(EmbeddingMemoryError, match="ran out of memory on cpu with a batch of 1 frame"):
+        run(shards, model=Faulty(model, fits=0))
+
+    assert store.shards(RANGE) == []
+
+
+def test_no_shards_are_no_work(run):
+    assert run([]) == []
+
+
+def test_a_run_that_is_dropped_half_way_leaves_its_finished_shards_and_no_thread(
+    model, cpu_settings, shards, frames, store
+):
+    before = threading.active_count()
+    running = embed_shards(shards, frames=frames, store=store, model=model, partition=RANGE, settings=cpu_settings)
+
+    assert next(running).shard.name == "0001"
+    running.close()
+
+    assert [shard.name for shard in store.shards(RANGE)] == ["0001"]
+    assert threading.active_count() == before
+
+
+def test_a_shard_that_can_not_be_read_ends_the_run_and_keeps_what_was_before_it(run, shards, store, frames):
+    read = frames.read
+
+    def broken(shard):
+        if shard.name == "0003":
+            message = "frame shard 0003 is torn"
+            raise OSError(message)
+        return read(shard)
+
+    frames.read = broken
+    with pytest.raises(OSError, match="0003 is torn"):
+        run(shards, batch_size=1)
+
+    assert [shard.name for shard in store.shards(RANGE)] == ["0001", "0002"]
+
+
+SLOW_RUN = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from conftest import MemoryFrames, MemoryShard, video
+from extraction_dagster.records import IdRange
+from extraction_dagster.settings import Settings
+from extraction_dagster.stages.embed.embedding_store import EmbeddingStore
+from extraction_dagster.stages.embed.model import load_model
+from extraction_dagster.stages.embed.stage import embed_shards
+settings = Settings(device="cpu", embed_batch_size=2, embed_threads=1)
+shards = [MemoryShard(f"{n:04d}", [video(n, 6)]) for n in range(1, 40)]
+for done in embed_shards(shards, frames=MemoryFrames(), store=EmbeddingStore(sys.argv[1], "f00d"),
+                         model=load_model(settings), partition=IdRange(1, 100), settings=settings):
+    print(done.shard.name, flush=True)
+"""
+
+
+def test_after_kill_9_only_unfinished_shards_are_embedded_and_nothing_is_torn(
+    run, make_shard, make_video, store, frames, tmp_path, request
+):
+    folder = str(request.path.parent)
+    worker = subprocess.Popen(
+        [sys.executable, "-c", SLOW_RUN, str(tmp_path / "embeddings"), folder], stdout=subprocess.PIPE, text=True
+    )
+    with worker:
+        reported = [worker.stdout.readline().strip() for _ in range(3)]
+        worker.send_signal(signal.SIGKILL)
+    there = [shard.name for shard in store.shards(RANGE)]
+    assert reported == ["0001", "0002", "0003"]
+    assert set(reported) <= set(there)
+    assert len(there) < 39
+
+    done = run([make_shard(f"{n:04d}", [make_video(n, 6)]) for n in range(1, 40)])
+
+    assert [e.shard.name for e in done if e.reused] == there
+    assert frames.asked == [f"{n:04d}" for n in range(1, 40) if f"{n:04d}" not in there]
+    assert [shard.num_frames for shard in store.shards(RANGE)] == [6] * 39
