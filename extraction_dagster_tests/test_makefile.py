@@ -88,6 +88,17 @@ def test_a_failed_installation_is_taken_up_again(make, checkout):
     assert make("test")[1] == [*install_calls(), "-m pytest -q"]
 
 
+def test_a_failed_update_is_taken_up_again_even_if_the_change_is_undone(make, checkout):
+    make("test")
+    before = (checkout / "constraints.txt").stat().st_mtime
+    os.utime(checkout / "constraints.txt", (before + 3600, before + 3600))
+    (checkout / "fail").touch()
+    assert make("test")[0].returncode == 2
+    os.utime(checkout / "constraints.txt", (before, before))
+    (checkout / "fail").unlink()
+    assert make("test")[1] == [*install_calls(), "-m pytest -q"]
+
+
 def test_a_moved_checkout_gets_a_new_environment(make, checkout, tmp_path):
     make("test")
     moved = checkout.rename(tmp_path / "moved")
