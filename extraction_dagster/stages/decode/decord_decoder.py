@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from extraction_dagster.stages.decode.decoder import DecodeLimits
     from extraction_dagster.stages.decode.sampling import Sampling
 
-_SOURCE_LINE = re.compile(r"^\[[0-9:]+\] \S+: ")
+_SOURCE_LINE = re.compile(r"^(\[[0-9:]+\] \S+: )+")
 
 
 class DecordDecoder:

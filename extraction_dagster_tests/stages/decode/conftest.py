@@ -7,8 +7,10 @@ frame it got, whatever the codec, the scaler or the rotation did to it.
 from __future__ import annotations
 
 import struct
+import time
 from dataclasses import dataclass, field
 from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +18,6 @@ import pytest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
 OPEN_GOP = {"x264-params": "open-gop=1:bframes=3:b-adapt=0:keyint=12:min-keyint=12:scenecut=0:b-pyramid=normal"}
 HEVC = {
@@ -222,7 +223,27 @@ def number_in() -> Callable[[np.ndarray], int]:
     return read_number
 
 
+@pytest.fixture
+def wait_until() -> Callable[..., None]:
+    """Waits until a condition holds, ten seconds at most."""
+
+    def wait(condition: Callable[[], bool]) -> None:
+        end = time.monotonic() + 10
+        while not condition():
+            assert time.monotonic() < end, "it never came true"
+            time.sleep(0.02)
+
+    return wait
+
+
 @pytest.fixture(scope="session")
-def full_decode() -> Callable[[Path], Truth]:
-    """Decodes any file from beginning to end."""
-    return decode_everything
+def is_alive() -> Callable[[int], bool]:
+    """Says whether a process is there; one that waits to be reaped is not."""
+
+    def look(pid: int) -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        except FileNotFoundError:
+            return False
+
+    return look

@@ -91,14 +91,13 @@ def test_half_a_file_is_flagged_or_refused_never_a_silent_success(decoder, rende
     whole = render(tmp_path / "whole.mp4", container={"movflags": "faststart"}, frames=240, options={"bf": "0"})
     content = whole.read_bytes()
     (tmp_path / "half.mp4").write_bytes(content[: len(content) // 2])
-    sampling, limits = Sampling(fps=2.0), DecodeLimits()
-    if decoder.name == "decord":
-        with pytest.raises(
-            VideoDecodeError, match=r"half.mp4' decoded 0 frames, .*: Check failed: avcodec_send_packet"
-        ):
-            decoder.decode(tmp_path / "half.mp4", sampling=sampling, short_side_px=112, limits=limits)
+    try:
+        video = decoder.decode(
+            tmp_path / "half.mp4", sampling=Sampling(fps=2.0), short_side_px=112, limits=DecodeLimits()
+        )
+    except VideoDecodeError:
+        assert decoder.name == "decord"  # now and then: its threads race
         return
-    video = decoder.decode(tmp_path / "half.mp4", sampling=sampling, short_side_px=112, limits=limits)
     assert video.duration_seconds == 10.0
     assert video.partial is not None
     assert "of the 10.0 s that the container claims" in video.partial

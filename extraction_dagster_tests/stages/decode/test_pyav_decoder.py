@@ -59,7 +59,7 @@ def test_every_single_frame_can_be_had_alone(clip_name, clip_path, truth_of, num
         assert numbers == [number_in(image) for image in truth.pictures]
 
 
-def test_scaling_is_by_area_in_one_step(clip_path, full_decode):
+def test_scaling_is_by_area_in_one_step(clip_path):
     import av
     from av.video.reformatter import Interpolation
 
@@ -84,29 +84,28 @@ def test_a_file_too_large_to_keep_is_read_twice_with_the_same_result(clip_name, 
     assert kept.frames.pts_seconds.tolist() == reread.frames.pts_seconds.tolist()
 
 
-def test_damaged_frames_are_those_of_a_full_decode_and_flagged(clip_path, tmp_path, full_decode):
+def test_damaged_frames_are_those_of_a_full_decode_and_flagged(clip_path, tmp_path):
+    import av
+
     content = bytearray(clip_path("h264").read_bytes())
     at = content.index(b"mdat")
     for place in range(at + 3000, at + 3400, 40):
         content[place] ^= 0x55
     path = tmp_path / "flipped.mp4"
     path.write_bytes(content)
-    import av
-
     shown = []
     with av.open(str(path)) as container:
         context = container.streams.video[0].codec_context
         context.thread_count = 1
         for packet in container.demux(video=0):
             try:
-                shown += [frame.to_ndarray(format="rgb24") for frame in context.decode(packet if packet.size else None)]
+                shown += [frame.reformat(format="rgb24", interpolation="AREA") for frame in context.decode(packet)]
             except av.error.InvalidDataError:
                 continue
     video = decode(path, sampling=Sampling("fps", fps=24.0))
     assert video.partial is not None
     assert "damaged" in video.partial
-    assert len(video.frames) == len(shown)
-    assert video.frames.data.shape == np.stack(shown).shape
+    assert np.array_equal(video.frames.data, np.stack([frame.to_ndarray() for frame in shown]))
 
 
 def test_cover_art_is_no_video_and_the_largest_track_is_the_video(tmp_path, clip_path, number_in):
