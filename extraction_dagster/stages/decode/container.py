@@ -127,14 +127,25 @@ def _check_stream(path: Path, stream: VideoStream, limits: DecodeLimits) -> None
 def _claimed_seconds(container: InputContainer, stream: VideoStream) -> float | None:
     """The stream's own duration, else its Matroska tag, else the container's, which audio may stretch."""
     if stream.duration and stream.duration > 0 and stream.time_base:
-        return float(stream.duration * stream.time_base)
-    hours, _, rest = stream.metadata.get("DURATION", "").partition(":")
-    minutes, _, seconds = rest.partition(":")
+        claimed = float(stream.duration * stream.time_base)
+    elif "DURATION" in stream.metadata:
+        claimed = _clock_seconds(stream.metadata["DURATION"])
+    else:
+        claimed = (container.duration or 0) / _MICROSECONDS
+    if "matroska" in container.format.name and stream.start_time and stream.time_base:
+        claimed -= max(
+            0.0, float(stream.start_time * stream.time_base)
+        )  # Matroska counts from zero, not from the start
+    return claimed if claimed > 0 else None
+
+
+def _clock_seconds(clock: str) -> float:
+    """`00:01:05.500` is 65.5; 0 when it is no such thing."""
     try:
+        hours, minutes, seconds = clock.split(":")
         return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
     except ValueError:
-        pass
-    return container.duration / _MICROSECONDS if container.duration and container.duration > 0 else None
+        return 0.0
 
 
 def _sample_aspect(stream: VideoStream) -> float:

@@ -6,6 +6,7 @@ docs/adr/0001. The container's whitelist and the limits are the same as for the 
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from extraction_dagster.stages.decode.container import OpenVideo
     from extraction_dagster.stages.decode.decoder import DecodeLimits
     from extraction_dagster.stages.decode.sampling import Sampling
+
+_SOURCE_LINE = re.compile(r"^(\[[0-9:]+\] \S+: )+")
 
 
 class DecordDecoder:
@@ -42,7 +45,7 @@ class DecordDecoder:
             )
             spans = np.asarray(reader.get_frame_timestamp(np.arange(len(reader))), np.float64)
             pts_seconds = np.maximum.accumulate(spans[:, 0] - spans[0, 0])
-            _check_length(video, float(pts_seconds[-1]), limits)
+            _check_length(video, float(pts_seconds[-1]), claimed, limits)
             selection = select_frames(pts_seconds, sampling)
             limits.check_batch(video, num_frames=len(selection), width_px=width, height_px=height)
             data = reader.get_batch(selection.frame_number).asnumpy()
@@ -78,11 +81,16 @@ def _shown_size(video: OpenVideo, short_side_px: int) -> tuple[int, int]:
     raise VideoDecodeError(str(video.path), listed_frames=video.stream.frames, why=why)
 
 
-def _check_length(video: Path, seconds: float, limits: DecodeLimits) -> None:
-    if seconds > limits.max_duration_seconds:
-        raise VideoTooLongError(str(video), seconds=seconds, max_seconds=limits.max_duration_seconds)
+def _check_length(video: Path, seconds: float, claimed: float | None, limits: DecodeLimits) -> None:
+    if seconds <= limits.max_duration_seconds:
+        return
+    if claimed is not None and claimed <= limits.max_duration_seconds:
+        why = f"decord spreads its {claimed:.1f} s over {seconds:.0f} s, as it does where packets carry no time"
+        raise VideoDecodeError(str(video), listed_frames=0, why=why)
+    raise VideoTooLongError(str(video), seconds=seconds, max_seconds=limits.max_duration_seconds)
 
 
 def _first_line(error: Exception) -> str:
-    """The first line of a message that goes on with a C++ stack."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of a message that begins with a C++ source line and goes on with a stack."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return _SOURCE_LINE.sub("", line)

@@ -84,10 +84,9 @@ class PacketIndex:
         """The runs that decode the packets at `targets`, in decode order, overlapping ones joined."""
         keys = np.flatnonzero(self.keyframe).tolist()
         runs: list[Run] = []
-        for target in sorted(targets):
-            start = self._start(keys, target)
+        for start, target in sorted((self._start(keys, target), target) for target in targets):
             if runs and start <= runs[-1].last:
-                runs[-1] = Run(min(runs[-1].first, start), target)
+                runs[-1] = Run(runs[-1].first, max(runs[-1].last, target))
             else:
                 runs.append(Run(start, target))
         return runs

@@ -26,7 +26,7 @@ from extraction_dagster.errors import (
     DecodeWorkerStartError,
 )
 from extraction_dagster.records import Failure, Outcome
-from extraction_dagster.stages.decode.worker import Fault, Report
+from extraction_dagster.stages.decode.worker import TAKEN, Fault, Report
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator
@@ -114,6 +114,7 @@ class _Worker:
                 process_group=0,
             )
         self.ready = False
+        self.taken = False
         self.tasks = 0
         self.job: DecodeJob | None = None
         self.deadline = 0.0
@@ -121,6 +122,7 @@ class _Worker:
     def give(self, job: DecodeJob, timeout_seconds: float) -> None:
         self.connection.send(job)
         self.job = job
+        self.taken = False
         self.tasks += 1
         self.deadline = time.monotonic() + (timeout_seconds if self.ready else _START_SECONDS)
 
@@ -159,13 +161,14 @@ class _Pool:
     def __init__(self, options: PoolOptions) -> None:
         self._options = options
         self._workers: list[_Worker] = []
+        self._returned: list[DecodeJob] = []
 
     def run(self, jobs: Iterator[DecodeJob]) -> Iterator[Decoded]:
         more = True
         while True:
-            while more and self._has_room():
-                job = next(jobs, None)
-                more = job is not None
+            while self._has_room() and (more or self._returned):
+                job = self._returned.pop() if self._returned else next(jobs, None)
+                more = more and job is not None
                 if job is not None:
                     self._give(job)
             busy = [worker for worker in self._workers if worker.job is not None]
@@ -210,12 +213,12 @@ class _Pool:
         try:
             message = connection.recv()
         except (EOFError, OSError):
-            yield self._bury(worker)
+            yield from self._bury(worker)
             return
         if isinstance(message, Report):
             yield self._finish(worker, message)
         else:
-            worker.ready = True
+            worker.ready, worker.taken = True, message == TAKEN
             worker.deadline = time.monotonic() + self._options.timeout_seconds
 
     def _finish(self, worker: _Worker, report: Report) -> Decoded:
@@ -240,18 +243,22 @@ class _Pool:
         error = DecodeTimeoutError(job.path, seconds=self._options.timeout_seconds)
         return Decoded(_failed(job, _fault_of(error), said), wall_seconds=self._options.timeout_seconds)
 
-    def _bury(self, worker: _Worker) -> Decoded:
+    def _bury(self, worker: _Worker) -> Iterator[Decoded]:
+        """Blame a worker's death on its video, unless it died before it took it."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             worker.process.wait(_REAP_SECONDS)
         if not worker.ready:
             raise self._no_start(worker)
         job, said = _job_of(worker), worker.last_words()
-        error = DecodeWorkerDiedError(job.path, how=self._drop(worker))
-        return Decoded(_failed(job, _fault_of(error), said))
+        how = self._drop(worker)
+        if worker.taken:
+            yield Decoded(_failed(job, _fault_of(DecodeWorkerDiedError(job.path, how=how)), said))
+        else:
+            self._returned.append(job)
 
     def _no_start(self, worker: _Worker) -> DecodeWorkerStartError:
-        said = worker.last_words()
-        return DecodeWorkerStartError(self._drop(worker), said)
+        said = worker.last_words().splitlines()[-1:]
+        return DecodeWorkerStartError(self._drop(worker), "".join(said))
 
     def _drop(self, worker: _Worker) -> str:
         self._workers.remove(worker)

@@ -7,6 +7,7 @@ one thread, so both passes see the same frames, damaged or not.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 
 # A step back further than this is a new clock (two recordings joined); a smaller one is frames out of order.
 _NEW_CLOCK_SECONDS = 1.0
-_DEFAULT_RATE = 25.0
+_DEFAULT_RATE = Fraction(25)
+_DEFAULT_TIME_BASE = Fraction(1, 1000)
 
 
 @dataclass(slots=True)
@@ -49,69 +51,68 @@ class _Tally:
     stopped: str | None = None
     last_words: str = ""
 
+    def why_nothing(self) -> str:
+        """Why no frame came out."""
+        return self.last_words or f"{self.packets} packets gave no frame"
+
 
 def decode_sequentially(path: Path, sampling: Sampling, short_side_px: int, limits: DecodeLimits) -> DecodedVideo:
     """Decode every frame and keep the sampled ones; see `Decoder.decode`."""
     tally = _Tally()
     with open_video(path, limits) as video:
-        times = [_time(frame) for frame in _decode_all(video, tally)]
-        gap = 1.0 / float(video.stream.average_rate or _DEFAULT_RATE)
-        listed = max(video.stream.frames, tally.packets)
-        claimed = video.claimed_seconds
-        complete = tally.errors == 0 and 0 < video.stream.frames <= tally.packets
+        times = [frame.pts if frame.pts is not None else frame.dts for frame in _decode_all(video, tally)]
+        base = video.stream.time_base or _DEFAULT_TIME_BASE
+        gap = max(1, round(1 / ((video.stream.average_rate or _DEFAULT_RATE) * base)))
+        listed, claimed = video.stream.frames, video.claimed_seconds
     if not times:
-        raise VideoDecodeError(
-            str(path), listed_frames=listed, why=tally.last_words or f"{tally.packets} packets gave no frame"
-        )
-    order, seconds = display_times(times, gap)
+        raise VideoDecodeError(str(path), listed_frames=listed, why=tally.why_nothing())
+    order, ticks = display_times(times, gap_ticks=gap, new_clock_ticks=round(_NEW_CLOCK_SECONDS / base))
+    seconds = ticks * base.numerator / base.denominator
     if seconds[-1] > limits.max_duration_seconds:
         raise VideoTooLongError(str(path), seconds=float(seconds[-1]), max_seconds=limits.max_duration_seconds)
     selection = select_frames(seconds, sampling)
     with open_video(path, limits) as video:
         frames, damaged = _keep(video, order, seconds, selection, short_side_px=short_side_px, limits=limits)
-    short = None if complete else shortfall(covered_seconds=float(seconds[-1]) + gap, claimed_seconds=claimed)
+    complete = tally.errors == 0 and 0 < listed <= tally.packets
+    covered = float((ticks[-1] + gap) * base)
+    short = None if complete else shortfall(covered_seconds=covered, claimed_seconds=claimed)
     return DecodedVideo(frames, claimed, _partial(tally, short, damaged=damaged, num_frames=len(frames)))
 
 
-def display_times(times: list[float | None], gap_seconds: float) -> tuple[np.ndarray, np.ndarray]:
+def display_times(times: list[int | None], *, gap_ticks: int, new_clock_ticks: int) -> tuple[np.ndarray, np.ndarray]:
     """Order decoded frames by when they are shown.
 
     Args:
-        times: When each frame is shown, in the order decoded; None where the stream does not say.
-        gap_seconds: How long a frame is shown where the stream does not say.
+        times: When each frame is shown, in ticks, in the order decoded; None where the stream does not say.
+        gap_ticks: How long a frame is shown where the stream does not say.
+        new_clock_ticks: A step back further than this is a new clock.
 
     Returns:
-        Their order, int64, shape (N,), and their seconds from the first on, float64, shape (N,), ascending.
+        Their order, int64, shape (N,), and their ticks from the first on, int64, shape (N,), ascending.
 
     Examples:
-        A clock that starts anew goes on: [5.0, 5.5, 0.0, 0.5] with gap 0.5 is [0.0, 0.5, 1.0, 1.5].
-        Frames out of order are sorted: [0.0, 0.2, 0.1] is the order [0, 2, 1].
+        A clock that starts anew goes on: 50, 55, 0, 5 with gap 5 is 0, 5, 10, 15.
+        Frames out of order are sorted: 0, 2, 1 is the order 0, 2, 1.
     """
-    shown = np.empty(len(times))
-    latest, offset = -np.inf, 0.0
+    shown = np.empty(len(times), np.int64)
+    latest: int | None = None
+    offset = 0
     for number, time in enumerate(times):
-        if time is None:
-            at = latest + gap_seconds if number else 0.0
-        else:
-            if time + offset < latest - _NEW_CLOCK_SECONDS:
-                offset = latest + gap_seconds - time
-            at = time + offset
+        following = 0 if latest is None else latest + gap_ticks
+        if time is not None and latest is not None and time + offset < latest - new_clock_ticks:
+            offset = following - time
+        at = time + offset if time is not None else following
         shown[number] = at
-        latest = max(latest, at)
+        latest = at if latest is None else max(latest, at)
     order = np.argsort(shown, kind="stable")
     return order, shown[order] - shown[order[0]]
-
-
-def _time(frame: VideoFrame) -> float | None:
-    ticks = frame.pts if frame.pts is not None else frame.dts
-    return float(ticks * frame.time_base) if ticks is not None and frame.time_base else None
 
 
 def _decode_all(video: OpenVideo, tally: _Tally) -> Iterator[VideoFrame]:
     """Every frame of the stream, in the order that the codec gives them, over every error that it survives."""
     import av
 
-    context, time_base = video.stream.codec_context, video.stream.time_base
+    context = video.stream.codec_context
     packets = video.container.demux(video.stream)
     draining = False
     while not draining:
@@ -130,10 +131,7 @@ def _decode_all(video: OpenVideo, tally: _Tally) -> Iterator[VideoFrame]:
             tally.errors += 1
             tally.last_words = error.strerror or type(error).__name__
             continue
-        for frame in frames:
-            if frame.time_base is None and time_base is not None:
-                frame.time_base = time_base
-            yield frame
+        yield from frames
 
 
 def _keep(  # noqa: PLR0913 - the second pass needs all that the first found

@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import importlib
 import os
+import pickle
 import resource
 import select
 import signal
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+READY, TAKEN = "ready", "taken"
 _LIFELINE, _LOG = 0, 2
 _MAX_LOG_BYTES = 2**26
 
@@ -70,11 +72,12 @@ def serve(connection_fd: int, task: str, memory_bytes: int) -> None:
     run = _load(task)
     _limit(memory_bytes)
     with contextlib.suppress(EOFError, OSError):
-        connection.send("ready")
+        connection.send(READY)
         while True:
-            job = connection.recv()
+            content = connection.recv_bytes()
+            connection.send(TAKEN)
             _forget_log()
-            connection.send(_run(run, job))
+            connection.send(_run(run, pickle.loads(content)))  # noqa: S301 - from the parent, which started us
 
 
 def _load(task: str) -> Callable[[Any], Any]:
