@@ -163,8 +163,8 @@ def _index(
 
     embeddings, made_with = extraction.embedding_store(), extraction.fingerprints
     todo = _todo(plan)
-    shards = [(shard, _stored([shard], todo)) for shard in embeddings.shards(id_range)]
-    shards = [(shard, records) for shard, records in shards if records]
+    newest_first = reversed(embeddings.shards(id_range))
+    shards = [(shard, records) for shard in newest_first if (records := _stored([shard], todo))]
     progress.begin("qdrant_points", len({record_id for _, records in shards for record_id in records}))
     num_points: dict[int, int] = {}
     if not shards:
@@ -174,6 +174,8 @@ def _index(
         store.ensure_collection(CollectionSpec(extraction.settings.collection_name, dim, made_with.embedding))
         for shard, records in shards:
             wanted = [record_id for record_id in records if record_id not in num_points]
+            if not wanted:
+                continue
             videos = {record_id: todo[record_id].video for record_id in wanted}
             written = replace_records(
                 store,
