@@ -209,6 +209,7 @@ class PayloadError(ExtractionError):
         super().__init__(
             f"Column {column!r} of record {record_id} can't be kept in a point's payload: {why}. Nothing was written "
             f"for it. Correct the value, or leave the column out of EXTRACTION_SOURCE_PAYLOAD_COLUMNS; then run "
+            f"'extraction retry {record_id}'."
         )
 
 
