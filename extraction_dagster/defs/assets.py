@@ -73,7 +73,7 @@ def _decode(
             _mark_extracted(
                 catalog, plan, {record.record_id: record.num_frames for record in landed.shard.records}, made_with
             )
-        _write_failures(context, catalog, landed.failures)
+        _write_failures(context, catalog, plan, landed.failures)
         failures.extend(landed.failures)
         num_frames, num_bytes = num_frames + landed.num_frames, num_bytes + landed.num_bytes
         progress.advance("video_frames", landed.num_videos + len(landed.failures))
@@ -121,7 +121,7 @@ def frame_embeddings(context: dg.AssetExecutionContext, extraction: Extraction) 
                 wanted, frames=frames, store=store, model=model, partition=id_range, settings=extraction.settings
             ):
                 failed = [item for item in done.failures if _concerns(item, todo)]
-                _write_failures(context, catalog, failed)
+                _write_failures(context, catalog, plan, failed)
                 failures += failed
                 num_frames += done.num_frames
                 progress.advance("frame_embeddings", len(done.shard.records) + len(done.failures))
@@ -232,8 +232,13 @@ def _mark_extracted(
         _log.info("Marked %d records as extracted", len(num_frames))
 
 
-def _write_failures(context: dg.AssetExecutionContext, catalog: "Catalog", failures: Iterable[Failure]) -> None:
-    states = catalog.record_failures(failures, run_id=context.run_id)
+def _write_failures(
+    context: dg.AssetExecutionContext,
+    catalog: "Catalog",
+    plan: Mapping[int, "PlannedRow"],
+    failures: Iterable[Failure],
+) -> None:
+    states = catalog.record_failures(plan, failures, run_id=context.run_id)
     for failure in failures:
         _log.warning("%s (%s)", failure.message, states[failure.record_id])
 

@@ -6,10 +6,10 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from extraction_dagster.stages.catalog.database import make_engine, writing
-from extraction_dagster.stages.catalog.ledger import Ledger, LedgerEntry
+from extraction_dagster.stages.catalog.ledger import Ledger, LedgerEntry, State
 from extraction_dagster.stages.catalog.source_table import SourceRow, SourceTable
 
 if TYPE_CHECKING:
@@ -62,10 +62,15 @@ class PlannedRow:
     @property
     def video(self) -> VideoRow:
         """The row with its full content version: the source's version, and how often it was asked for again."""
+        if self.entry is not None and _same_version(self.row, self.entry):
+            return replace(self.row.video, content_version=self.entry.content_version)
         revision = self.entry.revision if self.entry else 0
-        if not revision:
-            return self.row.video
-        return replace(self.row.video, content_version=f"{self.row.video.content_version}~{revision}")
+        return replace(self.row.video, content_version=_content_version(self.row.video.content_version, revision))
+
+    @property
+    def source_version(self) -> str:
+        """The version column, as it was read."""
+        return self.row.video.content_version
 
 
 def status_of(row: SourceRow, entry: LedgerEntry | None, fingerprints: Fingerprints | None, *, now: datetime) -> Status:
@@ -93,8 +98,11 @@ def status_of(row: SourceRow, entry: LedgerEntry | None, fingerprints: Fingerpri
 
 
 def _same_version(row: SourceRow, entry: LedgerEntry) -> bool:
-    suffix = f"~{entry.revision}" if entry.revision else ""
-    return entry.content_version == row.video.content_version + suffix
+    return entry.source_version == row.video.content_version
+
+
+def _content_version(source_version: str, revision: int) -> str:
+    return f"{source_version}~{revision}" if revision else source_version
 
 
 class Catalog:
@@ -151,9 +159,8 @@ class Catalog:
             num_frames: Stored frames by record.
             frames: The frames' fingerprint.
         """
-        entries = [
-            {
-                "record_id": record_id,
+        entries = {
+            record_id: {
                 "state": "extracted",
                 "content_version": plan[record_id].video.content_version,
                 "frames_fingerprint": frames,
@@ -161,9 +168,8 @@ class Catalog:
                 "not_before": None,
             }
             for record_id, number in num_frames.items()
-        ]
-        with self._marking("extracted", [plan[record_id].row for record_id in num_frames]) as connection:
-            self.ledger.upsert(connection, entries)
+        }
+        self._mark("extracted", plan, entries)
 
     def mark_embedded(self, records: Iterable[int], embedding: str) -> None:
         """Note rows whose vectors are stored; the source's mark waits until their points are verified."""
@@ -186,9 +192,8 @@ class Catalog:
             num_points: Verified points by record.
             fingerprints: What they were made with.
         """
-        entries = [
-            {
-                "record_id": record_id,
+        entries = {
+            record_id: {
                 "state": "done",
                 "content_version": plan[record_id].video.content_version,
                 "frames_fingerprint": fingerprints.frames,
@@ -199,19 +204,20 @@ class Catalog:
                 "last_error": None,
             }
             for record_id, number in num_points.items()
-        ]
-        with self._marking("embedded", [plan[record_id].row for record_id in num_points]) as connection:
-            self.ledger.upsert(connection, entries)
+        }
+        self._mark("embedded", plan, entries)
 
-    def record_failures(self, failures: Iterable[Failure], *, run_id: str) -> dict[int, str]:
+    def record_failures(
+        self, plan: Mapping[int, PlannedRow], failures: Iterable[Failure], *, run_id: str
+    ) -> dict[int, State]:
         """Write failures down; each record is tried again later, or parked. Returns each record's new state."""
-        return dict(
-            self.ledger.record_failures(
-                failures,
-                run_id=run_id,
-                max_attempts=self.settings.max_attempts,
-                retry_delay_seconds=self.settings.retry_delay_seconds,
-            )
+        failures = list(failures)
+        return self.ledger.record_failures(
+            failures,
+            {failure.record_id: plan[failure.record_id].source_version for failure in failures},
+            run_id=run_id,
+            max_attempts=self.settings.max_attempts,
+            retry_delay_seconds=self.settings.retry_delay_seconds,
         )
 
     def num_pending(self, id_range: IdRange) -> int:
@@ -242,20 +248,37 @@ class Catalog:
             "pending": max(eligible - sum(finished.values()), 0),
         }
 
-    @contextmanager
-    def _marking(self, step: Literal["extracted", "embedded"], rows: list[SourceRow]) -> Iterator[sa.Connection]:
-        """A connection to the state; the source's marks are set in the same transaction, or right after it.
+    def _mark(
+        self,
+        step: Literal["extracted", "embedded"],
+        plan: Mapping[int, PlannedRow],
+        entries: Mapping[int, Mapping[str, Any]],
+    ) -> None:
+        """Write the ledger and the source's marks: in one transaction where they share a database.
 
         In two databases the ledger comes first: a crash in between leaves a row that is done and not marked, which
         is processed once more; the other order would leave a marked row that the ledger never finished.
         """
-        with writing(self._state_engine, what="write the ledger") as connection:
-            yield connection
-            if self._one_database:
-                self.source.mark(connection, rows, step=step)
-        if not self._one_database and not self.settings.source_read_only:
+        versions = {record_id: plan[record_id].source_version for record_id in entries}
+
+        def write(connection: sa.Connection, source_versions: Mapping[int, str]) -> None:
+            seen = {**versions, **source_versions}
+            rows = [{"record_id": key, "source_version": seen[key], **entry} for key, entry in entries.items()]
+            self.ledger.upsert(connection, rows)
+
+        if self._one_database:
             with writing(self._source_engine, what=f"mark rows of {self.source.name!r}") as connection:
-                self.source.mark(connection, rows, step=step)
+                write(connection, self.source.mark(connection, versions, step=step))
+            return
+        with writing(self._state_engine, what="write the ledger") as connection:
+            write(connection, versions)
+        if self.settings.source_read_only:
+            return
+        with writing(self._source_engine, what=f"mark rows of {self.source.name!r}") as connection:
+            stamped = self.source.mark(connection, versions, step=step)
+        if any(versions[record_id] != version for record_id, version in stamped.items()):
+            with writing(self._state_engine, what="write the ledger") as connection:
+                write(connection, stamped)
 
 
 def _next_revision(planned: PlannedRow) -> dict[str, object]:
@@ -263,7 +286,8 @@ def _next_revision(planned: PlannedRow) -> dict[str, object]:
     return {
         "record_id": planned.row.video.record_id,
         "state": "todo",
-        "content_version": f"{planned.row.video.content_version}~{revision}",
+        "source_version": planned.source_version,
+        "content_version": _content_version(planned.source_version, revision),
         "revision": revision,
         "attempts": 0,
         "not_before": None,

@@ -56,6 +56,7 @@ LEDGER_TABLE = sa.Table(
     METADATA,
     sa.Column("record_id", sa.BigInteger, primary_key=True, autoincrement=False),
     sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("source_version", sa.Text, nullable=False, server_default=""),
     sa.Column("content_version", sa.Text, nullable=False, server_default=""),
     sa.Column("revision", sa.Integer, nullable=False, server_default="0"),
     sa.Column("frames_fingerprint", sa.String(64)),
@@ -93,10 +94,27 @@ ERRORS_TABLE = sa.Table(
 
 @dataclass(frozen=True, slots=True)
 class LedgerEntry:
-    """A record's row in the ledger; the fields are described in docs/operations.md."""
+    """A record's row in the ledger.
+
+    Attributes:
+        record_id: The row's id.
+        state: What became of it.
+        source_version: The version column when the row was last handled, our own marks included: a trigger that
+            stamps every update changes it, and must not make the row look new.
+        content_version: Names what was decoded; it stays when only our own marks changed the row.
+        revision: How often the row was asked for again.
+        frames_fingerprint: What its frames were made with.
+        embedding_fingerprint: What its vectors were made with.
+        num_frames: Stored frames.
+        num_points: Verified points.
+        attempts: Tries that failed, of this version.
+        not_before: When a failed record may be tried again.
+        last_error: The last error's type and message.
+    """
 
     record_id: int
     state: State
+    source_version: str = ""
     content_version: str = ""
     revision: int = 0
     frames_fingerprint: str | None = None
@@ -186,9 +204,22 @@ class Ledger:
         )
 
     def record_failures(
-        self, failures: Iterable[Failure], *, run_id: str, max_attempts: int, retry_delay_seconds: float
+        self,
+        failures: Iterable[Failure],
+        source_versions: Mapping[int, str],
+        *,
+        run_id: str,
+        max_attempts: int,
+        retry_delay_seconds: float,
     ) -> dict[int, State]:
         """Write failures to the errors table, and decide for each record: another try later, or parked.
+
+        Args:
+            failures: At most one a record.
+            source_versions: Each record's version column, as it was read.
+            run_id: The run they happened in.
+            max_attempts: Tries before a record is parked.
+            retry_delay_seconds: Wait before the second try.
 
         Returns:
             The state of each record: `failed` or `parked`.
@@ -206,6 +237,7 @@ class Ledger:
                     {
                         "record_id": failure.record_id,
                         "state": "parked" if parked else "failed",
+                        "source_version": source_versions[failure.record_id],
                         "content_version": failure.content_version,
                         "attempts": tries,
                         "not_before": None if parked else now + timedelta(seconds=delay),

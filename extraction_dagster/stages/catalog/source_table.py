@@ -15,7 +15,7 @@ from extraction_dagster.stages.catalog.database import describe, parse_url, read
 from extraction_dagster.stages.catalog.predicate import build_predicate
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from extraction_dagster.settings import Settings
 
@@ -125,19 +125,35 @@ class SourceTable:
             first, last, number = connection.execute(bounds).one()
         return None if first is None else (int(first), int(last), number == batch_size)
 
-    def mark(self, connection: sa.Connection, rows: Sequence[SourceRow], *, step: Step) -> None:
-        """Set the mark of a step, unless a row's version changed since it was read."""
+    def mark(self, connection: sa.Connection, versions: Mapping[int, str], *, step: Step) -> dict[int, str]:
+        """Set the mark of a step, unless a row's version changed since it was read.
+
+        Args:
+            connection: In a transaction of the source's database.
+            versions: The version of each row, as it was read.
+            step: Which mark.
+
+        Returns:
+            The version of each marked row as it is now: a trigger may have stamped the update.
+        """
         column = self._extracted if step == "extracted" else self._embedded
         if column is None or self._settings.source_read_only:
-            return
+            return dict(versions)
         statement = sa.update(self.table).values({column.name: True})
         if self._version is None:
-            for chunk in chunks([row.video.record_id for row in rows]):
+            for chunk in chunks(list(versions)):
                 connection.execute(statement.where(self.id.in_(chunk)))
-            return
-        for row in rows:
-            unchanged = self._version == row.video.content_version
-            connection.execute(statement.where(self.id == row.video.record_id, unchanged))
+            return dict(versions)
+        marked = [
+            record_id
+            for record_id, version in versions.items()
+            if connection.execute(statement.where(self.id == record_id, self._version == version)).rowcount
+        ]
+        now: dict[int, str] = {}
+        for chunk in chunks(marked):
+            query = sa.select(self.id, self._version).where(self.id.in_(chunk))
+            now.update({int(record_id): version for record_id, version in connection.execute(query)})
+        return now
 
     def _needed_columns(self) -> list[sa.Column[Any]]:
         optional = (self._platform, self._code, self._extracted, self._embedded)
