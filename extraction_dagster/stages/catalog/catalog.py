@@ -62,7 +62,7 @@ class PlannedRow:
     @property
     def video(self) -> VideoRow:
         """The row with its full content version: the source's version, and how often it was asked for again."""
-        if self.entry is not None and _same_version(self.row, self.entry):
+        if self.entry is not None and self.entry.source_version == self.source_version:
             return replace(self.row.video, content_version=self.entry.content_version)
         revision = self.entry.revision if self.entry else 0
         return replace(self.row.video, content_version=_content_version(self.row.video.content_version, revision))
@@ -73,17 +73,31 @@ class PlannedRow:
         return self.row.video.content_version
 
 
-def status_of(row: SourceRow, entry: LedgerEntry | None, fingerprints: Fingerprints | None, *, now: datetime) -> Status:
+def status_of(
+    source_version: str,
+    marked_done: bool | None,  # noqa: FBT001 - three states of a row, not an option
+    entry: LedgerEntry | None,
+    fingerprints: Fingerprints | None,
+    *,
+    now: datetime,
+) -> Status:
     """Decide what is to be done with a row.
 
     With fingerprints, a row that was done with other settings is to be done again: a materialization brings its range
     up to date. Without, it stays done: a changed setting alone makes nobody's table pending.
 
     A row that the source marks as done and the ledger has never seen was done before this project came: it stays done.
+
+    Args:
+        source_version: The row's version column; empty when there is none.
+        marked_done: What its marks say; None when it has none.
+        entry: Its ledger entry.
+        fingerprints: What frames and vectors are made with today.
+        now: The time to compare `not_before` with.
     """
     if entry is None:
-        return "done" if row.marked_done else "todo"
-    if not _same_version(row, entry):
+        return "done" if marked_done else "todo"
+    if entry.source_version != source_version:
         return "todo"
     if entry.state == "parked":
         return "parked"
@@ -91,14 +105,10 @@ def status_of(row: SourceRow, entry: LedgerEntry | None, fingerprints: Fingerpri
         return "waiting" if entry.not_before is not None and entry.not_before > now else "todo"
     if entry.state != "done":
         return "todo"
-    if row.marked_done is False:
+    if marked_done is False:
         return "again"
     made_with = Fingerprints(entry.frames_fingerprint or "", entry.embedding_fingerprint or "")
     return "done" if fingerprints in {None, made_with} else "todo"
-
-
-def _same_version(row: SourceRow, entry: LedgerEntry) -> bool:
-    return entry.source_version == row.video.content_version
 
 
 def _content_version(source_version: str, revision: int) -> str:
@@ -115,21 +125,21 @@ class Catalog:
             SourceTableError, SourceUnreachableError, DatabaseUrlError, PredicateError, StateError: What they say.
         """
         self.settings = settings
-        self._source_engine = make_engine(settings.resolved_source_url, setting="EXTRACTION_SOURCE_URL")
-        self.source = SourceTable(self._source_engine, settings)
-        self._one_database = settings.resolved_state_url == settings.resolved_source_url
-        self._state_engine = (
-            self._source_engine
-            if self._one_database
+        self.source_engine = make_engine(settings.resolved_source_url, setting="EXTRACTION_SOURCE_URL")
+        self.source = SourceTable(self.source_engine, settings)
+        self.one_database = settings.resolved_state_url == settings.resolved_source_url
+        self.state_engine = (
+            self.source_engine
+            if self.one_database
             else make_engine(settings.resolved_state_url, setting="EXTRACTION_STATE_URL")
         )
-        self.ledger = Ledger(self._state_engine)
+        self.ledger = Ledger(self.state_engine)
         self.ledger.create(self.source.identity)
 
     def close(self) -> None:
         """Give the connections back."""
-        self._source_engine.dispose()
-        self._state_engine.dispose()
+        self.source_engine.dispose()
+        self.state_engine.dispose()
 
     def plan(self, id_range: IdRange, fingerprints: Fingerprints) -> dict[int, PlannedRow]:
         """Every eligible row of a range and what is to be done with it, in ascending order of ids."""
@@ -138,7 +148,9 @@ class Catalog:
         plan = {}
         for row in self.source.rows(id_range):
             entry = entries.get(row.video.record_id)
-            plan[row.video.record_id] = PlannedRow(row, entry, status_of(row, entry, fingerprints, now=now))
+            plan[row.video.record_id] = PlannedRow(
+                row, entry, status_of(row.video.content_version, row.marked_done, entry, fingerprints, now=now)
+            )
         return plan
 
     def begin(self, id_range: IdRange, fingerprints: Fingerprints) -> dict[int, PlannedRow]:
@@ -147,7 +159,7 @@ class Catalog:
         again = [planned for planned in plan.values() if planned.status == "again"]
         if not again:
             return plan
-        with writing(self._state_engine, what="write the ledger") as connection:
+        with writing(self.state_engine, what="write the ledger") as connection:
             self.ledger.upsert(connection, [_next_revision(planned) for planned in again])
         return self.plan(id_range, fingerprints)
 
@@ -173,7 +185,7 @@ class Catalog:
 
     def mark_embedded(self, records: Iterable[int], embedding: str) -> None:
         """Note rows whose vectors are stored; the source's mark waits until their points are verified."""
-        with writing(self._state_engine, what="write the ledger") as connection:
+        with writing(self.state_engine, what="write the ledger") as connection:
             self.ledger.upsert(
                 connection,
                 [
@@ -223,8 +235,11 @@ class Catalog:
     def num_pending(self, id_range: IdRange) -> int:
         """The records of a range that a run would process now."""
         entries, now = self.ledger.entries(id_range), datetime.now(UTC)
-        rows = ((row, entries.get(row.video.record_id)) for row in self.source.rows(id_range))
-        return sum(status_of(row, entry, None, now=now) in {"todo", "again"} for row, entry in rows)
+        statuses = (
+            status_of(row.video.content_version, row.marked_done, entries.get(row.video.record_id), None, now=now)
+            for row in self.source.rows(id_range)
+        )
+        return sum(status in {"todo", "again"} for status in statuses)
 
     def summary(self, id_range: IdRange) -> str:
         """A range in words: how many of its records are done, failed, parked, pending."""
@@ -266,18 +281,18 @@ class Catalog:
             rows = [{"record_id": key, "source_version": seen[key], **entry} for key, entry in entries.items()]
             self.ledger.upsert(connection, rows)
 
-        if self._one_database:
-            with writing(self._source_engine, what=f"mark rows of {self.source.name!r}") as connection:
+        if self.one_database:
+            with writing(self.source_engine, what=f"mark rows of {self.source.name!r}") as connection:
                 write(connection, self.source.mark(connection, versions, step=step))
             return
-        with writing(self._state_engine, what="write the ledger") as connection:
+        with writing(self.state_engine, what="write the ledger") as connection:
             write(connection, versions)
         if self.settings.source_read_only:
             return
-        with writing(self._source_engine, what=f"mark rows of {self.source.name!r}") as connection:
+        with writing(self.source_engine, what=f"mark rows of {self.source.name!r}") as connection:
             stamped = self.source.mark(connection, versions, step=step)
         if any(versions[record_id] != version for record_id, version in stamped.items()):
-            with writing(self._state_engine, what="write the ledger") as connection:
+            with writing(self.state_engine, what="write the ledger") as connection:
                 write(connection, stamped)
 
 

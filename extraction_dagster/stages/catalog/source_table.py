@@ -77,6 +77,46 @@ class SourceTable:
         )
 
     @property
+    def unmarked(self) -> sa.ColumnElement[bool] | None:
+        """That a mark is not set, spelled exactly as the partial index spells it; None without mark columns.
+
+        Databases use a partial index only for a query that repeats its condition to the letter.
+        """
+        marks = [column for column in (self._extracted, self._embedded) if column is not None]
+        return (
+            sa.or_(*(column.op("IS NOT", is_comparison=True)(sa.text("TRUE")) for column in marks)) if marks else None
+        )
+
+    def pending_index(self) -> sa.Index | None:
+        """The partial index over the rows that are not done: finding them costs the same in a table of any size."""
+        if self.unmarked is None:
+            return None
+        name = f"extraction_pending_{self.table.name}"[:63]
+        table = self.table.to_metadata(sa.MetaData())  # an index belongs to a table; the reflected one stays as it is
+        return sa.Index(name, table.c[self.id.name], postgresql_where=self.unmarked, sqlite_where=self.unmarked)
+
+    def heads(self, *, only: sa.ColumnElement[bool] | None = None) -> sa.Select[int, str, bool | None]:
+        """A query of (id, version, marked done) of the eligible rows, in ascending order of ids."""
+        marks = [column for column in (self._extracted, self._embedded) if column is not None]
+        done = sa.and_(*(column.is_(sa.true()) for column in marks)) if marks else sa.null()
+        version = sa.literal("") if self._version is None else self._version
+        query = sa.select(self.id, version.label("version"), done.label("done")).where(self.eligible)
+        return (query if only is None else query.where(only)).order_by(self.id)
+
+    @property
+    def has_version(self) -> bool:
+        """Whether a version column says that a row's file has changed."""
+        return self._version is not None
+
+    def recent_density(self, sample: int) -> float:
+        """Ids to a record, over the newest records; 1.0 for ids without gaps and for an empty table."""
+        newest = sa.select(self.id).where(self.eligible).order_by(self.id.desc()).limit(sample).subquery()
+        query = sa.select(sa.func.min(newest.c[0]), sa.func.max(newest.c[0]), sa.func.count())
+        with reading(self._engine, what=f"read source table {self.name!r}") as connection:
+            first, last, number = connection.execute(query).one()
+        return 1.0 if number < 2 else (last - first) / (number - 1)  # noqa: PLR2004 - two ids make a distance
+
+    @property
     def identity(self) -> str:
         """16 hex digits that tell this source from another: the database without its credentials, table, id column."""
         url = parse_url(self._settings.resolved_source_url, setting="EXTRACTION_SOURCE_URL")

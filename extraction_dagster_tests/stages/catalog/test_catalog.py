@@ -63,12 +63,12 @@ def row(*, version="", extracted=None, embedded=None):
     ],
 )
 def test_the_status_of_a_row_follows_from_its_marks_and_its_entry(source, entry, status):
-    assert status_of(source, entry, TODAY, now=NOW) == status
+    assert status_of(source.video.content_version, source.marked_done, entry, TODAY, now=NOW) == status
 
 
 def test_a_changed_setting_alone_makes_nothing_pending():
     entry = LedgerEntry(1, "done", frames_fingerprint="f0", embedding_fingerprint="e0")
-    assert status_of(row(), entry, None, now=NOW) == "done"
+    assert status_of("", None, entry, None, now=NOW) == "done"
 
 
 def test_marking_writes_the_ledger_and_the_marks(database):
