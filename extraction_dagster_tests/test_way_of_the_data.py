@@ -323,7 +323,7 @@ def test_a_backfill_of_two_ranges_from_the_browser_succeeds(dagster_dev, browser
         page.get_by_role("menuitem").filter(has_text=key).get_by_text(key, exact=True).first.click()
     page.keyboard.press("Escape")
     dialog.get_by_role("button", name="Launch backfill").click()
-    dialog.wait_for(state="hidden")
+    page.get_by_text("Launch runs to materialize").wait_for(state="hidden")
     page.close()  # an open page polls and draws: on a small machine it would starve the runs that it waits for
     for key, number in zip(("13-112", "113-208"), before, strict=True):
         wait(lambda key=key, number=number: finished_runs(folder, key)[0] == ["SUCCESS"] * (number + 1), seconds=180)
