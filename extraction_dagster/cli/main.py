@@ -8,7 +8,7 @@ import sys
 import typer
 
 from extraction_dagster import __version__
-from extraction_dagster.cli import console, demo, errors, init, launch, search, status
+from extraction_dagster.cli import checkpoint, console, demo, errors, init, launch, retry, run, search, status
 from extraction_dagster.errors import ExtractionError
 
 app = typer.Typer(
@@ -18,8 +18,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for module in (init, demo, status, launch, errors, search):
+for module in (init, demo, run, status, launch, errors, retry, search):
     app.command(name=module.__name__.rpartition(".")[2])(module.command)
+app.add_typer(checkpoint.app, name="checkpoint")
 
 
 def _show_version(value: bool) -> None:  # noqa: FBT001 - Typer calls it so

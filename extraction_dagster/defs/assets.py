@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 
 from extraction_dagster import progress
-from extraction_dagster.defs.partitions import id_ranges, register
+from extraction_dagster.defs.partitions import above_floor, id_ranges, register
 from extraction_dagster.defs.resources import Extraction, plain_failures
 from extraction_dagster.errors import EmptyRangeError
 from extraction_dagster.records import Failure, IdRange
@@ -37,8 +37,8 @@ def video_frames(context: dg.AssetExecutionContext, extraction: Extraction) -> d
     """Fetch, decode and sample the range's pending rows; finished shards of an earlier try are kept."""
     started = time.perf_counter()
     with plain_failures(), extraction.catalog() as catalog:
-        id_range = register(context.instance, context.partition_key)
-        plan = catalog.begin(id_range, extraction.fingerprints)
+        id_range = register(context)
+        plan = catalog.begin(above_floor(context, id_range), extraction.fingerprints)
         if not plan:
             raise EmptyRangeError(id_range.partition_key, catalog.source.name, catalog.source.extent())
         decoded = _decode(context, extraction, catalog, id_range, plan)
@@ -108,9 +108,9 @@ def frame_embeddings(context: dg.AssetExecutionContext, extraction: Extraction) 
     failures: list[Failure] = []
     num_frames = 0
     with plain_failures(), extraction.catalog() as catalog:
-        id_range = register(context.instance, context.partition_key)
+        id_range = register(context)
         frames, store = extraction.frame_store(), extraction.embedding_store()
-        plan = catalog.plan(id_range, extraction.fingerprints)
+        plan = catalog.plan(above_floor(context, id_range), extraction.fingerprints)
         todo = _todo(plan)
         there = _stored(store.shards(id_range), todo)
         wanted = [shard for shard in frames.shards(id_range) if _stored([shard], todo).keys() - there]
@@ -143,8 +143,8 @@ def qdrant_points(context: dg.AssetExecutionContext, extraction: Extraction) -> 
     """Replace the points of every pending row whose vectors are stored; mark a row once its points are verified."""
     started = time.perf_counter()
     with plain_failures(), extraction.catalog() as catalog:
-        id_range = register(context.instance, context.partition_key)
-        plan = catalog.plan(id_range, extraction.fingerprints)
+        id_range = register(context)
+        plan = catalog.plan(above_floor(context, id_range), extraction.fingerprints)
         num_points = _index(extraction, catalog, id_range, plan)
     counts = {"videos": len(num_points), "points": sum(num_points.values()), "failures": []}
     return _result(plan, counts, seconds=time.perf_counter() - started)

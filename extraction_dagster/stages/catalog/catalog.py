@@ -232,6 +232,12 @@ class Catalog:
             retry_delay_seconds=self.settings.retry_delay_seconds,
         )
 
+    def reprocess_after(self, after_id: int) -> None:
+        """Make every row above an id due again, whatever became of it."""
+        self.ledger.forget_done(after_id)
+        with writing(self.source_engine, what=f"clear marks of {self.source.name!r}") as connection:
+            self.source.clear_marks(connection, after_id)
+
     def num_pending(self, id_range: IdRange) -> int:
         """The records of a range that a run would process now."""
         entries, now = self.ledger.entries(id_range), datetime.now(UTC)

@@ -90,6 +90,18 @@ ERRORS_TABLE = sa.Table(
     sa.Column("occurred_at", UtcDateTime, nullable=False),
     sa.Column("run_id", sa.String(64), nullable=False, server_default=""),
 )
+REQUESTS_TABLE = sa.Table(
+    "extraction_requests",
+    METADATA,
+    sa.Column(
+        "id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), sa.Identity(), primary_key=True, autoincrement=True
+    ),
+    sa.Column("kind", sa.String(16), nullable=False),
+    sa.Column("value", sa.BigInteger),
+    sa.Column("requested_at", UtcDateTime, nullable=False),
+    sa.Column("applied_epoch", sa.Integer),
+    sa.Column("consumed_at", UtcDateTime),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,9 +191,11 @@ class Ledger:
         with reading(self.engine, what="read the ledger") as connection:
             return {row["record_id"]: LedgerEntry(**row) for row in connection.execute(query).mappings()}
 
-    def counts(self) -> dict[str, int]:
-        """The number of records by state."""
+    def counts(self, id_range: IdRange | None = None) -> dict[str, int]:
+        """The number of records by state, of all or of a range."""
         query = sa.select(LEDGER_TABLE.c.state, sa.func.count()).group_by(LEDGER_TABLE.c.state)
+        if id_range is not None:
+            query = query.where(LEDGER_TABLE.c.record_id.between(id_range.first_id, id_range.last_id))
         with reading(self.engine, what="read the ledger") as connection:
             return {state: int(number) for state, number in connection.execute(query)}
 
@@ -267,6 +281,45 @@ class Ledger:
             query = query.where(state.in_(("failed", "parked")), table.id.in_(newest))
         with reading(self.engine, what="read the errors") as connection:
             return [ErrorRow(**row) for row in connection.execute(query).mappings()]
+
+    def retry(self, *, record_ids: Sequence[int] | None, error_type: str | None) -> list[int]:
+        """Give failed and parked records their tries back, so that they are due at once.
+
+        Args:
+            record_ids: These; None for all.
+            error_type: Only those whose last error was of this type.
+
+        Returns:
+            The records that were brought back, in ascending order.
+        """
+        table = LEDGER_TABLE.c
+        query = sa.select(table.record_id).where(table.state.in_(("failed", "parked")))
+        if error_type is not None:
+            query = query.where(table.last_error.startswith(f"{error_type}:", autoescape=True))
+        with writing(self.engine, what="write the ledger") as connection:
+            stopped = set(connection.execute(query).scalars())
+            chosen = sorted(stopped if record_ids is None else stopped.intersection(record_ids))
+            change = {"state": "todo", "attempts": 0, "not_before": None, "updated_at": datetime.now(UTC)}
+            for chunk in chunks(chosen):
+                connection.execute(sa.update(LEDGER_TABLE).where(table.record_id.in_(chunk)).values(**change))
+        return chosen
+
+    def forget_done(self, after_id: int) -> int:
+        """Make every record above an id due again, whatever became of it; returns how many there were."""
+        table = LEDGER_TABLE.c
+        revision = table.revision + 1
+        change = {
+            "state": "todo",
+            "revision": revision,
+            "content_version": table.source_version + "~" + sa.cast(revision, sa.Text),
+            "attempts": 0,
+            "not_before": None,
+            "updated_at": datetime.now(UTC),
+        }
+        with writing(self.engine, what="write the ledger") as connection:
+            return connection.execute(
+                sa.update(LEDGER_TABLE).where(table.record_id > after_id).values(**change)
+            ).rowcount
 
     def _attempts(self, connection: sa.Connection, failures: Sequence[Failure]) -> dict[int, int]:
         """How often each record was tried in its present version."""

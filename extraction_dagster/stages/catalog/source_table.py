@@ -195,6 +195,12 @@ class SourceTable:
             now.update({int(record_id): version for record_id, version in connection.execute(query)})
         return now
 
+    def clear_marks(self, connection: sa.Connection, after_id: int) -> None:
+        """Clear the marks of every row above an id."""
+        marks = {column.name: False for column in (self._extracted, self._embedded) if column is not None}
+        if marks and not self._settings.source_read_only:
+            connection.execute(sa.update(self.table).where(self.id > after_id).values(marks))
+
     def _needed_columns(self) -> list[sa.Column[Any]]:
         optional = (self._platform, self._code, self._extracted, self._embedded)
         columns = [self.id, *self._uri_columns, *self._payload, *(column for column in optional if column is not None)]
