@@ -1,0 +1,155 @@
+"""Open an untrusted file as a video: which containers, which stream, within which limits.
+
+The container format is whitelisted and the only protocol is `file`: a playlist or a script named .mp4 would
+otherwise make the library read other files or open sockets.
+"""
+
+from __future__ import annotations
+
+import errno
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from extraction_dagster.errors import (
+    NoVideoStreamError,
+    VideoEncryptedError,
+    VideoFormatError,
+    VideoOpenError,
+    VideoTooLargeError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
+
+    from extraction_dagster.stages.decode.decoder import DecodeLimits
+
+CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif,mxf"
+_MICROSECONDS = 1_000_000
+_MAX_ASPECT = 8.0
+
+
+@dataclass(frozen=True, slots=True)
+class OpenVideo:
+    """A file that is open, and its moving pictures.
+
+    Attributes:
+        path: The file.
+        container: The open container.
+        stream: The chosen stream; its codec context is set to one thread.
+        claimed_seconds: The duration that the container claims for the stream; None when it claims nothing.
+        sample_aspect: Width of a pixel over its height, as shown.
+    """
+
+    path: Path
+    container: InputContainer
+    stream: VideoStream
+    claimed_seconds: float | None
+    sample_aspect: float
+
+
+@contextmanager
+def open_video(path: Path, limits: DecodeLimits) -> Iterator[OpenVideo]:
+    """Open a file and choose its video stream.
+
+    Raises:
+        VideoOpenError: The file is no complete video.
+        VideoFormatError: The file is of a kind that is never opened.
+        NoVideoStreamError: It holds no moving pictures.
+        VideoEncryptedError: They are encrypted.
+        VideoTooLargeError: They have too many pixels.
+    """
+    import av
+
+    # The pixel limit reaches the codecs too, which are run to find out a stream's parameters.
+    options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS, "max_pixels": str(limits.max_pixels)}
+    try:
+        container = av.open(f"file:{path}", "r", options=options, metadata_errors="replace")
+    except av.error.FFmpegError as error:
+        raise_out_of_memory(error)
+        if error.errno == errno.EINVAL:
+            raise VideoFormatError(str(path), CONTAINERS) from error
+        raise VideoOpenError(str(path), error.strerror or type(error).__name__) from error
+    with container:
+        stream = _choose_stream(path, container)
+        _check_stream(path, stream, limits)
+        context = stream.codec_context
+        context.thread_count = 1
+        context.options = {"max_pixels": str(limits.max_pixels)}
+        yield OpenVideo(path, container, stream, _claimed_seconds(container, stream), _sample_aspect(stream))
+
+
+def raise_out_of_memory(error: Exception) -> None:
+    """Tell a lack of memory from a broken file: the library reports both as its own errors.
+
+    Raises:
+        MemoryError: The library ran out of memory.
+    """
+    if getattr(error, "errno", None) == errno.ENOMEM:
+        raise MemoryError from error
+
+
+def _choose_stream(path: Path, container: InputContainer) -> VideoStream:
+    """The largest stream of moving pictures that has a decoder; the first of several as large.
+
+    Cover art, timed thumbnails and stills are marked as such; an auxiliary track (a depth map, a 16x16 dummy) is
+    smaller than the pictures that it accompanies.
+    """
+    from av.stream import Disposition
+
+    aside = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image | Disposition.dependent
+    playable = [s for s in container.streams.video if s.codec_context is not None and not s.disposition & aside]
+    filled = [s for s in playable if s.frames != 0] or playable
+    if not filled:
+        kinds = ", ".join(_describe(stream) for stream in container.streams) or "no stream at all"
+        raise NoVideoStreamError(str(path), kinds)
+    return max(filled, key=lambda s: (s.codec_context.width * s.codec_context.height, -s.index))
+
+
+def _describe(stream: object) -> str:
+    codec = getattr(getattr(stream, "codec_context", None), "name", None) or "unknown codec"
+    return f"{getattr(stream, 'type', 'unknown')} ({codec})"
+
+
+def _check_stream(path: Path, stream: VideoStream, limits: DecodeLimits) -> None:
+    context = stream.codec_context
+    if "enc_key_id" in stream.metadata or context.codec_tag == "encv":
+        raise VideoEncryptedError(str(path))
+    width, height = (max(context.width, context.coded_width), max(context.height, context.coded_height))
+    if width * height > limits.max_pixels:
+        raise VideoTooLargeError(str(path), width_px=width, height_px=height, max_pixels=limits.max_pixels)
+
+
+def _claimed_seconds(container: InputContainer, stream: VideoStream) -> float | None:
+    """The stream's own duration, else its Matroska tag, else the container's, which audio may stretch."""
+    if stream.duration and stream.duration > 0 and stream.time_base:
+        claimed = float(stream.duration * stream.time_base)
+    elif "DURATION" in stream.metadata:
+        claimed = _clock_seconds(stream.metadata["DURATION"])
+    else:
+        claimed = (container.duration or 0) / _MICROSECONDS
+    if "matroska" in container.format.name and stream.start_time and stream.time_base:
+        claimed -= max(
+            0.0, float(stream.start_time * stream.time_base)
+        )  # Matroska counts from zero, not from the start
+    return claimed if claimed > 0 else None
+
+
+def _clock_seconds(clock: str) -> float:
+    """`00:01:05.500` is 65.5; 0 when it is no such thing."""
+    try:
+        hours, minutes, seconds = clock.split(":")
+        return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+    except ValueError:
+        return 0.0
+
+
+def _sample_aspect(stream: VideoStream) -> float:
+    """The pixel's aspect; 1 when it is unset or nonsense."""
+    ratio = stream.sample_aspect_ratio
+    aspect = float(ratio) if ratio else 1.0
+    return aspect if 1 / _MAX_ASPECT <= aspect <= _MAX_ASPECT else 1.0

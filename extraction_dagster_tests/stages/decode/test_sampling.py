@@ -1,0 +1,94 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from extraction_dagster.settings import Settings
+from extraction_dagster.stages.decode.sampling import Sampling, select_frames
+
+
+def select(pts, **fields):
+    selection = select_frames(np.array(pts, float), Sampling(**fields))
+    return selection.frame_number.tolist(), selection.target_seconds.tolist()
+
+
+def test_a_target_selects_the_frame_that_is_shown_then_not_the_nearest():
+    assert select([0.0, 0.4, 0.8, 1.2, 1.6], fps=1.0) == ([0, 2], [0.0, 1.0])
+
+
+def test_a_frame_that_starts_exactly_at_the_target_is_shown():
+    assert select([0.0, 0.5, 1.0, 1.5, 2.0], fps=1.0) == ([0, 2, 4], [0.0, 1.0, 2.0])
+
+
+def test_a_rounding_error_past_the_target_does_not_count():
+    assert select([0.0, 1 / 3 + 1e-9, 2 / 3 + 1e-9], fps=3.0)[0] == [0, 1, 2]
+
+
+def test_a_frame_that_answers_several_targets_is_kept_once_with_its_first_target():
+    assert select([0.0, 2.5], fps=1.0) == ([0], [0.0])
+    assert select([0.0, 2.5, 5.0], fps=1.0) == ([0, 1, 2], [0.0, 3.0, 5.0])
+
+
+def test_fps_above_the_videos_own_rate_gives_every_frame_once():
+    assert select([0.0, 0.5, 1.0], fps=10.0)[0] == [0, 1, 2]
+
+
+def test_the_cap_thins_evenly_and_keeps_the_first_frame():
+    assert select([float(second) for second in range(10)], fps=1.0, max_frames=4) == (
+        [0, 2, 5, 7],
+        [0.0, 2.0, 5.0, 7.0],
+    )
+
+
+def test_a_cap_of_one_keeps_the_first_frame():
+    assert select([0.0, 1.0, 2.0], fps=1.0, max_frames=1) == ([0], [0.0])
+
+
+def test_uniform_takes_the_middles_of_equal_parts():
+    assert select([0.0, 1.0, 2.0, 3.0], mode="uniform", num_frames=2) == ([1, 3], [1.0, 3.0])
+    assert select([0.0, 1.0, 2.0, 3.0], mode="uniform", num_frames=4) == ([0, 1, 2, 3], [0.5, 1.5, 2.5, 3.5])
+
+
+def test_one_frame_is_selected_once_whatever_the_mode():
+    assert select([0.0], mode="uniform", num_frames=16) == ([0], [0.0])
+    assert select([0.0], fps=5.0) == ([0], [0.0])
+
+
+def test_frames_that_share_a_time_give_the_last_of_them():
+    assert select([0.0, 0.0, 0.0], fps=1.0) == ([2], [0.0])
+
+
+def test_no_frame_gives_no_selection():
+    assert select([], fps=1.0) == ([], [])
+
+
+@given(
+    gaps=st.lists(st.floats(0, 3), max_size=60),
+    fps=st.sampled_from([0.2, 0.5, 1.0, 2.0, 7.0]),
+    max_frames=st.integers(1, 50),
+)
+def test_every_selected_frame_is_the_one_shown_at_its_target(gaps, fps, max_frames):
+    pts = np.concatenate([[0.0], np.cumsum(gaps)])
+    selection = select_frames(pts, Sampling("fps", fps, max_frames))
+    assert 1 <= len(selection) <= max_frames
+    assert np.all(np.diff(selection.frame_number) > 0)
+    for frame, target in zip(selection.frame_number, selection.target_seconds, strict=True):
+        assert frame == max(number for number, at in enumerate(pts) if at <= target + 1e-6)
+
+
+def test_the_settings_decide_the_sampling():
+    settings = Settings(sampling="uniform", fps=2.0, max_frames=7, num_frames=5)
+    assert Sampling.from_settings(settings) == Sampling("uniform", 2.0, 7, 5)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (Sampling("fps", 1.0, 600, 16), Sampling("fps", 1.0, 600, 99), True),
+        (Sampling("fps", 1.0, 600, 16), Sampling("fps", 1.0, 601, 16), False),
+        (Sampling("uniform", 1.0, 600, 16), Sampling("uniform", 2.0, 1, 16), True),
+        (Sampling("uniform", 1.0, 600, 16), Sampling("uniform", 1.0, 600, 17), False),
+    ],
+)
+def test_only_fields_that_the_mode_uses_identify_a_sampling(one, other, same):
+    assert (one.identity == other.identity) is same
