@@ -1,0 +1,59 @@
+"""Frames as JPEG and back: 45 KiB a frame instead of 261, at 0.6 ms each."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import simplejpeg
+
+from extraction_dagster.records import EncodedFrames, FrameBatch
+
+if TYPE_CHECKING:
+    from extraction_dagster.stages.decode.decoder import DecodedVideo
+
+# Full colour resolution: 4:2:0 would blur what an embedding model sees.
+SUBSAMPLING = "444"
+
+
+def encode_frames(video: DecodedVideo, *, record_id: int, content_version: str, quality: int) -> EncodedFrames:
+    """Encode a video's frames.
+
+    Args:
+        video: The decoded video.
+        record_id: The row's id.
+        content_version: The version of the row that was decoded.
+        quality: JPEG quality, 1 to 100.
+
+    Returns:
+        EncodedFrames: one JPEG a frame, RGB 4:4:4.
+    """
+    frames = video.frames
+    jpegs = [
+        simplejpeg.encode_jpeg(
+            np.ascontiguousarray(picture), quality=quality, colorspace="RGB", colorsubsampling=SUBSAMPLING
+        )
+        for picture in frames.data
+    ]
+    return EncodedFrames(
+        record_id=record_id,
+        content_version=content_version,
+        jpegs=jpegs,
+        pts_seconds=frames.pts_seconds,
+        target_seconds=frames.target_seconds,
+        frame_number=frames.frame_number,
+        width_px=frames.data.shape[2],
+        height_px=frames.data.shape[1],
+        duration_seconds=video.duration_seconds,
+        partial=video.partial,
+    )
+
+
+def decode_frames(encoded: EncodedFrames) -> FrameBatch:
+    """Decode a video's stored frames.
+
+    Returns:
+        FrameBatch: data uint8 (N, H, W, 3), RGB.
+    """
+    data = np.stack([simplejpeg.decode_jpeg(jpeg, colorspace="RGB") for jpeg in encoded.jpegs])
+    return FrameBatch(data, encoded.pts_seconds, encoded.target_seconds, encoded.frame_number)

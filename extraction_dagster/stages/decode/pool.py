@@ -1,0 +1,287 @@
+"""Worker processes that a video may crash, hang or fill without harm to its siblings.
+
+One single-threaded process a core, one video at a time in each; the parent has no thread of its own. A worker starts as
+a fresh interpreter that knows nothing of the parent's main module, so that a script, a notebook, pytest and a Dagster
+run can all be the parent. Killing a worker is always safe: it shares no lock with anyone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import wait
+from typing import IO, TYPE_CHECKING
+
+from extraction_dagster.errors import (
+    DecodeMemoryError,
+    DecodeTimeoutError,
+    DecodeWorkerDiedError,
+    DecodeWorkerStartError,
+)
+from extraction_dagster.records import Failure, Outcome
+from extraction_dagster.stages.decode.worker import TAKEN, Fault, Report
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterable, Iterator
+    from multiprocessing.connection import Connection
+
+    from extraction_dagster.errors import ExtractionError
+    from extraction_dagster.settings import Settings
+    from extraction_dagster.stages.decode.task import DecodeJob
+
+_BOOT = (
+    "import sys; fd, task, memory = sys.argv[1:4]; sys.path[:] = sys.argv[4:]; "
+    "from extraction_dagster.stages.decode.worker import serve; serve(int(fd), task, int(memory))"
+)
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+_START_SECONDS = 120.0
+_REAP_SECONDS = 2.0
+_DETAILS_BYTES = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class PoolOptions:
+    """How many workers, and what each may cost.
+
+    Attributes:
+        workers: Most processes at a time.
+        timeout_seconds: Wall-clock limit for one video.
+        memory_bytes: Address space of a worker beyond its own start.
+        max_tasks: Videos after which a worker is replaced, so that a leak in a codec stays small.
+        task: What runs on each job, as `module:function`.
+    """
+
+    workers: int
+    timeout_seconds: float
+    memory_bytes: int
+    max_tasks: int = 200
+    task: str = "extraction_dagster.stages.decode.task:decode_job"
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> PoolOptions:
+        """Read the options from the settings."""
+        return cls(settings.decode_workers, settings.decode_timeout_seconds, settings.decode_memory_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What became of one video, and what it cost."""
+
+    outcome: Outcome
+    cpu_seconds: float = 0.0
+    wall_seconds: float = 0.0
+
+
+def decode_all(jobs: Iterable[DecodeJob], options: PoolOptions) -> Generator[Decoded, None, None]:
+    """Decode videos in worker processes; the outcomes come as they are ready.
+
+    Jobs are drawn as workers become free, so that no more than `options.workers` are under way. Closing the iterator,
+    or any exception in it, stops the workers at once.
+
+    Raises:
+        DecodeWorkerStartError: A worker can't start; no video is to blame.
+    """
+    pool = _Pool(options)
+    try:
+        yield from pool.run(iter(jobs))
+    finally:
+        pool.stop()
+
+
+class _Worker:
+    """One worker process and the video that it has."""
+
+    def __init__(self, options: PoolOptions) -> None:
+        self.connection, theirs = Pipe()
+        self.log: IO[bytes] = tempfile.TemporaryFile(prefix="extraction-worker-")  # noqa: SIM115 - closed by stop()
+        paths = [entry or os.getcwd() for entry in sys.path]  # noqa: PTH109 - what '' means in sys.path
+        with theirs:
+            arguments = (str(theirs.fileno()), options.task, str(options.memory_bytes), *paths)
+            self.process = subprocess.Popen(  # noqa: S603 - our own interpreter
+                (sys.executable, "-c", _BOOT, *arguments),
+                stdin=subprocess.PIPE,
+                stdout=self.log,
+                stderr=self.log,
+                pass_fds=(theirs.fileno(),),
+                env={**os.environ, **_ONE_THREAD},
+                process_group=0,
+            )
+        self.ready = False
+        self.taken = False
+        self.tasks = 0
+        self.job: DecodeJob | None = None
+        self.deadline = 0.0
+
+    def give(self, job: DecodeJob, timeout_seconds: float) -> None:
+        self.connection.send(job)
+        self.job = job
+        self.taken = False
+        self.tasks += 1
+        self.deadline = time.monotonic() + (timeout_seconds if self.ready else _START_SECONDS)
+
+    def last_words(self) -> str:
+        """The end of what the worker and its codec library wrote."""
+        with contextlib.suppress(OSError, ValueError):
+            size = os.fstat(self.log.fileno()).st_size
+            said = os.pread(self.log.fileno(), _DETAILS_BYTES, max(0, size - _DETAILS_BYTES))
+            return said.decode(errors="replace").strip()
+        return ""
+
+    def stop(self) -> str:
+        """Kill the process, wait for its end, and say how it ended."""
+        self.process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(_REAP_SECONDS)
+        self.connection.close()
+        self.log.close()
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        return self.how()
+
+    def how(self) -> str:
+        """How the process ended, in words."""
+        code = self.process.returncode
+        if code is None or code >= 0:
+            return f"exit code {code}"
+        with contextlib.suppress(ValueError):
+            return f"killed by {signal.Signals(-code).name}"
+        return f"killed by signal {-code}"
+
+
+class _Pool:
+    """The workers and who has what."""
+
+    def __init__(self, options: PoolOptions) -> None:
+        self._options = options
+        self._workers: list[_Worker] = []
+        self._returned: list[DecodeJob] = []
+
+    def run(self, jobs: Iterator[DecodeJob]) -> Iterator[Decoded]:
+        more = True
+        while True:
+            while self._has_room() and (more or self._returned):
+                job = self._returned.pop() if self._returned else next(jobs, None)
+                more = more and job is not None
+                if job is not None:
+                    self._give(job)
+            busy = [worker for worker in self._workers if worker.job is not None]
+            if not busy:
+                return
+            yield from self._collect(busy)
+
+    def stop(self) -> None:
+        while self._workers:
+            self._workers.pop().stop()
+
+    def _has_room(self) -> bool:
+        return len(self._workers) < self._options.workers or any(worker.job is None for worker in self._workers)
+
+    def _give(self, job: DecodeJob) -> None:
+        """Hand a job to an idle worker, or to a new one; an idle worker that died meanwhile is replaced."""
+        while True:
+            worker = next((worker for worker in self._workers if worker.job is None), None)
+            if worker is None:
+                worker = _Worker(self._options)
+                self._workers.append(worker)
+            try:
+                worker.give(job, self._options.timeout_seconds)
+            except OSError:
+                if not worker.ready:
+                    raise self._no_start(worker) from None
+                self._drop(worker)
+            else:
+                return
+
+    def _collect(self, busy: list[_Worker]) -> Iterator[Decoded]:
+        """Wait for the next report, death or deadline."""
+        left = min(worker.deadline for worker in busy) - time.monotonic()
+        heard: set[object] = set(wait([worker.connection for worker in busy], timeout=max(0.0, left)))
+        for worker in busy:
+            if worker.connection in heard:
+                yield from self._hear(worker, worker.connection)
+            elif time.monotonic() >= worker.deadline:
+                yield self._time_out(worker)
+
+    def _hear(self, worker: _Worker, connection: Connection) -> Iterator[Decoded]:
+        try:
+            message = connection.recv()
+        except (EOFError, OSError):
+            yield from self._bury(worker)
+            return
+        if isinstance(message, Report):
+            yield self._finish(worker, message)
+        else:
+            worker.ready, worker.taken = True, message == TAKEN
+            worker.deadline = time.monotonic() + self._options.timeout_seconds
+
+    def _finish(self, worker: _Worker, report: Report) -> Decoded:
+        job, worker.job = _job_of(worker), None
+        fault = report.fault
+        if fault is None:
+            outcome = Outcome(job.record_id, frames=report.result)
+        elif fault.out_of_memory:
+            error = DecodeMemoryError(job.path, limit_bytes=self._options.memory_bytes)
+            outcome = _failed(job, _fault_of(error), worker.last_words())
+        else:
+            outcome = _failed(job, fault, worker.last_words())
+        if worker.tasks >= self._options.max_tasks or (fault is not None and fault.out_of_memory):
+            self._drop(worker)
+        return Decoded(outcome, report.cpu_seconds, report.wall_seconds)
+
+    def _time_out(self, worker: _Worker) -> Decoded:
+        if not worker.ready:
+            raise self._no_start(worker)
+        job, said = _job_of(worker), worker.last_words()
+        self._drop(worker)
+        error = DecodeTimeoutError(job.path, seconds=self._options.timeout_seconds)
+        return Decoded(_failed(job, _fault_of(error), said), wall_seconds=self._options.timeout_seconds)
+
+    def _bury(self, worker: _Worker) -> Iterator[Decoded]:
+        """Blame a worker's death on its video, unless it died before it took it."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            worker.process.wait(_REAP_SECONDS)
+        if not worker.ready:
+            raise self._no_start(worker)
+        job, said = _job_of(worker), worker.last_words()
+        how = self._drop(worker)
+        if worker.taken:
+            yield Decoded(_failed(job, _fault_of(DecodeWorkerDiedError(job.path, how=how)), said))
+        else:
+            self._returned.append(job)
+
+    def _no_start(self, worker: _Worker) -> DecodeWorkerStartError:
+        said = worker.last_words().splitlines()[-1:]
+        return DecodeWorkerStartError(self._drop(worker), "".join(said))
+
+    def _drop(self, worker: _Worker) -> str:
+        self._workers.remove(worker)
+        return worker.stop()
+
+
+def _job_of(worker: _Worker) -> DecodeJob:
+    if worker.job is None:
+        message = "a worker reported on a video that it was not given"
+        raise RuntimeError(message)
+    return worker.job
+
+
+def _fault_of(error: ExtractionError) -> Fault:
+    return Fault(type(error).__name__, str(error), permanent=error.permanent)
+
+
+def _failed(job: DecodeJob, fault: Fault, said: str) -> Outcome:
+    details = "\n".join(part for part in (fault.traceback.strip(), said) if part)
+    message = f"Record {job.record_id}: {fault.message or fault.error_type}"
+    return Outcome(
+        job.record_id,
+        failure=Failure(
+            job.record_id, job.content_version, "decode", fault.error_type, message, fault.permanent, details
+        ),
+    )

@@ -1,0 +1,76 @@
+"""One video's work in a worker process: decode, sample, encode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from extraction_dagster.stages.decode.decoder import DecodeLimits
+from extraction_dagster.stages.decode.decoders import make_decoder
+from extraction_dagster.stages.decode.jpeg import encode_frames
+from extraction_dagster.stages.decode.sampling import Sampling
+
+if TYPE_CHECKING:
+    from extraction_dagster.records import EncodedFrames, VideoRow
+    from extraction_dagster.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeJob:
+    """Everything that a worker needs to know about one video.
+
+    Attributes:
+        record_id: The row's id.
+        content_version: The version of the row.
+        path: The local file.
+        decoder: The decoder's name.
+        sampling: How frames are chosen.
+        limits: What the video may cost.
+        short_side_px: Short side of the frames.
+        jpeg_quality: Quality of the frames' JPEG.
+    """
+
+    record_id: int
+    content_version: str
+    path: str
+    decoder: str = "pyav"
+    sampling: Sampling = Sampling()  # noqa: RUF009 - frozen
+    limits: DecodeLimits = DecodeLimits()  # noqa: RUF009 - frozen
+    short_side_px: int = 224
+    jpeg_quality: int = 95
+
+    @classmethod
+    def of(cls, row: VideoRow, path: Path, settings: Settings) -> DecodeJob:
+        """The job of a row whose file lies at `path`."""
+        return cls(
+            row.record_id,
+            row.content_version,
+            str(path),
+            settings.decoder,
+            Sampling.from_settings(settings),
+            DecodeLimits.from_settings(settings),
+            settings.short_side_px,
+            settings.jpeg_quality,
+        )
+
+
+def decode_job(job: DecodeJob) -> EncodedFrames:
+    """Decode one video; runs in a worker process.
+
+    Raises:
+        ExtractionError: The video can't be decoded; see `Decoder.decode`.
+    """
+    _let_the_library_speak()
+    video = make_decoder(job.decoder).decode(
+        Path(job.path), sampling=job.sampling, short_side_px=job.short_side_px, limits=job.limits
+    )
+    return encode_frames(video, record_id=job.record_id, content_version=job.content_version, quality=job.jpeg_quality)
+
+
+def _let_the_library_speak() -> None:
+    """Have the codec library write its errors to the worker's log, from where they reach a failure's details."""
+    import av.logging
+
+    av.logging.restore_default_callback()
+    av.logging.set_libav_level(av.logging.ERROR)
