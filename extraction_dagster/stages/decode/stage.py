@@ -1,0 +1,174 @@
+"""The decode stage: rows in, frame shards and failures out.
+
+A shard lands as soon as it holds `shard_records` videos or its first video is `shard_seconds` old, so that killing the
+process costs seconds. A graceful stop loses no finished video: an interruption that strikes inside the iterator
+(Ctrl+C, a run's termination) first yields what is finished as a last `LandedShard`, then goes on; and whoever closes
+the iterator early, or fails in a loop over it, has been given everything that was finished. Videos in flight are
+dropped.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from extraction_dagster.errors import ExtractionError
+from extraction_dagster.records import Failure
+from extraction_dagster.stages.catalog.fetching import fetch_local
+from extraction_dagster.stages.decode.pool import PoolOptions, decode_all
+from extraction_dagster.stages.decode.task import DecodeJob
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable, Iterator
+    from pathlib import Path
+
+    from extraction_dagster.records import EncodedFrames, IdRange, VideoRow
+    from extraction_dagster.settings import Settings
+    from extraction_dagster.stages.decode.frame_store import FrameShard, FrameStore
+    from extraction_dagster.stages.decode.pool import Decoded
+
+# A shard is held in memory twice while it is written.
+_MAX_SHARD_BYTES = 2**27
+
+
+@dataclass(frozen=True, slots=True)
+class LandedShard:
+    """What became of some rows: frames that are stored for good, and failures.
+
+    Attributes:
+        shard: The stored frames; None when every row failed.
+        failures: The rows that gave nothing.
+        cpu_seconds: CPU time of the workers, failures included.
+        wall_seconds: Time since the last shard landed.
+        num_videos: Videos in the shard.
+        num_frames: Frames in the shard.
+        num_bytes: Size of the shard.
+    """
+
+    shard: FrameShard | None
+    failures: tuple[Failure, ...]
+    cpu_seconds: float
+    wall_seconds: float
+    num_videos: int
+    num_frames: int
+    num_bytes: int
+
+
+def decode_rows(
+    rows: Iterable[VideoRow],
+    *,
+    store: FrameStore,
+    partition: IdRange,
+    settings: Settings,
+    fetch: Callable[[VideoRow], Path] | None = None,
+) -> Generator[LandedShard, None, None]:
+    """Decode rows into frame shards.
+
+    Args:
+        rows: The rows to decode, drawn as workers become free.
+        store: Where the shards go.
+        partition: The range that the rows belong to.
+        settings: Decoder, sampling, limits, workers, shard size.
+        fetch: Gives a row's local file; by default `fetch_local` under the allowed roots.
+
+    Yields:
+        LandedShard: once its shard is stored; every row is in exactly one, with frames or a failure.
+
+    Raises:
+        DecodeWorkerStartError: A worker can't start; no row is to blame.
+    """
+    batch = _Batch(store, partition, settings)
+    with closing(decode_all(_jobs(rows, fetch, settings, batch), PoolOptions.from_settings(settings))) as decoded:
+        try:
+            for item in decoded:
+                batch.add(item)
+                if batch.is_full():
+                    yield batch.land()
+        except BaseException:
+            decoded.close()
+            if not batch.is_empty():  # never so when the caller closes: at each yield above it has just landed
+                yield batch.land()
+            raise
+    if not batch.is_empty():
+        yield batch.land()
+
+
+def _jobs(
+    rows: Iterable[VideoRow], fetch: Callable[[VideoRow], Path] | None, settings: Settings, batch: _Batch
+) -> Iterator[DecodeJob]:
+    """A job for each row whose file can be fetched; the others are failures."""
+    roots = settings.resolved_allowed_roots
+    for row in rows:
+        try:
+            path = fetch(row) if fetch is not None else fetch_local(row, roots)
+        except (ExtractionError, OSError) as error:
+            batch.failures.append(_not_fetched(row, error))
+        else:
+            yield DecodeJob.of(row, path, settings)
+
+
+def _not_fetched(row: VideoRow, error: ExtractionError | OSError) -> Failure:
+    permanent = isinstance(error, ExtractionError) and error.permanent
+    message = f"Record {row.record_id}: {error}"
+    return Failure(row.record_id, row.content_version, "fetch", type(error).__name__, message, permanent)
+
+
+class _Batch:
+    """Finished videos and failures that wait for their shard."""
+
+    def __init__(self, store: FrameStore, partition: IdRange, settings: Settings) -> None:
+        self._store, self._partition = store, partition
+        self._max_videos, self._max_seconds = settings.shard_records, settings.shard_seconds
+        self.failures: list[Failure] = []
+        self._videos: list[EncodedFrames] = []
+        self._bytes = 0
+        self._cpu_seconds = 0.0
+        self._oldest: float | None = None
+        self._last_landing = time.monotonic()
+
+    def add(self, decoded: Decoded) -> None:
+        outcome = decoded.outcome
+        self._cpu_seconds += decoded.cpu_seconds
+        if self._oldest is None:
+            self._oldest = time.monotonic()
+        if outcome.failure is not None:
+            self.failures.append(outcome.failure)
+        if outcome.frames is not None:
+            self._videos.append(outcome.frames)
+            self._bytes += sum(map(len, outcome.frames.jpegs))
+
+    def is_empty(self) -> bool:
+        return not self._videos and not self.failures
+
+    def is_full(self) -> bool:
+        old = self._oldest is not None and time.monotonic() - self._oldest >= self._max_seconds
+        return len(self._videos) + len(self.failures) >= self._max_videos or old or self._bytes >= _MAX_SHARD_BYTES
+
+    def land(self) -> LandedShard:
+        """Store the videos; an interruption while writing leaves them here, to be landed again."""
+        shard = None
+        try:
+            if self._videos:
+                shard = self._store.write_shard(self._partition, self._videos)
+        except Exception:
+            self._clear()  # the store refused: the rows are decoded again, later
+            raise
+        landed = LandedShard(
+            shard=shard,
+            failures=tuple(self.failures),
+            cpu_seconds=self._cpu_seconds,
+            wall_seconds=time.monotonic() - self._last_landing,
+            num_videos=len(self._videos),
+            num_frames=shard.num_frames if shard else 0,
+            num_bytes=shard.size_bytes if shard else 0,
+        )
+        self._clear()
+        return landed
+
+    def _clear(self) -> None:
+        self.failures.clear()
+        self._videos.clear()
+        self._bytes, self._cpu_seconds, self._oldest = 0, 0.0, None
+        self._last_landing = time.monotonic()

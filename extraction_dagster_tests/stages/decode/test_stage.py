@@ -1,0 +1,169 @@
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from extraction_dagster.records import IdRange, VideoRow
+from extraction_dagster.settings import Settings
+from extraction_dagster.stages.decode.frame_store import FrameStore
+from extraction_dagster.stages.decode.stage import decode_rows
+
+RANGE = IdRange(1, 100)
+
+
+@pytest.fixture
+def settings(tmp_path, clip_path):
+    root = Path(clip_path("h264")).parent.parent
+    return Settings(home=tmp_path, allowed_roots=(str(root),), decode_workers=2, fps=2.0, shard_seconds=3600)
+
+
+@pytest.fixture
+def store(settings):
+    return FrameStore(settings.resolved_frames_uri, "f1")
+
+
+def rows(clip_path, count=5):
+    return [VideoRow(number, str(clip_path("h264")), content_version=f"v{number}") for number in range(1, count + 1)]
+
+
+def landed_ids(store):
+    return sorted(record.record_id for shard in store.shards(RANGE) for record in shard.records)
+
+
+def test_every_row_lands_once_with_frames_or_a_failure(clip_path, settings, store):
+    root = Path(settings.allowed_roots[0])
+    (root / "broken.mp4").write_bytes(clip_path("h264").read_bytes()[:900])
+    work = [
+        *rows(clip_path, 2),
+        VideoRow(3, str(root / "broken.mp4"), content_version="v3"),
+        VideoRow(4, str(root / "missing.mp4")),
+        VideoRow(5, str(root.parent / "elsewhere.mp4")),
+        VideoRow(6, "https://example.com/video.mp4"),
+    ]
+    landed = list(decode_rows(work, store=store, partition=RANGE, settings=settings))
+    assert [shard.num_videos for shard in landed] == [2]
+    assert landed[0].shard == store.shards(RANGE)[0]
+    assert (landed[0].num_frames, landed[0].num_bytes) == (8, landed[0].shard.size_bytes)
+    assert landed[0].cpu_seconds > 0
+    facts = {f.record_id: (f.stage, f.error_type, f.permanent, f.content_version) for f in landed[0].failures}
+    assert facts == {
+        3: ("decode", "VideoOpenError", False, "v3"),
+        4: ("fetch", "FileUnavailableError", False, ""),
+        5: ("fetch", "FileForbiddenError", True, ""),
+        6: ("fetch", "SchemeError", True, ""),
+    }
+    assert all(f.message.startswith(f"Record {f.record_id}: ") for f in landed[0].failures)
+
+
+def test_the_stored_frames_are_those_shown_at_the_sampled_times(clip_path, settings, store):
+    landed = list(decode_rows(rows(clip_path, 1), store=store, partition=RANGE, settings=settings))
+    stored = next(store.read(landed[0].shard))
+    assert (stored.record_id, stored.content_version) == (1, "v1")
+    assert stored.target_seconds.tolist() == [0.0, 0.5, 1.0, 1.5]
+    assert stored.frame_number.tolist() == [0, 12, 24, 36]
+    assert (stored.width_px, stored.height_px, stored.duration_seconds, stored.partial) == (160, 112, 2.0, None)
+
+
+def test_a_shard_lands_once_it_holds_its_share_of_videos(clip_path, settings, store):
+    few = settings.model_copy(update={"shard_records": 2})
+    landed = list(decode_rows(rows(clip_path), store=store, partition=RANGE, settings=few))
+    assert [shard.num_videos for shard in landed] == [2, 2, 1]
+    assert landed_ids(store) == [1, 2, 3, 4, 5]
+
+
+def test_a_shard_lands_once_its_first_video_is_old_enough(clip_path, settings, store):
+    eager = settings.model_copy(update={"shard_seconds": 1e-9})
+    landed = list(decode_rows(rows(clip_path, 3), store=store, partition=RANGE, settings=eager))
+    assert [shard.num_videos for shard in landed] == [1, 1, 1]
+
+
+def test_rows_that_all_fail_give_failures_without_a_shard(settings, store):
+    landed = list(decode_rows([VideoRow(1, "no.mp4")], store=store, partition=RANGE, settings=settings))
+    assert [(shard.shard, shard.num_videos, len(shard.failures)) for shard in landed] == [(None, 0, 1)]
+    assert store.shards(RANGE) == []
+
+
+def test_no_rows_give_nothing(settings, store):
+    assert list(decode_rows([], store=store, partition=RANGE, settings=settings)) == []
+
+
+def test_rows_are_fetched_by_the_given_function(clip_path, settings, store):
+    landed = list(
+        decode_rows(
+            [VideoRow(1, "anything")],
+            store=store,
+            partition=RANGE,
+            settings=settings,
+            fetch=lambda _row: clip_path("h264"),
+        )
+    )
+    assert landed[0].num_videos == 1
+
+
+def test_an_interruption_yields_the_finished_videos_then_goes_on(clip_path, settings, store):
+    def fetch(row):
+        if row.record_id == 4:
+            raise KeyboardInterrupt
+        return Path(row.uri)
+
+    landed = []
+    outcomes = decode_rows(rows(clip_path), store=store, partition=RANGE, settings=settings, fetch=fetch)
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):
+        landed.extend(outcomes)
+    done = sorted(record.record_id for shard in landed for record in shard.shard.records)
+    assert len(done) >= 1
+    assert done == landed_ids(store)
+
+
+def test_closing_early_has_reported_everything_that_is_stored(clip_path, settings, store):
+    fetched = []
+
+    def fetch(row):
+        fetched.append(row.record_id)
+        return Path(row.uri)
+
+    few = settings.model_copy(update={"shard_records": 2})
+    outcomes = decode_rows(rows(clip_path, 50), store=store, partition=RANGE, settings=few, fetch=fetch)
+    reported = [record.record_id for record in next(outcomes).shard.records]
+    outcomes.close()
+    assert sorted(reported) == landed_ids(store)
+    assert len(fetched) <= 5
+
+
+def test_a_store_that_refuses_is_an_error_and_the_rows_stay_to_be_done(clip_path, settings, tmp_path):
+    (tmp_path / "frames").write_text("in the way")
+    store = FrameStore(settings.resolved_frames_uri, "f1")
+    with pytest.raises(OSError, match="Not a directory"):
+        list(decode_rows(rows(clip_path, 1), store=store, partition=RANGE, settings=settings))
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from extraction_dagster.records import IdRange, VideoRow
+from extraction_dagster.settings import Settings
+from extraction_dagster.stages.decode.frame_store import FrameStore
+from extraction_dagster.stages.decode.stage import decode_rows
+home, clip = sys.argv[1:]
+settings = Settings(home=home, allowed_roots=(str(Path(clip).parent),), decode_workers=2, shard_records=2)
+store = FrameStore(settings.resolved_frames_uri, "f1")
+rows = (VideoRow(number, clip) for number in range(1, 101))
+for landed in decode_rows(rows, store=store, partition=IdRange(1, 100), settings=settings):
+    print(*[record.record_id for record in landed.shard.records], flush=True)
+"""
+
+
+def test_a_kill_leaves_whole_shards_only(clip_path, tmp_path, store):
+    arguments = [sys.executable, "-c", KILLED, str(tmp_path), str(clip_path("h264"))]
+    environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, env=environment, cwd=tmp_path) as process:
+        said = [process.stdout.readline() for _ in range(3)]
+        process.send_signal(signal.SIGKILL)
+        said += process.stdout.readlines()
+    reported = {int(number) for line in said for number in line.split()}
+    assert len(reported) >= 6
+    assert reported <= set(landed_ids(store))
+    assert all(len(list(store.read(shard))) == 2 for shard in store.shards(RANGE))
