@@ -78,7 +78,7 @@ def _decode(
         num_frames, num_bytes = num_frames + landed.num_frames, num_bytes + landed.num_bytes
         progress.advance("video_frames", landed.num_videos + len(landed.failures))
 
-    shards = decode_rows(rows, store=store, partition=id_range, settings=extraction.settings, on_close=keep)
+    shards = decode_rows(rows, store=store, partition=id_range, settings=extraction.settings)
     with closing(shards):  # an interruption keeps, and marks, what was finished by then
         for landed in shards:
             keep(landed)
