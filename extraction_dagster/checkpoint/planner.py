@@ -36,11 +36,13 @@ class Rules:
         batch_size: Records to a range.
         max_in_flight: Most ranges with an active run.
         max_wait_seconds: Longest wait of a row for its range to fill.
+        backs_off: Whether a range whose runs failed waits before the next one.
     """
 
     batch_size: int
     max_in_flight: int
     max_wait_seconds: float
+    backs_off: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +193,7 @@ class _Planner:
 
     def _backs_off(self, history: History) -> bool:
         """Whether a range whose last runs failed has to wait: 30 s, 60 s, 120 s, … an hour."""
-        if not history.failures_in_a_row or history.ended_at is None:
+        if not self._rules.backs_off or not history.failures_in_a_row or history.ended_at is None:
             return False
         doublings = min(history.failures_in_a_row - 1, 10)
         delay = min(_FIRST_DELAY_SECONDS * float(2**doublings), _LONGEST_DELAY_SECONDS)

@@ -67,12 +67,14 @@ class Ticked:
         requests: Runs to ask for.
         notices: For the log.
         num_waiting: Failed rows between the watermark and the frontier that wait for their next try.
+        num_active: Ranges that had an active run.
     """
 
     cursor: CursorState
     requests: tuple[Request, ...]
     notices: tuple[Notice, ...]
     num_waiting: int
+    num_active: int
 
 
 def tick(  # noqa: PLR0913 - what it sees, and how it is asked
@@ -93,7 +95,7 @@ def tick(  # noqa: PLR0913 - what it sees, and how it is asked
         stored: What the cursor store holds; None when it is lost, or at the very first tick.
         memory: Of this process.
         now: Timezone-aware.
-        impatient: Wait for no range to fill.
+        impatient: Wait neither for a range to fill nor after a failed run: somebody is looking.
         sweep_all: Look at every row below the watermark, not at a part of them.
 
     Raises:
@@ -115,7 +117,7 @@ def tick(  # noqa: PLR0913 - what it sees, and how it is asked
         history=runs.history,
     )
     wait = 0.0 if impatient else settings.max_wait_seconds
-    rules = Rules(settings.batch_size, settings.max_in_flight, wait)
+    rules = Rules(settings.batch_size, settings.max_in_flight, wait, backs_off=not impatient)
     planned = plan_tick(before, seen, rules, memory.patience, now=now)
     memory.ticks += 1
     notices = [] if mirror is None else follow(mirror, planned.cursor.last_processed_id, now=now)
@@ -123,7 +125,7 @@ def tick(  # noqa: PLR0913 - what it sees, and how it is asked
         text = f"Updated checkpoint: last processed ID = {planned.cursor.last_processed_id}"
         notices.insert(0, Notice("info", text))
     waiting = len(window.unfinished) - len(window.due_ids)
-    return Ticked(planned.cursor, planned.requests, tuple(notices), waiting)
+    return Ticked(planned.cursor, planned.requests, tuple(notices), waiting, len(active))
 
 
 def _load(catalog: Catalog, stored: str | None, mirror: Mirror | None, *, now: datetime) -> CursorState:

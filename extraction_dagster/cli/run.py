@@ -24,6 +24,9 @@ def command(
     with open_catalog(settings):
         pass  # refuses a table that can't be used before anything is started
     with open_instance(settings) as instance, console.long_work():
-        processed, waiting = drain(instance, settings, follow=follow)
-    later = f"; {waiting} failed records wait for their next try" if waiting else ""
-    console.out.print(f"Processed {processed} records; no row is due{later}.")
+        drained = drain(instance, settings, follow=follow)
+    console.out.print(f"Processed {drained.num_processed} records; no row is due.")
+    if drained.num_waiting:
+        console.out.print(f"{drained.num_waiting} failed records wait for their next try.")
+    if drained.num_active:
+        console.out.print(f"On {drained.num_active} ranges other runs are working.")

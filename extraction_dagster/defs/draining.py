@@ -2,6 +2,7 @@
 
 import logging
 import time
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import dagster as dg
@@ -19,11 +20,25 @@ from extraction_dagster.stages.catalog.catalog import open_catalog
 _log = logging.getLogger(__name__)
 
 
-def drain(instance: dg.DagsterInstance, settings: Settings, *, follow: bool) -> tuple[int, int]:
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """What is left when no row is due.
+
+    Attributes:
+        num_processed: Records that are done or parked now and were not before.
+        num_waiting: Failed records that wait for their next try.
+        num_active: Ranges on which runs of others are working.
+    """
+
+    num_processed: int
+    num_waiting: int
+    num_active: int
+
+
+def drain(instance: dg.DagsterInstance, settings: Settings, *, follow: bool) -> Drained:
     """Tick and run, one range at a time, until no row is due; with `follow`, go on for ever.
 
-    Returns:
-        Records that are done or parked now and were not before; failed records that wait for their next try.
+    A range that fails as a whole ends the command; with `follow` it is tried again later.
 
     Raises:
         SensorBusyError: A daemon ticks the sensor: two of them would work against each other.
@@ -42,14 +57,17 @@ def drain(instance: dg.DagsterInstance, settings: Settings, *, follow: bool) -> 
             before = _num_finished(settings, id_range)
             run = launch(instance, id_range, floor_id=ticked.cursor.floor_id)
             if not run.success:
-                raise RunFailedError(id_range.partition_key, run.run_id, run.error)
+                error = RunFailedError(id_range.partition_key, run.run_id, run.error)
+                if not follow:
+                    raise error
+                _log.error("%s", error)
             processed += _num_finished(settings, id_range) - before
             _log.info("Total records processed so far: %d", processed)
             idle = False
         elif follow:
             time.sleep(settings.sensor_interval_seconds)
         elif idle:
-            return processed, ticked.num_waiting
+            return Drained(processed, ticked.num_waiting, ticked.num_active)
         else:
             idle = True  # the last tick looks at every row below the watermark as well
 

@@ -15,6 +15,7 @@ import dagster as dg
 
 from extraction_dagster.defs.partitions import FLOOR_TAG, PROCESS_TAG, add_ranges, this_process
 from extraction_dagster.defs.runs import PARTITION_TAG, active_runs, bury_dead_runs
+from extraction_dagster.defs.storage import ExtractionComputeLogManager
 from extraction_dagster.errors import InstanceError, RangeBusyError
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import Settings
@@ -79,6 +80,7 @@ def launch(instance: dg.DagsterInstance, id_range: IdRange, *, floor_id: int | N
     """
     from extraction_dagster.definitions import defs  # noqa: PLC0415 - definitions import this folder
 
+    ExtractionComputeLogManager.captures = False
     bury_dead_runs(instance)
     add_ranges(instance, [id_range])
     for run in active_runs(instance):
@@ -91,7 +93,15 @@ def launch(instance: dg.DagsterInstance, id_range: IdRange, *, floor_id: int | N
         run_config=_QUIET,
         raise_on_error=False,
     )
+    if not result.success and _was_interrupted(result):
+        raise KeyboardInterrupt
     return FinishedRun(run_id=result.run_id, success=result.success, error="" if result.success else _why(result))
+
+
+def _was_interrupted(result: dg.ExecuteInProcessResult) -> bool:
+    """Whether Ctrl+C or SIGTERM ended the run; Dagster makes a failed step of either."""
+    failures = [event.step_failure_data.error for event in result.all_events if event.is_step_failure]
+    return any(error is not None and error.cls_name == "DagsterExecutionInterruptedError" for error in failures)
 
 
 def _why(result: dg.ExecuteInProcessResult) -> str:

@@ -12,8 +12,13 @@ from extraction_dagster.records import IdRange
 
 PARTITION_TAG = "dagster/partition"
 _RANGE_TAGS = ("dagster/asset_partition_range_start", "dagster/asset_partition_range_end")
-_WORKING = [dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.CANCELING]
-_ACTIVE = [*_WORKING, dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED]
+_ACTIVE = [
+    dg.DagsterRunStatus.NOT_STARTED,
+    dg.DagsterRunStatus.QUEUED,
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+    dg.DagsterRunStatus.CANCELING,
+]
 _ENDED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
 _LOOK_BACK = 12
 
@@ -28,7 +33,7 @@ def bury_dead_runs(instance: dg.DagsterInstance) -> None:
 
     Without this, a run whose worker and whose code server were both killed would keep its range and its slots for ever.
     """
-    for run in instance.get_runs(dg.RunsFilter(statuses=_WORKING)):
+    for run in active_runs(instance):
         if is_dead(run.tags.get(PROCESS_TAG, "")):
             instance.report_run_failed(
                 run, "Its process is gone. Its range is asked for again and goes on where it was."
