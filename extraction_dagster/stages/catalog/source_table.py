@@ -177,7 +177,7 @@ class SourceTable:
             The version of each marked row as it is now: a trigger may have stamped the update.
         """
         column = self._extracted if step == "extracted" else self._embedded
-        if column is None or self._settings.source_read_only:
+        if column is None:
             return dict(versions)
         statement = sa.update(self.table).values({column.name: True})
         if self._version is None:
@@ -198,7 +198,7 @@ class SourceTable:
     def clear_marks(self, connection: sa.Connection, after_id: int) -> None:
         """Clear the marks of every row above an id."""
         marks = {column.name: False for column in (self._extracted, self._embedded) if column is not None}
-        if marks and not self._settings.source_read_only:
+        if marks:
             connection.execute(sa.update(self.table).where(self.id > after_id).values(marks))
 
     def _needed_columns(self) -> list[sa.Column[Any]]:
@@ -259,6 +259,8 @@ class SourceTable:
         return self._column(name, setting) if name else None
 
     def _mark(self, name: str | None, setting: str) -> sa.Column[Any] | None:
+        if self._settings.source_read_only:
+            return None  # nobody sets them: the ledger alone says what is done
         column = self._optional(name, setting)
         if column is not None and not isinstance(column.type, sa.Boolean):
             raise SourceTableError(
