@@ -8,6 +8,7 @@ import uuid
 import warnings
 from pathlib import Path
 
+import hypothesis
 import pytest
 import sqlalchemy as sa
 from pydantic import SecretStr
@@ -18,6 +19,9 @@ from extraction_dagster.stages.catalog.catalog import Catalog
 from extraction_dagster.stages.catalog.database import make_engine
 
 _REQUIRE = "EXTRACTION_TEST_REQUIRE"
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("untimed")
 
 
 def _required(config: pytest.Config) -> set[str]:
@@ -157,6 +161,12 @@ def default_columns():
         sa.Column("is_downloaded", sa.Boolean),
         sa.Column("updated_at", sa.DateTime),
     )
+
+
+@pytest.fixture
+def make_database():
+    """The class itself, for tests that choose the database: `make_database(url, settings)`."""
+    return Database
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
