@@ -45,7 +45,7 @@ class World:
         self.rows, self.retry_at = {}, {}
         self.partitions, self.active, self.histories = set(), {}, {}
         self.cursor, self.mirror, self.patience = None, MemoryMirror(), Patience()
-        self.keys, self.seq, self.crashed = set(), 0, False
+        self.keys, self.launched, self.seq = set(), set(), 0
 
     plan = staticmethod(plan_tick)
     knows_the_watermark = True
@@ -107,15 +107,17 @@ class World:
         seen = self.see(before, sweeps=sweeps)
         decided = self.plan(before, seen, self.rules, self.patience, now=self.now)
         self.check(before, decided)
-        self.crashed = crash is not None
         if crash != "at once":
             self.partitions |= {request.id_range for request in decided.requests if request.is_new}
             if crash != "before the runs":
                 for request in decided.requests:
                     assert request.id_range not in self.active, "a range must not have two active runs"
-                    self.launch(request.id_range, decided.cursor.floor_id)
+                    if request.run_key not in self.launched:  # Dagster launches a run key once, for ever
+                        self.launch(request.id_range, decided.cursor.floor_id)
+                    self.launched.add(request.run_key)
         if crash is None:
             self.cursor = decided.cursor
+            self.keys |= {request.run_key for request in decided.requests}
             follow(self.mirror, decided.cursor.last_processed_id, now=self.now)
         else:
             self.patience = Patience()  # the process died
@@ -131,11 +133,10 @@ class World:
         assert skipped == [], "the watermark passed rows that are not finished"
         frontier = before.frontier_id
         for request in decided.requests:
-            assert request.run_key not in self.keys or self.crashed, "a run key must be new"
+            assert request.run_key not in self.keys, "a run key must be new"
             if request.is_new and frontier is not None and request.id_range.first_id > max(frontier, reached):
                 assert request.id_range.first_id == max(frontier, reached) + 1, "ranges must touch"
                 frontier = request.id_range.last_id
-        self.keys |= {request.run_key for request in decided.requests}
         assert len(decided.requests) <= max(self.rules.max_in_flight - len(self.active), 0)
 
     def launch(self, id_range, floor=None):
