@@ -24,8 +24,8 @@ def register(context: dg.AssetExecutionContext) -> IdRange:
     """
     id_range = IdRange.parse(context.partition_key)
     add_ranges(context.instance, [id_range])
-    if PROCESS_TAG not in context.run.tags:
-        context.instance.add_run_tags(context.run_id, {PROCESS_TAG: this_process()})
+    if not context.run.tags.get(PROCESS_TAG, "").startswith(context.run_id):  # a retry inherits its parent's tags
+        context.instance.add_run_tags(context.run_id, {PROCESS_TAG: process_tag(context.run_id)})
     return id_range
 
 
@@ -40,13 +40,16 @@ def add_ranges(instance: dg.DagsterInstance, ranges: Iterable[IdRange]) -> None:
     instance.add_dynamic_partitions("id_ranges", [id_range.partition_key for id_range in ranges])
 
 
-def this_process() -> str:
-    """This process as a tag: host, process id and start time, for process ids are used again."""
-    return f"{socket.gethostname()}:{os.getpid()}:{int(psutil.Process().create_time())}"
+def process_tag(run_id: str) -> str:
+    """This process as a run's tag: run, host, process id and start time, for process ids are used again."""
+    return f"{run_id}:{socket.gethostname()}:{os.getpid()}:{int(psutil.Process().create_time())}"
 
 
-def is_dead(tag: str) -> bool:
-    """Whether a tag names a process of this host that is gone."""
+def is_dead(run: dg.DagsterRun) -> bool:
+    """Whether a run's tag names a process of this host that is gone; the tag of another run says nothing."""
+    owner, _, tag = run.tags.get(PROCESS_TAG, "").partition(":")
+    if owner != run.run_id:
+        return False
     host, _, rest = tag.partition(":")
     number, _, started = rest.partition(":")
     if host != socket.gethostname() or not (number.isdecimal() and started.isdecimal()):

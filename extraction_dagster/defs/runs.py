@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 import dagster as dg
 
 from extraction_dagster.checkpoint.planner import History
-from extraction_dagster.defs.partitions import PROCESS_TAG, is_dead
+from extraction_dagster.defs.partitions import is_dead
 from extraction_dagster.errors import PartitionKeyError
 from extraction_dagster.records import IdRange
 
@@ -34,7 +34,7 @@ def bury_dead_runs(instance: dg.DagsterInstance) -> None:
     Without this, a run whose worker and whose code server were both killed would keep its range and its slots for ever.
     """
     for run in active_runs(instance):
-        if is_dead(run.tags.get(PROCESS_TAG, "")):
+        if is_dead(run):
             instance.report_run_failed(
                 run, "Its process is gone. Its range is asked for again and goes on where it was."
             )
