@@ -170,6 +170,13 @@ class Settings(BaseSettings):
         "video_frames", pattern=r"^[A-Za-z0-9_\-]{1,200}$", description="Name of the collection."
     )
 
+    reconcile_cron: str = Field(
+        "0 4 * * *",
+        pattern=r"^\S+ \S+ \S+ \S+ \S+$",
+        description="When reconcile_schedule compares the collection with the table and repairs it, as a cron line in "
+        "UTC; the schedule is off until it is switched on in the UI.",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _empty_is_unset(cls, values: dict[str, object]) -> dict[str, object]:

@@ -8,7 +8,7 @@ import sys
 import typer
 
 from extraction_dagster import __version__
-from extraction_dagster.cli import console, demo, errors, init, launch, search, status
+from extraction_dagster.cli import console, demo, errors, init, launch, reconcile, search, status
 from extraction_dagster.errors import ExtractionError
 
 app = typer.Typer(
@@ -18,7 +18,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for module in (init, demo, status, launch, errors, search):
+for module in (init, demo, status, launch, errors, reconcile, search):
     app.command(name=module.__name__.rpartition(".")[2])(module.command)
 
 

@@ -120,8 +120,12 @@ class PointStore(Protocol):
         """
         ...
 
-    def open_collection(self, name: str) -> CollectionSpec:
-        """Open the collection in use, whatever its vectors, and say what it holds.
+    def open_collection(self, name: str, *, fingerprint: str | None = None) -> CollectionSpec:
+        """Open a collection, whatever its vectors, and say what it holds.
+
+        Args:
+            name: The name by which it is asked for.
+            fingerprint: Which of those under the name; the one in use when None.
 
         Raises:
             CollectionMissingError: There is none.
@@ -202,12 +206,17 @@ class PointStore(Protocol):
         ...
 
 
-def open_point_store(settings: Settings) -> PointStore:
-    """The store that the settings choose: a server when `qdrant_url` is set, else the embedded engine."""
+def open_point_store(settings: Settings, *, wait_seconds: float = 0.0) -> PointStore:
+    """The store that the settings choose: a server when `qdrant_url` is set, else the embedded engine.
+
+    Args:
+        settings: Which one, and where.
+        wait_seconds: How long to wait for another process to let go of the embedded store.
+    """
     if settings.qdrant_url is None:
         from extraction_dagster.stages.index.edge_store import EdgeStore  # noqa: PLC0415 - one engine is loaded
 
-        return EdgeStore(settings.home / "qdrant")
+        return EdgeStore(settings.home / "qdrant", wait_seconds=wait_seconds)
     from extraction_dagster.stages.index.server_store import ServerStore  # noqa: PLC0415 - one engine is loaded
 
     return ServerStore.connect(settings)

@@ -104,11 +104,11 @@ class ServerStore:
         if current is None and not staged:
             self.publish()
 
-    def open_collection(self, name: str) -> CollectionSpec:
-        """Open the collection in use."""
-        target = self._collections.behind(name)
-        if target is None:
-            raise CollectionMissingError(name, self._url)
+    def open_collection(self, name: str, *, fingerprint: str | None = None) -> CollectionSpec:
+        """Open the collection in use, or another of that name."""
+        target = self._collections.behind(name) if fingerprint is None else f"{name}-{fingerprint}"
+        if target is None or (fingerprint is not None and not self._collections.exists(target)):
+            raise CollectionMissingError(target or name, self._url)
         self._spec, self._target = self._collections.spec(target, name), target
         return self._spec
 
