@@ -306,8 +306,9 @@ class VectorNormError(ExtractionError):
         """Name the record, the frame and the norm."""
         self.record_id = record_id
         super().__init__(
-            f"The vector of record {record_id}, frame {frame_number}, has norm {norm:.4g}, expected 1. Nothing was "
-            f"written for its shard. Materialize frame_embeddings again for its range."
+            f"The vector of record {record_id}, frame {frame_number}, has norm {norm:.4g}, expected 1: its shard is "
+            f"damaged. Nothing was written for the record; the range goes on. 'extraction retry {record_id}' embeds it "
+            f"anew."
         )
 
 
@@ -399,8 +400,9 @@ class CollectionMismatchError(PointStoreError):
         """Name the collection and both kinds of vectors, each as dim and fingerprint."""
         super().__init__(
             f"Collection {name!r} in {where} holds vectors of {got}, but the settings give {expected}: their scores "
-            f"could not be compared. Nothing was changed. Set EXTRACTION_MODEL back, or load the new vectors beside "
-            f"the old ones: set EXTRACTION_COLLECTION_NAME to a new name, then run 'extraction backfill FIRST-LAST'."
+            f"could not be compared. Nothing was changed. Set EXTRACTION_MODEL back, or change the model without a "
+            f"pause: 'extraction collection stage', then 'extraction launch FIRST-LAST' for every range, then "
+            f"'extraction collection publish'; searches use the old one until then."
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import urllib.parse
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -23,6 +24,17 @@ _NONE_WHEN_EMPTY = (
     "source_code_column",
     "source_extracted_column",
     "source_embedded_column",
+)
+# The columns of a point's payload that every point has; a column of the table can't take their place.
+RESERVED_PAYLOAD_KEYS = (
+    "record_id",
+    "platform",
+    "video_code",
+    "frame_number",
+    "frame_second",
+    "path",
+    "created_at",
+    "generation",
 )
 Names = Annotated[tuple[str, ...], NoDecode]
 
@@ -189,6 +201,29 @@ class Settings(BaseSettings):
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
+    @field_validator("source_payload_columns", mode="after")
+    @classmethod
+    def _no_reserved_column(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if taken := sorted({*value} & {*RESERVED_PAYLOAD_KEYS}):
+            every = ", ".join(RESERVED_PAYLOAD_KEYS)
+            message = f"columns other than {every}, which every point has (refused: {', '.join(taken)})"
+            raise ValueError(message)
+        return value
+
+    @field_validator("qdrant_url", mode="after")
+    @classmethod
+    def _plain_server_url(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        parts = urllib.parse.urlsplit(value)
+        if "@" in parts.netloc or parts.query or parts.fragment:
+            message = "an address without user, password or query: the key belongs into EXTRACTION_QDRANT_API_KEY"
+            raise ValueError(message)
+        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            message = "an address such as http://localhost:6333 or https://qdrant.example.com:6333"
+            raise ValueError(message)
+        return value
+
     @field_validator("home", mode="after")
     @classmethod
     def _absolute(cls, value: Path) -> Path:
@@ -263,4 +298,6 @@ def _shown(name: str) -> str:
         return "not consistent"
     if "SecretStr" in str(Settings.model_fields[name].annotation):
         return "not usable (hidden)"
-    return repr(os.environ.get(PREFIX + name.upper(), "what .env says"))
+    value = os.environ.get(PREFIX + name.upper(), "what .env says")
+    may_hold_a_secret = name.endswith("url") and any(mark in value for mark in "@?#")
+    return "not usable (hidden)" if may_hold_a_secret else repr(value)
