@@ -711,3 +711,38 @@ class FileUnavailableError(ExtractionError):
             f"File {uri!r} is not available: {why}, expected a readable file with content. The record is tried again "
             f"later; the range goes on."
         )
+
+
+# Search
+
+
+class QueryVideoError(ExtractionError):
+    """A file given to search is no video that can be embedded."""
+
+    permanent = True
+
+    def __init__(self, path: str, why: str) -> None:
+        """Name the file and say what the decode stage said."""
+        super().__init__(f"Video {path!r} can't be searched for: {why}")
+
+
+class TextSearchError(ExtractionError):
+    """The model has no side for texts."""
+
+    permanent = True
+
+    def __init__(self, model: str) -> None:
+        """Name the model."""
+        super().__init__(
+            f"Model {model!r} embeds images only, so that a text can't be searched for. Search with --image or "
+            f"--video, or choose a model that puts texts beside images as EXTRACTION_MODEL and load the collection "
+            f"with it."
+        )
+
+
+class GalleryError(ExtractionError):
+    """The gallery can't be written."""
+
+    def __init__(self, path: str, why: str) -> None:
+        """Name the file and the system's own words."""
+        super().__init__(f"Gallery {path!r} can't be written: {why}. Choose another file for --html.")
