@@ -746,3 +746,26 @@ class GalleryError(ExtractionError):
     def __init__(self, path: str, why: str) -> None:
         """Name the file and the system's own words."""
         super().__init__(f"Gallery {path!r} can't be written: {why}. Choose another file for --html.")
+
+
+# Changing the model, moving points
+
+
+class CollectionNotReadyError(PointStoreError):
+    """A collection that should take over lacks records."""
+
+    def __init__(self, name: str, where: str, *, missing: int, records: int, ranges: str) -> None:
+        """Name the collection, how much it lacks, and where."""
+        super().__init__(
+            f"Collection {name!r} in {where} can't take over yet: {missing} of {records} records that are done are "
+            f"not in it, or not with all their points ({ranges}). Nothing was changed. Run 'extraction launch "
+            f"FIRST-LAST' on these ranges, then publish again; --force publishes it as it is."
+        )
+
+
+class ExportError(ExtractionError):
+    """Points can't be exported."""
+
+    def __init__(self, path: str, why: str) -> None:
+        """Name the file and what went wrong."""
+        super().__init__(f"Points can't be exported to {path!r}: {why}. No file was left behind.")

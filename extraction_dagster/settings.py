@@ -182,6 +182,18 @@ class Settings(BaseSettings):
         "video_frames", pattern=r"^[A-Za-z0-9_\-]{1,200}$", description="Name of the collection."
     )
 
+    vector_dtype: Literal["float16", "float32"] = Field(
+        "float16",
+        description="How a new collection keeps vectors; float16 is what the embedding shards hold, float32 is twice "
+        "its size and gains nothing.",
+    )
+    quantization: Literal["none", "scalar"] = Field(
+        "none",
+        description="scalar: a new collection keeps an int8 copy of its vectors as well, which is searched first.",
+    )
+    vectors_on_disk: bool = Field(
+        default=False, description="A new collection reads its vectors from disk: less memory, slower searches."
+    )
     reconcile_cron: str = Field(
         "0 4 * * *",
         pattern=r"^\S+ \S+ \S+ \S+ \S+$",

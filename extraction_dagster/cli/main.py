@@ -8,7 +8,7 @@ import sys
 import typer
 
 from extraction_dagster import __version__
-from extraction_dagster.cli import console, demo, errors, init, launch, reconcile, search, status
+from extraction_dagster.cli import collection, console, demo, errors, init, launch, points, reconcile, search, status
 from extraction_dagster.errors import ExtractionError
 
 app = typer.Typer(
@@ -20,6 +20,8 @@ app = typer.Typer(
 )
 for module in (init, demo, status, launch, errors, reconcile, search):
     app.command(name=module.__name__.rpartition(".")[2])(module.command)
+app.add_typer(collection.app, name="collection")
+app.add_typer(points.app, name="points")
 
 
 def _show_version(value: bool) -> None:  # noqa: FBT001 - Typer calls it so

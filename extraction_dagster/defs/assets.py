@@ -172,7 +172,7 @@ def _index(
     if not shards:
         return num_points, failures
     with open_point_store(settings, wait_seconds=settings.qdrant_timeout_seconds) as store:
-        spec = CollectionSpec(settings.collection_name, shards[0][0].dim, made_with.embedding)
+        spec = CollectionSpec.of(settings, dim=shards[0][0].dim, fingerprint=made_with.embedding)
         open_for_writing(store, spec)
         for shard, records in shards:
             seen = num_points.keys() | {failure.record_id for failure in failures}

@@ -88,7 +88,14 @@ class EdgeFiles:
     def spec(self, fingerprint: str) -> CollectionSpec:
         """What a fingerprint's collection holds."""
         found = _read(self.folder / fingerprint / "collection.json", "name", "dim", "fingerprint", "vector_dtype")
-        return CollectionSpec(found["name"], found["dim"], found["fingerprint"], found["vector_dtype"])
+        return CollectionSpec(
+            found["name"],
+            found["dim"],
+            found["fingerprint"],
+            found["vector_dtype"],
+            found.get("quantization", "none"),
+            found.get("on_disk", False),
+        )
 
     def exists(self, fingerprint: str) -> bool:
         """Whether a fingerprint's collection was created, and to the end."""

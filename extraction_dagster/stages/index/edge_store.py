@@ -315,7 +315,14 @@ def _create(path: Path, *, spec: CollectionSpec) -> None:
         "keyword": edge.PayloadSchemaType.Keyword,
         "datetime": edge.PayloadSchemaType.Datetime,
     }
-    vectors = edge.EdgeVectorParams(size=spec.dim, distance=edge.Distance.Cosine, datatype=datatype[spec.vector_dtype])
+    int8 = edge.ScalarQuantizationConfig(edge.ScalarType.Int8, quantile=0.99, memory=edge.Memory.Cached)
+    vectors = edge.EdgeVectorParams(
+        size=spec.dim,
+        distance=edge.Distance.Cosine,
+        datatype=datatype[spec.vector_dtype],
+        memory=edge.Memory.Cold if spec.on_disk else None,
+        quantization_config=int8 if spec.quantization == "scalar" else None,
+    )
     shard = edge.EdgeShard.create(str(path), edge.EdgeConfig(vectors=vectors))
     for field, kind in PAYLOAD_INDEXES.items():
         shard.update(edge.UpdateOperation.create_field_index(field, kinds[kind]))

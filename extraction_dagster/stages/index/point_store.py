@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from extraction_dagster.stages.index.points import PointBatch
 
 VectorDtype = Literal["float16", "float32"]
+Quantization = Literal["none", "scalar"]
 # Created before the first point, so that every filter of this project is an indexed one (a strict server refuses
 # others). The kinds are Qdrant's own names.
 PAYLOAD_INDEXES = {"record_id": "integer", "generation": "keyword", "platform": "keyword", "created_at": "datetime"}
@@ -35,12 +36,18 @@ class CollectionSpec:
         dim: Length of each vector.
         fingerprint: The embedding's fingerprint; vectors of two fingerprints can't be compared.
         vector_dtype: How the engine keeps vectors.
+        quantization: `scalar` for a copy in int8 beside them, which is searched first and takes a quarter of float32.
+        on_disk: Whether vectors are read from disk rather than kept in memory.
+
+    The last three say how a collection is created; one that is there keeps what it has.
     """
 
     name: str
     dim: int
     fingerprint: str
     vector_dtype: VectorDtype = "float16"
+    quantization: Quantization = "none"
+    on_disk: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what could not be a folder's or a collection's name."""
@@ -49,6 +56,18 @@ class CollectionSpec:
             raise RecordShapeError(record="CollectionSpec", why="names are letters, digits, '_' and '-'", shapes=shown)
         if self.dim < 1:
             raise RecordShapeError(record="CollectionSpec", why="dim must be at least 1", shapes=shown)
+
+    @classmethod
+    def of(cls, settings: Settings, *, dim: int, fingerprint: str) -> CollectionSpec:
+        """The collection that the settings ask for."""
+        return cls(
+            settings.collection_name,
+            dim,
+            fingerprint,
+            settings.vector_dtype,
+            settings.quantization,
+            settings.vectors_on_disk,
+        )
 
     @property
     def full_name(self) -> str:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from extraction_dagster.stages.catalog.catalog import Catalog
     from extraction_dagster.stages.catalog.ledger import LedgerEntry
+    from extraction_dagster.stages.catalog.source_table import SourceRow
     from extraction_dagster.stages.index.point_store import PointStore
 
 WHOLE = IdRange(-(2**63), 2**63 - 1)
@@ -178,7 +179,7 @@ def reconcile(  # noqa: PLR0913 - what is compared with what
         view = _View(catalog, home, homes)
         with _Turns(open_store, collection_name, home, hold_seconds) as turns:
             removed = 0
-            for window in _windows(catalog, within, window_records):
+            for window in windows(catalog, within, window_records):
                 found = view.compare(turns.store(), window)
                 if not found.agrees:
                     found = view.compare(turns.store(), window)
@@ -257,11 +258,10 @@ class _View:
         """The differences within a window."""
         entries = self.catalog.ledger.entries(window)
         rows = {row.video.record_id: row for row in self.catalog.source.rows_of(entries)}
-        now = datetime.now(UTC)
         expected = {
-            record_id: _expected(entries[record_id])
-            for record_id, row in rows.items()
-            if status_of(row, entries[record_id], None, now=now) == "done" and self._is_here(entries[record_id])
+            record_id: expected_points(entries[record_id])
+            for record_id in finished(rows, entries)
+            if self._is_here(entries[record_id])
         }
         found = _all_lost(expected) if store is None else compare_points(store, expected, within=window)
         return Differences(
@@ -293,7 +293,13 @@ class _View:
         return dict(sorted({**gone, **dict.fromkeys(forgotten, 0)}.items()))
 
 
-def _windows(catalog: Catalog, within: IdRange, size: int) -> Iterator[IdRange]:
+def finished(rows: Mapping[int, SourceRow], entries: Mapping[int, LedgerEntry]) -> list[int]:
+    """The eligible rows that are done and were not asked for again since."""
+    now = datetime.now(UTC)
+    return [key for key, row in rows.items() if status_of(row, entries[key], None, now=now) == "done"]
+
+
+def windows(catalog: Catalog, within: IdRange, size: int) -> Iterator[IdRange]:
     """Cut a range so that each window holds `size` ledger entries; nothing lies between two windows."""
     first = within.first_id
     while True:
@@ -305,7 +311,8 @@ def _windows(catalog: Catalog, within: IdRange, size: int) -> Iterator[IdRange]:
         first = end + 1
 
 
-def _expected(entry: LedgerEntry) -> ExpectedPoints:
+def expected_points(entry: LedgerEntry) -> ExpectedPoints:
+    """What the ledger says of a record's points."""
     made_from = generation(
         embedding_fingerprint=entry.embedding_fingerprint or "",
         frames_fingerprint=entry.frames_fingerprint or "",
