@@ -240,9 +240,10 @@ def dagster_dev(demo):
     finally:
         os.killpg(process.pid, signal.SIGINT)
         try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
+            process.wait(30)
+        except subprocess.TimeoutExpired:  # it waits for calls that its code server still answers
             os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def wait(ready, *, seconds):

@@ -223,3 +223,22 @@ def test_the_summary_counts_records_by_what_became_of_them(database):
     }
     assert catalog.num_pending(ALL) == 1
     catalog.close()
+
+
+def test_init_makes_the_partial_index_once(database):
+    database.create(ids=(1,))
+    catalog = database.catalog()
+    first = catalog.source.make_pending_index()
+    assert [first.state, catalog.source.make_pending_index().state] == ["made", "there"]
+    assert "WHERE (is_extracted IS NOT TRUE) OR (is_embedded IS NOT TRUE)" in first.sql
+    catalog.close()
+
+
+def test_without_the_right_to_alter_the_table_its_statement_is_told(database):
+    database.create(ids=(1,))
+    database.execute("CREATE VIEW good AS SELECT * FROM insta_content")
+    catalog = database.catalog(source_table="good")  # nobody can index a view
+    made = catalog.source.make_pending_index()
+    assert made.state == "refused"
+    assert made.sql.startswith("CREATE INDEX")
+    catalog.close()
