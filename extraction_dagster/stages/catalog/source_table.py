@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import sqlalchemy as sa
 from sqlalchemy.schema import CreateIndex
 
-from extraction_dagster.errors import SourceTableError
+from extraction_dagster.errors import SourceTableError, SourceUnreachableError
 from extraction_dagster.records import IdRange, VideoRow, fingerprint
-from extraction_dagster.stages.catalog.database import describe, parse_url, reading
+from extraction_dagster.stages.catalog.database import describe, parse_url, reading, writing
 from extraction_dagster.stages.catalog.predicate import build_predicate
 
 if TYPE_CHECKING:
@@ -114,12 +114,16 @@ class SourceTable:
             known = sa.inspect(connection).get_indexes(self.table.name, self.table.schema)
         if any(item["name"] == index.name for item in known):
             return PendingIndex("there", sql)
-        concurrently = sql.replace("CREATE INDEX", "CREATE INDEX CONCURRENTLY", 1)
-        sql = concurrently if self._engine.dialect.name == "postgresql" else sql
+        if self._engine.dialect.name == "postgresql":
+            sql = sql.replace("CREATE INDEX", "CREATE INDEX CONCURRENTLY", 1)
         try:
-            with self._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-                connection.exec_driver_sql(sql)
-        except (sa.exc.ProgrammingError, sa.exc.OperationalError):
+            if self._engine.dialect.name == "postgresql":  # not inside a transaction
+                with self._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+                    connection.exec_driver_sql(sql)
+            else:
+                with writing(self._engine, what=f"index source table {self.name!r}") as connection:
+                    connection.exec_driver_sql(sql)
+        except (sa.exc.ProgrammingError, sa.exc.OperationalError, SourceUnreachableError):
             return PendingIndex("refused", sql)
         return PendingIndex("made", sql)
 
