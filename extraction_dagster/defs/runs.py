@@ -21,6 +21,7 @@ _ACTIVE = [
 ]
 _ENDED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
 _LOOK_BACK = 12
+_RATE_SAMPLE = 20
 
 
 def active_runs(instance: dg.DagsterInstance) -> list[dg.DagsterRun]:
@@ -88,3 +89,18 @@ def _valid(keys: Sequence[str]) -> Iterator[IdRange]:
             yield IdRange.parse(key)
         except PartitionKeyError:
             continue
+
+
+def recent_rate(instance: dg.DagsterInstance) -> float | None:
+    """Videos a second over the newest materializations of the last asset that indexed any; None before two of them."""
+    records = instance.fetch_materializations(dg.AssetKey("qdrant_points"), limit=_RATE_SAMPLE).records
+    made: list[tuple[float, int]] = []
+    for record in records:
+        materialization = record.asset_materialization
+        videos = materialization.metadata.get("videos") if materialization else None
+        if videos is not None and isinstance(videos.value, int) and videos.value:
+            made.append((record.timestamp, videos.value))
+    if len(made) < 2 or made[0][0] <= made[-1][0]:  # noqa: PLR2004 - a rate needs two points in time
+        return None
+    # The oldest one only says when counting begins.
+    return round(sum(videos for _, videos in made[:-1]) / (made[0][0] - made[-1][0]), 3)

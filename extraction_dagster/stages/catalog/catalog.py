@@ -256,17 +256,23 @@ class Catalog:
         return ", ".join(f"{counts[name]} {name}" for name in ("done", "pending", "failed", "parked"))
 
     def status(self) -> dict[str, int | str | None]:
-        """The whole table in numbers; the keys are stable."""
-        counts, extent = self.ledger.counts(), self.source.extent()
-        eligible = self.source.count()
-        finished = {state: counts.get(state, 0) for state in ("done", "failed", "parked")}
+        """The whole table in numbers; the keys are stable.
+
+        With marks, a row that they say is done counts as done, whoever did it; without, the ledger counts.
+        """
+        counts, extent, eligible = self.ledger.counts(), self.source.extent(), self.source.count()
+        failed, parked = counts.get("failed", 0), counts.get("parked", 0)
+        unmarked = self.source.count_unmarked()
+        done = counts.get("done", 0) if unmarked is None else eligible - unmarked
         return {
             "source_table": self.source.name,
             "first_id": extent[0] if extent else None,
             "last_id": extent[1] if extent else None,
             "eligible": eligible,
-            **finished,
-            "pending": max(eligible - sum(finished.values()), 0),
+            "done": done,
+            "failed": failed,
+            "parked": parked,
+            "pending": max(eligible - done - failed - parked, 0),
         }
 
     def _mark(

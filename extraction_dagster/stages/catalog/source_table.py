@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Step = Literal["extracted", "embedded"]
 _CHUNK = 500
+_MAX_ID = 2**63 - 1
 _VERSION_LABEL = "extraction_version"
 
 
@@ -183,6 +184,18 @@ class SourceTable:
         query = sa.select(sa.func.count()).select_from(self.table).where(self.eligible)
         if id_range is not None:
             query = query.where(self.id.between(id_range.first_id, id_range.last_id))
+        with reading(self._engine, what=f"read source table {self.name!r}") as connection:
+            return int(connection.execute(query).scalar_one())
+
+    def count_above(self, record_id: int | None) -> int:
+        """The number of eligible rows above an id; of all for None."""
+        return self.count(None if record_id is None else IdRange(min(record_id + 1, _MAX_ID), _MAX_ID))
+
+    def count_unmarked(self) -> int | None:
+        """The number of eligible rows that are not marked as done; None without mark columns."""
+        if self.unmarked is None or self._settings.source_read_only:
+            return None
+        query = sa.select(sa.func.count()).select_from(self.table).where(self.unmarked, self.eligible)
         with reading(self._engine, what=f"read source table {self.name!r}") as connection:
             return int(connection.execute(query).scalar_one())
 
