@@ -147,6 +147,17 @@ class RangeBusyError(ExtractionError):
         )
 
 
+class SensorBusyError(ExtractionError):
+    """A command would tick while a daemon ticks."""
+
+    def __init__(self) -> None:
+        """Say what to do instead."""
+        super().__init__(
+            "A Dagster daemon is running the sensor, and processes new rows already: nothing was started. "
+            "Watch it with 'extraction status' or in the UI, or stop the sensor there first."
+        )
+
+
 class RunFailedError(ExtractionError):
     """A run that a command launched has failed."""
 
@@ -769,3 +780,14 @@ class ExportError(ExtractionError):
     def __init__(self, path: str, why: str) -> None:
         """Name the file and what went wrong."""
         super().__init__(f"Points can't be exported to {path!r}: {why}. No file was left behind.")
+
+
+class LegacyCheckpointError(ExtractionError):
+    """The earlier script's checkpoint can't be imported."""
+
+    def __init__(self, where: str, why: str) -> None:
+        """Name the place and what is wrong with it."""
+        super().__init__(
+            f"No checkpoint was imported from {where}: {why}. Nothing was changed. Name the right file, or say where "
+            f"to start with 'extraction checkpoint set ID'."
+        )

@@ -117,8 +117,9 @@ def demo_videos(demo_folder):
 
 @pytest.fixture(scope="session")
 def browser():
-    """A real, headless Chromium."""
-    executable = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    """A real, headless Chromium; the build without a user interface of its own where it is there: it costs less."""
+    names = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+    executable = next(filter(None, map(shutil.which, names)), None)
     if executable is None:
         pytest.skip("no Chromium is installed")
     from playwright.sync_api import sync_playwright  # noqa: PLC0415 - lazy: few tests need it

@@ -40,7 +40,6 @@ def _follow(mirror: Mirror, last_processed_id: int | None, *, now: datetime) -> 
         text = f"Checkpoint mirror {mirror.name} said {reading.last_processed_id}, ahead of the cursor: rewritten."
         notices.append(Notice("warning", text))
     mirror.write(last_processed_id, now=now)
-    notices.append(Notice("info", f"Updated checkpoint: last processed ID = {last_processed_id}"))
     return notices
 
 

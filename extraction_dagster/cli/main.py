@@ -3,12 +3,29 @@
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 """
 
+import functools
+import signal
 import sys
+from collections.abc import Callable
 
 import typer
 
 from extraction_dagster import __version__
-from extraction_dagster.cli import collection, console, demo, errors, init, launch, points, reconcile, search, status
+from extraction_dagster.cli import (
+    checkpoint,
+    collection,
+    console,
+    demo,
+    errors,
+    init,
+    launch,
+    points,
+    reconcile,
+    retry,
+    run,
+    search,
+    status,
+)
 from extraction_dagster.errors import ExtractionError
 
 app = typer.Typer(
@@ -18,8 +35,25 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for module in (init, demo, status, launch, errors, reconcile, search):
-    app.command(name=module.__name__.rpartition(".")[2])(module.command)
+
+
+def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
+    """Say how to resume when Ctrl+C ends a command; Typer would end it in silence."""
+
+    @functools.wraps(command)
+    def run(*arguments: object, **options: object) -> None:
+        try:
+            command(*arguments, **options)
+        except KeyboardInterrupt:
+            console.err.print("Interrupted. What was finished is kept: run the same command again to go on.")
+            raise typer.Exit(130) from None
+
+    return run
+
+
+for module in (init, demo, run, status, launch, errors, retry, reconcile, search):
+    app.command(name=module.__name__.rpartition(".")[2])(_interruptible(module.command))
+app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(collection.app, name="collection")
 app.add_typer(points.app, name="points")
 
@@ -38,16 +72,19 @@ def _options(
     pass
 
 
-def main() -> None:
+def run_app() -> None:
     """Run the command; a known error ends in one line on stderr, never in a traceback."""
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         app()
     except ExtractionError as error:
         console.err.print(f"error: {error}", style="red", markup=False)
         sys.exit(1)
-    except KeyboardInterrupt:
-        console.err.print("Interrupted. What was finished is kept: run the same command again to go on.")
-        sys.exit(130)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
+
+
+def _interrupt(_number: int, _frame: object) -> None:
+    """SIGTERM stops as gracefully as Ctrl+C."""
+    raise KeyboardInterrupt

@@ -51,7 +51,7 @@ def command(
         if found.remaining and not repair:
             console.out.print("Repair it with 'extraction reconcile --repair'.")
         elif found.remaining:
-            console.out.print("Those records are pending now: the next run of their ranges writes them again.")
+            console.out.print("Those records are pending now: 'extraction run', or the sensor, writes them again.")
     if found.remaining:
         raise typer.Exit(1)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 
 from extraction_dagster import progress
-from extraction_dagster.defs.partitions import id_ranges, register
+from extraction_dagster.defs.partitions import above_floor, id_ranges, register
 from extraction_dagster.defs.resources import Extraction, plain_failures
 from extraction_dagster.errors import EmptyRangeError
 from extraction_dagster.records import Failure, IdRange
@@ -37,8 +37,8 @@ def video_frames(context: dg.AssetExecutionContext, extraction: Extraction) -> d
     """Fetch, decode and sample the range's pending rows; finished shards of an earlier try are kept."""
     started = time.perf_counter()
     with plain_failures(), extraction.catalog() as catalog:
-        id_range = register(context.instance, context.partition_key)
-        plan = catalog.begin(id_range, extraction.fingerprints)
+        id_range = register(context)
+        plan = catalog.begin(above_floor(context, id_range), extraction.fingerprints)
         if not plan:
             raise EmptyRangeError(id_range.partition_key, catalog.source.name, catalog.source.extent())
         decoded = _decode(context, extraction, catalog, id_range, plan)
@@ -73,12 +73,12 @@ def _decode(
             _mark_extracted(
                 catalog, plan, {record.record_id: record.num_frames for record in landed.shard.records}, made_with
             )
-        _write_failures(context, catalog, landed.failures)
+        _write_failures(context, catalog, plan, landed.failures)
         failures.extend(landed.failures)
         num_frames, num_bytes = num_frames + landed.num_frames, num_bytes + landed.num_bytes
         progress.advance("video_frames", landed.num_videos + len(landed.failures))
 
-    shards = decode_rows(rows, store=store, partition=id_range, settings=extraction.settings, on_close=keep)
+    shards = decode_rows(rows, store=store, partition=id_range, settings=extraction.settings)
     with closing(shards):  # an interruption keeps, and marks, what was finished by then
         for landed in shards:
             keep(landed)
@@ -108,9 +108,9 @@ def frame_embeddings(context: dg.AssetExecutionContext, extraction: Extraction) 
     failures: list[Failure] = []
     num_frames = 0
     with plain_failures(), extraction.catalog() as catalog:
-        id_range = register(context.instance, context.partition_key)
+        id_range = register(context)
         frames, store = extraction.frame_store(), extraction.embedding_store()
-        plan = catalog.plan(id_range, extraction.fingerprints)
+        plan = catalog.plan(above_floor(context, id_range), extraction.fingerprints)
         todo = _todo(plan)
         there = _stored(store.shards(id_range), todo)
         wanted = [shard for shard in frames.shards(id_range) if _stored([shard], todo).keys() - there]
@@ -121,7 +121,7 @@ def frame_embeddings(context: dg.AssetExecutionContext, extraction: Extraction) 
                 wanted, frames=frames, store=store, model=model, partition=id_range, settings=extraction.settings
             ):
                 failed = [item for item in done.failures if _concerns(item, todo)]
-                _write_failures(context, catalog, failed)
+                _write_failures(context, catalog, plan, failed)
                 failures += failed
                 num_frames += done.num_frames
                 progress.advance("frame_embeddings", len(done.shard.records) + len(done.failures))
@@ -143,8 +143,8 @@ def qdrant_points(context: dg.AssetExecutionContext, extraction: Extraction) -> 
     """Replace the points of every pending row whose vectors are stored; mark a row once its points are verified."""
     started = time.perf_counter()
     with plain_failures(), extraction.catalog() as catalog:
-        id_range = register(context.instance, context.partition_key)
-        plan = catalog.plan(id_range, extraction.fingerprints)
+        id_range = register(context)
+        plan = catalog.plan(above_floor(context, id_range), extraction.fingerprints)
         num_points, failures = _index(context, extraction, catalog, id_range, plan)
     counts = {"videos": len(num_points), "points": sum(num_points.values()), "failures": failures}
     return _result(plan, counts, seconds=time.perf_counter() - started)
@@ -195,7 +195,7 @@ def _index(
             )
             catalog.mark_done(plan, indexed.num_points, made_with)
             num_points |= indexed.num_points
-            _write_failures(context, catalog, indexed.failures)
+            _write_failures(context, catalog, plan, indexed.failures)
             failures += indexed.failures
             _log.info("Marked %d records as embedded", len(indexed.num_points))
             progress.advance("qdrant_points", len(wanted))
@@ -237,8 +237,13 @@ def _mark_extracted(
         _log.info("Marked %d records as extracted", len(num_frames))
 
 
-def _write_failures(context: dg.AssetExecutionContext, catalog: "Catalog", failures: Iterable[Failure]) -> None:
-    states = catalog.record_failures(failures, run_id=context.run_id)
+def _write_failures(
+    context: dg.AssetExecutionContext,
+    catalog: "Catalog",
+    plan: Mapping[int, "PlannedRow"],
+    failures: Iterable[Failure],
+) -> None:
+    states = catalog.record_failures(plan, failures, run_id=context.run_id)
     for failure in failures:
         _log.warning("%s (%s)", failure.message, states[failure.record_id])
 

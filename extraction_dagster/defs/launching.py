@@ -5,7 +5,6 @@ no daemon, and keeps the model resident from one range to the next.
 """
 
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,13 +13,13 @@ from pathlib import Path
 
 import dagster as dg
 
-from extraction_dagster.defs.partitions import register
+from extraction_dagster.defs.partitions import FLOOR_TAG, PROCESS_TAG, add_ranges, this_process
+from extraction_dagster.defs.runs import PARTITION_TAG, active_runs, bury_dead_runs
+from extraction_dagster.defs.storage import ExtractionComputeLogManager
 from extraction_dagster.errors import InstanceError, RangeBusyError
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import Settings
 
-_PROCESS_TAG = "extraction/process"
-_ACTIVE = [dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.CANCELING]
 _QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 
 
@@ -67,8 +66,13 @@ def open_instance(settings: Settings) -> Iterator[dg.DagsterInstance]:
         yield instance
 
 
-def launch(instance: dg.DagsterInstance, id_range: IdRange) -> FinishedRun:
+def launch(instance: dg.DagsterInstance, id_range: IdRange, *, floor_id: int | None = None) -> FinishedRun:
     """Materialize the three assets of a range, in this process.
+
+    Args:
+        instance: The Dagster instance.
+        id_range: The range.
+        floor_id: Rows at or below are left alone.
 
     Raises:
         RangeBusyError: The range has an active run already.
@@ -76,23 +80,28 @@ def launch(instance: dg.DagsterInstance, id_range: IdRange) -> FinishedRun:
     """
     from extraction_dagster.definitions import defs  # noqa: PLC0415 - definitions import this folder
 
-    _bury_dead_runs(instance)
-    register(instance, id_range.partition_key)
-    active = instance.get_runs(
-        dg.RunsFilter(
-            tags={"dagster/partition": id_range.partition_key}, statuses=[*_ACTIVE, dg.DagsterRunStatus.QUEUED]
-        )
-    )
-    if active:
-        raise RangeBusyError(id_range.partition_key, active[0].run_id)
+    ExtractionComputeLogManager.captures = False
+    bury_dead_runs(instance)
+    add_ranges(instance, [id_range])
+    for run in active_runs(instance):
+        if run.tags.get(PARTITION_TAG) == id_range.partition_key:
+            raise RangeBusyError(id_range.partition_key, run.run_id)
     result = defs.resolve_job_def("extraction_job").execute_in_process(
         instance=instance,
         partition_key=id_range.partition_key,
-        tags={_PROCESS_TAG: f"{socket.gethostname()}:{os.getpid()}"},
+        tags={PROCESS_TAG: this_process(), **({} if floor_id is None else {FLOOR_TAG: str(floor_id)})},
         run_config=_QUIET,
         raise_on_error=False,
     )
+    if not result.success and _was_interrupted(result):
+        raise KeyboardInterrupt
     return FinishedRun(run_id=result.run_id, success=result.success, error="" if result.success else _why(result))
+
+
+def _was_interrupted(result: dg.ExecuteInProcessResult) -> bool:
+    """Whether Ctrl+C or SIGTERM ended the run; Dagster makes a failed step of either."""
+    failures = [event.step_failure_data.error for event in result.all_events if event.is_step_failure]
+    return any(error is not None and error.cls_name == "DagsterExecutionInterruptedError" for error in failures)
 
 
 def _why(result: dg.ExecuteInProcessResult) -> str:
@@ -105,25 +114,3 @@ def _why(result: dg.ExecuteInProcessResult) -> str:
             if data.error:
                 return f"{event.step_key}: {(data.error.cause or data.error).message.strip()}"
     return "the run was stopped before it ended"
-
-
-def _bury_dead_runs(instance: dg.DagsterInstance) -> None:
-    """End the runs whose process was killed, and free the pool slots that they held.
-
-    Without this, the next launch would wait for ever for a slot that nobody is going to give back.
-    """
-    for run in instance.get_runs(dg.RunsFilter(statuses=_ACTIVE)):
-        host, _, process = run.tags.get(_PROCESS_TAG, "").rpartition(":")
-        if host == socket.gethostname() and not _alive(int(process)):
-            instance.report_run_failed(run, "Its process is gone. Launch the range again: it goes on where it was.")
-            instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -1,18 +1,60 @@
 """Partitions: one per contiguous range of ids, registered as ranges come into being."""
 
+import os
+import socket
+from collections.abc import Iterable
+
 import dagster as dg
+import psutil
 
 from extraction_dagster.records import IdRange
 
+PROCESS_TAG = "extraction/process"
+FLOOR_TAG = "extraction/floor"
 id_ranges = dg.DynamicPartitionsDefinition(name="id_ranges")
 
 
-def register(instance: dg.DagsterInstance, key: str) -> IdRange:
-    """Make a range known to the instance, so that any valid range can be launched without preparation.
+def register(context: dg.AssetExecutionContext) -> IdRange:
+    """Make the run's range known to the instance, so that any valid range can be launched without preparation.
+
+    The run is tagged with its process as well, so that a run whose process was killed can be told from one that works.
 
     Raises:
-        PartitionKeyError: The key is no range of ids.
+        PartitionKeyError: The partition key is no range of ids.
     """
-    id_range = IdRange.parse(key)
-    instance.add_dynamic_partitions("id_ranges", [id_range.partition_key])
+    id_range = IdRange.parse(context.partition_key)
+    add_ranges(context.instance, [id_range])
+    if PROCESS_TAG not in context.run.tags:
+        context.instance.add_run_tags(context.run_id, {PROCESS_TAG: this_process()})
     return id_range
+
+
+def above_floor(context: dg.AssetExecutionContext, id_range: IdRange) -> IdRange:
+    """The part of a range that the operator's floor leaves; all of it in a run that people launched themselves."""
+    floor_id = int(context.run.tags.get(FLOOR_TAG, id_range.first_id - 1))
+    return IdRange(min(max(id_range.first_id, floor_id + 1), id_range.last_id), id_range.last_id)
+
+
+def add_ranges(instance: dg.DagsterInstance, ranges: Iterable[IdRange]) -> None:
+    """Register ranges; those that are known already stay."""
+    instance.add_dynamic_partitions("id_ranges", [id_range.partition_key for id_range in ranges])
+
+
+def this_process() -> str:
+    """This process as a tag: host, process id and start time, for process ids are used again."""
+    return f"{socket.gethostname()}:{os.getpid()}:{int(psutil.Process().create_time())}"
+
+
+def is_dead(tag: str) -> bool:
+    """Whether a tag names a process of this host that is gone."""
+    host, _, rest = tag.partition(":")
+    number, _, started = rest.partition(":")
+    if host != socket.gethostname() or not (number.isdecimal() and started.isdecimal()):
+        return False
+    try:
+        process = psutil.Process(int(number))
+        return int(process.create_time()) != int(started) or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.AccessDenied:
+        return False

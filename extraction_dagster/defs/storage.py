@@ -1,9 +1,12 @@
 """Where the Dagster instance keeps its data: the settings decide, so that one dagster.yaml serves every place."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dagster._core.storage.base_storage import DagsterStorage
+from dagster._core.storage.compute_log_manager import CapturedLogContext
 from dagster._core.storage.local_compute_log_manager import LocalComputeLogManager
 from dagster._core.storage.root import LocalArtifactStorage
 from dagster._core.storage.sqlite_storage import DagsterSqliteStorage
@@ -76,6 +79,17 @@ class ExtractionComputeLogManager(LocalComputeLogManager):
     def config_type(cls) -> dict[str, Any]:
         """Nothing to configure here: the settings decide."""
         return {}
+
+    captures = True  # off where a command runs steps in its own process: what they print is on its terminal
+
+    @contextmanager
+    def capture_logs(self, log_key: Sequence[str]) -> Iterator[CapturedLogContext]:
+        """Keep what a step prints."""
+        if not self.captures:
+            yield CapturedLogContext(log_key)
+            return
+        with super().capture_logs(log_key) as captured:
+            yield captured
 
     @classmethod
     def from_config_value(

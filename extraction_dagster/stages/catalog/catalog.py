@@ -6,10 +6,10 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from extraction_dagster.stages.catalog.database import make_engine, writing
-from extraction_dagster.stages.catalog.ledger import Ledger, LedgerEntry
+from extraction_dagster.stages.catalog.ledger import Ledger, LedgerEntry, State
 from extraction_dagster.stages.catalog.source_table import SourceRow, SourceTable
 
 if TYPE_CHECKING:
@@ -62,23 +62,42 @@ class PlannedRow:
     @property
     def video(self) -> VideoRow:
         """The row with its full content version: the source's version, and how often it was asked for again."""
+        if self.entry is not None and self.entry.source_version == self.source_version:
+            return replace(self.row.video, content_version=self.entry.content_version)
         revision = self.entry.revision if self.entry else 0
-        if not revision:
-            return self.row.video
-        return replace(self.row.video, content_version=f"{self.row.video.content_version}~{revision}")
+        return replace(self.row.video, content_version=_content_version(self.row.video.content_version, revision))
+
+    @property
+    def source_version(self) -> str:
+        """The version column, as it was read."""
+        return self.row.video.content_version
 
 
-def status_of(row: SourceRow, entry: LedgerEntry | None, fingerprints: Fingerprints | None, *, now: datetime) -> Status:
+def status_of(
+    source_version: str,
+    marked_done: bool | None,  # noqa: FBT001 - three states of a row, not an option
+    entry: LedgerEntry | None,
+    fingerprints: Fingerprints | None,
+    *,
+    now: datetime,
+) -> Status:
     """Decide what is to be done with a row.
 
     With fingerprints, a row that was done with other settings is to be done again: a materialization brings its range
     up to date. Without, it stays done: a changed setting alone makes nobody's table pending.
 
     A row that the source marks as done and the ledger has never seen was done before this project came: it stays done.
+
+    Args:
+        source_version: The row's version column; empty when there is none.
+        marked_done: What its marks say; None when it has none.
+        entry: Its ledger entry.
+        fingerprints: What frames and vectors are made with today.
+        now: The time to compare `not_before` with.
     """
     if entry is None:
-        return "done" if row.marked_done else "todo"
-    if not _same_version(row, entry):
+        return "done" if marked_done else "todo"
+    if entry.source_version != source_version:
         return "todo"
     if entry.state == "parked":
         return "parked"
@@ -86,15 +105,14 @@ def status_of(row: SourceRow, entry: LedgerEntry | None, fingerprints: Fingerpri
         return "waiting" if entry.not_before is not None and entry.not_before > now else "todo"
     if entry.state != "done":
         return "todo"
-    if row.marked_done is False:
+    if marked_done is False:
         return "again"
     made_with = Fingerprints(entry.frames_fingerprint or "", entry.embedding_fingerprint or "")
     return "done" if fingerprints in {None, made_with} else "todo"
 
 
-def _same_version(row: SourceRow, entry: LedgerEntry) -> bool:
-    suffix = f"~{entry.revision}" if entry.revision else ""
-    return entry.content_version == row.video.content_version + suffix
+def _content_version(source_version: str, revision: int) -> str:
+    return f"{source_version}~{revision}" if revision else source_version
 
 
 class Catalog:
@@ -107,21 +125,21 @@ class Catalog:
             SourceTableError, SourceUnreachableError, DatabaseUrlError, PredicateError, StateError: What they say.
         """
         self.settings = settings
-        self._source_engine = make_engine(settings.resolved_source_url, setting="EXTRACTION_SOURCE_URL")
-        self.source = SourceTable(self._source_engine, settings)
-        self._one_database = settings.resolved_state_url == settings.resolved_source_url
-        self._state_engine = (
-            self._source_engine
-            if self._one_database
+        self.source_engine = make_engine(settings.resolved_source_url, setting="EXTRACTION_SOURCE_URL")
+        self.source = SourceTable(self.source_engine, settings)
+        self.one_database = settings.resolved_state_url == settings.resolved_source_url
+        self.state_engine = (
+            self.source_engine
+            if self.one_database
             else make_engine(settings.resolved_state_url, setting="EXTRACTION_STATE_URL")
         )
-        self.ledger = Ledger(self._state_engine)
+        self.ledger = Ledger(self.state_engine)
         self.ledger.create(self.source.identity)
 
     def close(self) -> None:
         """Give the connections back."""
-        self._source_engine.dispose()
-        self._state_engine.dispose()
+        self.source_engine.dispose()
+        self.state_engine.dispose()
 
     def plan(self, id_range: IdRange, fingerprints: Fingerprints) -> dict[int, PlannedRow]:
         """Every eligible row of a range and what is to be done with it, in ascending order of ids."""
@@ -130,7 +148,9 @@ class Catalog:
         plan = {}
         for row in self.source.rows(id_range):
             entry = entries.get(row.video.record_id)
-            plan[row.video.record_id] = PlannedRow(row, entry, status_of(row, entry, fingerprints, now=now))
+            plan[row.video.record_id] = PlannedRow(
+                row, entry, status_of(row.video.content_version, row.marked_done, entry, fingerprints, now=now)
+            )
         return plan
 
     def begin(self, id_range: IdRange, fingerprints: Fingerprints) -> dict[int, PlannedRow]:
@@ -139,7 +159,7 @@ class Catalog:
         again = [planned for planned in plan.values() if planned.status == "again"]
         if not again:
             return plan
-        with writing(self._state_engine, what="write the ledger") as connection:
+        with writing(self.state_engine, what="write the ledger") as connection:
             self.ledger.upsert(connection, [_next_revision(planned) for planned in again])
         return self.plan(id_range, fingerprints)
 
@@ -151,9 +171,8 @@ class Catalog:
             num_frames: Stored frames by record.
             frames: The frames' fingerprint.
         """
-        entries = [
-            {
-                "record_id": record_id,
+        entries = {
+            record_id: {
                 "state": "extracted",
                 "content_version": plan[record_id].video.content_version,
                 "frames_fingerprint": frames,
@@ -161,13 +180,12 @@ class Catalog:
                 "not_before": None,
             }
             for record_id, number in num_frames.items()
-        ]
-        with self._marking("extracted", [plan[record_id].row for record_id in num_frames]) as connection:
-            self.ledger.upsert(connection, entries)
+        }
+        self._mark("extracted", plan, entries)
 
     def mark_embedded(self, records: Iterable[int], embedding: str) -> None:
         """Note rows whose vectors are stored; the source's mark waits until their points are verified."""
-        with writing(self._state_engine, what="write the ledger") as connection:
+        with writing(self.state_engine, what="write the ledger") as connection:
             self.ledger.upsert(
                 connection,
                 [
@@ -186,9 +204,8 @@ class Catalog:
             num_points: Verified points by record.
             fingerprints: What they were made with.
         """
-        entries = [
-            {
-                "record_id": record_id,
+        entries = {
+            record_id: {
                 "state": "done",
                 "content_version": plan[record_id].video.content_version,
                 "frames_fingerprint": fingerprints.frames,
@@ -199,19 +216,20 @@ class Catalog:
                 "last_error": None,
             }
             for record_id, number in num_points.items()
-        ]
-        with self._marking("embedded", [plan[record_id].row for record_id in num_points]) as connection:
-            self.ledger.upsert(connection, entries)
+        }
+        self._mark("embedded", plan, entries)
 
-    def record_failures(self, failures: Iterable[Failure], *, run_id: str) -> dict[int, str]:
+    def record_failures(
+        self, plan: Mapping[int, PlannedRow], failures: Iterable[Failure], *, run_id: str
+    ) -> dict[int, State]:
         """Write failures down; each record is tried again later, or parked. Returns each record's new state."""
-        return dict(
-            self.ledger.record_failures(
-                failures,
-                run_id=run_id,
-                max_attempts=self.settings.max_attempts,
-                retry_delay_seconds=self.settings.retry_delay_seconds,
-            )
+        failures = list(failures)
+        return self.ledger.record_failures(
+            failures,
+            {failure.record_id: plan[failure.record_id].source_version for failure in failures},
+            run_id=run_id,
+            max_attempts=self.settings.max_attempts,
+            retry_delay_seconds=self.settings.retry_delay_seconds,
         )
 
     def request_again(self, record_ids: Sequence[int]) -> None:
@@ -222,24 +240,33 @@ class Catalog:
         entries = [
             {"record_id": record_id, "state": "todo", "attempts": 0, "not_before": None} for record_id in record_ids
         ]
-        if not self.settings.source_read_only and not self._one_database:
-            with writing(self._source_engine, what=f"mark rows of {self.source.name!r}") as connection:
+        if not self.settings.source_read_only and not self.one_database:
+            with writing(self.source_engine, what=f"mark rows of {self.source.name!r}") as connection:
                 self.source.unmark(connection, record_ids)
-        with writing(self._state_engine, what="write the ledger") as connection:
+        with writing(self.state_engine, what="write the ledger") as connection:
             self.ledger.upsert(connection, entries)
-            if self._one_database:
+            if self.one_database:
                 self.source.unmark(connection, record_ids)
 
     def forget(self, record_ids: Sequence[int]) -> None:
         """Forget records that were deleted from the source table."""
-        with writing(self._state_engine, what="write the ledger") as connection:
+        with writing(self.state_engine, what="write the ledger") as connection:
             self.ledger.remove(connection, record_ids)
+
+    def reprocess_after(self, after_id: int) -> None:
+        """Make every row above an id due again, whatever became of it."""
+        self.ledger.forget_done(after_id)
+        with writing(self.source_engine, what=f"clear marks of {self.source.name!r}") as connection:
+            self.source.clear_marks(connection, after_id)
 
     def num_pending(self, id_range: IdRange) -> int:
         """The records of a range that a run would process now."""
         entries, now = self.ledger.entries(id_range), datetime.now(UTC)
-        rows = ((row, entries.get(row.video.record_id)) for row in self.source.rows(id_range))
-        return sum(status_of(row, entry, None, now=now) in {"todo", "again"} for row, entry in rows)
+        statuses = (
+            status_of(row.video.content_version, row.marked_done, entries.get(row.video.record_id), None, now=now)
+            for row in self.source.rows(id_range)
+        )
+        return sum(status in {"todo", "again"} for status in statuses)
 
     def summary(self, id_range: IdRange) -> str:
         """A range in words: how many of its records are done, failed, parked, pending."""
@@ -250,33 +277,56 @@ class Catalog:
         return ", ".join(f"{counts[name]} {name}" for name in ("done", "pending", "failed", "parked"))
 
     def status(self) -> dict[str, int | str | None]:
-        """The whole table in numbers; the keys are stable."""
-        counts, extent = self.ledger.counts(), self.source.extent()
-        eligible = self.source.count()
-        finished = {state: counts.get(state, 0) for state in ("done", "failed", "parked")}
+        """The whole table in numbers; the keys are stable.
+
+        With marks, a row that they say is done counts as done, whoever did it; without, the ledger counts.
+        """
+        counts, extent, eligible = self.ledger.counts(), self.source.extent(), self.source.count()
+        failed, parked = counts.get("failed", 0), counts.get("parked", 0)
+        unmarked = self.source.count_unmarked()
+        done = counts.get("done", 0) if unmarked is None else eligible - unmarked
         return {
             "source_table": self.source.name,
             "first_id": extent[0] if extent else None,
             "last_id": extent[1] if extent else None,
             "eligible": eligible,
-            **finished,
-            "pending": max(eligible - sum(finished.values()), 0),
+            "done": done,
+            "failed": failed,
+            "parked": parked,
+            "pending": max(eligible - done - failed - parked, 0),
         }
 
-    @contextmanager
-    def _marking(self, step: Literal["extracted", "embedded"], rows: list[SourceRow]) -> Iterator[sa.Connection]:
-        """A connection to the state; the source's marks are set in the same transaction, or right after it.
+    def _mark(
+        self,
+        step: Literal["extracted", "embedded"],
+        plan: Mapping[int, PlannedRow],
+        entries: Mapping[int, Mapping[str, Any]],
+    ) -> None:
+        """Write the ledger and the source's marks: in one transaction where they share a database.
 
         In two databases the ledger comes first: a crash in between leaves a row that is done and not marked, which
         is processed once more; the other order would leave a marked row that the ledger never finished.
         """
-        with writing(self._state_engine, what="write the ledger") as connection:
-            yield connection
-            if self._one_database:
-                self.source.mark(connection, rows, step=step)
-        if not self._one_database and not self.settings.source_read_only:
-            with writing(self._source_engine, what=f"mark rows of {self.source.name!r}") as connection:
-                self.source.mark(connection, rows, step=step)
+        versions = {record_id: plan[record_id].source_version for record_id in entries}
+
+        def write(connection: sa.Connection, source_versions: Mapping[int, str]) -> None:
+            seen = {**versions, **source_versions}
+            rows = [{"record_id": key, "source_version": seen[key], **entry} for key, entry in entries.items()]
+            self.ledger.upsert(connection, rows)
+
+        if self.one_database:
+            with writing(self.source_engine, what=f"mark rows of {self.source.name!r}") as connection:
+                write(connection, self.source.mark(connection, versions, step=step))
+            return
+        with writing(self.state_engine, what="write the ledger") as connection:
+            write(connection, versions)
+        if self.settings.source_read_only:
+            return
+        with writing(self.source_engine, what=f"mark rows of {self.source.name!r}") as connection:
+            stamped = self.source.mark(connection, versions, step=step)
+        if any(versions[record_id] != version for record_id, version in stamped.items()):
+            with writing(self.state_engine, what="write the ledger") as connection:
+                write(connection, stamped)
 
 
 def _next_revision(planned: PlannedRow) -> dict[str, object]:
@@ -284,7 +334,8 @@ def _next_revision(planned: PlannedRow) -> dict[str, object]:
     return {
         "record_id": planned.row.video.record_id,
         "state": "todo",
-        "content_version": f"{planned.row.video.content_version}~{revision}",
+        "source_version": planned.source_version,
+        "content_version": _content_version(planned.source_version, revision),
         "revision": revision,
         "attempts": 0,
         "not_before": None,

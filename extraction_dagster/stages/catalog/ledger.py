@@ -56,6 +56,7 @@ LEDGER_TABLE = sa.Table(
     METADATA,
     sa.Column("record_id", sa.BigInteger, primary_key=True, autoincrement=False),
     sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("source_version", sa.Text, nullable=False, server_default=""),
     sa.Column("content_version", sa.Text, nullable=False, server_default=""),
     sa.Column("revision", sa.Integer, nullable=False, server_default="0"),
     sa.Column("frames_fingerprint", sa.String(64)),
@@ -89,14 +90,43 @@ ERRORS_TABLE = sa.Table(
     sa.Column("occurred_at", UtcDateTime, nullable=False),
     sa.Column("run_id", sa.String(64), nullable=False, server_default=""),
 )
+REQUESTS_TABLE = sa.Table(
+    "extraction_requests",
+    METADATA,
+    sa.Column(
+        "id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), sa.Identity(), primary_key=True, autoincrement=True
+    ),
+    sa.Column("kind", sa.String(16), nullable=False),
+    sa.Column("value", sa.BigInteger),
+    sa.Column("requested_at", UtcDateTime, nullable=False),
+    sa.Column("applied_epoch", sa.Integer),
+    sa.Column("consumed_at", UtcDateTime),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class LedgerEntry:
-    """A record's row in the ledger; the fields are described in docs/operations.md."""
+    """A record's row in the ledger.
+
+    Attributes:
+        record_id: The row's id.
+        state: What became of it.
+        source_version: The version column when the row was last handled, our own marks included: a trigger that
+            stamps every update changes it, and must not make the row look new.
+        content_version: Names what was decoded; it stays when only our own marks changed the row.
+        revision: How often the row was asked for again.
+        frames_fingerprint: What its frames were made with.
+        embedding_fingerprint: What its vectors were made with.
+        num_frames: Stored frames.
+        num_points: Verified points.
+        attempts: Tries that failed, of this version.
+        not_before: When a failed record may be tried again.
+        last_error: The last error's type and message.
+    """
 
     record_id: int
     state: State
+    source_version: str = ""
     content_version: str = ""
     revision: int = 0
     frames_fingerprint: str | None = None
@@ -174,9 +204,11 @@ class Ledger:
         for chunk in chunks(record_ids):
             connection.execute(sa.delete(LEDGER_TABLE).where(LEDGER_TABLE.c.record_id.in_(chunk)))
 
-    def counts(self) -> dict[str, int]:
-        """The number of records by state."""
+    def counts(self, id_range: IdRange | None = None) -> dict[str, int]:
+        """The number of records by state, of all or of a range."""
         query = sa.select(LEDGER_TABLE.c.state, sa.func.count()).group_by(LEDGER_TABLE.c.state)
+        if id_range is not None:
+            query = query.where(LEDGER_TABLE.c.record_id.between(id_range.first_id, id_range.last_id))
         with reading(self.engine, what="read the ledger") as connection:
             return {state: int(number) for state, number in connection.execute(query)}
 
@@ -199,9 +231,22 @@ class Ledger:
         )
 
     def record_failures(
-        self, failures: Iterable[Failure], *, run_id: str, max_attempts: int, retry_delay_seconds: float
+        self,
+        failures: Iterable[Failure],
+        source_versions: Mapping[int, str],
+        *,
+        run_id: str,
+        max_attempts: int,
+        retry_delay_seconds: float,
     ) -> dict[int, State]:
         """Write failures to the errors table, and decide for each record: another try later, or parked.
+
+        Args:
+            failures: At most one a record.
+            source_versions: Each record's version column, as it was read.
+            run_id: The run they happened in.
+            max_attempts: Tries before a record is parked.
+            retry_delay_seconds: Wait before the second try.
 
         Returns:
             The state of each record: `failed` or `parked`.
@@ -219,6 +264,7 @@ class Ledger:
                     {
                         "record_id": failure.record_id,
                         "state": "parked" if parked else "failed",
+                        "source_version": source_versions[failure.record_id],
                         "content_version": failure.content_version,
                         "attempts": tries,
                         "not_before": None if parked else now + timedelta(seconds=delay),
@@ -248,6 +294,45 @@ class Ledger:
             query = query.where(state.in_(("failed", "parked")), table.id.in_(newest))
         with reading(self.engine, what="read the errors") as connection:
             return [ErrorRow(**row) for row in connection.execute(query).mappings()]
+
+    def retry(self, *, record_ids: Sequence[int] | None, error_type: str | None) -> list[int]:
+        """Give failed and parked records their tries back, so that they are due at once.
+
+        Args:
+            record_ids: These; None for all.
+            error_type: Only those whose last error was of this type.
+
+        Returns:
+            The records that were brought back, in ascending order.
+        """
+        table = LEDGER_TABLE.c
+        query = sa.select(table.record_id).where(table.state.in_(("failed", "parked")))
+        if error_type is not None:
+            query = query.where(table.last_error.startswith(f"{error_type}:", autoescape=True))
+        with writing(self.engine, what="write the ledger") as connection:
+            stopped = set(connection.execute(query).scalars())
+            chosen = sorted(stopped if record_ids is None else stopped.intersection(record_ids))
+            change = {"state": "todo", "attempts": 0, "not_before": None, "updated_at": datetime.now(UTC)}
+            for chunk in chunks(chosen):
+                connection.execute(sa.update(LEDGER_TABLE).where(table.record_id.in_(chunk)).values(**change))
+        return chosen
+
+    def forget_done(self, after_id: int) -> int:
+        """Make every record above an id due again, whatever became of it; returns how many there were."""
+        table = LEDGER_TABLE.c
+        revision = table.revision + 1
+        change = {
+            "state": "todo",
+            "revision": revision,
+            "content_version": table.source_version + "~" + sa.cast(revision, sa.Text),
+            "attempts": 0,
+            "not_before": None,
+            "updated_at": datetime.now(UTC),
+        }
+        with writing(self.engine, what="write the ledger") as connection:
+            return connection.execute(
+                sa.update(LEDGER_TABLE).where(table.record_id > after_id).values(**change)
+            ).rowcount
 
     def _attempts(self, connection: sa.Connection, failures: Sequence[Failure]) -> dict[int, int]:
         """How often each record was tried in its present version."""

@@ -8,19 +8,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import sqlalchemy as sa
+from sqlalchemy.schema import CreateIndex
 
-from extraction_dagster.errors import SourceTableError
+from extraction_dagster.errors import SourceTableError, SourceUnreachableError
 from extraction_dagster.records import IdRange, VideoRow, fingerprint
-from extraction_dagster.stages.catalog.database import describe, parse_url, reading
+from extraction_dagster.stages.catalog.database import describe, parse_url, reading, writing
 from extraction_dagster.stages.catalog.predicate import build_predicate
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from extraction_dagster.settings import Settings
 
 Step = Literal["extracted", "embedded"]
 _CHUNK = 500
+_MAX_ID = 2**63 - 1
 _VERSION_LABEL = "extraction_version"
 
 
@@ -43,6 +45,14 @@ class SourceRow:
         """Whether every mark column says done; None when the table has none."""
         marks = [mark for mark in (self.extracted, self.embedded) if mark is not None]
         return all(marks) if marks else None
+
+
+@dataclass(frozen=True, slots=True)
+class PendingIndex:
+    """What became of the partial index over pending rows, and the statement that makes it."""
+
+    state: Literal["made", "there", "refused", "not needed"]
+    sql: str
 
 
 class SourceTable:
@@ -75,6 +85,69 @@ class SourceTable:
         self.eligible: sa.ColumnElement[bool] = (
             build_predicate(settings.source_predicate, self.table) if settings.source_predicate else sa.true()
         )
+
+    @property
+    def unmarked(self) -> sa.ColumnElement[bool] | None:
+        """That a mark is not set, spelled exactly as the partial index spells it; None without mark columns.
+
+        Databases use a partial index only for a query that repeats its condition to the letter.
+        """
+        marks = [column for column in (self._extracted, self._embedded) if column is not None]
+        return (
+            sa.or_(*(column.op("IS NOT", is_comparison=True)(sa.text("TRUE")) for column in marks)) if marks else None
+        )
+
+    def pending_index(self) -> sa.Index | None:
+        """The partial index over the rows that are not done: finding them costs the same in a table of any size."""
+        if self.unmarked is None:
+            return None
+        name = f"extraction_pending_{self.table.name}"[:63]
+        table = self.table.to_metadata(sa.MetaData())  # an index belongs to a table; the reflected one stays as it is
+        return sa.Index(name, table.c[self.id.name], postgresql_where=self.unmarked, sqlite_where=self.unmarked)
+
+    def make_pending_index(self) -> PendingIndex:
+        """Create the partial index unless it is there; PostgreSQL builds it without blocking writers."""
+        index = self.pending_index()
+        if index is None or self._settings.source_read_only:
+            return PendingIndex("not needed", "")
+        sql = " ".join(str(CreateIndex(index).compile(dialect=self._engine.dialect)).split())
+        with reading(self._engine, what=f"read source table {self.name!r}") as connection:
+            known = sa.inspect(connection).get_indexes(self.table.name, self.table.schema)
+        if any(item["name"] == index.name for item in known):
+            return PendingIndex("there", sql)
+        if self._engine.dialect.name == "postgresql":
+            sql = sql.replace("CREATE INDEX", "CREATE INDEX CONCURRENTLY", 1)
+        try:
+            if self._engine.dialect.name == "postgresql":  # not inside a transaction
+                with self._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+                    connection.exec_driver_sql(sql)
+            else:
+                with writing(self._engine, what=f"index source table {self.name!r}") as connection:
+                    connection.exec_driver_sql(sql)
+        except (sa.exc.ProgrammingError, sa.exc.OperationalError, SourceUnreachableError):
+            return PendingIndex("refused", sql)
+        return PendingIndex("made", sql)
+
+    def heads(self, *, only: sa.ColumnElement[bool] | None = None) -> sa.Select[int, str, bool | None]:
+        """A query of (id, version, marked done) of the eligible rows, in ascending order of ids."""
+        marks = [column for column in (self._extracted, self._embedded) if column is not None]
+        done = sa.and_(*(column.is_(sa.true()) for column in marks)) if marks else sa.null()
+        version = sa.literal("") if self._version is None else self._version
+        query = sa.select(self.id, version.label("version"), done.label("done")).where(self.eligible)
+        return (query if only is None else query.where(only)).order_by(self.id)
+
+    @property
+    def has_version(self) -> bool:
+        """Whether a version column says that a row's file has changed."""
+        return self._version is not None
+
+    def recent_density(self, sample: int) -> float:
+        """Ids to a record, over the newest records; 1.0 for ids without gaps and for an empty table."""
+        newest = sa.select(self.id).where(self.eligible).order_by(self.id.desc()).limit(sample).subquery()
+        query = sa.select(sa.func.min(newest.c[0]), sa.func.max(newest.c[0]), sa.func.count())
+        with reading(self._engine, what=f"read source table {self.name!r}") as connection:
+            first, last, number = connection.execute(query).one()
+        return 1.0 if number < 2 else (last - first) / (number - 1)  # noqa: PLR2004 - two ids make a distance
 
     @property
     def identity(self) -> str:
@@ -133,6 +206,18 @@ class SourceTable:
         with reading(self._engine, what=f"read source table {self.name!r}") as connection:
             return int(connection.execute(query).scalar_one())
 
+    def count_above(self, record_id: int | None) -> int:
+        """The number of eligible rows above an id; of all for None."""
+        return self.count(None if record_id is None else IdRange(min(record_id + 1, _MAX_ID), _MAX_ID))
+
+    def count_unmarked(self) -> int | None:
+        """The number of eligible rows that are not marked as done; None without mark columns."""
+        if self.unmarked is None or self._settings.source_read_only:
+            return None
+        query = sa.select(sa.func.count()).select_from(self.table).where(self.unmarked, self.eligible)
+        with reading(self._engine, what=f"read source table {self.name!r}") as connection:
+            return int(connection.execute(query).scalar_one())
+
     def batch_end(self, after_id: int | None, batch_size: int) -> tuple[int, int, bool] | None:
         """The ids of the first and the last record of the batch after an id, and whether it is a full batch."""
         query = sa.select(self.id).where(self.eligible).order_by(self.id).limit(batch_size)
@@ -144,19 +229,41 @@ class SourceTable:
             first, last, number = connection.execute(bounds).one()
         return None if first is None else (int(first), int(last), number == batch_size)
 
-    def mark(self, connection: sa.Connection, rows: Sequence[SourceRow], *, step: Step) -> None:
-        """Set the mark of a step, unless a row's version changed since it was read."""
+    def mark(self, connection: sa.Connection, versions: Mapping[int, str], *, step: Step) -> dict[int, str]:
+        """Set the mark of a step, unless a row's version changed since it was read.
+
+        Args:
+            connection: In a transaction of the source's database.
+            versions: The version of each row, as it was read.
+            step: Which mark.
+
+        Returns:
+            The version of each marked row as it is now: a trigger may have stamped the update.
+        """
         column = self._extracted if step == "extracted" else self._embedded
         if column is None or self._settings.source_read_only:
-            return
+            return dict(versions)
         statement = sa.update(self.table).values({column.name: True})
         if self._version is None:
-            for chunk in chunks([row.video.record_id for row in rows]):
+            for chunk in chunks(list(versions)):
                 connection.execute(statement.where(self.id.in_(chunk)))
-            return
-        for row in rows:
-            unchanged = self._version == row.video.content_version
-            connection.execute(statement.where(self.id == row.video.record_id, unchanged))
+            return dict(versions)
+        marked = [
+            record_id
+            for record_id, version in versions.items()
+            if connection.execute(statement.where(self.id == record_id, self._version == version)).rowcount
+        ]
+        now: dict[int, str] = {}
+        for chunk in chunks(marked):
+            query = sa.select(self.id, self._version).where(self.id.in_(chunk))
+            now.update({int(record_id): version for record_id, version in connection.execute(query)})
+        return now
+
+    def clear_marks(self, connection: sa.Connection, after_id: int) -> None:
+        """Clear the marks of every row above an id."""
+        marks = {column.name: False for column in (self._extracted, self._embedded) if column is not None}
+        if marks and not self._settings.source_read_only:
+            connection.execute(sa.update(self.table).where(self.id > after_id).values(marks))
 
     def unmark(self, connection: sa.Connection, record_ids: Sequence[int]) -> None:
         """Clear the last mark of these rows: their points are not there, their frames may be."""

@@ -1,11 +1,10 @@
 """The decode stage: rows in, frame shards and failures out.
 
 A shard lands as soon as it holds `shard_records` videos or its first video is `shard_seconds` old, so that killing the
-process costs seconds. A graceful stop loses no finished video:
-
-- an interruption that strikes inside the iterator (Ctrl+C, a run's termination) yields what is finished as a last
-  `LandedShard`, then goes on;
-- closing the iterator early (an error in the caller's loop) writes what is finished and hands it to `on_close`.
+process costs seconds. A graceful stop loses no finished video: an interruption that strikes inside the iterator
+(Ctrl+C, a run's termination) first yields what is finished as a last `LandedShard`, then goes on; and whoever closes
+the iterator early, or fails in a loop over it, has been given everything that was finished. Videos in flight are
+dropped.
 """
 
 from __future__ import annotations
@@ -57,14 +56,13 @@ class LandedShard:
     num_bytes: int
 
 
-def decode_rows(  # noqa: PLR0913 - the stage's one door
+def decode_rows(
     rows: Iterable[VideoRow],
     *,
     store: FrameStore,
     partition: IdRange,
     settings: Settings,
     fetch: Callable[[VideoRow], Path] | None = None,
-    on_close: Callable[[LandedShard], None] | None = None,
 ) -> Generator[LandedShard, None, None]:
     """Decode rows into frame shards.
 
@@ -74,7 +72,6 @@ def decode_rows(  # noqa: PLR0913 - the stage's one door
         partition: The range that the rows belong to.
         settings: Decoder, sampling, limits, workers, shard size.
         fetch: Gives a row's local file; by default `fetch_local` under the allowed roots.
-        on_close: Gets the last shard when the iterator is closed before its end.
 
     Yields:
         LandedShard: once its shard is stored; every row is in exactly one, with frames or a failure.
@@ -89,16 +86,9 @@ def decode_rows(  # noqa: PLR0913 - the stage's one door
                 batch.add(item)
                 if batch.is_full():
                     yield batch.land()
-        except GeneratorExit:
-            decoded.close()
-            if not batch.is_empty():
-                landed = batch.land()
-                if on_close is not None:
-                    on_close(landed)
-            raise
         except BaseException:
             decoded.close()
-            if not batch.is_empty():
+            if not batch.is_empty():  # never so when the caller closes: at each yield above it has just landed
                 yield batch.land()
             raise
     if not batch.is_empty():

@@ -296,7 +296,11 @@ class _View:
 def finished(rows: Mapping[int, SourceRow], entries: Mapping[int, LedgerEntry]) -> list[int]:
     """The eligible rows that are done and were not asked for again since."""
     now = datetime.now(UTC)
-    return [key for key, row in rows.items() if status_of(row, entries[key], None, now=now) == "done"]
+    return [
+        key
+        for key, row in rows.items()
+        if status_of(row.video.content_version, row.marked_done, entries[key], None, now=now) == "done"
+    ]
 
 
 def windows(catalog: Catalog, within: IdRange, size: int) -> Iterator[IdRange]:

@@ -26,6 +26,10 @@ def finish(catalog, *ids):
     catalog.mark_done(plan, dict.fromkeys(ids, 3), TODAY)
 
 
+def fail(catalog, failures):
+    return catalog.record_failures(catalog.plan(ALL, TODAY), failures, run_id="r")
+
+
 def failure(record_id, *, permanent=False, version=""):
     return Failure(record_id, version, "decode", "VideoDecodeError", "broken", permanent=permanent)
 
@@ -43,7 +47,7 @@ def row(*, version="", extracted=None, embedded=None):
         (row(), LedgerEntry(1, "extracted"), "todo"),
         (row(), LedgerEntry(1, "embedded"), "todo"),
         (row(), LedgerEntry(1, "parked"), "parked"),
-        (row(version="2"), LedgerEntry(1, "parked", content_version="1"), "todo"),
+        (row(version="2"), LedgerEntry(1, "parked", source_version="1"), "todo"),
         (row(), LedgerEntry(1, "failed", not_before=NOW + timedelta(seconds=1)), "waiting"),
         (row(), LedgerEntry(1, "failed", not_before=NOW - timedelta(seconds=1)), "todo"),
         (row(), LedgerEntry(1, "done", frames_fingerprint="f1", embedding_fingerprint="e1"), "done"),
@@ -54,17 +58,17 @@ def row(*, version="", extracted=None, embedded=None):
             LedgerEntry(1, "done", frames_fingerprint="f1", embedding_fingerprint="e1"),
             "again",
         ),
-        (row(version="2"), LedgerEntry(1, "done", content_version="1"), "todo"),
-        (row(version="1"), LedgerEntry(1, "failed", content_version="1~2", revision=2), "todo"),
+        (row(version="2"), LedgerEntry(1, "done", source_version="1"), "todo"),
+        (row(version="1"), LedgerEntry(1, "parked", source_version="1", content_version="1~2", revision=2), "parked"),
     ],
 )
 def test_the_status_of_a_row_follows_from_its_marks_and_its_entry(source, entry, status):
-    assert status_of(source, entry, TODAY, now=NOW) == status
+    assert status_of(source.video.content_version, source.marked_done, entry, TODAY, now=NOW) == status
 
 
 def test_a_changed_setting_alone_makes_nothing_pending():
     entry = LedgerEntry(1, "done", frames_fingerprint="f0", embedding_fingerprint="e0")
-    assert status_of(row(), entry, None, now=NOW) == "done"
+    assert status_of("", None, entry, None, now=NOW) == "done"
 
 
 def test_marking_writes_the_ledger_and_the_marks(database):
@@ -103,7 +107,7 @@ def test_a_cleared_mark_gives_the_row_a_new_revision_once(database):
 def test_a_failing_record_is_tried_three_times_then_parked(database):
     database.create(ids=(1, 2))
     catalog = database.catalog(max_attempts=3, retry_delay_seconds=0)
-    states = [catalog.record_failures([failure(1)], run_id="r")[1] for _ in range(3)]
+    states = [fail(catalog, [failure(1)])[1] for _ in range(3)]
     assert states == ["failed", "failed", "parked"]
     assert statuses(catalog) == {1: "parked", 2: "todo"}
     assert [error.error_message for error in catalog.ledger.errors(limit=9, current_only=False)] == ["broken"] * 3
@@ -117,7 +121,7 @@ def test_each_further_try_waits_twice_as_long(database):
     waits = []
     for _ in range(3):
         before = datetime.now(UTC)
-        catalog.record_failures([failure(1)], run_id="r")
+        fail(catalog, [failure(1)])
         waits.append((catalog.ledger.entries(ALL)[1].not_before - before).total_seconds())
     assert [100 <= waits[0] <= 130, 200 <= waits[1] <= 255, 400 <= waits[2] <= 505] == [True, True, True]
     assert statuses(catalog) == {1: "waiting"}
@@ -127,22 +131,54 @@ def test_each_further_try_waits_twice_as_long(database):
 def test_a_permanent_failure_parks_at_once(database):
     database.create(ids=(1,))
     catalog = database.catalog()
-    assert catalog.record_failures([failure(1, permanent=True)], run_id="r") == {1: "parked"}
+    assert fail(catalog, [failure(1, permanent=True)]) == {1: "parked"}
     catalog.close()
 
 
 def test_a_changed_version_starts_the_count_of_tries_anew(database):
     database.create(ids=(1,))
     catalog = database.catalog(max_attempts=2)
-    catalog.record_failures([failure(1, version="1")], run_id="r")
-    assert catalog.record_failures([failure(1, version="2")], run_id="r") == {1: "failed"}
+    fail(catalog, [failure(1, version="1")])
+    assert fail(catalog, [failure(1, version="2")]) == {1: "failed"}
     catalog.close()
+
+
+def test_a_trigger_that_stamps_our_own_marks_does_not_make_a_row_look_new(database):
+    database.create()
+    database.insert(1, 2, updated_at=datetime(2025, 1, 1))
+    stamp_updates(database)
+    catalog = database.catalog(source_version_column="updated_at")
+    plan = catalog.plan(ALL, TODAY)
+    catalog.mark_extracted(plan, {1: 3}, "f1")
+    later = catalog.plan(ALL, TODAY)
+    assert later[1].source_version != plan[1].source_version
+    assert later[1].video.content_version == plan[1].video.content_version
+    catalog.mark_done(later, {1: 3}, TODAY)
+    assert statuses(catalog) == {1: "done", 2: "todo"}
+    database.execute("UPDATE insta_content SET path = 'new.mp4' WHERE id = 1")
+    assert statuses(catalog) == {1: "todo", 2: "todo"}
+    catalog.close()
+
+
+def stamp_updates(database):
+    """`updated_at` moves on by a day at each update of a row, as a trigger of the table's owner would have it."""
+    if "sqlite" in database.url:
+        database.execute(
+            "CREATE TRIGGER stamp AFTER UPDATE ON insta_content WHEN old.updated_at = new.updated_at BEGIN "
+            "UPDATE insta_content SET updated_at = datetime(updated_at, '+1 day') WHERE id = new.id; END"
+        )
+        return
+    database.execute(
+        "CREATE FUNCTION stamp() RETURNS trigger AS $$ BEGIN NEW.updated_at = OLD.updated_at + interval '1 day'; "
+        "RETURN NEW; END $$ LANGUAGE plpgsql"
+    )
+    database.execute("CREATE TRIGGER stamp BEFORE UPDATE ON insta_content FOR EACH ROW EXECUTE FUNCTION stamp()")
 
 
 def test_success_clears_what_failed_before(database):
     database.create(ids=(1,))
     catalog = database.catalog(retry_delay_seconds=0)
-    catalog.record_failures([failure(1)], run_id="r")
+    fail(catalog, [failure(1)])
     finish(catalog, 1)
     entry = catalog.ledger.entries(ALL)[1]
     assert (entry.state, entry.attempts, entry.not_before, entry.last_error) == ("done", 0, None, None)
@@ -173,7 +209,7 @@ def test_the_summary_counts_records_by_what_became_of_them(database):
     database.create(ids=(1, 2, 3, 4))
     catalog = database.catalog()
     finish(catalog, 1)
-    catalog.record_failures([failure(2, permanent=True), failure(3)], run_id="r")
+    fail(catalog, [failure(2, permanent=True), failure(3)])
     assert catalog.summary(ALL) == "1 done, 1 pending, 1 failed, 1 parked"
     assert catalog.status() == {
         "source_table": "insta_content",
@@ -186,4 +222,23 @@ def test_the_summary_counts_records_by_what_became_of_them(database):
         "pending": 1,
     }
     assert catalog.num_pending(ALL) == 1
+    catalog.close()
+
+
+def test_init_makes_the_partial_index_once(database):
+    database.create(ids=(1,))
+    catalog = database.catalog()
+    first = catalog.source.make_pending_index()
+    assert [first.state, catalog.source.make_pending_index().state] == ["made", "there"]
+    assert "WHERE (is_extracted IS NOT TRUE) OR (is_embedded IS NOT TRUE)" in first.sql
+    catalog.close()
+
+
+def test_without_the_right_to_alter_the_table_its_statement_is_told(database):
+    database.create(ids=(1,))
+    database.execute("CREATE VIEW good AS SELECT * FROM insta_content")
+    catalog = database.catalog(source_table="good")  # nobody can index a view
+    made = catalog.source.make_pending_index()
+    assert made.state == "refused"
+    assert made.sql.startswith("CREATE INDEX")
     catalog.close()

@@ -44,6 +44,7 @@ class Clip:
     shift: int = 0  # frames by which every time is moved
     drop: int = 0  # packets left out at the beginning
     from_keyframe: int = 0  # keyframe before which every packet is left out
+    hidden: int = 0  # before every such packet, a copy of it that is never displayed (VP8)
     matrix: tuple[int, int, int, int] | None = None
     aspect: Fraction | None = None
 
@@ -68,14 +69,13 @@ CLIPS = {
     "h264 turned by 90": Clip(matrix=(0, 1, -1, 0)),
     "h264 turned by 180": Clip(matrix=(-1, 0, 0, -1)),
     "h264 turned by 270": Clip(matrix=(0, -1, 1, 0)),
-    "h264 wide pixels": Clip(aspect=Fraction(2, 1)),
     "h264 one frame": Clip(frames=1),
     "h264 in AVI": Clip(name="clip.avi", options={"bf": "0"}),
     "hevc open GOP": Clip(codec="libx265", options=HEVC),
     "hevc open GOP in TS": Clip(codec="libx265", name="clip.ts", options=HEVC),
     "hevc cut out of a longer video": Clip(codec="libx265", from_keyframe=1, options=HEVC),
-    "vp8 with hidden frames": Clip(codec="libvpx", name="clip.webm", options=ALT_REF),
-    "vp9 with hidden frames": Clip(codec="libvpx-vp9", name="clip.webm", options=ALT_REF),
+    "vp8 with hidden frames": Clip(codec="libvpx", name="clip.webm", options=ALT_REF, hidden=5),
+    "vp9": Clip(codec="libvpx-vp9", name="clip.webm", options=ALT_REF),
     "av1": Clip(codec="libsvtav1", options=AV1),
     "mpeg2 with B-frames in TS": Clip(codec="mpeg2video", name="clip.ts", options={"bf": "2", "b": "2M"}),
     "mpeg2 in a program stream": Clip(codec="mpeg2video", name="clip.mpg", options={"bf": "2", "b": "2M"}),
@@ -86,6 +86,9 @@ CLIPS = {
     "ffv1 in Matroska": Clip(codec="ffv1", name="clip.mkv"),
     "gif": Clip(codec="gif", name="clip.gif", pix_fmt="rgb8", rate=20),
 }
+
+# Shown stretched, so that no plain full decode says what it looks like.
+STRETCHED = {"h264 wide pixels": Clip(aspect=Fraction(2, 1))}
 
 
 def picture(number: int, size: tuple[int, int]) -> np.ndarray:
@@ -123,10 +126,24 @@ def render_clip(path: Path, clip: Clip) -> Path:
             if clip.shift:
                 moved = round(clip.shift / clip.rate / packet.time_base)
                 packet.pts, packet.dts = packet.pts + moved, packet.dts + moved
+            if clip.hidden and packet.pts and not packet.is_keyframe and packet.pts % clip.hidden == 0:
+                container.mux(hide(packet))
             container.mux(packet)
     if clip.matrix is not None:
         turn(path, clip.matrix)
     return path
+
+
+def hide(packet: Any) -> Any:
+    """A copy of a VP8 packet whose frame changes the references and is never displayed: bit 4 is clear."""
+    import av
+
+    content = bytearray(bytes(packet))
+    content[0] &= ~0x10
+    copy = av.Packet(bytes(content))
+    copy.stream, copy.time_base = packet.stream, packet.time_base
+    copy.pts = copy.dts = packet.pts - 1
+    return copy
 
 
 def turn(path: Path, matrix: tuple[int, int, int, int]) -> None:
@@ -185,7 +202,7 @@ def clip_path(tmp_path_factory) -> Callable[[str], Path]:
 
     def give(name: str) -> Path:
         if name not in made:
-            clip = CLIPS[name]
+            clip = {**CLIPS, **STRETCHED}[name]
             made[name] = render_clip(tmp_path_factory.mktemp("clip") / clip.name, clip)
         return made[name]
 
@@ -225,10 +242,10 @@ def number_in() -> Callable[[np.ndarray], int]:
 
 @pytest.fixture
 def wait_until() -> Callable[..., None]:
-    """Waits until a condition holds, ten seconds at most."""
+    """Waits until a condition holds, a minute at most."""
 
     def wait(condition: Callable[[], bool]) -> None:
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while not condition():
             assert time.monotonic() < end, "it never came true"
             time.sleep(0.02)

@@ -68,7 +68,7 @@ def failure(outcome):
 
 
 def test_a_crash_a_hang_and_a_full_memory_cost_only_their_own_record():
-    outcomes = run("ok", "segfault", "ok", "hang", "fill", "exit", "ok", timeout_seconds=3.0)
+    outcomes = run("ok", "segfault", "ok", "hang", "fill", "exit", "ok", timeout_seconds=5.0)
     assert sorted(outcomes) == [0, 1, 2, 3, 4, 5, 6]
     assert all(outcomes[number].frames is not None for number in (0, 2, 6))
     crash, hang, fill, gone = (failure(outcomes[number]) for number in (1, 3, 4, 5))
@@ -76,7 +76,7 @@ def test_a_crash_a_hang_and_a_full_memory_cost_only_their_own_record():
     assert crash.message.startswith("Record 1: Video 'segfault' ended its worker process (killed by SIGSEGV)")
     assert "libcodec: bad pointer" in crash.details
     assert hang.error_type == "DecodeTimeoutError"
-    assert hang.message.startswith("Record 3: Video 'hang' was not decoded within 3 s")
+    assert hang.message.startswith("Record 3: Video 'hang' was not decoded within 5 s")
     assert fill.error_type == "DecodeMemoryError"
     assert fill.message.startswith("Record 4: Video 'fill' needs more than the 2147483648 bytes")
     assert gone.message.startswith("Record 5: Video 'exit' ended its worker process (exit code 3)")
@@ -216,7 +216,7 @@ def test_real_videos_are_decoded_and_broken_ones_explained(clip_path, tmp_path):
     work = [
         DecodeJob(41, "", str(clip_path("h264 open GOP in TS"))),
         DecodeJob(42, "", str(tmp_path / "torn.mp4")),
-        DecodeJob(43, "", str(clip_path("vp9 with hidden frames")), decoder="decord"),
+        DecodeJob(43, "", str(clip_path("vp9")), decoder="decord"),
     ]
     real = PoolOptions(workers=2, timeout_seconds=60.0, memory_bytes=2**32)
     outcomes = {decoded.outcome.record_id: decoded.outcome for decoded in decode_all(work, real)}

@@ -3,7 +3,10 @@ import logging
 import numpy as np
 import pytest
 
+from extraction_dagster.errors import VideoTooLargeError
+from extraction_dagster.stages.decode.container import open_video
 from extraction_dagster.stages.decode.decoder import DecodeLimits
+from extraction_dagster.stages.decode.packets import read_packets
 from extraction_dagster.stages.decode.pyav_decoder import PyAVDecoder
 from extraction_dagster.stages.decode.sampling import Sampling
 from extraction_dagster.stages.decode.sequential import decode_sequentially, display_times
@@ -36,15 +39,11 @@ def assert_exact(video, truth, turn=0):
     "sampling", [Sampling("uniform", num_frames=16), Sampling("fps", fps=5.0)], ids=lambda s: s.mode
 )
 def test_pixels_and_times_equal_those_of_a_full_decode(sampling, clip_name, clip_path, truth_of):
-    if clip_name == "h264 wide pixels":
-        pytest.skip("its pictures are stretched; see the next test")
     video = decode(clip_path(clip_name), sampling=sampling)
     assert_exact(video, truth_of(clip_name), UPRIGHT.get(clip_name, 0))
 
 
 def test_decoding_from_the_beginning_gives_the_same_frames(clip_name, clip_path, truth_of):
-    if clip_name == "h264 wide pixels":
-        pytest.skip("its pictures are stretched")
     sampling = Sampling("uniform", num_frames=16)
     video = decode_sequentially(clip_path(clip_name), sampling, 500, DecodeLimits())
     assert_exact(video, truth_of(clip_name), UPRIGHT.get(clip_name, 0))
@@ -82,6 +81,16 @@ def test_a_file_too_large_to_keep_is_read_twice_with_the_same_result(clip_name, 
     kept, reread = decode(clip_path(clip_name)), decode(clip_path(clip_name), max_packet_bytes=1)
     assert np.array_equal(kept.frames.data, reread.frames.data)
     assert kept.frames.pts_seconds.tolist() == reread.frames.pts_seconds.tolist()
+
+
+def test_packets_past_the_limit_are_not_kept(clip_path):
+    size = clip_path("h264").stat().st_size
+    for max_bytes, kept in ((size + 48 * 2048, 48), (size // 2, None)):
+        limits = DecodeLimits(max_packet_bytes=max_bytes)
+        with open_video(clip_path("h264"), limits) as video:
+            index = read_packets(video, limits)
+        assert len(index) == 48
+        assert (None if index.kept is None else len(index.kept)) == kept
 
 
 def test_damaged_frames_are_those_of_a_full_decode_and_flagged(clip_path, tmp_path):
@@ -146,6 +155,20 @@ def test_a_change_of_resolution_and_clock_in_mid_stream_goes_on(tmp_path, render
     numbers = [number_in(image) for image in video.frames.data]
     assert numbers == [*range(36), *range(36)]
     assert video.frames.pts_seconds[-1] == pytest.approx(71 / 24, abs=0.1)
+
+
+def test_pictures_that_grow_past_the_limit_in_mid_stream_are_never_decoded(tmp_path, render):
+    first = render(tmp_path / "a.ts", frames=36)
+    second = render(tmp_path / "b.ts", frames=36, size=(320, 224))
+    joined = tmp_path / "joined.ts"
+    joined.write_bytes(first.read_bytes() + second.read_bytes())
+    try:
+        video = decode(joined, sampling=Sampling("fps", fps=24.0), max_pixels=200 * 120)
+    except VideoTooLargeError as error:
+        assert "is 320x224" in str(error)  # noqa: PT017 - which of the two sizes the probe sees first is its own affair
+        return
+    assert video.frames.frame_number.tolist() == list(range(36))
+    assert "packets did not decode" in (video.partial or "")
 
 
 def test_a_still_that_lasts_as_long_as_claimed_is_not_partial(tmp_path):

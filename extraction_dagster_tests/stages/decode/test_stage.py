@@ -118,32 +118,19 @@ def test_an_interruption_yields_the_finished_videos_then_goes_on(clip_path, sett
     assert done == landed_ids(store)
 
 
-def test_closing_early_keeps_the_finished_videos_and_says_so(clip_path, settings, store):
-    fetched, said = [], []
+def test_closing_early_has_reported_everything_that_is_stored(clip_path, settings, store):
+    fetched = []
 
     def fetch(row):
         fetched.append(row.record_id)
         return Path(row.uri)
 
-    few = settings.model_copy(update={"shard_records": 2, "decode_workers": 1})
-    outcomes = decode_rows(
-        rows(clip_path, 50), store=store, partition=RANGE, settings=few, fetch=fetch, on_close=said.append
-    )
-    first = next(outcomes)
+    few = settings.model_copy(update={"shard_records": 2})
+    outcomes = decode_rows(rows(clip_path, 50), store=store, partition=RANGE, settings=few, fetch=fetch)
+    reported = [record.record_id for record in next(outcomes).shard.records]
     outcomes.close()
-    assert len(fetched) < 50
-    reported = [record.record_id for shard in [first, *said] for record in shard.shard.records]
     assert sorted(reported) == landed_ids(store)
-
-
-def test_an_error_in_the_callers_loop_reaches_on_close(clip_path, settings, store):
-    said = []
-    few = settings.model_copy(update={"shard_records": 2, "decode_workers": 1})
-    work = [*rows(clip_path, 2), VideoRow(3, "missing.mp4"), *rows(clip_path, 0)]
-    outcomes = decode_rows(work, store=store, partition=RANGE, settings=few, on_close=said.append)
-    assert next(outcomes).num_videos == 2
-    outcomes.close()
-    assert [failure.record_id for shard in said for failure in shard.failures] in ([], [3])
+    assert len(fetched) <= 5
 
 
 def test_a_store_that_refuses_is_an_error_and_the_rows_stay_to_be_done(clip_path, settings, tmp_path):

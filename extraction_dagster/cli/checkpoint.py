@@ -1,0 +1,141 @@
+"""`extraction checkpoint`: look at the cursor and its mirror, and say where to start."""
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.table import Table
+
+from extraction_dagster.checkpoint.cursor import CursorState
+from extraction_dagster.checkpoint.legacy import read_legacy_checkpoint
+from extraction_dagster.checkpoint.mirrors import make_mirror
+from extraction_dagster.checkpoint.requests import Requests
+from extraction_dagster.cli import console
+from extraction_dagster.errors import ExtractionError
+from extraction_dagster.settings import Settings, load_settings
+from extraction_dagster.stages.catalog.catalog import Catalog, open_catalog
+
+app = typer.Typer(no_args_is_help=True, help="Look at the checkpoint, or say where to start.")
+
+
+@app.command()
+def show(*, as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False) -> None:
+    """Show the cursor, its mirror and the requests that wait for the next tick."""
+    from extraction_dagster.defs.cursor_store import CursorStore
+    from extraction_dagster.defs.launching import open_instance
+
+    settings = load_settings()
+    with open_catalog(settings) as catalog, open_instance(settings) as instance:
+        document = _document(settings, catalog, CursorStore(instance).read())
+    if as_json:
+        console.print_json(document)
+        return
+    table = Table(show_header=False)
+    for name, value in document.items():
+        table.add_row(name.replace("_", " "), "-" if value in (None, []) else str(value))
+    console.out.print(table)
+
+
+def _document(settings: Settings, catalog: Catalog, stored: str | None) -> dict[str, Any]:
+    document: dict[str, Any] = dict.fromkeys(
+        ("last_processed_id", "frontier_id", "floor_id", "reset_epoch", "updated_at", "cursor_error")
+    )
+    if stored:
+        try:
+            state = CursorState.from_json(stored, source=catalog.source.identity)
+        except ExtractionError as error:
+            document["cursor_error"] = str(error)
+        else:
+            document |= {name: getattr(state, name) for name in list(document)[:4]}
+            document["updated_at"] = f"{state.updated_at:%Y-%m-%dT%H:%M:%SZ}"
+    mirror = make_mirror(settings, catalog.state_engine)
+    reading = mirror.read() if mirror else None
+    document |= {
+        "mirror": mirror.name if mirror else None,
+        "mirror_state": reading.state if reading else None,
+        "mirror_last_processed_id": reading.last_processed_id if reading else None,
+        "requests_waiting": [
+            f"set {request.value}" if request.kind == "set" else "reset"
+            for request in Requests(catalog.state_engine).waiting()
+        ],
+    }
+    return document
+
+
+@app.command("set")
+def set_(
+    last_processed_id: Annotated[int, typer.Argument(metavar="ID", min=-(2**63), max=2**63 - 1)],
+    *,
+    reprocess: Annotated[bool, typer.Option("--reprocess", help="Rows above ID that are done are done again.")] = False,
+) -> None:
+    """Start after ID: rows at or below are left alone, rows above are processed; done ones stay done."""
+    settings = load_settings()
+    with open_catalog(settings) as catalog:
+        if reprocess:
+            catalog.reprocess_after(last_processed_id)
+        _ask(settings, catalog, "set", last_processed_id)
+
+
+@app.command()
+def reset(
+    *,
+    storage: Annotated[
+        Literal["all", "cursor", "json", "table"], typer.Option(help="What to reset; a mirror alone is rewritten anew.")
+    ] = "all",
+) -> None:
+    """Start from the beginning: every row that is not done is processed; done ones stay done."""
+    settings = load_settings()
+    with open_catalog(settings) as catalog:
+        if storage in {"json", "table"}:
+            mirrored = settings.model_copy(update={"checkpoint_mirror": storage})
+            mirror = make_mirror(mirrored, catalog.state_engine)
+            if mirror is not None:
+                mirror.write(None, now=datetime.now(UTC))
+                console.out.print(f"Cleared {mirror.name}; the next tick writes the watermark anew where it is used.")
+            return
+        _ask(settings, catalog, "reset", None)
+
+
+@app.command("import")
+def import_(
+    source: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="The file; the table extraction_checkpoint when left out.")
+    ] = None,
+) -> None:
+    """Start where the earlier script stopped: read its checkpoint file or table, and set it."""
+    settings = load_settings()
+    with open_catalog(settings) as catalog:
+        last_processed_id = read_legacy_checkpoint(source, catalog.state_engine)
+        _ask(settings, catalog, "set", last_processed_id)
+
+
+def _ask(settings: Settings, catalog: Catalog, kind: Literal["set", "reset"], value: int | None) -> None:
+    """Leave a request for the next tick; apply it at once where no daemon ticks."""
+    from extraction_dagster.defs.cursor_store import CursorStore
+    from extraction_dagster.defs.launching import open_instance
+
+    requests = Requests(catalog.state_engine)
+    requests.add(kind, value)
+    what = "from the beginning" if value is None else f"after ID {value}"
+    with open_instance(settings) as instance:
+        store = CursorStore(instance)
+        if store.is_ticking():
+            console.out.print(f"The next tick of the sensor starts {what}.")
+            return
+        now, source = datetime.now(UTC), catalog.source.identity
+        state = _usable(store.read(), source) or CursorState.first(source, now=now)
+        state = requests.apply(state, now=now)
+        store.write(state.to_json())
+        requests.apply(state, now=now)  # it is stored: the request is consumed
+    console.out.print(f"Processing starts {what}.")
+    console.out.print(json.dumps({"last_processed_id": state.last_processed_id, "floor_id": state.floor_id}))
+
+
+def _usable(stored: str | None, source: str) -> CursorState | None:
+    """The stored state; None when there is none that can be used, which is what a reset is for."""
+    try:
+        return CursorState.from_json(stored, source=source) if stored else None
+    except ExtractionError:
+        return None

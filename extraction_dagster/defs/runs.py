@@ -1,0 +1,106 @@
+"""Runs of ranges, as a tick asks for them; every look-up costs the same whatever the number of partitions."""
+
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+
+import dagster as dg
+
+from extraction_dagster.checkpoint.planner import History
+from extraction_dagster.defs.partitions import PROCESS_TAG, is_dead
+from extraction_dagster.errors import PartitionKeyError
+from extraction_dagster.records import IdRange
+
+PARTITION_TAG = "dagster/partition"
+_RANGE_TAGS = ("dagster/asset_partition_range_start", "dagster/asset_partition_range_end")
+_ACTIVE = [
+    dg.DagsterRunStatus.NOT_STARTED,
+    dg.DagsterRunStatus.QUEUED,
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+    dg.DagsterRunStatus.CANCELING,
+]
+_ENDED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
+_LOOK_BACK = 12
+_RATE_SAMPLE = 20
+
+
+def active_runs(instance: dg.DagsterInstance) -> list[dg.DagsterRun]:
+    """Every run that is queued or works, of ranges or not."""
+    return list(instance.get_runs(dg.RunsFilter(statuses=_ACTIVE)))
+
+
+def bury_dead_runs(instance: dg.DagsterInstance) -> None:
+    """End the runs whose process was killed, and free the pool slots that they held.
+
+    Without this, a run whose worker and whose code server were both killed would keep its range and its slots for ever.
+    """
+    for run in active_runs(instance):
+        if is_dead(run.tags.get(PROCESS_TAG, "")):
+            instance.report_run_failed(
+                run, "Its process is gone. Its range is asked for again and goes on where it was."
+            )
+            instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+
+
+class InstanceRuns:
+    """Answers a tick from a Dagster instance."""
+
+    def __init__(self, instance: dg.DagsterInstance) -> None:
+        """Ask this instance."""
+        self._instance = instance
+
+    def active(self) -> list[IdRange]:
+        """Ranges that have an active run, whoever launched it."""
+        bury_dead_runs(self._instance)
+        return [id_range for run in active_runs(self._instance) if (id_range := range_of(run)) is not None]
+
+    def partitions(self) -> Iterator[IdRange]:
+        """Every range there is."""
+        return _valid(self._instance.get_dynamic_partitions("id_ranges"))
+
+    def history(self, id_range: IdRange) -> History:
+        """The ended runs of a range."""
+        wanted = dg.RunsFilter(tags={PARTITION_TAG: id_range.partition_key}, statuses=_ENDED)
+        records = self._instance.get_run_records(wanted, limit=_LOOK_BACK)
+        if not records:
+            return History()
+        statuses = [record.dagster_run.status for record in records]
+        failures = next(
+            (n for n, status in enumerate(statuses) if status != dg.DagsterRunStatus.FAILURE), len(statuses)
+        )
+        newest = records[0]
+        ended_at = newest.end_time or newest.update_timestamp.replace(tzinfo=UTC).timestamp()
+        return History(failures_in_a_row=failures, ended_at=datetime.fromtimestamp(ended_at, UTC))
+
+
+def range_of(run: dg.DagsterRun) -> IdRange | None:
+    """The range that a run works on; of a run over several partitions, from the first id to the last."""
+    keys = [run.tags[tag] for tag in (PARTITION_TAG, *_RANGE_TAGS) if tag in run.tags]
+    ranges = list(_valid(keys))
+    if not ranges:
+        return None
+    return IdRange(min(item.first_id for item in ranges), max(item.last_id for item in ranges))
+
+
+def _valid(keys: Sequence[str]) -> Iterator[IdRange]:
+    """Keys that are ranges; somebody may have added another by hand."""
+    for key in keys:
+        try:
+            yield IdRange.parse(key)
+        except PartitionKeyError:
+            continue
+
+
+def recent_rate(instance: dg.DagsterInstance) -> float | None:
+    """Videos a second over the newest materializations of the last asset that indexed any; None before two of them."""
+    records = instance.fetch_materializations(dg.AssetKey("qdrant_points"), limit=_RATE_SAMPLE).records
+    made: list[tuple[float, int]] = []
+    for record in records:
+        materialization = record.asset_materialization
+        videos = materialization.metadata.get("videos") if materialization else None
+        if videos is not None and isinstance(videos.value, int) and videos.value:
+            made.append((record.timestamp, videos.value))
+    if len(made) < 2 or made[0][0] <= made[-1][0]:  # noqa: PLR2004 - a rate needs two points in time
+        return None
+    # The oldest one only says when counting begins.
+    return round(sum(videos for _, videos in made[:-1]) / (made[0][0] - made[-1][0]), 3)

@@ -1,0 +1,47 @@
+"""The cursor sensor: finds new rows, requests runs, and keeps the last processed ID in Dagster's cursor store."""
+
+from datetime import UTC, datetime
+
+import dagster as dg
+
+from extraction_dagster.checkpoint.tick import Memory, tick
+from extraction_dagster.defs.cursor_store import SENSOR_NAME
+from extraction_dagster.defs.jobs import extraction_job
+from extraction_dagster.defs.partitions import FLOOR_TAG, id_ranges
+from extraction_dagster.defs.resources import Extraction
+from extraction_dagster.defs.runs import PARTITION_TAG, InstanceRuns
+from extraction_dagster.settings import load_settings
+
+_memory = Memory()
+
+
+@dg.sensor(
+    name=SENSOR_NAME,
+    job=extraction_job,
+    minimum_interval_seconds=load_settings().sensor_interval_seconds,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Turns rows that are not done into runs of ranges. Its cursor says how far every row is done.",
+)
+def extraction_sensor(context: dg.SensorEvaluationContext, extraction: Extraction) -> dg.SensorResult:
+    """Tick once."""
+    runs = InstanceRuns(context.instance)
+    with extraction.catalog() as catalog:
+        ticked = tick(catalog, runs, context.cursor, _memory, now=datetime.now(UTC))
+    for notice in ticked.notices:
+        getattr(context.log, notice.level)(notice.text)
+    new = [request.id_range.partition_key for request in ticked.requests if request.is_new]
+    tags = {"dagster/max_runtime_seconds": str(extraction.settings.max_run_seconds)}
+    if ticked.cursor.floor_id is not None:
+        tags[FLOOR_TAG] = str(ticked.cursor.floor_id)
+    return dg.SensorResult(
+        run_requests=[
+            dg.RunRequest(
+                run_key=request.run_key,
+                partition_key=request.id_range.partition_key,
+                tags={**tags, PARTITION_TAG: request.id_range.partition_key},
+            )
+            for request in ticked.requests
+        ],
+        dynamic_partitions_requests=[id_ranges.build_add_request(new)] if new else [],
+        cursor=ticked.cursor.to_json(),
+    )

@@ -1,0 +1,98 @@
+"""What we rely on in PyAV, libav and decord: a failure here reads "the dependency changed"."""
+
+import errno
+
+import numpy as np
+import pytest
+
+
+def packets(path):
+    import av
+
+    with av.open(str(path)) as container:
+        return [packet for packet in container.demux(video=0) if packet.size]
+
+
+def test_libavformat_refuses_a_format_off_the_whitelist_with_einval(clip_path):
+    import av
+
+    with pytest.raises(av.error.ArgumentError, match="Invalid argument") as raised:
+        av.open(f"file:{clip_path('h264')}", options={"format_whitelist": "matroska,webm"})
+    assert raised.value.errno == errno.EINVAL
+
+
+def test_libavformat_marks_packets_outside_of_the_edit_list(clip_path):
+    # 17 frames are cut away; those before the keyframe at 12 are not even read.
+    found = packets(clip_path("h264 edit list"))
+    assert sum(packet.is_discard for packet in found) == 5
+    assert all(packet.pts < 0 for packet in found if packet.is_discard)
+
+
+def test_libavformat_marks_the_keyframes_of_open_groups(clip_path):
+    found = packets(clip_path("h264 open GOP"))
+    assert [packet.pts // 512 for packet in found if packet.is_keyframe] == [0, 12, 24, 36]
+
+
+def test_vp8_hides_frames_in_packets_of_their_own_whose_bit_4_says_so(clip_path):
+    found = packets(clip_path("vp8 with hidden frames"))
+    assert len(found) > 48
+    assert sum(memoryview(packet)[0] >> 4 & 1 for packet in found) == 48
+
+
+@pytest.mark.parametrize("clip", ["h264 with B-frames", "hevc open GOP"])
+def test_libavcodec_skips_frames_without_referrers_and_gives_the_others_unchanged(clip, clip_path):
+    import av
+
+    pictures = []
+    for skip in ("DEFAULT", "NONREF"):
+        with av.open(str(clip_path(clip))) as container:
+            context = container.streams.video[0].codec_context
+            context.thread_count, context.skip_frame = 1, skip
+            pictures.append({frame.pts: frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)})
+    every, referred = pictures
+    assert 0 < len(referred) < len(every) == 48
+    assert all(np.array_equal(picture, every[pts]) for pts, picture in referred.items())
+
+
+def test_libavcodec_takes_a_pixel_limit_as_a_codec_option(clip_path):
+    import av
+
+    with av.open(str(clip_path("h264"))) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.options = {"max_pixels": "1000"}
+        with pytest.raises(av.error.FFmpegError, match=r"Invalid|result|range"):
+            list(container.decode(stream))
+
+
+def test_pyav_gives_the_display_matrix_with_each_frame(clip_path):
+    import av
+
+    with av.open(str(clip_path("h264 turned by 90"))) as container:
+        frame = next(container.decode(video=0))
+    matrix = np.frombuffer(bytes(frame.side_data.get("DISPLAYMATRIX")), np.int32)
+    assert matrix[:5].tolist() == [0, 65536, 0, -65536, 0]
+    assert frame.rotation == -90
+
+
+def reader(path, **fields):
+    import decord
+
+    return decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1, **fields)
+
+
+def test_decord_counts_time_from_the_first_frame_in_single_precision(clip_path):
+    spans = np.asarray(reader(clip_path("h264 late start")).get_frame_timestamp([0, 1]))
+    assert spans.dtype == np.float32
+    assert spans[:, 0].tolist() == pytest.approx([0.0, 1 / 24], abs=2e-3)
+
+
+def test_decord_turns_and_scales_to_the_size_as_shown(clip_path):
+    turned = reader(clip_path("h264 turned by 90"), width=56, height=80).get_batch([0]).asnumpy()
+    assert turned.shape == (1, 80, 56, 3)
+
+
+def test_decord_refuses_some_narrow_frames(clip_path):
+    import decord
+
+    with pytest.raises(decord.DECORDError, match="size must exactly match"):
+        reader(clip_path("h264"), width=96, height=64).get_batch([0])
