@@ -13,7 +13,7 @@ from extraction_dagster.stages.catalog.ledger import Ledger, LedgerEntry, State
 from extraction_dagster.stages.catalog.source_table import SourceRow, SourceTable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     import sqlalchemy as sa
 
@@ -231,6 +231,27 @@ class Catalog:
             max_attempts=self.settings.max_attempts,
             retry_delay_seconds=self.settings.retry_delay_seconds,
         )
+
+    def request_again(self, record_ids: Sequence[int]) -> None:
+        """Make records pending whose points are not there; stored frames and vectors are used again.
+
+        The mark is cleared first: a crash in between leaves a cleared mark, which is pending as well.
+        """
+        entries = [
+            {"record_id": record_id, "state": "todo", "attempts": 0, "not_before": None} for record_id in record_ids
+        ]
+        if not self.settings.source_read_only and not self.one_database:
+            with writing(self.source_engine, what=f"mark rows of {self.source.name!r}") as connection:
+                self.source.unmark(connection, record_ids)
+        with writing(self.state_engine, what="write the ledger") as connection:
+            self.ledger.upsert(connection, entries)
+            if self.one_database:
+                self.source.unmark(connection, record_ids)
+
+    def forget(self, record_ids: Sequence[int]) -> None:
+        """Forget records that were deleted from the source table."""
+        with writing(self.state_engine, what="write the ledger") as connection:
+            self.ledger.remove(connection, record_ids)
 
     def reprocess_after(self, after_id: int) -> None:
         """Make every row above an id due again, whatever became of it."""

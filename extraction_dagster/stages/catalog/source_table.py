@@ -172,6 +172,25 @@ class SourceTable:
             for row in connection.execution_options(yield_per=1000).execute(query).mappings():
                 yield self._source_row(row)
 
+    def rows_of(self, record_ids: Iterable[int]) -> Iterator[SourceRow]:
+        """The eligible ones of these rows."""
+        version = sa.literal("") if self._version is None else self._version
+        query = sa.select(*self._needed_columns(), version.label(_VERSION_LABEL)).where(self.eligible)
+        with reading(self._engine, what=f"read source table {self.name!r}") as connection:
+            for chunk in chunks(list(record_ids)):
+                for row in connection.execute(query.where(self.id.in_(chunk))).mappings():
+                    yield self._source_row(row)
+
+    def existing(self, record_ids: Iterable[int]) -> set[int]:
+        """Which of these rows there are, eligible or not."""
+        query = sa.select(self.id)
+        with reading(self._engine, what=f"read source table {self.name!r}") as connection:
+            return {
+                int(record_id)
+                for chunk in chunks(list(record_ids))
+                for record_id in connection.execute(query.where(self.id.in_(chunk))).scalars()
+            }
+
     def extent(self) -> tuple[int, int] | None:
         """The least and the greatest id of the eligible rows; None when there is none."""
         query = sa.select(sa.func.min(self.id), sa.func.max(self.id)).where(self.eligible)
@@ -245,6 +264,15 @@ class SourceTable:
         marks = {column.name: False for column in (self._extracted, self._embedded) if column is not None}
         if marks and not self._settings.source_read_only:
             connection.execute(sa.update(self.table).where(self.id > after_id).values(marks))
+
+    def unmark(self, connection: sa.Connection, record_ids: Sequence[int]) -> None:
+        """Clear the last mark of these rows: their points are not there, their frames may be."""
+        column = self._embedded if self._embedded is not None else self._extracted
+        if column is None or self._settings.source_read_only:
+            return
+        statement = sa.update(self.table).values({column.name: False})
+        for chunk in chunks(record_ids):
+            connection.execute(statement.where(self.id.in_(chunk)))
 
     def _needed_columns(self) -> list[sa.Column[Any]]:
         optional = (self._platform, self._code, self._extracted, self._embedded)
