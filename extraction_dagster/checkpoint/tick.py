@@ -165,7 +165,7 @@ def _sweep(catalog: Catalog, cursor: CursorState, memory: Memory, *, sweep_all: 
     Otherwise each row is compared with the ledger, a part of the table in each tick.
     """
     settings, source = catalog.settings, catalog.source
-    every_row = source.has_version or not source.has_marks or settings.source_read_only
+    every_row = source.has_version or not source.has_marks
     if cursor.last_processed_id is None or not (
         sweep_all or every_row or memory.ticks % settings.sweep_every_ticks == 0
     ):

@@ -320,7 +320,7 @@ class Catalog:
             return
         with writing(self.state_engine, what="write the ledger") as connection:
             write(connection, versions)
-        if self.settings.source_read_only:
+        if not self.source.has_marks:
             return
         with writing(self.source_engine, what=f"mark rows of {self.source.name!r}") as connection:
             stamped = self.source.mark(connection, versions, step=step)

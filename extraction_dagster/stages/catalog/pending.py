@@ -104,7 +104,7 @@ def _heads(  # noqa: PLR0913 - the window, and how to look through it
 ) -> list[_Head]:
     """The rows of a window that may be unfinished, in ascending order of ids; at most `budget`."""
     source = catalog.source
-    condition = None if every_row or catalog.settings.source_read_only else source.unmarked
+    condition = None if every_row else source.unmarked
     query = source.heads(only=condition).where(source.id.between(low, high)).limit(budget)
     heads = {int(record_id): (version, done) for record_id, version, done in connection.execute(query)}
     if condition is not None:

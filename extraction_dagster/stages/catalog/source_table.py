@@ -80,8 +80,14 @@ class SourceTable:
         version = self._optional(settings.source_version_column, "EXTRACTION_SOURCE_VERSION_COLUMN")
         # As text, made by the database: one form for reading and for comparing, whoever wrote the value and how.
         self._version = None if version is None else sa.func.coalesce(sa.cast(version, sa.Text), "")
-        self._extracted = self._mark(settings.source_extracted_column, "EXTRACTION_SOURCE_EXTRACTED_COLUMN")
-        self._embedded = self._mark(settings.source_embedded_column, "EXTRACTION_SOURCE_EMBEDDED_COLUMN")
+        # Marks that we may not set say nothing of what we did: on a read-only source the ledger alone knows.
+        extracted, embedded = (
+            (None, None)
+            if settings.source_read_only
+            else (settings.source_extracted_column, settings.source_embedded_column)
+        )
+        self._extracted = self._mark(extracted, "EXTRACTION_SOURCE_EXTRACTED_COLUMN")
+        self._embedded = self._mark(embedded, "EXTRACTION_SOURCE_EMBEDDED_COLUMN")
         self.eligible: sa.ColumnElement[bool] = (
             build_predicate(settings.source_predicate, self.table) if settings.source_predicate else sa.true()
         )
@@ -108,7 +114,7 @@ class SourceTable:
     def make_pending_index(self) -> PendingIndex:
         """Create the partial index unless it is there; PostgreSQL builds it without blocking writers."""
         index = self.pending_index()
-        if index is None or self._settings.source_read_only:
+        if index is None:
             return PendingIndex("not needed", "")
         sql = " ".join(str(CreateIndex(index).compile(dialect=self._engine.dialect)).split())
         with reading(self._engine, what=f"read source table {self.name!r}") as connection:
@@ -212,7 +218,7 @@ class SourceTable:
 
     def count_unmarked(self) -> int | None:
         """The number of eligible rows that are not marked as done; None without mark columns."""
-        if self.unmarked is None or self._settings.source_read_only:
+        if self.unmarked is None:
             return None
         query = sa.select(sa.func.count()).select_from(self.table).where(self.unmarked, self.eligible)
         with reading(self._engine, what=f"read source table {self.name!r}") as connection:
@@ -241,7 +247,7 @@ class SourceTable:
             The version of each marked row as it is now: a trigger may have stamped the update.
         """
         column = self._extracted if step == "extracted" else self._embedded
-        if column is None or self._settings.source_read_only:
+        if column is None:
             return dict(versions)
         statement = sa.update(self.table).values({column.name: True})
         if self._version is None:
@@ -262,7 +268,7 @@ class SourceTable:
     def clear_marks(self, connection: sa.Connection, after_id: int) -> None:
         """Clear the marks of every row above an id."""
         marks = {column.name: False for column in (self._extracted, self._embedded) if column is not None}
-        if marks and not self._settings.source_read_only:
+        if marks:
             connection.execute(sa.update(self.table).where(self.id > after_id).values(marks))
 
     def unmark(self, connection: sa.Connection, record_ids: Sequence[int]) -> None:

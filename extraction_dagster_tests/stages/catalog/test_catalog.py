@@ -191,6 +191,7 @@ def test_state_in_another_database_never_touches_a_read_only_source(database, tm
     state = f"sqlite:///{tmp_path}/state.db"
     catalog = database.catalog(source_read_only=True, state_url=SecretStr(state))
     finish(catalog, 1)
+    assert statuses(catalog) == {1: "done"}
     assert database.rows("SELECT is_extracted, is_embedded FROM insta_content") in ([(0, 0)], [(False, False)])
     names = "SELECT name FROM sqlite_master" if "sqlite" in database.url else "SELECT tablename FROM pg_tables"
     assert not [name for (name,) in database.rows(names) if name.startswith("extraction_")]
