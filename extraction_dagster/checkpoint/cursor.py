@@ -99,7 +99,7 @@ def _parse(text: str) -> dict[str, Any]:
         raise CursorError(f"it is no JSON object: {error}") from None
     if not isinstance(values, dict):
         raise CursorError(f"it is a JSON {type(values).__name__}, expected an object")
-    if values.get("v") != _VERSION or isinstance(values.get("v"), bool):
+    if type(values.get("v")) is not int or values["v"] != _VERSION:
         raise CursorError(f"it has version {values.get('v')!r}, expected {_VERSION}")
     if set(values) != _KEYS:
         raise CursorError(f"it has the keys {sorted(values)}, expected {sorted(_KEYS)}")

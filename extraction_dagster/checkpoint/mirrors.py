@@ -143,6 +143,9 @@ _ONE_ROW = sa.text(
 )
 
 
+_WRITERS_LOCK = 0x636865636B70
+
+
 class TableMirror:
     """The table `extraction_checkpoint(id BIGINT PRIMARY KEY, updated_at TIMESTAMPTZ)`, exactly one row."""
 
@@ -162,12 +165,16 @@ class TableMirror:
             raise MirrorError(self.name, "read", str(error)) from error
         if len(ids) > 1:
             return Reading("corrupt", why="it has more than one row")
-        return Reading("ok", int(ids[0])) if ids else Reading("missing")
+        if ids and type(ids[0]) is not int:  # SQLite keeps anything in any column
+            return Reading("corrupt", why="its id is no integer")
+        return Reading("ok", ids[0]) if ids else Reading("missing")
 
     def write(self, last_processed_id: int | None, *, now: datetime) -> None:
         """Replace the row in one transaction; no row when there is no watermark."""
         try:
             with writing(self._engine, what="write the checkpoint table") as connection:
+                if connection.dialect.name == "postgresql":  # two that write at once would wait for each other for ever
+                    connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_WRITERS_LOCK)))
                 CHECKPOINT_TABLE.create(connection, checkfirst=True)
                 connection.execute(sa.delete(CHECKPOINT_TABLE))
                 connection.execute(_ONE_ROW)

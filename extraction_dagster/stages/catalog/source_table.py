@@ -338,6 +338,8 @@ class SourceTable:
         return self._column(name, setting) if name else None
 
     def _mark(self, name: str | None, setting: str) -> sa.Column[Any] | None:
+        if self._settings.source_read_only:
+            return None  # nobody sets them: the ledger alone says what is done
         column = self._optional(name, setting)
         if column is not None and not isinstance(column.type, sa.Boolean):
             raise SourceTableError(
