@@ -202,7 +202,7 @@ def demo_videos(demo_folder):
     return make_videos(demo_folder)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # its event loop would disturb Dagster's in the modules that follow
 def browser():
     """A real, headless Chromium; the build without a user interface of its own where it is there: it costs less."""
     names = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")

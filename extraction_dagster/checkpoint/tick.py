@@ -118,7 +118,13 @@ def tick(  # noqa: PLR0913 - what it sees, and how it is asked
         history=runs.history,
     )
     wait = 0.0 if impatient else settings.max_wait_seconds
-    rules = Rules(settings.batch_size, settings.max_in_flight, wait, backs_off=not impatient)
+    rules = Rules(
+        batch_size=settings.batch_size,
+        max_in_flight=settings.max_in_flight,
+        max_wait_seconds=wait,
+        backs_off=not impatient,
+        retry_delay_seconds=settings.run_retry_delay_seconds,
+    )
     planned = plan_tick(before, seen, rules, memory.patience, now=now)
     memory.ticks += 1
     notices = [] if mirror is None else follow(mirror, planned.cursor.last_processed_id, now=now)

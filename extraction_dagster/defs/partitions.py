@@ -10,6 +10,7 @@ import psutil
 from extraction_dagster.records import IdRange
 
 PROCESS_TAG = "extraction/process"
+PROCESS_RUN_TAG = "extraction/process_run"  # a retry inherits its parent's tags: this one says whose process it is
 FLOOR_TAG = "extraction/floor"
 id_ranges = dg.DynamicPartitionsDefinition(name="id_ranges")
 
@@ -24,8 +25,9 @@ def register(context: dg.AssetExecutionContext) -> IdRange:
     """
     id_range = IdRange.parse(context.partition_key)
     add_ranges(context.instance, [id_range])
-    if not context.run.tags.get(PROCESS_TAG, "").startswith(context.run_id):  # a retry inherits its parent's tags
-        context.instance.add_run_tags(context.run_id, {PROCESS_TAG: process_tag(context.run_id)})
+    tags = process_tags(context.run_id)
+    if not tags.items() <= context.run.tags.items():
+        context.instance.add_run_tags(context.run_id, tags)
     return id_range
 
 
@@ -40,16 +42,18 @@ def add_ranges(instance: dg.DagsterInstance, ranges: Iterable[IdRange]) -> None:
     instance.add_dynamic_partitions("id_ranges", [id_range.partition_key for id_range in ranges])
 
 
-def process_tag(run_id: str) -> str:
-    """This process as a run's tag: run, host, process id and start time, for process ids are used again."""
-    return f"{run_id}:{socket.gethostname()}:{os.getpid()}:{int(psutil.Process().create_time())}"
+def this_process() -> str:
+    """This process as a tag: host, process id and start time, for process ids are used again."""
+    return f"{socket.gethostname()}:{os.getpid()}:{int(psutil.Process().create_time())}"
 
 
-def is_dead(run: dg.DagsterRun) -> bool:
-    """Whether a run's tag names a process of this host that is gone; the tag of another run says nothing."""
-    owner, _, tag = run.tags.get(PROCESS_TAG, "").partition(":")
-    if owner != run.run_id:
-        return False
+def process_tags(run_id: str) -> dict[str, str]:
+    """The tags that say that this process works on a run."""
+    return {PROCESS_TAG: this_process(), PROCESS_RUN_TAG: run_id}
+
+
+def is_dead(tag: str) -> bool:
+    """Whether a tag names a process of this host that is gone."""
     host, _, rest = tag.partition(":")
     number, _, started = rest.partition(":")
     if host != socket.gethostname() or not (number.isdecimal() and started.isdecimal()):

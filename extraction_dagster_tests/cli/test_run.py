@@ -109,7 +109,7 @@ def test_a_second_run_does_nothing_and_says_where_it_resumed(undisturbed):
 
 
 def test_a_run_stopped_three_times_ends_as_an_undisturbed_one(undisturbed, tmp_path, demo_folder, demo_videos):
-    folder, chance = make_folder(tmp_path / "stopped", demo_folder, demo_videos), random.Random(7)  # noqa: S311 - no secret
+    folder, chance = make_folder(tmp_path / "stopped", demo_folder, demo_videos), random.Random(7)
     num_decoded = 0
     for stop in range(4):
         process = start(folder)

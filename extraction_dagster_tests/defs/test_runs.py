@@ -1,5 +1,6 @@
 """Which runs are active, which are dead, and what became of those that ended; on a real instance."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from dagster._core.test_utils import create_run_for_test
 
 from extraction_dagster.checkpoint.planner import History
-from extraction_dagster.defs.partitions import PROCESS_TAG, add_ranges, is_dead, process_tag
+from extraction_dagster.defs.partitions import add_ranges, is_dead, process_tags
 from extraction_dagster.defs.runs import InstanceRuns, active_runs, bury_dead_runs, range_of
 from extraction_dagster.records import IdRange
 
@@ -33,16 +34,17 @@ def make_run(instance, status=STARTED, run_id=None, **tags):
 
 @pytest.fixture
 def killed():
-    """The tag of a process that was killed, as the process itself would have written it: `killed(run_id)`."""
+    """The tag of a process that was killed, as the process itself would have written it."""
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
         started = int(psutil.Process(process.pid).create_time())
         process.kill()
-    return lambda run_id: f"{run_id}:{socket.gethostname()}:{process.pid}:{started}"
+    return f"{socket.gethostname()}:{process.pid}:{started}"
 
 
 def test_a_run_whose_process_was_killed_is_ended_and_its_range_is_free(instance, killed):
     run_id = str(uuid.uuid4())
-    make_run(instance, run_id=run_id, dagster__partition="1-9", extraction__process=killed(run_id))
+    tags = {"extraction__process": killed, "extraction__process_run": run_id}
+    make_run(instance, run_id=run_id, dagster__partition="1-9", **tags)
     assert InstanceRuns(instance).active() == []
     assert instance.get_run_by_id(run_id).status == FAILURE
     assert InstanceRuns(instance).history(IdRange(1, 9)).failures_in_a_row == 1
@@ -50,39 +52,35 @@ def test_a_run_whose_process_was_killed_is_ended_and_its_range_is_free(instance,
 
 def test_a_run_that_works_is_left_alone(instance):
     run_id = str(uuid.uuid4())
-    make_run(instance, run_id=run_id, dagster__partition="1-9", extraction__process=process_tag(run_id))
+    tags = {name.replace("/", "__"): value for name, value in process_tags(run_id).items()}
+    make_run(instance, run_id=run_id, dagster__partition="1-9", **tags)
     assert InstanceRuns(instance).active() == [IdRange(1, 9)]
     assert instance.get_run_by_id(run_id).status == STARTED
 
 
-def test_a_retry_that_inherited_the_tag_of_its_dead_parent_is_left_alone(instance, killed):
-    retry = make_run(instance, dagster__partition="1-9", extraction__process=killed(str(uuid.uuid4())))
+@pytest.mark.parametrize("status", [dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTING, STARTED])
+def test_a_retry_that_inherited_the_tags_of_its_dead_parent_is_left_alone(instance, killed, status):
+    tags = {"extraction__process": killed, "extraction__process_run": str(uuid.uuid4())}
+    retry = make_run(instance, status=status, dagster__partition="1-9", **tags)
     bury_dead_runs(instance)
-    assert instance.get_run_by_id(retry.run_id).status == STARTED
+    assert instance.get_run_by_id(retry.run_id).status == status
 
 
-def test_a_process_that_is_a_zombie_or_another_one_of_the_same_number_is_dead(instance):
+def test_a_process_that_is_a_zombie_or_another_one_of_the_same_number_is_dead():
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        run_id = str(uuid.uuid4())
         started = int(psutil.Process(process.pid).create_time())
-        tag = f"{run_id}:{socket.gethostname()}:{process.pid}:{started}"
-        run = make_run(instance, run_id=run_id, extraction__process=tag)
-        assert not is_dead(run)
-        assert is_dead(run.with_tags({PROCESS_TAG: tag.replace(str(started), str(started - 5))}))
+        tag = f"{socket.gethostname()}:{process.pid}:"
+        assert not is_dead(f"{tag}{started}")
+        assert is_dead(f"{tag}{started - 5}")
         process.kill()
-        psutil.wait_procs([psutil.Process(process.pid)], timeout=0.01)  # killed, and not yet waited for
-        assert is_dead(run)
-    assert is_dead(run)
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # killed, and nobody has asked how it ended
+        assert is_dead(f"{tag}{started}")
+    assert is_dead(f"{tag}{started}")
 
 
-@pytest.mark.parametrize("rest", ["", "elsewhere:1:1", f"{socket.gethostname()}:x:1", f"{socket.gethostname()}:1:"])
-def test_a_tag_of_another_host_or_of_no_sense_proves_nothing(instance, rest):
-    run_id = str(uuid.uuid4())
-    assert not is_dead(make_run(instance, run_id=run_id, extraction__process=f"{run_id}:{rest}"))
-
-
-def test_a_run_without_a_tag_is_not_dead(instance):
-    assert not is_dead(make_run(instance))
+@pytest.mark.parametrize("tag", ["", "elsewhere:1:1", f"{socket.gethostname()}:x:1", f"{socket.gethostname()}:1:"])
+def test_a_tag_of_another_host_or_of_no_sense_proves_nothing(tag):
+    assert not is_dead(tag)
 
 
 @pytest.mark.parametrize(

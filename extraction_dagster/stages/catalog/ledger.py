@@ -187,6 +187,19 @@ class Ledger:
         with reading(self.engine, what="read the ledger") as connection:
             return {row["record_id"]: LedgerEntry(**row) for row in connection.execute(query).mappings()}
 
+    def window_end(self, after_id: int | None, size: int) -> int | None:
+        """The id of the last of the next `size` entries after an id; None when fewer are left."""
+        query = sa.select(LEDGER_TABLE.c.record_id).order_by(LEDGER_TABLE.c.record_id).offset(size - 1).limit(1)
+        if after_id is not None:
+            query = query.where(LEDGER_TABLE.c.record_id > after_id)
+        with reading(self.engine, what="read the ledger") as connection:
+            return connection.execute(query).scalar_one_or_none()
+
+    def remove(self, connection: sa.Connection, record_ids: Sequence[int]) -> None:
+        """Forget records; what is in the errors table stays."""
+        for chunk in chunks(record_ids):
+            connection.execute(sa.delete(LEDGER_TABLE).where(LEDGER_TABLE.c.record_id.in_(chunk)))
+
     def counts(self, id_range: IdRange | None = None) -> dict[str, int]:
         """The number of records by state, of all or of a range."""
         query = sa.select(LEDGER_TABLE.c.state, sa.func.count()).group_by(LEDGER_TABLE.c.state)
