@@ -317,8 +317,9 @@ class VectorNormError(ExtractionError):
         """Name the record, the frame and the norm."""
         self.record_id = record_id
         super().__init__(
-            f"The vector of record {record_id}, frame {frame_number}, has norm {norm:.4g}, expected 1. Nothing was "
-            f"written for its shard. Materialize frame_embeddings again for its range."
+            f"The vector of record {record_id}, frame {frame_number}, has norm {norm:.4g}, expected 1: its shard is "
+            f"damaged. Nothing was written for the record; the range goes on. 'extraction retry {record_id}' embeds it "
+            f"anew."
         )
 
 
@@ -410,8 +411,9 @@ class CollectionMismatchError(PointStoreError):
         """Name the collection and both kinds of vectors, each as dim and fingerprint."""
         super().__init__(
             f"Collection {name!r} in {where} holds vectors of {got}, but the settings give {expected}: their scores "
-            f"could not be compared. Nothing was changed. Set EXTRACTION_MODEL back, or load the new vectors beside "
-            f"the old ones: set EXTRACTION_COLLECTION_NAME to a new name, then run 'extraction backfill FIRST-LAST'."
+            f"could not be compared. Nothing was changed. Set EXTRACTION_MODEL back, or change the model without a "
+            f"pause: 'extraction collection stage', then 'extraction launch FIRST-LAST' for every range, then "
+            f"'extraction collection publish'; searches use the old one until then."
         )
 
 
@@ -720,6 +722,64 @@ class FileUnavailableError(ExtractionError):
             f"File {uri!r} is not available: {why}, expected a readable file with content. The record is tried again "
             f"later; the range goes on."
         )
+
+
+# Search
+
+
+class QueryVideoError(ExtractionError):
+    """A file given to search is no video that can be embedded."""
+
+    permanent = True
+
+    def __init__(self, path: str, why: str) -> None:
+        """Name the file and say what the decode stage said."""
+        super().__init__(f"Video {path!r} can't be searched for: {why}")
+
+
+class TextSearchError(ExtractionError):
+    """The model has no side for texts."""
+
+    permanent = True
+
+    def __init__(self, model: str) -> None:
+        """Name the model."""
+        super().__init__(
+            f"Model {model!r} embeds images only, so that a text can't be searched for. Search with --image or "
+            f"--video, or choose a model that puts texts beside images as EXTRACTION_MODEL and load the collection "
+            f"with it."
+        )
+
+
+class GalleryError(ExtractionError):
+    """The gallery can't be written."""
+
+    def __init__(self, path: str, why: str) -> None:
+        """Name the file and the system's own words."""
+        super().__init__(f"Gallery {path!r} can't be written: {why}. Choose another file for --html.")
+
+
+# Changing the model, moving points
+
+
+class CollectionNotReadyError(PointStoreError):
+    """A collection that should take over lacks records."""
+
+    def __init__(self, name: str, where: str, *, missing: int, records: int, ranges: str) -> None:
+        """Name the collection, how much it lacks, and where."""
+        super().__init__(
+            f"Collection {name!r} in {where} can't take over yet: {missing} of {records} records that are done are "
+            f"not in it, or not with all their points ({ranges}). Nothing was changed. Run 'extraction launch "
+            f"FIRST-LAST' on these ranges, then publish again; --force publishes it as it is."
+        )
+
+
+class ExportError(ExtractionError):
+    """Points can't be exported."""
+
+    def __init__(self, path: str, why: str) -> None:
+        """Name the file and what went wrong."""
+        super().__init__(f"Points can't be exported to {path!r}: {why}. No file was left behind.")
 
 
 class LegacyCheckpointError(ExtractionError):

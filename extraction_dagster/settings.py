@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import urllib.parse
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -23,6 +24,17 @@ _NONE_WHEN_EMPTY = (
     "source_code_column",
     "source_extracted_column",
     "source_embedded_column",
+)
+# The columns of a point's payload that every point has; a column of the table can't take their place.
+RESERVED_PAYLOAD_KEYS = (
+    "record_id",
+    "platform",
+    "video_code",
+    "frame_number",
+    "frame_second",
+    "path",
+    "created_at",
+    "generation",
 )
 Names = Annotated[tuple[str, ...], NoDecode]
 
@@ -177,6 +189,25 @@ class Settings(BaseSettings):
         "video_frames", pattern=r"^[A-Za-z0-9_\-]{1,200}$", description="Name of the collection."
     )
 
+    vector_dtype: Literal["float16", "float32"] = Field(
+        "float16",
+        description="How a new collection keeps vectors; float16 is what the embedding shards hold, float32 is twice "
+        "its size and gains nothing.",
+    )
+    quantization: Literal["none", "scalar"] = Field(
+        "none",
+        description="scalar: a new collection keeps an int8 copy of its vectors as well, which is searched first.",
+    )
+    vectors_on_disk: bool = Field(
+        default=False, description="A new collection reads its vectors from disk: less memory, slower searches."
+    )
+    reconcile_cron: str = Field(
+        "0 4 * * *",
+        pattern=r"^\S+ \S+ \S+ \S+ \S+$",
+        description="When reconcile_schedule compares the collection with the table and repairs it, as a cron line in "
+        "UTC; the schedule is off until it is switched on in the UI.",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _empty_is_unset(cls, values: dict[str, object]) -> dict[str, object]:
@@ -188,6 +219,29 @@ class Settings(BaseSettings):
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("source_payload_columns", mode="after")
+    @classmethod
+    def _no_reserved_column(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if taken := sorted({*value} & {*RESERVED_PAYLOAD_KEYS}):
+            every = ", ".join(RESERVED_PAYLOAD_KEYS)
+            message = f"columns other than {every}, which every point has (refused: {', '.join(taken)})"
+            raise ValueError(message)
+        return value
+
+    @field_validator("qdrant_url", mode="after")
+    @classmethod
+    def _plain_server_url(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        parts = urllib.parse.urlsplit(value)
+        if "@" in parts.netloc or parts.query or parts.fragment:
+            message = "an address without user, password or query: the key belongs into EXTRACTION_QDRANT_API_KEY"
+            raise ValueError(message)
+        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            message = "an address such as http://localhost:6333 or https://qdrant.example.com:6333"
+            raise ValueError(message)
+        return value
 
     @field_validator("home", mode="after")
     @classmethod
@@ -263,4 +317,6 @@ def _shown(name: str) -> str:
         return "not consistent"
     if "SecretStr" in str(Settings.model_fields[name].annotation):
         return "not usable (hidden)"
-    return repr(os.environ.get(PREFIX + name.upper(), "what .env says"))
+    value = os.environ.get(PREFIX + name.upper(), "what .env says")
+    may_hold_a_secret = name.endswith("url") and any(mark in value for mark in "@?#")
+    return "not usable (hidden)" if may_hold_a_secret else repr(value)

@@ -51,6 +51,30 @@ def test_any_other_empty_value_counts_as_unset(monkeypatch, name):
     assert getattr(load_settings(), name.lower()) == getattr(Settings(), name.lower())
 
 
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        (
+            "https://user:canary-77@q:6333",
+            "an address without user, password or query: the key belongs into",
+        ),
+        ("https://q:6333/?api-key=canary-77", "an address without user, password or query: the key belongs into EXTR"),
+        ("q:6333", "an address such as http://localhost:6333 or"),
+    ],
+)
+def test_a_server_address_holds_no_secret_and_is_not_shown_when_it_does(monkeypatch, url, expected):
+    monkeypatch.setenv("EXTRACTION_QDRANT_URL", url)
+    with pytest.raises(SettingsError, match=rf"^Setting EXTRACTION_QDRANT_URL is .*, expected {expected}") as caught:
+        load_settings()
+    assert "canary-77" not in str(caught.value)
+
+
+def test_a_column_that_every_point_has_is_refused_at_the_start(monkeypatch):
+    monkeypatch.setenv("EXTRACTION_SOURCE_PAYLOAD_COLUMNS", "likes,path,record_id")
+    with pytest.raises(SettingsError, match=r"'likes,path,record_id', expected .*\(refused: path, record_id\)"):
+        load_settings()
+
+
 def test_an_unknown_variable_is_refused_with_the_likely_name(monkeypatch):
     monkeypatch.setenv("EXTRACTION_BATCHSIZE", "5")
     with pytest.raises(

@@ -25,6 +25,7 @@ _LEAST_BUDGET = 5_000
 _SWEEP_BUDGET = 20_000
 _SECONDS_AHEAD = 0.3
 _NOTHING = Scan((), None, None)
+_MIN_ID = -(2**63)
 
 
 class Runs(Protocol):
@@ -171,13 +172,15 @@ def _sweep(catalog: Catalog, cursor: CursorState, memory: Memory, *, sweep_all: 
     Otherwise each row is compared with the ledger, a part of the table in each tick.
     """
     settings, source = catalog.settings, catalog.source
-    every_row = source.has_version or not source.has_marks or settings.source_read_only
+    every_row = source.has_version or not source.has_marks
     if cursor.last_processed_id is None or not (
         sweep_all or every_row or memory.ticks % settings.sweep_every_ticks == 0
     ):
         return []
     due: list[int] = []
-    after = cursor.floor_id if sweep_all or memory.sweep_after_id is None else memory.sweep_after_id
+    after = cursor.floor_id
+    if not sweep_all and memory.sweep_after_id is not None:
+        after = max(memory.sweep_after_id, _MIN_ID if after is None else after)  # the floor may have moved since
     while True:
         found = scan(
             catalog, after_id=after, up_to_id=cursor.last_processed_id, budget=_SWEEP_BUDGET, every_row=every_row

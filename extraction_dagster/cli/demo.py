@@ -3,6 +3,7 @@
 import os
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from extraction_dagster.defs.launching import FinishedRun
 
 _BATCH_SIZE = 12
+_UI = "make ui" if Path("Makefile").exists() else "extraction init; DAGSTER_HOME=$PWD dagster dev -w workspace.yaml"
 
 
 @dataclass(slots=True)
@@ -120,5 +122,5 @@ def _next_steps(settings: Settings, videos: list[DemoVideo]) -> None:
         "  extraction status                       how far things are\n"
         "  extraction errors                       which records failed, and why\n"
         f"  extraction search --image {settings.home / 'query.jpg'}\n"
-        "  make ui                                 the same data in Dagster's UI"
+        f"  {_UI:<40}the same data in Dagster's UI"
     )

@@ -4,14 +4,14 @@ from pathlib import Path
 
 from extraction_dagster.cli import console
 from extraction_dagster.settings import load_settings
-from extraction_dagster.stages.catalog.catalog import open_catalog
+from extraction_dagster.stages.catalog.catalog import Catalog, open_catalog
 
 
 def command() -> None:
     """Prepare everything that a run needs; safe to repeat.
 
     Writes workspace.yaml and dagster.yaml into this folder unless they are there, creates Dagster's storage, checks
-    the source table and creates the state tables.
+    the source table, creates the state tables, and the partial index that finds pending rows at once.
     """
     from extraction_dagster.defs.launching import open_instance, template
 
@@ -25,3 +25,15 @@ def command() -> None:
     with open_catalog(settings) as catalog:
         console.out.print(f"Source table {catalog.source.name!r} can be used: {catalog.source.count()} eligible rows")
         console.out.print("The state tables are ready")
+        console.out.print(_index_told(catalog), markup=False)
+
+
+def _index_told(catalog: Catalog) -> str:
+    """Make the partial index over pending rows, or say what a person with the rights should run."""
+    made = catalog.source.make_pending_index()
+    if made.state == "not needed":
+        return "No index over pending rows: there is no mark column to index, or the source is read-only"
+    if made.state == "refused":
+        who = f"Ask whoever may alter {catalog.source.name!r} to run this; until then each tick reads more:"
+        return f"{who}\n  {made.sql}"
+    return "The index over pending rows is ready"

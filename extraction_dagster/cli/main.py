@@ -11,7 +11,22 @@ from collections.abc import Callable
 import typer
 
 from extraction_dagster import __version__
-from extraction_dagster.cli import checkpoint, console, demo, errors, init, launch, retry, run, search, status
+from extraction_dagster.cli import (
+    checkpoint,
+    collection,
+    console,
+    demo,
+    doctor,
+    errors,
+    init,
+    launch,
+    points,
+    reconcile,
+    retry,
+    run,
+    search,
+    status,
+)
 from extraction_dagster.errors import ExtractionError
 
 app = typer.Typer(
@@ -37,9 +52,11 @@ def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-for module in (init, demo, run, status, launch, errors, retry, search):
+for module in (init, demo, run, status, launch, errors, retry, reconcile, search, doctor):
     app.command(name=module.__name__.rpartition(".")[2])(_interruptible(module.command))
 app.add_typer(checkpoint.app, name="checkpoint")
+app.add_typer(collection.app, name="collection")
+app.add_typer(points.app, name="points")
 
 
 def _show_version(value: bool) -> None:  # noqa: FBT001 - Typer calls it so

@@ -1,50 +1,188 @@
-"""`extraction search`: which frames look like this."""
+"""`extraction search`: which frames, or which videos, look like this."""
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from extraction_dagster.cli import console
+from extraction_dagster.errors import TextSearchError
+from extraction_dagster.records import IdRange
 from extraction_dagster.settings import Settings, load_settings
-from extraction_dagster.stages.index.point_store import Hit
+from extraction_dagster.stages.index.point_store import CollectionSpec, Hit, open_point_store
+from extraction_dagster.stages.index.search import VideoHit, open_for_search, search_images, search_videos
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from extraction_dagster.stages.embed.model import EmbeddingModel
+
+_MOST_QUERY_PICTURES = 8
 
 
-def command(
+@dataclass(frozen=True, slots=True)
+class _Query:
+    """What is searched with: one vector, or one for each frame of a video."""
+
+    kind: str
+    shown: str
+    vectors: "np.ndarray"
+    jpegs: tuple[bytes, ...]
+    spec: CollectionSpec
+
+
+def command(  # noqa: PLR0913 - the options of the command
     *,
-    image: Annotated[Path, typer.Option("--image", help="Picture to search with.", metavar="FILE")],
+    image: Annotated[Path | None, typer.Option("--image", help="Picture to search with.", metavar="FILE")] = None,
+    video: Annotated[Path | None, typer.Option("--video", help="Video to search with.", metavar="FILE")] = None,
+    text: Annotated[str | None, typer.Option("--text", help="Words to search with, if the model knows words.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="Most hits shown, best first.")] = 10,
+    platform: Annotated[str | None, typer.Option("--platform", help="Only videos of this platform.")] = None,
+    ids: Annotated[str | None, typer.Option("--ids", metavar="FIRST-LAST", help="Only videos of these ids.")] = None,
+    after: Annotated[
+        str | None, typer.Option("--after", metavar="DATE", help="Only frames indexed at or after this date (UTC).")
+    ] = None,
+    before: Annotated[
+        str | None, typer.Option("--before", metavar="DATE", help="Only frames indexed before this date (UTC).")
+    ] = None,
+    group: Annotated[
+        bool, typer.Option("--group/--frames", help="One hit a video, its best frame; or every frame by itself.")
+    ] = True,
+    min_score: Annotated[
+        float | None, typer.Option("--min-score", min=-1, max=1, help="Only hits with at least this score.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="OUT", help="Write a gallery with thumbnails to this file.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """Search the collection for frames that look like a picture; a higher score is more alike, 1 is the same."""
-    hits = search_image(load_settings(), image, limit=limit)
+    """Search the collection for what looks like a picture or a video; 1 is the same, and more is more alike.
+
+    A video is compared frame by frame: the score is the mean over its frames of the best match in the found video.
+    """
+    if sum(item is not None for item in (image, video, text)) != 1:
+        raise typer.BadParameter("give exactly one of --image, --video and --text")
+    if video is not None and not group:
+        raise typer.BadParameter("--frames goes with --image or --text; a search by video finds videos")
+    filters: dict[str, Any] = {
+        "platform": platform,
+        "record_id_range": IdRange.parse(ids) if ids else None,
+        "created_from": _moment(after, "--after"),
+        "created_before": _moment(before, "--before"),
+        "score_threshold": min_score,
+    }
+    settings = load_settings()
+    query = _query(settings, image=image, video=video, text=text)
+    with open_point_store(settings) as store:
+        open_for_search(store, query.spec)
+        hits: list[Hit] | list[VideoHit] = (
+            search_videos(store, query.vectors, limit=limit, **filters)
+            if query.kind == "video"
+            else search_images(store, query.vectors[0], limit=limit, group_by_video=group, **filters)
+        )
+    if html is not None:
+        _write_gallery(settings, query, hits, html)
     if as_json:
-        console.print_json({"query": str(image), "hits": [asdict(hit) for hit in hits]})
+        console.print_json({"query": query.shown, "kind": query.kind, "hits": [_plain(hit) for hit in hits]})
         return
-    console.out.print(hits_table(hits), soft_wrap=False)
+    if not hits:
+        console.out.print("Nothing was found.")
+    else:
+        console.out.print(hits_table(hits), soft_wrap=False)
+    if html is not None:
+        console.out.print(f"Gallery: {html}", markup=False)
 
 
 def search_image(settings: Settings, image: Path, *, limit: int) -> list[Hit]:
     """The frames most like a picture, one per video, best first."""
+    query = _query(settings, image=image, video=None, text=None)
+    with open_point_store(settings) as store:
+        open_for_search(store, query.spec)
+        return search_images(store, query.vectors[0], limit=limit, group_by_video=True)
+
+
+def hits_table(hits: list[Hit] | list[VideoHit]) -> Table:
+    """Hits as a table."""
+    by_video = any(isinstance(hit, VideoHit) for hit in hits)
+    table = Table("score", *(["votes"] if by_video else []), "record", "second", "platform", "code")
+    table.add_column("path", overflow="fold")
+    for item in hits:
+        hit = _frame(item)
+        votes = [f"{item.votes} of {item.query_frames}"] if isinstance(item, VideoHit) else []
+        cells = (str(hit.record_id), f"{hit.frame_second:.2f}", hit.platform or "-", hit.video_code or "-", hit.path)
+        table.add_row(f"{item.score:.4f}", *votes, *cells)
+    return table
+
+
+def _query(settings: Settings, *, image: Path | None, video: Path | None, text: str | None) -> _Query:
     from extraction_dagster.stages.embed.model import load_model
     from extraction_dagster.stages.embed.query import embed_query_image, load_query_image
-    from extraction_dagster.stages.index.point_store import open_point_store
-    from extraction_dagster.stages.index.search import search_images
+    from extraction_dagster.stages.embed.query_video import embed_query_video
 
-    query = load_query_image(image)
-    vector = embed_query_image(load_model(settings), query, shown=str(image))
-    with open_point_store(settings) as store:
-        store.open_collection(settings.collection_name)
-        return search_images(store, vector, limit=limit, group_by_video=True)
+    if image is not None:
+        picture = load_query_image(image)  # before the model is loaded: a wrong file is refused at once
+        model = load_model(settings)
+        vector = embed_query_image(model, picture, shown=str(image))
+        return _Query("image", str(image), vector[None], (image.read_bytes(),), _spec(settings, model))
+    model = load_model(settings)
+    if video is not None:
+        found = embed_query_video(model, video, settings)
+        return _Query("video", str(video), found.vectors, found.jpegs, _spec(settings, model))
+    return _Query("text", text or "", _embed_text(model, text or ""), (), _spec(settings, model))
 
 
-def hits_table(hits: list[Hit]) -> Table:
-    """Hits as a table."""
-    table = Table("score", "record", "second", "platform", "code")
-    table.add_column("path", overflow="fold")
-    for hit in hits:
-        cells = (str(hit.record_id), f"{hit.frame_second:.2f}", hit.platform or "-", hit.video_code or "-", hit.path)
-        table.add_row(f"{hit.score:.4f}", *cells)
-    return table
+def _spec(settings: Settings, model: "EmbeddingModel") -> CollectionSpec:
+    return CollectionSpec(settings.collection_name, model.dim, model.fingerprint)
+
+
+def _embed_text(model: "EmbeddingModel", text: str) -> "np.ndarray":
+    from extraction_dagster.stages.embed.model import TextEmbeddingModel
+    from extraction_dagster.stages.embed.vectors import normalise
+
+    if not isinstance(model, TextEmbeddingModel):
+        raise TextSearchError(model.name)
+    if not text.strip():
+        raise typer.BadParameter("--text is empty")
+    return normalise(model.embed_text([text]))[0]
+
+
+def _moment(date: str | None, option: str) -> datetime | None:
+    if date is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(date)
+    except ValueError:
+        raise typer.BadParameter(f"{option} is {date!r}, expected for example 2026-01-31") from None
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def _frame(hit: Hit | VideoHit) -> Hit:
+    return hit.best if isinstance(hit, VideoHit) else hit
+
+
+def _plain(hit: Hit | VideoHit) -> dict[str, Any]:
+    if isinstance(hit, Hit):
+        return asdict(hit)
+    votes = {"votes": hit.votes, "query_frames": hit.query_frames, "best_score": hit.best.score}
+    return {**asdict(hit.best), "score": hit.score, **votes}
+
+
+def _write_gallery(settings: Settings, query: _Query, hits: list[Hit] | list[VideoHit], path: Path) -> None:
+    from extraction_dagster.stages.decode.frame_lookup import find_frames
+    from extraction_dagster.stages.decode.frame_store import FrameStore, frames_fingerprint
+    from extraction_dagster.stages.index.gallery import Card, render_gallery, write_gallery
+
+    frames = FrameStore(settings.resolved_frames_uri, frames_fingerprint(settings))
+    pictures = find_frames(frames, [(_frame(hit).record_id, _frame(hit).frame_number) for hit in hits])
+    cards = []
+    for item in hits:
+        hit = _frame(item)
+        votes = [f"{item.votes} of {item.query_frames} frames found it first"] if isinstance(item, VideoHit) else []
+        of = " · ".join(part for part in (hit.platform, hit.video_code) if part)
+        lines = [f"record {hit.record_id} at {hit.frame_second:.2f} s", *votes, of, hit.path]
+        cards.append(Card(f"{item.score:.4f}", lines, pictures.get((hit.record_id, hit.frame_number))))
+    title = f"What looks like {query.shown}"
+    write_gallery(path, render_gallery(title, query_jpegs=query.jpegs[:_MOST_QUERY_PICTURES], cards=cards))

@@ -145,39 +145,42 @@ def qdrant_points(context: dg.AssetExecutionContext, extraction: Extraction) -> 
     with plain_failures(), extraction.catalog() as catalog:
         id_range = register(context)
         plan = catalog.plan(above_floor(context, id_range), extraction.fingerprints)
-        num_points = _index(extraction, catalog, id_range, plan)
-    counts = {"videos": len(num_points), "points": sum(num_points.values()), "failures": []}
+        num_points, failures = _index(context, extraction, catalog, id_range, plan)
+    counts = {"videos": len(num_points), "points": sum(num_points.values()), "failures": failures}
     return _result(plan, counts, seconds=time.perf_counter() - started)
 
 
 def _index(
+    context: dg.AssetExecutionContext,
     extraction: Extraction,
     catalog: "Catalog",
     id_range: IdRange,
     plan: Mapping[int, "PlannedRow"],
-) -> dict[int, int]:
+) -> tuple[dict[int, int], list[Failure]]:
     """Index shard by shard, so that an interruption costs one shard at most."""
     from extraction_dagster.stages.index.point_store import CollectionSpec, open_point_store  # noqa: PLC0415 - loads the engine
     from extraction_dagster.stages.index.points import generation  # noqa: PLC0415
-    from extraction_dagster.stages.index.replace import replace_records  # noqa: PLC0415
+    from extraction_dagster.stages.index.stage import index_records, open_for_writing  # noqa: PLC0415
 
-    embeddings, made_with = extraction.embedding_store(), extraction.fingerprints
+    settings, embeddings, made_with = extraction.settings, extraction.embedding_store(), extraction.fingerprints
     todo = _todo(plan)
     newest_first = reversed(embeddings.shards(id_range))
     shards = [(shard, records) for shard in newest_first if (records := _stored([shard], todo))]
     progress.begin("qdrant_points", len({record_id for _, records in shards for record_id in records}))
     num_points: dict[int, int] = {}
+    failures: list[Failure] = []
     if not shards:
-        return num_points
-    with open_point_store(extraction.settings) as store:
-        dim = shards[0][0].dim
-        store.ensure_collection(CollectionSpec(extraction.settings.collection_name, dim, made_with.embedding))
+        return num_points, failures
+    with open_point_store(settings, wait_seconds=settings.qdrant_timeout_seconds) as store:
+        spec = CollectionSpec.of(settings, dim=shards[0][0].dim, fingerprint=made_with.embedding)
+        open_for_writing(store, spec)
         for shard, records in shards:
-            wanted = [record_id for record_id in records if record_id not in num_points]
+            seen = num_points.keys() | {failure.record_id for failure in failures}
+            wanted = [record_id for record_id in records if record_id not in seen]
             if not wanted:
                 continue
             videos = {record_id: todo[record_id].video for record_id in wanted}
-            written = replace_records(
+            indexed = index_records(
                 store,
                 embeddings.read(shard).of_records(wanted),
                 rows=videos,
@@ -190,11 +193,13 @@ def _index(
                     for record_id, video in videos.items()
                 },
             )
-            catalog.mark_done(plan, written, made_with)
-            num_points |= written
-            _log.info("Marked %d records as embedded", len(written))
-            progress.advance("qdrant_points", len(written))
-    return num_points
+            catalog.mark_done(plan, indexed.num_points, made_with)
+            num_points |= indexed.num_points
+            _write_failures(context, catalog, plan, indexed.failures)
+            failures += indexed.failures
+            _log.info("Marked %d records as embedded", len(indexed.num_points))
+            progress.advance("qdrant_points", len(wanted))
+    return num_points, failures
 
 
 def _todo(plan: Mapping[int, "PlannedRow"]) -> dict[int, "PlannedRow"]:

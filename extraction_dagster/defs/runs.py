@@ -26,6 +26,7 @@ _ACTIVE = [
 _AT_WORK = _ACTIVE[2:]
 _ENDED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
 _LOOK_BACK = 12
+_RATE_SAMPLE = 20
 _STARTED_PROCESS = re.compile(r"Started process for run \(pid: (\d+)\)")  # Dagster's own words, before the first step
 
 
@@ -48,7 +49,9 @@ def bury_dead_runs(instance: dg.DagsterInstance) -> None:
 
 
 def _is_gone(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
-    """Whether the process that works on a run is gone; a run that waits for its turn has none."""
+    """Whether the process that works on a run is gone; a run that waits in the queue has none."""
+    if run.status == dg.DagsterRunStatus.NOT_STARTED:  # a command's own run, made and stopped before its first step
+        return is_dead(run.tags.get(PROCESS_TAG, ""))
     if run.status not in _AT_WORK:
         return False
     if PROCESS_TAG in run.tags and run.tags.get(PROCESS_RUN_TAG, run.run_id) == run.run_id:
@@ -123,3 +126,18 @@ def _valid(keys: Sequence[str]) -> Iterator[IdRange]:
             yield IdRange.parse(key)
         except PartitionKeyError:
             continue
+
+
+def recent_rate(instance: dg.DagsterInstance) -> float | None:
+    """Videos a second over the newest materializations of the last asset that indexed any; None before two of them."""
+    records = instance.fetch_materializations(dg.AssetKey("qdrant_points"), limit=_RATE_SAMPLE).records
+    made: list[tuple[float, int]] = []
+    for record in records:
+        materialization = record.asset_materialization
+        videos = materialization.metadata.get("videos") if materialization else None
+        if videos is not None and isinstance(videos.value, int) and videos.value:
+            made.append((record.timestamp, videos.value))
+    if len(made) < 2 or made[0][0] <= made[-1][0]:  # noqa: PLR2004 - a rate needs two points in time
+        return None
+    # The oldest one only says when counting begins.
+    return round(sum(videos for _, videos in made[:-1]) / (made[0][0] - made[-1][0]), 3)

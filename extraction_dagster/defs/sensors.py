@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 
 import dagster as dg
 
-from extraction_dagster.checkpoint.tick import Memory, tick
+from extraction_dagster.checkpoint.tick import Memory, Ticked, tick
 from extraction_dagster.defs.cursor_store import SENSOR_NAME
 from extraction_dagster.defs.jobs import extraction_job
 from extraction_dagster.defs.partitions import FLOOR_TAG, id_ranges
@@ -43,5 +43,15 @@ def extraction_sensor(context: dg.SensorEvaluationContext, extraction: Extractio
             for request in ticked.requests
         ],
         dynamic_partitions_requests=[id_ranges.build_add_request(new)] if new else [],
+        skip_reason=None if ticked.requests else _why_nothing(ticked),
         cursor=ticked.cursor.to_json(),
+    )
+
+
+def _why_nothing(ticked: Ticked) -> str:
+    """For the person who looks at the sensor's page."""
+    last = ticked.cursor.last_processed_id
+    so_far = "No row is done yet" if last is None else f"Every row up to ID {last} is done or parked"
+    return (
+        f"{so_far}; {ticked.num_active} ranges are at work, {ticked.num_waiting} failed rows wait for their next try."
     )

@@ -183,7 +183,7 @@ def test_no_row_is_lost_or_marked_twice_while_workers_and_daemons_are_killed(sit
     }
     with capsys.disabled():
         counts = ", ".join(f"{name} {value}" for name, value in figures.items())
-        print(f"\n{site.engine.dialect.name}: {counts}")  # noqa: T201 - the counts are what a person runs it for
+        print(f"\n{site.engine.dialect.name}: {counts}")
     assert killer.killed["worker"] >= 3, "too few kills to show anything: the killer did not find the workers"
     assert writers.num_late > 10, "too few late commits to show anything"
     _check_rows(site, writers, marks)

@@ -13,7 +13,7 @@ from extraction_dagster.stages.catalog.ledger import Ledger, LedgerEntry, State
 from extraction_dagster.stages.catalog.source_table import SourceRow, SourceTable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     import sqlalchemy as sa
 
@@ -232,9 +232,32 @@ class Catalog:
             retry_delay_seconds=self.settings.retry_delay_seconds,
         )
 
+    def request_again(self, record_ids: Sequence[int]) -> None:
+        """Make records pending whose points are not there; stored frames and vectors are used again.
+
+        The mark is cleared first: a crash in between leaves a cleared mark, which is pending as well.
+        """
+        entries = [
+            {"record_id": record_id, "state": "todo", "attempts": 0, "not_before": None} for record_id in record_ids
+        ]
+        if not self.settings.source_read_only and not self.one_database:
+            with writing(self.source_engine, what=f"mark rows of {self.source.name!r}") as connection:
+                self.source.unmark(connection, record_ids)
+        with writing(self.state_engine, what="write the ledger") as connection:
+            self.ledger.upsert(connection, entries)
+            if self.one_database:
+                self.source.unmark(connection, record_ids)
+
+    def forget(self, record_ids: Sequence[int]) -> None:
+        """Forget records that were deleted from the source table."""
+        with writing(self.state_engine, what="write the ledger") as connection:
+            self.ledger.remove(connection, record_ids)
+
     def reprocess_after(self, after_id: int) -> None:
         """Make every row above an id due again, whatever became of it."""
         self.ledger.forget_done(after_id)
+        if not self.source.has_marks:
+            return
         with writing(self.source_engine, what=f"clear marks of {self.source.name!r}") as connection:
             self.source.clear_marks(connection, after_id)
 
@@ -256,17 +279,23 @@ class Catalog:
         return ", ".join(f"{counts[name]} {name}" for name in ("done", "pending", "failed", "parked"))
 
     def status(self) -> dict[str, int | str | None]:
-        """The whole table in numbers; the keys are stable."""
-        counts, extent = self.ledger.counts(), self.source.extent()
-        eligible = self.source.count()
-        finished = {state: counts.get(state, 0) for state in ("done", "failed", "parked")}
+        """The whole table in numbers; the keys are stable.
+
+        With marks, a row that they say is done counts as done, whoever did it; without, the ledger counts.
+        """
+        counts, extent, eligible = self.ledger.counts(), self.source.extent(), self.source.count()
+        failed, parked = counts.get("failed", 0), counts.get("parked", 0)
+        unmarked = self.source.count_unmarked()
+        done = counts.get("done", 0) if unmarked is None else eligible - unmarked
         return {
             "source_table": self.source.name,
             "first_id": extent[0] if extent else None,
             "last_id": extent[1] if extent else None,
             "eligible": eligible,
-            **finished,
-            "pending": max(eligible - sum(finished.values()), 0),
+            "done": done,
+            "failed": failed,
+            "parked": parked,
+            "pending": max(eligible - done - failed - parked, 0),
         }
 
     def _mark(
@@ -293,7 +322,7 @@ class Catalog:
             return
         with writing(self.state_engine, what="write the ledger") as connection:
             write(connection, versions)
-        if self.settings.source_read_only:
+        if not self.source.has_marks:
             return
         with writing(self.source_engine, what=f"mark rows of {self.source.name!r}") as connection:
             stamped = self.source.mark(connection, versions, step=step)

@@ -44,6 +44,8 @@ class UtcDateTime(sa.types.TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
+# Literal text: databases use a partial index only for a query that repeats its condition to the letter.
+UNFINISHED = sa.text("state <> 'done' AND state <> 'parked'")
 METADATA = sa.MetaData()
 META_TABLE = sa.Table(
     "extraction_meta",
@@ -67,14 +69,8 @@ LEDGER_TABLE = sa.Table(
     sa.Column("not_before", UtcDateTime),
     sa.Column("last_error", sa.Text),
     sa.Column("updated_at", UtcDateTime, nullable=False),
-    # Few records wait or are parked: this index stays small whatever the ledger's size.
-    sa.Index(
-        "extraction_ledger_unfinished",
-        "state",
-        "record_id",
-        postgresql_where=sa.text("state <> 'done'"),
-        sqlite_where=sa.text("state <> 'done'"),
-    ),
+    # Few records are begun or wait: this index stays small whatever the ledger's size.
+    sa.Index("extraction_ledger_unfinished", "record_id", postgresql_where=UNFINISHED, sqlite_where=UNFINISHED),
 )
 ERRORS_TABLE = sa.Table(
     "extraction_errors",
@@ -190,6 +186,19 @@ class Ledger:
         query = _ENTRY_QUERY.where(LEDGER_TABLE.c.record_id.between(id_range.first_id, id_range.last_id))
         with reading(self.engine, what="read the ledger") as connection:
             return {row["record_id"]: LedgerEntry(**row) for row in connection.execute(query).mappings()}
+
+    def window_end(self, after_id: int | None, size: int) -> int | None:
+        """The id of the last of the next `size` entries after an id; None when fewer are left."""
+        query = sa.select(LEDGER_TABLE.c.record_id).order_by(LEDGER_TABLE.c.record_id).offset(size - 1).limit(1)
+        if after_id is not None:
+            query = query.where(LEDGER_TABLE.c.record_id > after_id)
+        with reading(self.engine, what="read the ledger") as connection:
+            return connection.execute(query).scalar_one_or_none()
+
+    def remove(self, connection: sa.Connection, record_ids: Sequence[int]) -> None:
+        """Forget records; what is in the errors table stays."""
+        for chunk in chunks(record_ids):
+            connection.execute(sa.delete(LEDGER_TABLE).where(LEDGER_TABLE.c.record_id.in_(chunk)))
 
     def counts(self, id_range: IdRange | None = None) -> dict[str, int]:
         """The number of records by state, of all or of a range."""

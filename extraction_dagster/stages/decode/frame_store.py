@@ -17,7 +17,7 @@ import secrets
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import fsspec
 import numpy as np
@@ -142,6 +142,18 @@ class FrameStore:
         paths = sorted((entry["name"], entry.get("size") or 0) for entry in entries if entry["type"] == "file")
         found = [self._read_footer(path, partition, size) for path, size in paths if not _is_temporary(path)]
         return [shard for shard in found if shard is not None]
+
+    def partition_keys(self) -> list[str]:
+        """The names of the ranges that have a folder."""
+        try:
+            return sorted(path.rsplit("/", 1)[-1] for path in self._fs.ls(self._folder, detail=False))
+        except FileNotFoundError:
+            return []
+
+    def open(self, path: str) -> IO[bytes]:
+        """Open a shard's file to read single columns of it."""
+        file: IO[bytes] = self._fs.open(path, "rb")
+        return file
 
     def read(self, shard: FrameShard) -> Iterator[EncodedFrames]:
         """Read a shard's videos one by one.

@@ -9,7 +9,7 @@ from extraction_dagster.errors import PointsMissingError
 from extraction_dagster.stages.index.filters import PointFilter
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from extraction_dagster.records import IdRange
     from extraction_dagster.stages.index.point_store import PointStore
@@ -74,7 +74,7 @@ def compare_points(store: PointStore, expected: Mapping[int, ExpectedPoints], *,
     )
 
 
-def copy_points(source: PointStore, target: PointStore) -> int:
+def copy_points(source: PointStore, target: PointStore, *, on_copied: Callable[[int], None] | None = None) -> int:
     """Write every point of one store into another, and see that each record has as many there.
 
     It can be repeated: a point that is there already is written over. Points that only the target has are left alone,
@@ -83,6 +83,7 @@ def copy_points(source: PointStore, target: PointStore) -> int:
     Args:
         source: With its collection open.
         target: With its collection open, of the same embedding.
+        on_copied: Told the number of points copied so far.
 
     Returns:
         The number of points copied.
@@ -94,6 +95,8 @@ def copy_points(source: PointStore, target: PointStore) -> int:
     for batch in source.read():
         target.upsert(batch)
         copied += len(batch)
+        if on_copied is not None:
+            on_copied(copied)
     wanted, found = source.count_by_record(), target.count_by_record()
     wrong = {record_id: count for record_id, count in wanted.items() if found.get(record_id, 0) != count}
     if wrong:

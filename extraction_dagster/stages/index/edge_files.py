@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import socket
+import time
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import IO, TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _FORMAT = 1
+_POLL_SECONDS = 0.05
 
 
 @dataclass(slots=True)
@@ -38,8 +40,11 @@ class EdgeFiles:
     folder: Path
     _lock: IO[str] | None = field(default=None, init=False)
 
-    def acquire(self) -> None:
+    def acquire(self, *, wait_seconds: float = 0.0) -> None:
         """Hold the folder until `release`, or until this process ends in whatever way.
+
+        Args:
+            wait_seconds: How long to wait while another holds it: most hold it for a moment only.
 
         Raises:
             StoreBusyError: Another process, or another store in this one, holds it.
@@ -48,11 +53,12 @@ class EdgeFiles:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = (self.folder / "lock").open("a+", encoding="utf-8")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            with lock:
-                raise StoreBusyError(str(self.folder), _holder(lock)) from None
+        give_up = time.monotonic() + wait_seconds
+        while not _try_lock(lock):
+            if time.monotonic() >= give_up:
+                with lock:
+                    raise StoreBusyError(str(self.folder), _holder(lock))
+            time.sleep(_POLL_SECONDS)
         lock.truncate(0)
         lock.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}))
         lock.flush()
@@ -82,7 +88,14 @@ class EdgeFiles:
     def spec(self, fingerprint: str) -> CollectionSpec:
         """What a fingerprint's collection holds."""
         found = _read(self.folder / fingerprint / "collection.json", "name", "dim", "fingerprint", "vector_dtype")
-        return CollectionSpec(found["name"], found["dim"], found["fingerprint"], found["vector_dtype"])
+        return CollectionSpec(
+            found["name"],
+            found["dim"],
+            found["fingerprint"],
+            found["vector_dtype"],
+            found.get("quantization", "none"),
+            found.get("on_disk", False),
+        )
 
     def exists(self, fingerprint: str) -> bool:
         """Whether a fingerprint's collection was created, and to the end."""
@@ -118,6 +131,14 @@ class EdgeFiles:
     @staticmethod
     def _is_whole(folder: Path) -> bool:
         return not folder.name.startswith(("building-", "dropped-"))
+
+
+def _try_lock(lock: IO[str]) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _holder(lock: IO[str]) -> str:

@@ -46,9 +46,15 @@ _PAGE = 4096
 class EdgeStore:
     """A `PointStore` on the embedded engine; see `PointStore` for what each method promises."""
 
-    def __init__(self, home: Path) -> None:
-        """Name the folder under which collections lie; nothing is created or held before one is opened."""
+    def __init__(self, home: Path, *, wait_seconds: float = 0.0) -> None:
+        """Name the folder under which collections lie; nothing is created or held before one is opened.
+
+        Args:
+            home: The folder.
+            wait_seconds: How long to wait for another process to let go of it.
+        """
         self._home = home
+        self._wait_seconds = wait_seconds
         self._files: EdgeFiles | None = None
         self._spec: CollectionSpec | None = None
         self._engine: qdrant_edge.EdgeShard | None = None
@@ -71,16 +77,16 @@ class EdgeStore:
             if current is None and not staged:
                 files.publish(spec.fingerprint)
 
-    def open_collection(self, name: str) -> CollectionSpec:
-        """Open the collection in use."""
-        if not (self._home / name / "pointer.json").exists():
+    def open_collection(self, name: str, *, fingerprint: str | None = None) -> CollectionSpec:
+        """Open the collection in use, or another of that name."""
+        if not (self._home / name).is_dir():  # looking must not create anything
             raise CollectionMissingError(name, str(self._home))
         with self._opening(name) as files:
-            current = files.current
-            if current is None:
-                raise CollectionMissingError(name, str(self._home))
-            self._load(files, current)
-            return files.spec(current)
+            chosen = fingerprint or files.current
+            if chosen is None or not files.exists(chosen):
+                raise CollectionMissingError(f"{name}-{fingerprint}" if fingerprint else name, str(self._home))
+            self._load(files, chosen)
+            return files.spec(chosen)
 
     def publish(self) -> None:
         """Make the open collection the one in use."""
@@ -236,7 +242,7 @@ class EdgeStore:
             self.close()
             self._files = EdgeFiles(self._home / name)
         try:
-            self._files.acquire()
+            self._files.acquire(wait_seconds=self._wait_seconds)
             yield self._files
         except BaseException:
             self.close()
@@ -309,7 +315,14 @@ def _create(path: Path, *, spec: CollectionSpec) -> None:
         "keyword": edge.PayloadSchemaType.Keyword,
         "datetime": edge.PayloadSchemaType.Datetime,
     }
-    vectors = edge.EdgeVectorParams(size=spec.dim, distance=edge.Distance.Cosine, datatype=datatype[spec.vector_dtype])
+    int8 = edge.ScalarQuantizationConfig(edge.ScalarType.Int8, quantile=0.99, memory=edge.Memory.Cached)
+    vectors = edge.EdgeVectorParams(
+        size=spec.dim,
+        distance=edge.Distance.Cosine,
+        datatype=datatype[spec.vector_dtype],
+        memory=edge.Memory.Cold if spec.on_disk else None,
+        quantization_config=int8 if spec.quantization == "scalar" else None,
+    )
     shard = edge.EdgeShard.create(str(path), edge.EdgeConfig(vectors=vectors))
     for field, kind in PAYLOAD_INDEXES.items():
         shard.update(edge.UpdateOperation.create_field_index(field, kinds[kind]))

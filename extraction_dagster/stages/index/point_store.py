@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from extraction_dagster.stages.index.points import PointBatch
 
 VectorDtype = Literal["float16", "float32"]
+Quantization = Literal["none", "scalar"]
 # Created before the first point, so that every filter of this project is an indexed one (a strict server refuses
 # others). The kinds are Qdrant's own names.
 PAYLOAD_INDEXES = {"record_id": "integer", "generation": "keyword", "platform": "keyword", "created_at": "datetime"}
@@ -35,12 +36,18 @@ class CollectionSpec:
         dim: Length of each vector.
         fingerprint: The embedding's fingerprint; vectors of two fingerprints can't be compared.
         vector_dtype: How the engine keeps vectors.
+        quantization: `scalar` for a copy in int8 beside them, which is searched first and takes a quarter of float32.
+        on_disk: Whether vectors are read from disk rather than kept in memory.
+
+    The last three say how a collection is created; one that is there keeps what it has.
     """
 
     name: str
     dim: int
     fingerprint: str
     vector_dtype: VectorDtype = "float16"
+    quantization: Quantization = "none"
+    on_disk: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what could not be a folder's or a collection's name."""
@@ -49,6 +56,18 @@ class CollectionSpec:
             raise RecordShapeError(record="CollectionSpec", why="names are letters, digits, '_' and '-'", shapes=shown)
         if self.dim < 1:
             raise RecordShapeError(record="CollectionSpec", why="dim must be at least 1", shapes=shown)
+
+    @classmethod
+    def of(cls, settings: Settings, *, dim: int, fingerprint: str) -> CollectionSpec:
+        """The collection that the settings ask for."""
+        return cls(
+            settings.collection_name,
+            dim,
+            fingerprint,
+            settings.vector_dtype,
+            settings.quantization,
+            settings.vectors_on_disk,
+        )
 
     @property
     def full_name(self) -> str:
@@ -120,8 +139,12 @@ class PointStore(Protocol):
         """
         ...
 
-    def open_collection(self, name: str) -> CollectionSpec:
-        """Open the collection in use, whatever its vectors, and say what it holds.
+    def open_collection(self, name: str, *, fingerprint: str | None = None) -> CollectionSpec:
+        """Open a collection, whatever its vectors, and say what it holds.
+
+        Args:
+            name: The name by which it is asked for.
+            fingerprint: Which of those under the name; the one in use when None.
 
         Raises:
             CollectionMissingError: There is none.
@@ -202,12 +225,17 @@ class PointStore(Protocol):
         ...
 
 
-def open_point_store(settings: Settings) -> PointStore:
-    """The store that the settings choose: a server when `qdrant_url` is set, else the embedded engine."""
+def open_point_store(settings: Settings, *, wait_seconds: float = 0.0) -> PointStore:
+    """The store that the settings choose: a server when `qdrant_url` is set, else the embedded engine.
+
+    Args:
+        settings: Which one, and where.
+        wait_seconds: How long to wait for another process to let go of the embedded store.
+    """
     if settings.qdrant_url is None:
         from extraction_dagster.stages.index.edge_store import EdgeStore  # noqa: PLC0415 - one engine is loaded
 
-        return EdgeStore(settings.home / "qdrant")
+        return EdgeStore(settings.home / "qdrant", wait_seconds=wait_seconds)
     from extraction_dagster.stages.index.server_store import ServerStore  # noqa: PLC0415 - one engine is loaded
 
     return ServerStore.connect(settings)

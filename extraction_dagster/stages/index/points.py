@@ -18,6 +18,7 @@ import numpy as np
 
 from extraction_dagster.errors import PayloadError, RecordShapeError, SettingsError, VectorNormError
 from extraction_dagster.records import fingerprint
+from extraction_dagster.settings import RESERVED_PAYLOAD_KEYS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -25,16 +26,6 @@ if TYPE_CHECKING:
     from extraction_dagster.records import EmbeddingBatch, VideoRow
 
 _NAMESPACE = uuid.UUID("8c1f4bb4-5d0a-5b6e-9c3e-2f6f1f0d7a51")
-RESERVED_KEYS = (
-    "record_id",
-    "platform",
-    "video_code",
-    "frame_number",
-    "frame_second",
-    "path",
-    "created_at",
-    "generation",
-)
 # Vectors come in float16, whose rounding moves a unit norm by about 0.0005.
 _NORM_TOLERANCE = 0.01
 _MIN_INT, _MAX_INT = -(2**63), 2**63 - 1
@@ -183,12 +174,12 @@ def _record_payload(
 
 
 def _extra_payload(row: VideoRow) -> dict[str, Any]:
-    reserved = sorted(set(row.payload) & set(RESERVED_KEYS))
+    reserved = sorted(set(row.payload) & set(RESERVED_PAYLOAD_KEYS))
     if reserved:
         raise SettingsError(
             setting="EXTRACTION_SOURCE_PAYLOAD_COLUMNS",
             got=repr(", ".join(reserved)),
-            expected=f"columns other than {', '.join(RESERVED_KEYS)}, which every point has",
+            expected=f"columns other than {', '.join(RESERVED_PAYLOAD_KEYS)}, which every point has",
         )
     return {column: _json_value(value, row.record_id, column) for column, value in row.payload.items()}
 

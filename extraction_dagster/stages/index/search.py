@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections import defaultdict
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from extraction_dagster.errors import RecordShapeError
+from extraction_dagster.errors import CollectionMismatchError, RecordShapeError
 from extraction_dagster.stages.index.filters import PointFilter
 from extraction_dagster.stages.index.point_store import Hit
 
@@ -15,13 +16,47 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from extraction_dagster.records import IdRange
-    from extraction_dagster.stages.index.point_store import PointStore
+    from extraction_dagster.stages.index.point_store import CollectionSpec, PointStore
 
-__all__ = ["Hit", "search_images"]
+__all__ = ["Hit", "VideoHit", "open_for_search", "search_images", "search_videos"]
 
 # Frames asked for beyond the limit, so that up to so many equal scores at its edge come out in the same order.
 _TIES = 32
 _FRAMES_PER_VIDEO = 8
+# Videos for which each frame of a query video votes, at least.
+_VOTES_PER_FRAME = 50
+
+
+@dataclass(frozen=True, slots=True)
+class VideoHit:
+    """A video that a search by video found.
+
+    Attributes:
+        record_id: The row's id.
+        score: Mean over the query's frames of the best cosine with a frame of this video.
+        votes: Frames of the query that found this video first.
+        query_frames: Frames of the query.
+        best: The pair of frames most alike: the video's frame, with their cosine.
+    """
+
+    record_id: int
+    score: float
+    votes: int
+    query_frames: int
+    best: Hit
+
+
+def open_for_search(store: PointStore, spec: CollectionSpec) -> None:
+    """Open the collection in use, and see that it holds vectors of the query's model.
+
+    Raises:
+        CollectionMissingError: There is none.
+        CollectionMismatchError: It holds others.
+        StoreBusyError: Another process holds the embedded store.
+    """
+    found = store.open_collection(spec.name)
+    if (found.dim, found.fingerprint) != (spec.dim, spec.fingerprint):
+        raise CollectionMismatchError(spec.name, repr(store), got=found.vectors, expected=spec.vectors)
 
 
 def search_images(  # noqa: PLR0913 - the filters that a person may combine
@@ -68,6 +103,72 @@ def search_images(  # noqa: PLR0913 - the filters that a person may combine
         return _best_of_videos(store, unit, limit=limit, filters=filters, score_threshold=score_threshold)
     found = store.search(unit, limit=limit + _TIES, filters=filters, score_threshold=score_threshold)
     return found[:limit]
+
+
+def search_videos(  # noqa: PLR0913 - the filters that a person may combine
+    store: PointStore,
+    query_vectors: np.ndarray,
+    *,
+    limit: int = 10,
+    record_id_range: IdRange | None = None,
+    platform: str | None = None,
+    created_from: datetime | None = None,
+    created_before: datetime | None = None,
+    score_threshold: float | None = None,
+) -> list[VideoHit]:
+    """The videos most like a video, by a vote of its frames.
+
+    Each frame of the query votes for the 50 videos (or four times the limit) nearest to it, with the cosine of the
+    best frame of each. A video's score is the mean of those cosines over all frames of the query; a frame that did
+    not vote for it counts as 0. Three frames of a query and two videos:
+
+        frame 1     A 0.9  B 0.7
+        frame 2     A 0.8  B 0.9
+        frame 3     A 0.7             score of A 0.80 with 2 votes, of B 0.53 with 1
+
+    So a video wins by being like the query from end to end, not by one frame that happens to be; an excerpt of a
+    video finds the whole, whatever else the whole shows. Nothing is left out: a video in the collection finds itself.
+
+    Args:
+        store: With its collection open.
+        query_vectors: Float, shape (N, dim), one row a frame; finite and not zero.
+        limit: Most hits.
+        record_id_range: Only videos of these ids.
+        platform: Only videos of this platform.
+        created_from: Only frames indexed at or after this moment.
+        created_before: Only frames indexed before this moment.
+        score_threshold: Only videos with at least this score.
+
+    Raises:
+        RecordShapeError: The vectors or the limit can't be searched with.
+    """
+    if query_vectors.ndim != 2 or not len(query_vectors):  # noqa: PLR2004 - (N, dim)
+        raise RecordShapeError(
+            record="search", why="it needs vectors (N, dim)", shapes=f"vectors {query_vectors.shape}"
+        )
+    ballots: dict[int, list[Hit]] = defaultdict(list)
+    votes: dict[int, int] = defaultdict(int)
+    for vector in query_vectors:
+        found = search_images(
+            store,
+            vector,
+            limit=max(_VOTES_PER_FRAME, 4 * limit),
+            record_id_range=record_id_range,
+            platform=platform,
+            created_from=created_from,
+            created_before=created_before,
+            group_by_video=True,
+        )
+        for place, hit in enumerate(found):
+            ballots[hit.record_id].append(hit)
+            votes[hit.record_id] += place == 0
+    number = len(query_vectors)
+    hits = [
+        VideoHit(key, sum(hit.score for hit in cast) / number, votes[key], number, min(cast, key=lambda hit: hit.order))
+        for key, cast in ballots.items()
+    ]
+    wanted = [hit for hit in hits if score_threshold is None or hit.score >= score_threshold]
+    return sorted(wanted, key=lambda hit: (-hit.score, hit.record_id))[:limit]
 
 
 def _best_of_videos(

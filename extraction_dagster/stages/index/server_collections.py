@@ -62,7 +62,14 @@ class ServerCollections:
         vectors: Any = config.params.vectors
         fingerprint = str(metadata.get("fingerprint") or target.removeprefix(f"{name}-"))
         is_half = vectors.datatype is not None and vectors.datatype.value == "float16"
-        return CollectionSpec(name, int(vectors.size), fingerprint, "float16" if is_half else "float32")
+        return CollectionSpec(
+            name,
+            int(vectors.size),
+            fingerprint,
+            "float16" if is_half else "float32",
+            "none" if (vectors.quantization_config or config.quantization_config) is None else "scalar",
+            on_disk=bool(vectors.on_disk),
+        )
 
     def ensure(self, target: str, spec: CollectionSpec) -> None:
         """Create a collection and its payload indexes where they are missing.
@@ -116,8 +123,13 @@ class ServerCollections:
     def _create(self, target: str, spec: CollectionSpec) -> None:
         from qdrant_client import models
 
+        int8 = models.ScalarQuantizationConfig(type=models.ScalarType.INT8, quantile=0.99, always_ram=True)
         vectors = models.VectorParams(
-            size=spec.dim, distance=models.Distance.COSINE, datatype=models.Datatype(spec.vector_dtype)
+            size=spec.dim,
+            distance=models.Distance.COSINE,
+            datatype=models.Datatype(spec.vector_dtype),
+            on_disk=spec.on_disk or None,
+            quantization_config=models.ScalarQuantization(scalar=int8) if spec.quantization == "scalar" else None,
         )
         metadata = {_METADATA_KEY: {"v": 1, "name": spec.name, "fingerprint": spec.fingerprint}}
 

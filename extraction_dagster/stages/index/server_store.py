@@ -8,7 +8,6 @@ a second, or never) and are not used; ours repeat what may pass and are safe bec
 from __future__ import annotations
 
 import math
-import urllib.parse
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import numpy as np
@@ -89,7 +88,7 @@ class ServerStore:
             pool_size=1,
         )
         timeout = settings.qdrant_timeout_seconds
-        return cls(client, url=_without_credentials(url), timeout_seconds=timeout, retry=retry)
+        return cls(client, url=url, timeout_seconds=timeout, retry=retry)
 
     def __repr__(self) -> str:
         """The server; never the key."""
@@ -104,11 +103,11 @@ class ServerStore:
         if current is None and not staged:
             self.publish()
 
-    def open_collection(self, name: str) -> CollectionSpec:
-        """Open the collection in use."""
-        target = self._collections.behind(name)
-        if target is None:
-            raise CollectionMissingError(name, self._url)
+    def open_collection(self, name: str, *, fingerprint: str | None = None) -> CollectionSpec:
+        """Open the collection in use, or another of that name."""
+        target = self._collections.behind(name) if fingerprint is None else f"{name}-{fingerprint}"
+        if target is None or (fingerprint is not None and not self._collections.exists(target)):
+            raise CollectionMissingError(target or name, self._url)
         self._spec, self._target = self._collections.spec(target, name), target
         return self._spec
 
@@ -275,8 +274,3 @@ class ServerStore:
                 target, condition, limit=size, offset=offset, with_payload=content, with_vectors=content
             ),
         )
-
-
-def _without_credentials(url: str) -> str:
-    parts = urllib.parse.urlsplit(url)
-    return urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))

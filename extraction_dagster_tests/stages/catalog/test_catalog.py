@@ -191,6 +191,7 @@ def test_state_in_another_database_never_touches_a_read_only_source(database, tm
     state = f"sqlite:///{tmp_path}/state.db"
     catalog = database.catalog(source_read_only=True, state_url=SecretStr(state))
     finish(catalog, 1)
+    assert statuses(catalog) == {1: "done"}
     assert database.rows("SELECT is_extracted, is_embedded FROM insta_content") in ([(0, 0)], [(False, False)])
     names = "SELECT name FROM sqlite_master" if "sqlite" in database.url else "SELECT tablename FROM pg_tables"
     assert not [name for (name,) in database.rows(names) if name.startswith("extraction_")]
@@ -222,4 +223,23 @@ def test_the_summary_counts_records_by_what_became_of_them(database):
         "pending": 1,
     }
     assert catalog.num_pending(ALL) == 1
+    catalog.close()
+
+
+def test_init_makes_the_partial_index_once(database):
+    database.create(ids=(1,))
+    catalog = database.catalog()
+    first = catalog.source.make_pending_index()
+    assert [first.state, catalog.source.make_pending_index().state] == ["made", "there"]
+    assert "WHERE (is_extracted IS NOT TRUE) OR (is_embedded IS NOT TRUE)" in first.sql
+    catalog.close()
+
+
+def test_without_the_right_to_alter_the_table_its_statement_is_told(database):
+    database.create(ids=(1,))
+    database.execute("CREATE VIEW good AS SELECT * FROM insta_content")
+    catalog = database.catalog(source_table="good")  # nobody can index a view
+    made = catalog.source.make_pending_index()
+    assert made.state == "refused"
+    assert made.sql.startswith("CREATE INDEX")
     catalog.close()

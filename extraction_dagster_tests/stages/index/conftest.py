@@ -9,11 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
 
-from extraction_dagster.records import EmbeddingBatch, VideoRow
+from extraction_dagster.records import EmbeddingBatch, IdRange, VideoRow
 from extraction_dagster.settings import Settings
+from extraction_dagster.stages.catalog.catalog import Catalog, Fingerprints
 from extraction_dagster.stages.index.edge_store import EdgeStore
 from extraction_dagster.stages.index.point_store import CollectionSpec
+from extraction_dagster.stages.index.points import generation
+from extraction_dagster.stages.index.reconcile import reconcile
+from extraction_dagster.stages.index.replace import replace_records
 from extraction_dagster.stages.index.server_retry import RetryPolicy
 from extraction_dagster.stages.index.server_store import ServerStore
 
@@ -126,3 +131,109 @@ def rows():
         record_id: VideoRow(record_id, f"/videos/{record_id}.mp4", platform="insta", code=f"c{record_id}")
         for record_id in ids
     }
+
+
+# Record of the world: how many frames it has.
+FRAMES = {1: 2, 2: 3, 3: 1, 40: 2, 41: 4}
+ALL = IdRange(1, 99)
+TODAY = Fingerprints(frames="f1", embedding="e1")
+
+
+class World:
+    """A table of videos and a store, brought forward as the assets do it."""
+
+    def __init__(self, settings, tmp_path):
+        self.engine = sa.create_engine(settings.resolved_source_url, poolclass=sa.NullPool)
+        self.execute(
+            "CREATE TABLE insta_content (id INTEGER PRIMARY KEY AUTOINCREMENT, platform TEXT, code TEXT, path TEXT, "
+            "is_extracted BOOLEAN NOT NULL DEFAULT 0, is_embedded BOOLEAN NOT NULL DEFAULT 0, "
+            "is_removed BOOLEAN NOT NULL DEFAULT 0)"
+        )
+        self.settings, self.home = settings, tmp_path / "qdrant"
+        self.opened = 0
+
+    def execute(self, sql, *rows):
+        with self.engine.begin() as connection:
+            connection.execute(sa.text(sql), *([list(rows)] if rows else []))
+
+    def rows(self, sql):
+        with self.engine.connect() as connection:
+            return [tuple(row) for row in connection.execute(sa.text(sql))]
+
+    def add(self, *ids):
+        self.execute(
+            "INSERT INTO insta_content (id, platform, code, path) VALUES (:id, 'tube', 'c', 'v.mp4')",
+            *({"id": record_id} for record_id in ids),
+        )
+
+    def open_store(self):
+        self.opened += 1
+        return EdgeStore(self.home)
+
+    def store(self, fingerprint="e1", *, staged=False):
+        store = EdgeStore(self.home)
+        store.ensure_collection(CollectionSpec("video_frames", 8, fingerprint), staged=staged)
+        return store
+
+    def process(self, catalog, within=ALL, frames=None, made_with=TODAY, *, staged=False):
+        """What the three assets do with the pending rows of a range. Returns the records that it wrote."""
+        plan = catalog.begin(within, made_with)
+        todo = {key: planned for key, planned in plan.items() if planned.status == "todo"}
+        numbers = {key: (frames or FRAMES)[key] for key in todo}
+        if not numbers:
+            return []
+        catalog.mark_extracted(plan, numbers, made_with.frames)
+        catalog.mark_embedded(numbers, made_with.embedding)
+        with self.store(made_with.embedding, staged=staged) as store:
+            written = replace_records(
+                store,
+                self.embeddings_of(numbers),
+                rows={key: planned.video for key, planned in todo.items()},
+                generations={
+                    key: generation(
+                        embedding_fingerprint=made_with.embedding,
+                        frames_fingerprint=made_with.frames,
+                        content_version=planned.video.content_version,
+                    )
+                    for key, planned in todo.items()
+                },
+            )
+        catalog.mark_done(plan, written, made_with)
+        return sorted(written)
+
+    def points(self, fingerprint=None):
+        with EdgeStore(self.home) as store:
+            store.open_collection("video_frames", fingerprint=fingerprint)
+            return store.count_by_record()
+
+    def reconcile(self, catalog, **options):
+        options = {"collection_name": "video_frames", "embedding": "e1", **options}
+        return reconcile(catalog, self.open_store, **options)
+
+    @staticmethod
+    def embeddings_of(frames):
+        ids = np.repeat(np.array(list(frames), np.int64), list(frames.values()))
+        numbers = np.concatenate([np.arange(number) for number in frames.values()]).astype(np.int64)
+        vectors = np.random.default_rng(1).standard_normal((len(ids), 8))
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        return EmbeddingBatch(vectors.astype(np.float16), ids, numbers, numbers / 1.0)
+
+
+@pytest.fixture
+def world(settings, tmp_path):
+    return World(settings(source_predicate="NOT is_removed"), tmp_path)
+
+
+@pytest.fixture
+def catalog(world):
+    catalog = Catalog(world.settings)
+    yield catalog
+    catalog.close()
+
+
+@pytest.fixture
+def done(world, catalog):
+    """The world with every record done."""
+    world.add(*FRAMES)
+    assert world.process(catalog) == [1, 2, 3, 40, 41]
+    return world

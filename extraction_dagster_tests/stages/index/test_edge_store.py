@@ -66,6 +66,14 @@ def test_a_second_store_in_the_same_process_is_refused(home):
         second.ensure_collection(SPEC)
 
 
+def test_a_store_waits_for_a_holder_that_lets_go(home, monkeypatch):
+    first, second = EdgeStore(home), EdgeStore(home, wait_seconds=60)
+    first.ensure_collection(SPEC)
+    monkeypatch.setattr("extraction_dagster.stages.index.edge_files.time.sleep", lambda _: first.close())
+    assert second.open_collection(SPEC.name) == SPEC
+    second.close()
+
+
 def test_points_stay_after_closing_and_opening(home, embeddings, rows):
     with EdgeStore(home) as store:
         store.ensure_collection(SPEC)

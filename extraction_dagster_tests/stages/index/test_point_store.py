@@ -176,7 +176,7 @@ def test_other_vectors_are_refused_by_naming_both_and_the_fix(opened, load, spec
     wanted = re.escape(
         f"holds vectors of dim 8, fingerprint abc123, but the settings give dim {dim}, fingerprint {fingerprint}"
     )
-    with pytest.raises(CollectionMismatchError, match=f"{wanted}.*EXTRACTION_COLLECTION_NAME"):
+    with pytest.raises(CollectionMismatchError, match=f"{wanted}.*extraction collection stage"):
         opened.ensure_collection(CollectionSpec(spec.name, dim, fingerprint))
     opened.ensure_collection(spec)
     assert opened.count() == 1

@@ -4,18 +4,23 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from extraction_dagster.errors import PointsMissingError, RecordShapeError
 from extraction_dagster.records import EmbeddingBatch, VideoRow
+from extraction_dagster.settings import Settings
 from extraction_dagster.stages.index.edge_store import EdgeStore
 from extraction_dagster.stages.index.filters import PointFilter
 from extraction_dagster.stages.index.point_store import CollectionSpec
 from extraction_dagster.stages.index.points import point_id
 from extraction_dagster.stages.index.replace import count_by_record, delete_records, replace_records
+from extraction_dagster.stages.index.search import search_images
+from extraction_dagster.stages.index.server_store import ServerStore
 
 OLD = {7: [0, 30, 60], 8: [0], 9: [0, 15]}
 NEW = {7: [0, 90], 8: [0, 30, 60]}
@@ -229,8 +234,46 @@ def test_a_killed_process_loses_nothing_and_the_next_one_arrives(tmp_path):
             assert generations <= {f"g{round_number - 1}", f"g{round_number}"}
             assert _arrived(store, round_number)
         round_number += 1
-    print(f"{kills} kills: {states}")  # noqa: T201 - shown by pytest -rP
+    print(f"{kills} kills: {states}")
 
 
 def _arrived(store, round_number):
     return replace_round(store, round_number) == _held(store)
+
+
+def test_a_searcher_during_a_replacement_never_misses_a_record(  # noqa: PLR0913, PLR0917 - fixtures
+    stand_in, wire_store, spec, embeddings, rows, tmp_path
+):
+    ids = range(1, 41)
+    frames = {record_id: [0, 30, 60] for record_id in ids}
+    wire_store.ensure_collection(spec)
+    replace_records(wire_store, embeddings(frames, seed=1), rows=rows(*ids), generations=dict.fromkeys(ids, "a"))
+    settings = Settings(home=tmp_path, qdrant_url=stand_in.url, qdrant_grpc_port=stand_in.port)
+    missed, searches, over, query = [], [], threading.Event(), embeddings({1: [0]}).vectors[0]
+
+    def search():
+        with ServerStore.connect(settings) as other:
+            other.open_collection(spec.name)
+            while not over.is_set():
+                found = {hit.record_id for hit in search_images(other, query, limit=40, group_by_video=True)}
+                searches.append(len(found))
+                missed.extend(set(ids) - found)
+
+    with ThreadPoolExecutor(1) as pool:
+        searcher = pool.submit(search)
+        while not searches:
+            time.sleep(0.01)
+        for round_number in range(6):
+            # Other frames each time, so that old points are removed.
+            numbers = [0, 15 * (round_number + 1), 600 + round_number]
+            replace_records(
+                wire_store,
+                embeddings(dict.fromkeys(ids, numbers), seed=round_number),
+                rows=rows(*ids),
+                generations=dict.fromkeys(ids, f"b{round_number}"),
+            )
+        over.set()
+        searcher.result()
+    assert missed == []
+    assert len(searches) > 1
+    assert wire_store.count() == 120

@@ -5,10 +5,11 @@ from datetime import UTC, datetime
 import numpy as np
 import pytest
 
-from extraction_dagster.errors import RecordShapeError
+from extraction_dagster.errors import CollectionMismatchError, RecordShapeError
 from extraction_dagster.records import IdRange, VideoRow
+from extraction_dagster.stages.index.point_store import CollectionSpec
 from extraction_dagster.stages.index.points import PointBatch, build_points, point_id
-from extraction_dagster.stages.index.search import Hit, search_images
+from extraction_dagster.stages.index.search import Hit, VideoHit, open_for_search, search_images, search_videos
 
 
 def _towards(cosine):
@@ -90,3 +91,46 @@ def test_a_missing_platform_and_code_come_back_as_none(opened, embeddings):
 def test_what_can_not_be_searched_with_is_refused(scored, vector, limit):
     with pytest.raises(RecordShapeError, match="search refused: it needs a vector"):
         search_images(scored({(7, 0): 0.5}), vector, limit=limit)
+
+
+# The cosine of a frame at `angle` with the query's frame 1 is cos(angle); frames 2 and 3 are at 0.5 and 1 rad.
+FRAMES = np.array([[np.cos(angle), np.sin(angle), 0, 0, 0, 0, 0, 0] for angle in (0.0, 0.5, 1.0)])
+
+
+def test_a_video_that_is_like_the_query_from_end_to_end_beats_one_with_the_best_frame(scored):
+    # 7 has exactly frame 1 and nothing near the others; 8 is 0.2 rad off every one of them.
+    store = scored({(7, 0): 1.0, (8, 0): np.cos(0.2), (8, 30): np.cos(0.7), (8, 60): np.cos(1.2)})
+    first, second = search_videos(store, FRAMES, limit=5)
+    assert first == VideoHit(
+        8,
+        pytest.approx(np.cos(0.2), abs=0.01),  # frame 2 is nearest to the one at 0.7, frame 3 to the one at 1.2
+        votes=2,
+        query_frames=3,
+        best=Hit(8, first.best.frame_number, first.best.frame_second, first.best.score, "insta", "c8", "/videos/8.mp4"),
+    )
+    assert (second.record_id, second.votes, second.best.frame_number) == (7, 1, 0)
+    assert second.score == pytest.approx((1 + np.cos(0.5) + np.cos(1.0)) / 3, abs=0.01)
+
+
+def test_a_frame_that_did_not_vote_for_a_video_counts_as_nothing(scored, monkeypatch):
+    monkeypatch.setattr("extraction_dagster.stages.index.search._VOTES_PER_FRAME", 1)
+    store = scored({(7, 0): 1.0, **{(record_id, 0): np.cos(0.75) for record_id in (8, 9, 10, 11)}})
+    hits = search_videos(store, FRAMES, limit=1)
+    assert (hits[0].record_id, hits[0].votes) == (8, 2)
+    scores = {hit.record_id: hit.score for hit in search_videos(store, FRAMES, limit=1, record_id_range=IdRange(7, 7))}
+    assert scores == {7: pytest.approx((1 + np.cos(0.5) + np.cos(1.0)) / 3, abs=0.01)}
+
+
+def test_filters_and_threshold_hold_for_videos(scored):
+    store = scored({(7, 0): 1.0, (8, 0): 0.9, (9, 0): 0.1}, platforms={8: "tube"})
+    assert [hit.record_id for hit in search_videos(store, FRAMES[:1], platform="insta")] == [7, 9]
+    assert [hit.record_id for hit in search_videos(store, FRAMES[:1], score_threshold=0.5)] == [7, 8]
+    assert [hit.record_id for hit in search_videos(store, FRAMES[:1], limit=1)] == [7]
+    with pytest.raises(RecordShapeError, match="it needs vectors"):
+        search_videos(store, FRAMES[0])
+
+
+def test_a_query_of_another_model_is_refused(opened, spec):
+    open_for_search(opened, spec)
+    with pytest.raises(CollectionMismatchError, match="fingerprint abc123, but the settings give dim 8, fingerprint x"):
+        open_for_search(opened, CollectionSpec(spec.name, 8, "x"))

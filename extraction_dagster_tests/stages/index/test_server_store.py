@@ -165,7 +165,7 @@ def test_the_api_key_is_sent_and_never_shown(stand_in, fault, tmp_path, spec):
     canary = "canary-8d1f"
     settings = Settings(
         home=tmp_path,
-        qdrant_url="http://user:canary-8d1f@127.0.0.1:1/?token=canary-8d1f",
+        qdrant_url="http://127.0.0.1:1",
         qdrant_grpc_port=stand_in.port,
         qdrant_api_key=canary,
     )

@@ -1,0 +1,62 @@
+"""Find single stored frames, whatever range they belong to: thumbnails of what a search found."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from extraction_dagster.errors import PartitionKeyError
+from extraction_dagster.records import IdRange
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from extraction_dagster.stages.decode.frame_store import FrameStore
+
+logger = logging.getLogger(__name__)
+
+
+def find_frames(store: FrameStore, wanted: Collection[tuple[int, int]]) -> dict[tuple[int, int], bytes]:
+    """JPEGs by record id and frame number; a frame that is not stored, or no longer, is left out.
+
+    Where several shards hold a record, the newest one that has the frame counts.
+    """
+    numbers: dict[int, set[int]] = defaultdict(set)
+    for record_id, frame_number in wanted:
+        numbers[record_id].add(frame_number)
+    found: dict[tuple[int, int], bytes] = {}
+    for partition in _partitions(store):
+        here = [record_id for record_id in numbers if record_id in partition]
+        for shard in store.shards(partition) if here else ():  # oldest first: a newer one overwrites
+            held = [record.record_id for record in shard.records if record.record_id in here]
+            if held:
+                found |= _read(store, shard.path, {record_id: numbers[record_id] for record_id in held})
+    return found
+
+
+def _partitions(store: FrameStore) -> list[IdRange]:
+    ranges = []
+    for name in store.partition_keys():
+        try:
+            ranges.append(IdRange.parse(name))
+        except PartitionKeyError:
+            continue
+    return ranges
+
+
+def _read(store: FrameStore, path: str, numbers: dict[int, set[int]]) -> dict[tuple[int, int], bytes]:
+    try:
+        with store.open(path) as file:
+            filters = [
+                [("record_id", "=", record_id), ("frame_number", "in", sorted(frames))]
+                for record_id, frames in numbers.items()
+            ]
+            table = pq.read_table(file, columns=["record_id", "frame_number", "jpeg"], filters=filters)
+    except (OSError, pa.ArrowException) as error:
+        logger.warning("No thumbnails from %s: %s", path, error)
+        return {}
+    return {(row["record_id"], row["frame_number"]): row["jpeg"] for row in table.to_pylist()}

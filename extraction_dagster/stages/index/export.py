@@ -1,0 +1,93 @@
+"""Points as one Parquet file, for whatever comes after Qdrant."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from extraction_dagster.errors import ExportError
+from extraction_dagster.settings import RESERVED_PAYLOAD_KEYS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from extraction_dagster.stages.index.point_store import CollectionSpec, PointStore
+    from extraction_dagster.stages.index.points import PointBatch
+
+_POINTS_PER_GROUP = 2048
+
+
+def export_points(
+    store: PointStore, spec: CollectionSpec, path: Path, *, on_written: Callable[[int], None] | None = None
+) -> int:
+    """Write every point of the open collection to a Parquet file: whole, or not at all.
+
+    Columns: `id`, `record_id`, `frame_number`, `frame_second`, `platform`, `video_code`, `path`, `created_at`,
+    `generation`, `payload` (further columns, as JSON; null when there are none) and `vector` (float32, dim). The file's
+    metadata says which embedding made it.
+
+    Args:
+        store: With its collection open.
+        spec: What it holds.
+        path: The file; one that is there is replaced.
+        on_written: Told the number of points written so far.
+
+    Returns:
+        The number of points, which was compared with the store's own count.
+
+    Raises:
+        ExportError: The file can't be written, or points came or went meanwhile.
+    """
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        written = _write(store, spec, beside, on_written)
+        expected = store.count()
+        if written != expected:
+            raise ExportError(str(path), f"{written} points were written, and the store holds {expected}: try again")
+        beside.replace(path)
+    except OSError as error:
+        raise ExportError(str(path), error.strerror or type(error).__name__) from error
+    finally:
+        beside.unlink(missing_ok=True)
+    return written
+
+
+def _write(store: PointStore, spec: CollectionSpec, path: Path, on_written: Callable[[int], None] | None) -> int:
+    written = 0
+    schema = _schema(spec)
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for batch in store.read(batch_size=_POINTS_PER_GROUP):
+            writer.write_table(_table(batch, schema))
+            written += len(batch)
+            if on_written is not None:
+                on_written(written)
+    return written
+
+
+def _schema(spec: CollectionSpec) -> pa.Schema:
+    integers, floats = ("record_id", "frame_number"), ("frame_second",)
+    types = {**dict.fromkeys(integers, pa.int64()), **dict.fromkeys(floats, pa.float64())}
+    fields = [("id", pa.string()), *((key, types.get(key, pa.string())) for key in RESERVED_PAYLOAD_KEYS)]
+    metadata = {"collection": spec.name, "dim": str(spec.dim), "fingerprint": spec.fingerprint}
+    vector = pa.list_(pa.float32(), spec.dim)
+    return pa.schema(
+        [*fields, ("payload", pa.string()), ("vector", vector)], metadata={"extraction": json.dumps(metadata)}
+    )
+
+
+def _table(batch: PointBatch, schema: pa.Schema) -> pa.Table:
+    columns: dict[str, Any] = {"id": list(batch.ids)}
+    columns |= {key: [payload.get(key) for payload in batch.payloads] for key in RESERVED_PAYLOAD_KEYS}
+    columns["payload"] = [_extra(payload) for payload in batch.payloads]
+    flat = pa.array(batch.vectors.astype("float32").reshape(-1), pa.float32())
+    columns["vector"] = pa.FixedSizeListArray.from_arrays(flat, batch.dim)
+    return pa.Table.from_pydict(columns, schema=schema)
+
+
+def _extra(payload: Any) -> str | None:  # noqa: ANN401 - a JSON object
+    extra = {key: value for key, value in payload.items() if key not in RESERVED_PAYLOAD_KEYS}
+    return json.dumps(extra, sort_keys=True) if extra else None

@@ -1,0 +1,348 @@
+"""Bring the store and the table to agreement, window by window.
+
+Three rows of a window, what the ledger and the store say, and what becomes of them:
+
+    record 7   done with 3 points      the store has 2    lost: its points are written again
+    record 8   done with 2 points      the store has 4    stale: as above; the surplus goes when they are written
+    record 9   deleted from the table  the store has 5    gone: its points are removed, the ledger forgets it
+
+Rows that are pending, waiting or parked are nobody's loss: what the store has of them stays until it is replaced.
+A difference counts only when it is seen twice, since runs go on meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Self
+
+from extraction_dagster.errors import CollectionMissingError
+from extraction_dagster.records import IdRange
+from extraction_dagster.stages.catalog.catalog import status_of
+from extraction_dagster.stages.index.compare import Comparison, ExpectedPoints, compare_points
+from extraction_dagster.stages.index.points import generation
+from extraction_dagster.stages.index.replace import delete_records
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from types import TracebackType
+
+    from extraction_dagster.stages.catalog.catalog import Catalog
+    from extraction_dagster.stages.catalog.ledger import LedgerEntry
+    from extraction_dagster.stages.catalog.source_table import SourceRow
+    from extraction_dagster.stages.index.point_store import PointStore
+
+WHOLE = IdRange(-(2**63), 2**63 - 1)
+_WINDOW_RECORDS = 1000
+_HOLD_SECONDS = 5.0
+_PAUSE_SECONDS = 0.25
+_MUCH = 0.1  # share of a collection whose removal is worth an optimization
+
+
+@dataclass(frozen=True, slots=True)
+class Differences:
+    """Where the store and the table disagree within a range; each maps a record id to a number of points.
+
+    Attributes:
+        within: The range that was compared.
+        compared: Records that should have points.
+        held: Points that should be there.
+        lost: Points that are missing.
+        stale: Points beyond those that were verified.
+        gone: Points of records that were deleted or are no longer eligible; 0 when only the ledger knows them.
+    """
+
+    within: IdRange
+    compared: int = 0
+    held: int = 0
+    lost: Mapping[int, int] = field(default_factory=dict)
+    stale: Mapping[int, int] = field(default_factory=dict)
+    gone: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def agrees(self) -> bool:
+        """Whether there is no difference."""
+        return not (self.lost or self.stale or self.gone)
+
+    @property
+    def to_write_again(self) -> list[int]:
+        """Records whose points are to be written again."""
+        return sorted({*self.lost, *self.stale})
+
+
+@dataclass(slots=True)
+class Reconciliation:
+    """What a reconciliation found and did.
+
+    Attributes:
+        repaired: Whether it was to repair.
+        windows: Ranges compared.
+        records: Records that should have points.
+        points: Points that they should have.
+        differences: The ranges that disagreed.
+        removed_points: Points of gone records, removed.
+    """
+
+    repaired: bool
+    windows: int = 0
+    records: int = 0
+    points: int = 0
+    differences: list[Differences] = field(default_factory=list)
+    removed_points: int = 0
+
+    def add(self, found: Differences) -> None:
+        """Take in what was found within one window."""
+        self.windows += 1
+        self.records += found.compared
+        self.points += found.held
+        if not found.agrees:
+            self.differences.append(found)
+
+    @property
+    def remaining(self) -> int:
+        """Records on which store and table still disagree; those made pending are among them until they are done."""
+        wrong = sum(len(item.to_write_again) for item in self.differences)
+        return wrong if self.repaired else wrong + sum(len(item.gone) for item in self.differences)
+
+    def total(self, kind: str) -> tuple[int, int]:
+        """Records and points of one kind: lost, stale or gone."""
+        counts = [getattr(item, kind) for item in self.differences]
+        return sum(map(len, counts)), sum(sum(item.values()) for item in counts)
+
+    @property
+    def summary(self) -> str:
+        """What was found and done, in one sentence or two."""
+        if not self.differences:
+            return f"The collection agrees with the table: {self.records} records, {self.points} points."
+        kinds = {kind: self.total(kind) for kind in ("lost", "stale", "gone")}
+        text = ", ".join(
+            f"{points} points {kind} ({records} records)" for kind, (records, points) in kinds.items() if records
+        )
+        done = f" Removed {self.removed_points} points." if self.repaired and self.total("gone")[0] else ""
+        return f"Of {self.records} records with {self.points} points: {text}.{done}"
+
+    def rows(self, *, limit: int | None = None) -> list[dict[str, int | None]]:
+        """The records that differ: `{"record_id": 7, "lost": 1, "stale": None, "gone": None}`."""
+        found = [
+            {"record_id": key, "lost": item.lost.get(key), "stale": item.stale.get(key), "gone": item.gone.get(key)}
+            for item in self.differences
+            for key in sorted({*item.lost, *item.stale, *item.gone})
+        ]
+        return found[:limit]
+
+    def document(self) -> dict[str, object]:
+        """The same as one JSON document; the keys are stable."""
+        return {
+            "records": self.records,
+            "points": self.points,
+            "repaired": self.repaired,
+            "removed_points": self.removed_points,
+            "remaining": self.remaining,
+            **{f"{kind}_records": self.total(kind)[0] for kind in ("lost", "stale", "gone")},
+            **{f"{kind}_points": self.total(kind)[1] for kind in ("lost", "stale", "gone")},
+            "differences": self.rows(),
+        }
+
+
+def reconcile(  # noqa: PLR0913 - what is compared with what
+    catalog: Catalog,
+    open_store: Callable[[], PointStore],
+    *,
+    collection_name: str,
+    embedding: str,
+    within: IdRange = WHOLE,
+    repair: bool = False,
+    window_records: int = _WINDOW_RECORDS,
+    hold_seconds: float = _HOLD_SECONDS,
+) -> Reconciliation:
+    """Compare the ledger and the table with the store; on `repair`, make them agree.
+
+    Lost and stale points are not written here: their records become pending, so that the next run of their range
+    writes them from the stored vectors. Points of gone records are removed at once.
+
+    Args:
+        catalog: The source table and the ledger.
+        open_store: Opens the store; called again after every `hold_seconds`, so that runs get their turn.
+        collection_name: The collection's name.
+        embedding: The fingerprint of today's settings; its collection is compared as well while it is being loaded
+            beside the one in use.
+        within: Only these records.
+        repair: Remove, forget and make pending.
+        window_records: Ledger entries compared at once.
+        hold_seconds: How long the embedded store is held at a stretch.
+    """
+    done = Reconciliation(repaired=repair)
+    homes = _collections(open_store, collection_name, embedding)
+    for home in homes:
+        view = _View(catalog, home, homes)
+        with _Turns(open_store, collection_name, home, hold_seconds) as turns:
+            removed = 0
+            for window in windows(catalog, within, window_records):
+                found = view.compare(turns.store(), window)
+                if not found.agrees:
+                    found = view.compare(turns.store(), window)
+                done.add(found)
+                if repair and not found.agrees:
+                    removed += _repair(catalog, turns.store(), found)
+            done.removed_points += removed
+            _tidy(turns.store(), removed)
+    return done
+
+
+@dataclass(frozen=True, slots=True)
+class _Home:
+    """A collection in which points should be: the one in use, one being loaded beside it, or none at all."""
+
+    fingerprint: str | None
+    in_use: bool
+
+
+def _collections(open_store: Callable[[], PointStore], name: str, embedding: str) -> list[_Home]:
+    """The collections to compare; the first one answers for the entries whose own collection is no more."""
+    homes: list[_Home] = []
+    with open_store() as store:
+        there = store.collections(name)
+        with contextlib.suppress(CollectionMissingError):
+            homes.append(_Home(store.open_collection(name).fingerprint, in_use=True))
+    if embedding in there and embedding not in {home.fingerprint for home in homes}:
+        homes.append(_Home(embedding, in_use=False))
+    return homes or [_Home(None, in_use=False)]
+
+
+class _Turns:
+    """The store, let go of now and then so that others get their turn."""
+
+    def __init__(self, open_store: Callable[[], PointStore], name: str, home: _Home, hold_seconds: float) -> None:
+        self._open_store, self._name, self._home, self._hold_seconds = open_store, name, home, hold_seconds
+        self._store: PointStore | None = None
+        self._since = 0.0
+
+    def store(self) -> PointStore | None:
+        """The store with its collection open; None when there is no collection."""
+        if self._home.fingerprint is None:
+            return None
+        if self._store is not None and time.monotonic() - self._since > self._hold_seconds:
+            self.close()
+            time.sleep(_PAUSE_SECONDS)
+        if self._store is None:
+            self._store = self._open_store()
+            self._store.open_collection(self._name, fingerprint=None if self._home.in_use else self._home.fingerprint)
+            self._since = time.monotonic()
+        return self._store
+
+    def close(self) -> None:
+        store, self._store = self._store, None
+        if store is not None:
+            store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """What the ledger and the table say of one collection."""
+
+    catalog: Catalog
+    home: _Home
+    homes: list[_Home]
+
+    def compare(self, store: PointStore | None, window: IdRange) -> Differences:
+        """The differences within a window."""
+        entries = self.catalog.ledger.entries(window)
+        rows = {row.video.record_id: row for row in self.catalog.source.rows_of(entries)}
+        expected = {
+            record_id: expected_points(entries[record_id])
+            for record_id in finished(rows, entries)
+            if self._is_here(entries[record_id])
+        }
+        found = _all_lost(expected) if store is None else compare_points(store, expected, within=window)
+        return Differences(
+            within=window,
+            compared=len(expected),
+            held=sum(item.num_points for item in expected.values()),
+            lost=found.lost,
+            stale=found.stale,
+            gone=self._gone(found.orphans, entries, rows.keys()),
+        )
+
+    def _is_here(self, entry: LedgerEntry) -> bool:
+        """Whether an entry's points should be in this collection; the first one answers for unknown ones."""
+        known = {home.fingerprint for home in self.homes}
+        if entry.embedding_fingerprint in known:
+            return entry.embedding_fingerprint == self.home.fingerprint
+        return self.home == self.homes[0]
+
+    def _gone(
+        self, orphans: Mapping[int, int], entries: Mapping[int, LedgerEntry], eligible: Iterable[int]
+    ) -> dict[int, int]:
+        """Records that are deleted or no longer eligible, and still have points, or an entry that says so."""
+        unknown = [record_id for record_id in orphans if record_id not in entries]
+        living = {*eligible, *(row.video.record_id for row in self.catalog.source.rows_of(unknown))}
+        gone = {record_id: number for record_id, number in orphans.items() if record_id not in living}
+        silent = [record_id for record_id in entries if record_id not in living and record_id not in gone]
+        there = self.catalog.source.existing(silent)
+        forgotten = [key for key in silent if key not in there or entries[key].state == "done"]
+        return dict(sorted({**gone, **dict.fromkeys(forgotten, 0)}.items()))
+
+
+def finished(rows: Mapping[int, SourceRow], entries: Mapping[int, LedgerEntry]) -> list[int]:
+    """The eligible rows that are done and were not asked for again since."""
+    now = datetime.now(UTC)
+    return [
+        key
+        for key, row in rows.items()
+        if status_of(row.video.content_version, row.marked_done, entries[key], None, now=now) == "done"
+    ]
+
+
+def windows(catalog: Catalog, within: IdRange, size: int) -> Iterator[IdRange]:
+    """Cut a range so that each window holds `size` ledger entries; nothing lies between two windows."""
+    first = within.first_id
+    while True:
+        end = catalog.ledger.window_end(None if first == WHOLE.first_id else first - 1, size)
+        if end is None or end >= within.last_id:
+            yield IdRange(first, within.last_id)
+            return
+        yield IdRange(first, end)
+        first = end + 1
+
+
+def expected_points(entry: LedgerEntry) -> ExpectedPoints:
+    """What the ledger says of a record's points."""
+    made_from = generation(
+        embedding_fingerprint=entry.embedding_fingerprint or "",
+        frames_fingerprint=entry.frames_fingerprint or "",
+        content_version=entry.content_version,
+    )
+    return ExpectedPoints(entry.num_points or 0, made_from)
+
+
+def _all_lost(expected: Mapping[int, ExpectedPoints]) -> Comparison:
+    return Comparison(lost={record_id: item.num_points for record_id, item in expected.items()})
+
+
+def _repair(catalog: Catalog, store: PointStore | None, found: Differences) -> int:
+    """Remove what is gone, make pending what is to be written again. Returns the number of points removed.
+
+    A row that is there but not eligible keeps its entry, as pending: it is processed when it becomes eligible again.
+    """
+    with_points = [record_id for record_id, number in found.gone.items() if number]
+    removed = delete_records(store, with_points) if store is not None else 0
+    there = catalog.source.existing(found.gone)
+    catalog.forget([record_id for record_id in found.gone if record_id not in there])
+    catalog.request_again(sorted({*there, *found.to_write_again}))
+    return removed
+
+
+def _tidy(store: PointStore | None, removed: int) -> None:
+    if store is not None and removed and removed >= _MUCH * (store.count() + removed):
+        store.optimize()
+        store.flush()

@@ -1,0 +1,71 @@
+"""What `extraction search` refuses before anything is loaded, and what it writes."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from extraction_dagster.cli import search
+from extraction_dagster.cli.main import app
+from extraction_dagster.errors import PartitionKeyError, QueryVideoError, TextSearchError
+from extraction_dagster.stages.index.point_store import Hit
+from extraction_dagster.stages.index.search import VideoHit
+
+FRAME = Hit(7, 30, 1.0, 0.9, "insta", None, "a.mp4")
+
+
+def invoke(*words):
+    return CliRunner().invoke(app, ["search", *words], env={"COLUMNS": "200", "NO_COLOR": "1"})
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "give exactly one of --image, --video and --text"),
+        (("--image", "a.jpg", "--text", "cat"), "give exactly one of --image, --video and --text"),
+        (("--video", "a.mp4", "--frames"), "--frames goes with --image or --text"),
+        (("--image", "a.jpg", "--after", "yesterday"), "--after is 'yesterday', expected for example 2026-01-31"),
+        (("--image", "a.jpg", "--min-score", "2"), "Invalid value for '--min-score'"),
+        (("--image", "a.jpg", "--limit", "0"), "Invalid value for '--limit'"),
+    ],
+)
+def test_wrong_usage_is_said_and_ends_with_2(words, message):
+    result = invoke(*words)
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_a_range_that_is_none_is_refused():
+    result = invoke("--image", "a.jpg", "--ids", "9-1")
+    assert isinstance(result.exception, PartitionKeyError)
+
+
+def test_a_model_without_words_and_a_file_that_is_no_video_are_said(tmp_path):
+    assert isinstance(invoke("--text", "a cat").exception, TextSearchError)
+    (tmp_path / "page.mp4").write_text("<html>")
+    for name, why in (("none.mp4", "there is no such file."), ("page.mp4", "Video '")):
+        error = invoke("--video", name).exception
+        assert isinstance(error, QueryVideoError)
+        assert f"Video '{name}' can't be searched for: {why}" in str(error)
+        assert "Nothing was written" not in str(error)
+
+
+def test_a_days_begin_is_meant_in_utc():
+    assert search._moment("2026-01-31", "--after").isoformat() == "2026-01-31T00:00:00+00:00"
+    assert search._moment("2026-01-31T12:00:00+02:00", "--after").isoformat() == "2026-01-31T12:00:00+02:00"
+    assert search._moment(None, "--after") is None
+
+
+def test_a_video_hit_in_json_says_its_score_votes_and_best_frame():
+    assert json.loads(json.dumps(search._plain(VideoHit(7, 0.5, 2, 3, FRAME)))) == {
+        "record_id": 7,
+        "frame_number": 30,
+        "frame_second": 1.0,
+        "score": 0.5,
+        "platform": "insta",
+        "video_code": None,
+        "path": "a.mp4",
+        "votes": 2,
+        "query_frames": 3,
+        "best_score": 0.9,
+    }

@@ -1,0 +1,224 @@
+"""Loss, stale points, deleted rows: found, repaired, and nothing else touched; a real table, ledger and engine."""
+
+from extraction_dagster.records import IdRange
+from extraction_dagster.stages.catalog.catalog import Fingerprints
+from extraction_dagster.stages.index.edge_store import EdgeStore
+from extraction_dagster.stages.index.filters import PointFilter
+from extraction_dagster.stages.index.points import generation, point_id
+from extraction_dagster.stages.index.reconcile import Differences
+from extraction_dagster.stages.index.replace import delete_records, replace_records
+
+TODAY = Fingerprints(frames="f1", embedding="e1")
+ALL = IdRange(1, 99)
+# Record of the world: how many frames it has.
+FRAMES = {1: 2, 2: 3, 3: 1, 40: 2, 41: 4}
+
+
+def lose(world, *ids):
+    with world.store() as store:
+        store.delete(PointFilter(point_ids=ids))
+
+
+def test_a_store_that_agrees_gives_no_difference_and_is_compared_to_the_last_record(done, catalog):
+    found = done.reconcile(catalog, window_records=2)
+    assert found.differences == []
+    assert (found.windows, found.records, found.points, found.remaining) == (3, 5, 12, 0)
+    assert done.points() == FRAMES
+
+
+def test_lost_points_are_found_and_their_records_alone_are_written_again_from_what_is_stored(done, catalog):
+    lose(done, point_id(2, 0), point_id(2, 1), point_id(41, 3))
+    found = done.reconcile(catalog)
+    assert [item.lost for item in found.differences] == [{2: 2, 41: 1}]
+    assert found.remaining == 2
+    assert done.points() == {**FRAMES, 2: 1, 41: 3}
+    assert done.process(catalog) == []
+
+    repaired = done.reconcile(catalog, repair=True)
+    assert repaired.remaining == 2
+    entries = catalog.ledger.entries(ALL)
+    assert {key: (entry.state, entry.content_version) for key, entry in entries.items()} == {
+        1: ("done", ""),
+        2: ("todo", ""),
+        3: ("done", ""),
+        40: ("done", ""),
+        41: ("todo", ""),
+    }
+    assert done.rows("SELECT id, is_extracted, is_embedded FROM insta_content WHERE NOT is_embedded") == [
+        (2, 1, 0),
+        (41, 1, 0),
+    ]
+    assert done.process(catalog) == [2, 41]
+    assert done.points() == FRAMES
+    assert done.reconcile(catalog).remaining == 0
+
+
+def test_a_lost_store_is_written_again_as_a_whole(done, catalog):
+    (done.home / "video_frames").rename(done.home / "aside")
+    found = done.reconcile(catalog, repair=True)
+    assert [item.lost for item in found.differences] == [FRAMES]
+    assert done.process(catalog) == [1, 2, 3, 40, 41]
+    assert done.points() == FRAMES
+
+
+def test_points_of_another_generation_and_too_many_points_are_written_again(done, catalog):
+    with done.store() as store:
+        replace_records(
+            store,
+            done.embeddings_of({2: 5}),
+            rows={2: catalog.plan(ALL, TODAY)[2].video},
+            generations={2: "0123456789abcdef"},
+        )
+        surplus = replace_records(
+            store,
+            done.embeddings_of({3: 3}),
+            rows={3: catalog.plan(ALL, TODAY)[3].video},
+            generations={3: generation(embedding_fingerprint="e1", frames_fingerprint="f1", content_version="")},
+        )
+    assert surplus == {3: 3}
+    found = done.reconcile(catalog, repair=True)
+    assert found.differences == [
+        Differences(IdRange(-(2**63), 2**63 - 1), compared=5, held=12, lost={2: 3}, stale={2: 5, 3: 2})
+    ]
+    assert done.process(catalog) == [2, 3]
+    assert done.points() == FRAMES
+
+
+def test_points_of_deleted_rows_are_removed_and_the_ledger_forgets_them(done, catalog):
+    done.execute("DELETE FROM insta_content WHERE id IN (1, 40)")
+    found = done.reconcile(catalog)
+    assert [item.gone for item in found.differences] == [{1: 2, 40: 2}]
+    assert found.remaining == 2
+    repaired = done.reconcile(catalog, repair=True)
+    assert (repaired.remaining, repaired.removed_points) == (0, 4)
+    assert done.points() == {2: 3, 3: 1, 41: 4}
+    assert list(catalog.ledger.entries(ALL)) == [2, 3, 41]
+    assert done.reconcile(catalog).differences == []
+
+
+def test_rows_that_are_no_longer_eligible_are_removed_and_come_back_with_their_points(done, catalog):
+    done.execute("UPDATE insta_content SET is_removed = 1 WHERE id = 41")
+    assert done.reconcile(catalog, repair=True).removed_points == 4
+    assert 41 not in done.points()
+    assert done.reconcile(catalog).differences == []
+    done.execute("UPDATE insta_content SET is_removed = 0 WHERE id = 41")
+    assert done.process(catalog) == [41]
+    assert done.points() == FRAMES
+
+
+def test_points_that_no_row_and_no_ledger_knows_are_removed(done, catalog):
+    with done.store() as store:
+        rows = {7: catalog.plan(ALL, TODAY)[2].video}
+        replace_records(store, done.embeddings_of({7: 2}), rows=rows, generations={7: "a"})
+    assert [item.gone for item in done.reconcile(catalog, repair=True).differences] == [{7: 2}]
+    assert done.points() == FRAMES
+
+
+def test_an_entry_of_a_deleted_row_without_points_is_forgotten(done, catalog):
+    done.execute("DELETE FROM insta_content WHERE id = 3")
+    with done.store() as store:
+        delete_records(store, [3])
+    assert [item.gone for item in done.reconcile(catalog, repair=True).differences] == [{3: 0}]
+    assert 3 not in catalog.ledger.entries(ALL)
+
+
+def test_what_is_pending_keeps_its_old_points(done, catalog):
+    done.execute("UPDATE insta_content SET is_extracted = 0, is_embedded = 0 WHERE id = 2")
+    lose(done, point_id(2, 0))
+    assert done.reconcile(catalog, repair=True).differences == []
+    assert done.points() == {**FRAMES, 2: 2}
+    catalog.request_again([41])
+    assert done.reconcile(catalog, repair=True).differences == []
+    assert done.points()[41] == 4
+
+
+def test_a_ledger_that_was_lost_costs_no_points(done, catalog):
+    catalog.forget([1, 2, 3, 40, 41])
+    assert done.reconcile(catalog, repair=True).differences == []
+    assert done.points() == FRAMES
+
+
+def test_only_the_given_range_is_compared(done, catalog):
+    lose(done, point_id(2, 0), point_id(41, 3))
+    found = done.reconcile(catalog, within=IdRange(3, 60), repair=True)
+    assert found.differences == [Differences(IdRange(3, 60), compared=3, held=7, lost={41: 1})]
+    assert done.process(catalog) == [41]
+
+
+def test_a_resampled_record_is_no_difference_and_its_left_over_points_are(done, catalog):
+    resampled = Fingerprints(frames="f2", embedding="e1")
+    assert done.process(catalog, IdRange(1, 3), frames={1: 1, 2: 1, 3: 1}, made_with=resampled) == [1, 2, 3]
+    assert done.reconcile(catalog).differences == []
+    with done.store() as store:  # as if the removal of the old frames had been lost
+        batch = next(store.read(PointFilter(record_ids=(41,))))
+        payloads = tuple({**payload, "record_id": 2} for payload in batch.payloads)
+        store.upsert(type(batch)(tuple(point_id(2, 90 + number) for number in range(4)), batch.vectors, payloads))
+    assert [item.stale for item in done.reconcile(catalog, repair=True).differences] == [{2: 4}]
+    assert done.process(catalog, IdRange(1, 3), frames={2: 1}, made_with=resampled) == [2]
+    assert done.points()[2] == 1
+
+
+def test_a_collection_being_loaded_beside_is_compared_for_its_own_records(done, catalog):
+    other = Fingerprints(frames="f1", embedding="e2")
+    assert done.process(catalog, IdRange(1, 3), made_with=other, staged=True) == [1, 2, 3]
+    assert done.reconcile(catalog, embedding="e2").differences == []
+    with EdgeStore(done.home) as store:
+        store.open_collection("video_frames", fingerprint="e2")
+        store.delete(PointFilter(record_ids=(3,)))
+    assert [item.lost for item in done.reconcile(catalog, embedding="e2").differences] == [{3: 1}]
+    assert done.points() == FRAMES
+
+
+def test_records_of_a_dropped_collection_are_written_again(done, catalog):
+    other = Fingerprints(frames="f1", embedding="e2")
+    assert done.process(catalog, IdRange(1, 3), made_with=other, staged=True) == [1, 2, 3]
+    with done.store("e2", staged=True) as store:
+        store.publish()
+        store.drop("video_frames", "e1")
+    found = done.reconcile(catalog, embedding="e2", repair=True)
+    assert [item.lost for item in found.differences] == [{40: 2, 41: 4}]
+    assert done.process(catalog, made_with=other, staged=True) == [40, 41]
+    assert done.points() == FRAMES
+
+
+def test_a_difference_that_is_gone_at_the_second_look_does_not_count(done, catalog, monkeypatch):
+    entries, looks = catalog.ledger.entries, []
+
+    def before_the_run_marked_it(window):
+        looks.append(window)
+        found = entries(window)
+        return {key: entry for key, entry in found.items() if len(looks) > 1 or key != 41}
+
+    done.execute("UPDATE insta_content SET is_removed = 1 WHERE id = 41")
+    rows_of = catalog.source.rows_of
+    monkeypatch.setattr(catalog.ledger, "entries", before_the_run_marked_it)
+
+    def rows_again(ids):
+        if len(looks) == 2:
+            done.execute("UPDATE insta_content SET is_removed = 0")
+        return rows_of(ids)
+
+    monkeypatch.setattr(catalog.source, "rows_of", rows_again)
+    assert done.reconcile(catalog, repair=True).differences == []
+    assert len(looks) == 2
+    assert done.points() == FRAMES
+
+
+def test_the_store_is_let_go_of_between_windows(done, catalog):
+    done.reconcile(catalog, window_records=2, hold_seconds=60)
+    once = done.opened
+    done.opened = 0
+    done.reconcile(catalog, window_records=2, hold_seconds=-1)
+    assert once == 2  # to see what there is, and to compare
+    assert done.opened > 4
+
+
+def test_room_is_given_back_when_much_was_removed(done, catalog, monkeypatch):
+    calls = []
+    monkeypatch.setattr(EdgeStore, "optimize", lambda _: calls.append("optimized"))
+    lose(done, point_id(2, 0))
+    done.reconcile(catalog, repair=True)
+    assert calls == []
+    done.execute("DELETE FROM insta_content WHERE id = 40")
+    done.reconcile(catalog, repair=True)
+    assert len(calls) == 1
