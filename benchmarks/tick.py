@@ -32,7 +32,8 @@ import dagster as dg  # noqa: TID251 - the tick is measured on a real instance
 import sqlalchemy as sa
 
 from extraction_dagster.checkpoint.cursor import CursorState
-from extraction_dagster.checkpoint.tick import Memory, Ticked, tick
+from extraction_dagster.checkpoint.memory import Memory, recall, remember
+from extraction_dagster.checkpoint.tick import Ticked, tick
 from extraction_dagster.defs.launching import open_instance
 from extraction_dagster.defs.partitions import add_ranges
 from extraction_dagster.defs.runs import PARTITION_TAG, InstanceRuns
@@ -168,14 +169,16 @@ def _measure(kind: str, rows: int) -> dict[str, float]:
         source = catalog.source.identity
     now = datetime.now(UTC)
     stored = CursorState.first(source, now=now).moved(now=now, last_processed_id=watermark, frontier_id=frontier)
-    seconds, memory = [], Memory(ticks=1)
+    seconds = []
     with open_instance(settings) as instance:
         for _ in range(_TICKS):
-            if kind != "steady":
-                memory.ticks, memory.sweep_after_id = 0, None
+            with open_catalog(settings) as catalog:
+                remember(catalog.state_engine, Memory(ticks=1 if kind == "steady" else 0))
             before = time.process_time()
             with open_catalog(settings) as catalog:
+                memory = recall(catalog.state_engine)
                 ticked = tick(catalog, InstanceRuns(instance), stored.to_json(), memory, now=datetime.now(UTC))
+                remember(catalog.state_engine, memory)
             seconds.append(time.process_time() - before)
     _check(kind, ticked)
     if kind == "late row":

@@ -62,7 +62,7 @@ class History:
 
 @dataclass(slots=True)
 class Patience:
-    """Since when rows have been waiting for their range to fill; lost with the process, which costs one wait.
+    """Since when rows have been waiting for their range to fill.
 
     Attributes:
         since: By kind: `tail`, rows that trickle into the last range; `ahead`, rows above the frontier.
@@ -205,6 +205,8 @@ class _Planner:
         """Whether rows trickle into the last range, which is not to be run for each of them."""
         if id_range.last_id != self.cursor.frontier_id or len(ids) >= self._rules.batch_size:
             return False
+        if self.cursor.last_processed_id is not None and ids[0] <= self.cursor.last_processed_id:
+            return False  # a record brought back, a late commit: not one of those that trickle in
         if history.ended_at is None or history.failures_in_a_row:
             return False
         return not self._patience.is_over("tail", now=self._now, seconds=self._rules.max_wait_seconds)

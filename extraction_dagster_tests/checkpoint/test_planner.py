@@ -207,3 +207,8 @@ def test_a_range_below_the_frontier_never_waits_to_be_filled():
 
 def test_no_partition_is_read_while_every_place_is_taken():
     assert asked(plan(state(last=9, frontier=9), in_flight=1, active=[IdRange(7, 9)], swept=[2])) == []
+
+
+def test_a_record_brought_back_in_the_last_range_is_not_kept_waiting_for_the_range_to_fill():
+    tick = plan(state(last=9, frontier=9), swept=[5], partitions=ranges("1-9"), history=ended())
+    assert asked(tick) == [("1-9", "1-9#101", False)]

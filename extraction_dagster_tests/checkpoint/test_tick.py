@@ -7,11 +7,12 @@ from pydantic import SecretStr
 
 from extraction_dagster.checkpoint import tick as tick_module
 from extraction_dagster.checkpoint.cursor import CursorState
+from extraction_dagster.checkpoint.memory import Memory
 from extraction_dagster.checkpoint.mirroring import Notice
 from extraction_dagster.checkpoint.mirrors import Reading, TableMirror, make_mirror
 from extraction_dagster.checkpoint.planner import History
 from extraction_dagster.checkpoint.requests import Requests
-from extraction_dagster.checkpoint.tick import Memory, tick
+from extraction_dagster.checkpoint.tick import tick
 from extraction_dagster.errors import CursorError, LostCursorError, MirrorError
 from extraction_dagster.records import Failure, IdRange
 from extraction_dagster.stages.catalog.catalog import Fingerprints

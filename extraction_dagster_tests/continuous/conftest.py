@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import dagster as dg  # noqa: TID251 - asks the instance about its runs
 import psutil
 import pytest
 import sqlalchemy as sa
@@ -183,13 +184,18 @@ class Site:
         with self.cursors() as read:
             return read()
 
-    def num_runs(self):
+    def num_runs(self, *statuses):
+        """Runs in any of these states; in any state at all when none is given."""
+        wanted = dg.RunsFilter(statuses=[dg.DagsterRunStatus[status] for status in statuses])
         with open_instance(load_settings()) as instance:
-            return instance.get_runs_count()
+            return instance.get_runs_count(wanted)
 
-    def num_partitions(self):
+    def num_active_runs(self):
+        return self.num_runs("NOT_STARTED", "QUEUED", "STARTING", "STARTED", "CANCELING")
+
+    def partitions(self):
         with open_instance(load_settings()) as instance:
-            return len(instance.get_dynamic_partitions("id_ranges"))
+            return set(instance.get_dynamic_partitions("id_ranges"))
 
     def states(self):
         return dict(self.rows("SELECT state, count(*) FROM extraction_ledger GROUP BY state"))
@@ -206,8 +212,15 @@ class Site:
 
     def extraction(self, *arguments):
         """Run an `extraction` command as a person would."""
+        return self._run("extraction", *arguments)
+
+    def dagster(self, *arguments):
+        """Run a `dagster` command on this site's workspace."""
+        return self._run("dagster", *arguments, "-w", self.folder / "workspace.yaml")
+
+    def _run(self, command, *arguments):
         done = subprocess.run(
-            [BIN / "extraction", *arguments], cwd=self.folder, capture_output=True, text=True, check=False, timeout=120
+            [BIN / command, *arguments], cwd=self.folder, capture_output=True, text=True, check=False, timeout=180
         )
         assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout

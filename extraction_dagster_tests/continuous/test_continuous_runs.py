@@ -173,7 +173,7 @@ def test_no_row_is_lost_or_marked_twice_while_workers_and_daemons_are_killed(sit
         "rolled back": len(writers.rolled_back),
         "transactions that committed late": writers.num_late,
         "killed": dict(killer.killed),
-        "ranges": site.num_partitions(),
+        "ranges": len(site.partitions()),
         "runs": site.num_runs(),
         "watermark samples": len(sampler.samples),
         "lost": len(writers.committed_at.keys() - {record_id for record_id, what, _ in marks if what != "embedded"}),
