@@ -28,6 +28,7 @@ from fsspec.implementations.local import LocalFileSystem
 from extraction_dagster.errors import FrameShardError
 from extraction_dagster.records import EncodedFrames, fingerprint
 from extraction_dagster.stages.decode.jpeg import SUBSAMPLING
+from extraction_dagster.stages.decode.quality import Quality
 from extraction_dagster.stages.decode.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -88,6 +89,8 @@ class FrameShard:
 
 def frames_fingerprint(settings: Settings) -> str:
     """What decides the stored frames: decoder, choice of frames, size, JPEG. Nothing else changes it."""
+    quality = Quality.from_settings(settings).identity
+    steps = {"quality": quality} if quality else {}  # without a step, nothing that could differ
     return fingerprint(
         layout=_FORMAT,
         decoder=settings.decoder,
@@ -95,6 +98,7 @@ def frames_fingerprint(settings: Settings) -> str:
         short_side_px=settings.short_side_px,
         jpeg_quality=settings.jpeg_quality,
         jpeg_subsampling=SUBSAMPLING,
+        **steps,
     )
 
 
