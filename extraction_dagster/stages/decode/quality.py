@@ -144,12 +144,14 @@ def picture_box(pictures: np.ndarray) -> tuple[int, int, int, int]:
     """
     import cv2
 
-    _, height, width, _ = pictures.shape
-    rows, columns = np.zeros(height, np.uint8), np.zeros(width, np.uint8)
-    for picture in pictures:
-        # Over the pixels of a row or column each channel's brightest, then over the channels.
-        rows = np.maximum(rows, cv2.reduce(picture, 1, cv2.REDUCE_MAX).max(axis=(1, 2)))
-        columns = np.maximum(columns, cv2.reduce(picture, 0, cv2.REDUCE_MAX).max(axis=(0, 2)))
+    height, width, channels = pictures.shape[1:]
+    brightest = pictures[0].copy()
+    for picture in pictures[1:]:
+        np.maximum(brightest, picture, out=brightest)
+    # A row's pixels and channels side by side, in one plane, are several times faster to go through.
+    plane = brightest.reshape(height, width * channels)
+    rows = cv2.reduce(plane, 1, cv2.REDUCE_MAX)[:, 0]
+    columns = cv2.reduce(plane, 0, cv2.REDUCE_MAX).reshape(width, channels).max(axis=1)
     high, wide = np.flatnonzero(rows > _BLACK), np.flatnonzero(columns > _BLACK)
     if len(high) == 0 or len(wide) == 0:
         return 0, height, 0, width

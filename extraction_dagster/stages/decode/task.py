@@ -69,6 +69,8 @@ def decode_job(job: DecodeJob) -> EncodedFrames:
     video = make_decoder(job.decoder).decode(
         Path(job.path), sampling=job.sampling, short_side_px=job.short_side_px, limits=job.limits
     )
+    if job.quality.identity:
+        _keep_to_one_thread()
     video = refine(video, job.quality, path=job.path)
     return encode_frames(video, record_id=job.record_id, content_version=job.content_version, quality=job.jpeg_quality)
 
@@ -79,3 +81,10 @@ def _let_the_library_speak() -> None:
 
     av.logging.restore_default_callback()
     av.logging.set_libav_level(av.logging.ERROR)
+
+
+def _keep_to_one_thread() -> None:
+    """There is a worker a core: threads inside one would only get into each other's way."""
+    import cv2
+
+    cv2.setNumThreads(1)
