@@ -194,6 +194,14 @@ class Settings(BaseSettings):
     shard_records: int = Field(64, ge=1, le=10_000, description="Most videos in one frame shard.")
     shard_seconds: float = Field(5.0, gt=0, le=3600, description="Most seconds of decoding kept in memory per shard.")
 
+    keep_frames: str = Field(
+        "all",
+        pattern=r"^(all|none|[1-9][0-9]{0,4})$",
+        description="How long frame shards stay once every record in them is done: all (for ever), none, or a number "
+        "of days after they were written. Without them another model needs the videos again, and galleries have no "
+        "thumbnails.",
+    )
+
     # Embedding
     model: str = Field(
         "efficientnet-lite0",

@@ -17,6 +17,7 @@ from extraction_dagster.cli import (
     console,
     demo,
     errors,
+    frames,
     init,
     launch,
     points,
@@ -55,6 +56,7 @@ for module in (init, demo, run, status, launch, errors, retry, reconcile, search
     app.command(name=module.__name__.rpartition(".")[2])(_interruptible(module.command))
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(collection.app, name="collection")
+app.add_typer(frames.app, name="frames")
 app.add_typer(points.app, name="points")
 
 

@@ -9,6 +9,7 @@ and a later name holds the newer frames.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -176,6 +177,11 @@ class FrameStore:
                     rows = rows.slice(record.num_frames)
         except (OSError, pa.ArrowException, ValueError) as error:
             raise FrameShardError(shard.path, str(error)) from error
+
+    def remove(self, shard: FrameShard) -> None:
+        """Remove a shard; one that is gone already is no matter."""
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(shard.path)
 
     def _partition_folder(self, partition: IdRange) -> str:
         return f"{self._folder}/{partition.partition_key}"
