@@ -73,7 +73,7 @@ def _died_early(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
 def _has_lived_since(process_id: int, moment: float) -> bool:
     try:
         process = psutil.Process(process_id)
-        return process.create_time() <= moment + 1 and process.status() != psutil.STATUS_ZOMBIE
+        return bool(process.create_time() <= moment + 1 and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
     except psutil.AccessDenied:
