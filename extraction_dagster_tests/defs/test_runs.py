@@ -1,0 +1,78 @@
+"""Runs whose process was killed are ended, and no others."""
+
+import json
+import os
+import subprocess
+import sys
+import uuid
+
+import dagster as dg
+import pytest
+from dagster._core.events import EngineEventData
+
+from extraction_dagster.defs.partitions import PROCESS_TAG, process_tags, this_process
+from extraction_dagster.defs.runs import bury_dead_runs
+
+STARTED, FAILED = dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.FAILURE
+LOCAL = {".dagster/grpc_info": json.dumps({"host": "localhost", "socket": "s"})}
+REMOTE = {".dagster/grpc_info": json.dumps({"host": "code", "port": 4000})}
+
+
+@pytest.fixture
+def instance():
+    with dg.DagsterInstance.ephemeral() as instance:
+        yield instance
+
+
+@pytest.fixture(scope="module")
+def dead_id():
+    """The id of a process that has ended."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    return process.pid
+
+
+def add(instance, tags, *, status=STARTED, run_id=None):
+    run_id = run_id or str(uuid.uuid4())
+    return instance.add_run(dg.DagsterRun(job_name="extraction_job", run_id=run_id, status=status, tags=tags))
+
+
+def after_burial(instance, run):
+    bury_dead_runs(instance)
+    return instance.get_run_by_id(run.run_id).status
+
+
+def dead_process(dead_id):
+    return this_process().replace(f":{os.getpid()}:", f":{dead_id}:")
+
+
+def test_a_run_whose_process_is_gone_has_failed(instance, dead_id):
+    run_id = str(uuid.uuid4())
+    tags = process_tags(run_id) | {PROCESS_TAG: dead_process(dead_id)}
+    assert after_burial(instance, add(instance, tags, run_id=run_id)) == FAILED
+
+
+def test_a_run_whose_process_lives_goes_on(instance):
+    run_id = str(uuid.uuid4())
+    assert after_burial(instance, add(instance, process_tags(run_id), run_id=run_id)) == STARTED
+
+
+@pytest.mark.parametrize("status", [STARTED, dg.DagsterRunStatus.NOT_STARTED])
+def test_a_retry_that_inherits_the_tag_of_the_process_that_died_goes_on(instance, dead_id, status):
+    parent = str(uuid.uuid4())
+    tags = process_tags(parent) | {PROCESS_TAG: dead_process(dead_id)}
+    assert after_burial(instance, add(instance, tags, status=status)) == status
+
+
+@pytest.mark.parametrize(("where", "expected"), [(LOCAL, FAILED), (REMOTE, STARTED), ({}, STARTED)])
+def test_a_local_worker_that_died_before_its_first_step_is_told_by_its_process_id(instance, dead_id, where, expected):
+    run = add(instance, where)
+    instance.report_engine_event(f"Started process for run (pid: {dead_id}).", run, EngineEventData.in_process(dead_id))
+    assert after_burial(instance, run) == expected
+
+
+def test_a_local_worker_that_lives_and_has_not_come_to_its_first_step_goes_on(instance):
+    run = add(instance, LOCAL)
+    own = os.getpid()
+    instance.report_engine_event(f"Started process for run (pid: {own}).", run, EngineEventData.in_process(own))
+    assert after_burial(instance, run) == STARTED
