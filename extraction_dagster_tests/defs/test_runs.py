@@ -32,9 +32,9 @@ def dead_id():
     return process.pid
 
 
-def add(instance, tags, *, status=STARTED, run_id=None):
+def add(instance, tags, *, run_id=None):
     run_id = run_id or str(uuid.uuid4())
-    return instance.add_run(dg.DagsterRun(job_name="extraction_job", run_id=run_id, status=status, tags=tags))
+    return instance.add_run(dg.DagsterRun(job_name="extraction_job", run_id=run_id, status=STARTED, tags=tags))
 
 
 def after_burial(instance, run):
@@ -57,11 +57,10 @@ def test_a_run_whose_process_lives_goes_on(instance):
     assert after_burial(instance, add(instance, process_tags(run_id), run_id=run_id)) == STARTED
 
 
-@pytest.mark.parametrize("status", [STARTED, dg.DagsterRunStatus.NOT_STARTED])
-def test_a_retry_that_inherits_the_tag_of_the_process_that_died_goes_on(instance, dead_id, status):
+def test_a_retry_that_inherits_the_tag_of_the_process_that_died_goes_on(instance, dead_id):
     parent = str(uuid.uuid4())
     tags = process_tags(parent) | {PROCESS_TAG: dead_process(dead_id)}
-    assert after_burial(instance, add(instance, tags, status=status)) == status
+    assert after_burial(instance, add(instance, tags)) == STARTED
 
 
 @pytest.mark.parametrize(("where", "expected"), [(LOCAL, FAILED), (REMOTE, STARTED), ({}, STARTED)])
