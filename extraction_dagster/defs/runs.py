@@ -50,12 +50,13 @@ def bury_dead_runs(instance: dg.DagsterInstance) -> None:
 
 def _is_gone(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
     """Whether the process that works on a run is gone; a run that waits in the queue has none."""
+    tag = run.tags.get(PROCESS_TAG, "") if run.tags.get(PROCESS_RUN_TAG, run.run_id) == run.run_id else ""
     if run.status == dg.DagsterRunStatus.NOT_STARTED:  # a command's own run, made and stopped before its first step
-        return is_dead(run.tags.get(PROCESS_TAG, ""))
+        return is_dead(tag)
     if run.status not in _AT_WORK:
         return False
-    if PROCESS_TAG in run.tags and run.tags.get(PROCESS_RUN_TAG, run.run_id) == run.run_id:
-        return is_dead(run.tags[PROCESS_TAG])
+    if tag:
+        return is_dead(tag)
     return _died_early(instance, run)
 
 

@@ -139,7 +139,7 @@ class Killer:
         self.killed[kind] += 1
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_no_row_is_lost_or_marked_twice_while_workers_and_daemons_are_killed(site, capsys):
     seed = random.randrange(10**6)
     chance = random.Random(seed)

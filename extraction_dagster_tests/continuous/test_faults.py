@@ -10,7 +10,7 @@ from extraction_dagster.settings import load_settings
 from extraction_dagster.stages.embed.model import embedding_fingerprint
 from extraction_dagster.stages.index.point_store import CollectionSpec, open_point_store
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.soak
 
 
 def test_a_store_that_is_down_holds_the_checkpoint_and_drains_by_itself_when_it_returns(site, monkeypatch):
