@@ -1,6 +1,7 @@
 """What every test gets: a clean environment, settings, real databases, the demo's videos, skips that can't rot."""
 
 import fcntl
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -218,3 +219,19 @@ def browser():
         )
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="session")
+def saved_models(tmp_path_factory):
+    """`saved_models("clip")`: a folder with a tiny model, made at the first asking; read it only."""
+    spec = importlib.util.spec_from_file_location("tiny_models", Path(__file__).parent / "tiny_models.py")
+    tiny_models = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tiny_models)
+    root = tmp_path_factory.mktemp("models")
+
+    def folder(kind):
+        if not (root / kind).exists():
+            tiny_models.SAVE[kind](root / kind)
+        return root / kind
+
+    return folder

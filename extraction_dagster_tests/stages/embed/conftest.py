@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -91,22 +90,6 @@ def frames():
 @pytest.fixture(scope="session")
 def make_shard():
     return MemoryShard
-
-
-@pytest.fixture(scope="session")
-def saved_models(tmp_path_factory):
-    """`saved_models("clip")`: a folder with a tiny model, made at the first asking; read it only."""
-    spec = importlib.util.spec_from_file_location("tiny_models", Path(__file__).parent / "tiny_models.py")
-    tiny_models = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tiny_models)
-    root = tmp_path_factory.mktemp("models")
-
-    def folder(kind):
-        if not (root / kind).exists():
-            tiny_models.SAVE[kind](root / kind)
-        return root / kind
-
-    return folder
 
 
 @pytest.fixture

@@ -1,0 +1,113 @@
+"""How well vectors find what shows the same: P@1 and mAP, image to image, beside a colour histogram.
+
+    python benchmarks/retrieval.py [--corpus FOLDER] [--frames 4]
+
+The corpus has a MANIFEST.csv with the columns path, decodes_ok, class and group; EXTRACTION_TEST_CORPUS names it. The
+model is that of the settings. Each sampled frame is a query, and answers are frames of other videos:
+
+    same footage    of the same group: transcodes, crops and rotations of it; over all videos
+    same content    of the same class; over the videos of other groups, so that near duplicates don't count
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+
+from extraction_dagster.errors import QueryVideoError
+from extraction_dagster.settings import Settings, load_settings
+from extraction_dagster.stages.embed.model import load_model
+from extraction_dagster.stages.embed.query_video import embed_query_video
+from extraction_dagster.stages.embed.vectors import normalise
+
+_BINS = 8
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Every sampled frame: its two vectors, and where it comes from."""
+
+    model: np.ndarray
+    histogram: np.ndarray
+    video: np.ndarray
+    group: np.ndarray
+    content: np.ndarray
+
+
+def histogram(image: np.ndarray) -> np.ndarray:
+    """Colours in 8x8x8 bins, the square root of each share: products of two are Bhattacharyya's coefficient."""
+    bins = (image // (256 // _BINS)).reshape(-1, 3).astype(np.int64)
+    counts = np.bincount(bins @ np.array([_BINS * _BINS, _BINS, 1]), minlength=_BINS**3)
+    return np.sqrt(counts / counts.sum()).astype(np.float32)
+
+
+def read(corpus: Path, settings: Settings, num_frames: int) -> Frames:
+    """Decode and embed the labelled part of the corpus, a few frames a video."""
+    with (corpus / "MANIFEST.csv").open(newline="") as file:
+        labelled = [row for row in csv.DictReader(file) if row["class"] and row["decodes_ok"] == "yes"]
+    model, found = load_model(settings), []
+    for number, row in enumerate(labelled):
+        try:
+            video = embed_query_video(model, corpus / row["path"], settings, max_frames=num_frames)
+        except QueryVideoError as error:
+            print(f"left out: {error}")
+            continue
+        colours = [histogram(simplejpeg.decode_jpeg(jpeg, colorspace="RGB")) for jpeg in video.jpegs]
+        group = row["group"] or row["path"]
+        found += [
+            (vector, colour, number, group, row["class"]) for vector, colour in zip(video.vectors, colours, strict=True)
+        ]
+    vectors, colours, videos, groups, contents = zip(*found, strict=True)
+    unit, _ = normalise(np.array(colours))
+    return Frames(np.array(vectors), unit, np.array(videos), np.array(groups), np.array(contents))
+
+
+def score(vectors: np.ndarray, relevant: np.ndarray, candidate: np.ndarray) -> tuple[int, float, float]:
+    """Queries that have an answer, the share whose first hit is one, and the mean of their average precisions.
+
+    Args:
+        vectors: float32 (N, dim), of length 1.
+        relevant: bool (N, N): which frames answer which query.
+        candidate: bool (N, N): which frames are looked through for it.
+    """
+    likeness = np.where(candidate, vectors @ vectors.T, -np.inf)
+    firsts, precisions = [], []
+    for query in np.flatnonzero((relevant & candidate).any(1)):
+        ranked = np.argsort(-likeness[query], kind="stable")[: candidate[query].sum()]
+        hit = relevant[query][ranked]
+        places = np.flatnonzero(hit)
+        firsts.append(bool(hit[0]))
+        precisions.append(float(np.mean(np.arange(1, len(places) + 1) / (places + 1))))
+    return len(firsts), float(np.mean(firsts)), float(np.mean(precisions))
+
+
+def main() -> None:
+    """Print a line for each task and kind of vector."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "corpus"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, default=Path(os.environ.get("EXTRACTION_TEST_CORPUS") or beside))
+    parser.add_argument("--frames", type=int, default=4)
+    asked = parser.parse_args()
+    settings = load_settings().model_copy(update={"sampling": "uniform", "num_frames": asked.frames})
+    frames = read(asked.corpus, settings, asked.frames)
+    other_video = frames.video[:, None] != frames.video
+    same_group, same_content = frames.group[:, None] == frames.group, frames.content[:, None] == frames.content
+    print(f"{len(frames.video)} frames of {len(set(frames.video.tolist()))} videos, model {settings.model}")
+    print(f"{'':14}{'vectors':21}{'queries':>8}{'P@1':>8}{'mAP':>8}")
+    for task, relevant, candidate in (
+        ("same footage", same_group, other_video),
+        ("same content", same_content, ~same_group),
+    ):
+        for name, vectors in ((settings.model, frames.model), ("colour histogram", frames.histogram)):
+            queries, first, mean = score(vectors, relevant, candidate)
+            print(f"{task:14}{name[-20:]:21}{queries:8}{first:8.3f}{mean:8.3f}")
+
+
+if __name__ == "__main__":
+    main()

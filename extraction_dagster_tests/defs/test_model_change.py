@@ -1,0 +1,111 @@
+"""Another EXTRACTION_MODEL: which assets it concerns, and a range that is embedded anew without decoding anything."""
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXTRACTION = Path(sys.executable).parent / "extraction"
+VERSIONS = (
+    "import json\n"
+    "from extraction_dagster.definitions import defs\n"
+    "specs = defs.resolve_all_asset_specs()\n"
+    "print(json.dumps({spec.key.to_user_string(): spec.code_version for spec in specs}))\n"
+)
+ASSETS = {"video_frames", "frame_embeddings", "qdrant_points"}
+
+
+def run(*command, cwd, **environment):
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        env={**os.environ, "NO_COLOR": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def code_versions(folder, **environment):
+    found = json.loads(run(sys.executable, "-c", VERSIONS, cwd=folder, **environment).stdout.splitlines()[-1])
+    return {name: version for name, version in found.items() if name in ASSETS}
+
+
+def changed(before, after):
+    assert before.keys() == after.keys() == ASSETS
+    return {name for name in before if before[name] != after[name]}
+
+
+def test_a_model_concerns_vectors_and_points_and_no_frames(tmp_path, saved_models):
+    plain = code_versions(tmp_path)
+    clip = code_versions(tmp_path, EXTRACTION_MODEL=str(saved_models("clip")))
+    shorter = code_versions(tmp_path, EXTRACTION_MODEL=str(saved_models("clip")), EXTRACTION_EMBEDDING_DIM="8")
+
+    assert changed(plain, clip) == {"frame_embeddings", "qdrant_points"}
+    assert changed(clip, shorter) == {"frame_embeddings", "qdrant_points"}
+    assert changed(plain, code_versions(tmp_path, EXTRACTION_FPS="2")) >= {"video_frames"}
+
+
+@pytest.fixture
+def two_videos(tmp_path, demo_folder, demo_videos):
+    """A data folder with a table of two videos."""
+    (tmp_path / ".extraction").mkdir()
+    (tmp_path / ".extraction" / "videos").symlink_to(demo_folder)
+    good = [video for video in demo_videos if video.platform == "rendered"][:2]
+    connection = sqlite3.connect(tmp_path / ".extraction" / "source.db")
+    connection.execute(
+        "CREATE TABLE insta_content (id INTEGER PRIMARY KEY, platform, code, path TEXT, "
+        "is_extracted BOOLEAN NOT NULL DEFAULT 0, is_embedded BOOLEAN NOT NULL DEFAULT 0)"
+    )
+    rows = [(number, video.platform, video.code, video.path) for number, video in enumerate(good, 1)]
+    connection.executemany("INSERT INTO insta_content (id, platform, code, path) VALUES (?, ?, ?, ?)", rows)
+    connection.commit()
+    connection.close()
+    return tmp_path
+
+
+def shards(folder, kind):
+    """Every shard, and when it was written."""
+    return {path: path.stat().st_mtime_ns for path in (folder / ".extraction" / kind).rglob("*.parquet")}
+
+
+def ledger(folder):
+    connection = sqlite3.connect(f"file:{folder}/.extraction/source.db?mode=ro", uri=True)
+    columns = "record_id, state, num_frames, num_points, embedding_fingerprint"
+    rows = connection.execute(f"SELECT {columns} FROM extraction_ledger ORDER BY record_id").fetchall()
+    connection.close()
+    return rows
+
+
+@pytest.mark.slow
+def test_a_range_is_embedded_anew_with_another_model_and_nothing_is_decoded(two_videos, saved_models):
+    run(EXTRACTION, "launch", "1-2", cwd=two_videos)
+    frames, vectors, before = shards(two_videos, "frames"), shards(two_videos, "embeddings"), ledger(two_videos)
+    # The videos are out of reach now: whoever decoded again would fail.
+    (two_videos / ".extraction" / "videos").unlink()
+    (two_videos / ".extraction" / "videos").mkdir()
+    clip = {"EXTRACTION_MODEL": str(saved_models("clip"))}
+
+    run(EXTRACTION, "collection", "stage", cwd=two_videos, **clip)
+    launched = run(EXTRACTION, "launch", "1-2", cwd=two_videos, **clip)
+    run(EXTRACTION, "collection", "publish", cwd=two_videos, **clip)
+
+    assert "Nothing to decode (IDs: 1 - 2)" in launched.stderr
+    assert shards(two_videos, "frames") == frames
+    assert len(frames) > 0
+    anew = {path for path in shards(two_videos, "embeddings") if path not in vectors}
+    assert len(anew) == len(frames)
+    after = ledger(two_videos)
+    assert [row[:4] for row in after] == [row[:4] for row in before]
+    assert [row[1] for row in after] == ["done", "done"]
+    assert not {row[4] for row in after} & {row[4] for row in before}
+
+    text = run(EXTRACTION, "search", "--text", "two cats", "--json", cwd=two_videos, **clip)
+    assert {hit["record_id"] for hit in json.loads(text.stdout)["hits"]} == {1, 2}
