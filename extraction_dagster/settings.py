@@ -118,6 +118,13 @@ class Settings(BaseSettings):
     max_wait_seconds: float = Field(
         30.0, ge=0, le=86_400, description="Longest wait of a row for its range to fill, before the range is requested."
     )
+    run_retry_delay_seconds: float = Field(
+        30.0,
+        ge=0,
+        le=3600,
+        description="Wait before a range whose run failed is requested again; doubles at each further failure, up to "
+        "an hour.",
+    )
     sensor_interval_seconds: int = Field(10, ge=1, le=3600, description="Time between two ticks of the sensor.")
     sweep_every_ticks: int = Field(
         30, ge=1, le=10_000, description="Each so many ticks, rows below the watermark are looked through as well."

@@ -1,4 +1,4 @@
-"""What every test gets: a clean environment, settings, a real PostgreSQL, the demo's videos, skips that can't rot."""
+"""What every test gets: a clean environment, settings, real databases, the demo's videos, skips that can't rot."""
 
 import fcntl
 import os
@@ -8,13 +8,20 @@ import uuid
 import warnings
 from pathlib import Path
 
+import hypothesis
 import pytest
 import sqlalchemy as sa
+from pydantic import SecretStr
 
 from extraction_dagster.demo.videos import make_videos
 from extraction_dagster.settings import Settings
+from extraction_dagster.stages.catalog.catalog import Catalog
+from extraction_dagster.stages.catalog.database import make_engine
 
 _REQUIRE = "EXTRACTION_TEST_REQUIRE"
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
+hypothesis.settings.load_profile("untimed")
 
 
 def _required(config: pytest.Config) -> set[str]:
@@ -96,6 +103,86 @@ def postgres_url(_postgres_server):
     with engine.connect() as connection:
         connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
     engine.dispose()
+
+
+class Database:
+    """A database with one videos table, and settings that point at it."""
+
+    def __init__(self, url, settings):
+        self.url, self._settings = url, settings
+        self.engine = make_engine(url, setting="EXTRACTION_SOURCE_URL")
+
+    def create(self, *columns, name="insta_content", ids=()):
+        """Make the table, and insert rows whose path is `<id>.mp4`."""
+        table = sa.Table(name, sa.MetaData(), *(column._copy() for column in columns or default_columns()))
+        with self.engine.begin() as connection:
+            table.create(connection)
+        self.insert(*ids)
+        return table
+
+    def insert(self, *ids, **values):
+        with self.engine.begin() as connection:
+            for record_id in ids:
+                row = {
+                    "id": record_id,
+                    "platform": "tube",
+                    "code": f"c{record_id}",
+                    "path": f"{record_id}.mp4",
+                    **values,
+                }
+                names = ", ".join(row)
+                places = ", ".join(f":{name}" for name in row)
+                connection.execute(sa.text(f"INSERT INTO insta_content ({names}) VALUES ({places})"), row)
+
+    def execute(self, sql, **values):
+        with self.engine.begin() as connection:
+            return connection.execute(sa.text(sql), values)
+
+    def rows(self, sql):
+        with self.engine.connect() as connection:
+            return [tuple(row) for row in connection.execute(sa.text(sql))]
+
+    def settings(self, **overrides):
+        return self._settings(**{"source_url": SecretStr(self.url), **overrides})
+
+    def catalog(self, **overrides):
+        return Catalog(self.settings(**overrides))
+
+
+def default_columns():
+    return (
+        sa.Column("id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), primary_key=True),
+        sa.Column("platform", sa.Text),
+        sa.Column("code", sa.Text),
+        sa.Column("path", sa.Text),
+        sa.Column("is_extracted", sa.Boolean, nullable=False, server_default=sa.false()),
+        sa.Column("is_embedded", sa.Boolean, nullable=False, server_default=sa.false()),
+        sa.Column("size_bytes", sa.BigInteger),
+        sa.Column("is_downloaded", sa.Boolean),
+        sa.Column("updated_at", sa.DateTime),
+    )
+
+
+@pytest.fixture
+def make_database():
+    """The class itself, for tests that choose the database: `make_database(url, settings)`."""
+    return Database
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request, tmp_path, settings):
+    """A videos table: every test that asks for it runs on SQLite and on PostgreSQL."""
+    url = f"sqlite:///{tmp_path}/source.db" if request.param == "sqlite" else request.getfixturevalue("postgres_url")
+    database = Database(url, settings)
+    yield database
+    database.engine.dispose()
+
+
+@pytest.fixture
+def sqlite_database(tmp_path, settings):
+    database = Database(f"sqlite:///{tmp_path}/source.db", settings)
+    yield database
+    database.engine.dispose()
 
 
 @pytest.fixture(scope="session")

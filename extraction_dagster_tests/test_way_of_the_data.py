@@ -185,6 +185,27 @@ def test_a_mistake_ends_in_one_clear_line(demo, command, environment, code, word
         assert len(done.stderr.splitlines()) == 1
 
 
+def test_the_doctor_lists_every_setting_and_checks_what_a_run_needs(demo):
+    folder, _ = demo
+    printed = run("extraction", "doctor", cwd=folder).stdout
+    assert "EXTRACTION_BATCH_SIZE" in printed
+    assert [line.split(":")[0] for line in printed.splitlines() if line.startswith("ok ")] == [
+        "ok      source table and state",
+        "ok      Dagster's instance",
+        "ok      embedding model",
+        "ok      Qdrant",
+    ]
+
+
+def test_the_doctor_goes_on_after_a_failed_check_and_hides_secrets(demo):
+    folder, _ = demo
+    url = "postgresql://u:s3cret@127.0.0.1:1/d"
+    printed = run("extraction", "doctor", cwd=folder, expect=1, EXTRACTION_SOURCE_URL=url).stdout
+    assert "FAILED  source table and state: Cannot read source table 'insta_content' at postgresql" in printed
+    assert "ok      Qdrant" in printed
+    assert "s3cret" not in printed
+
+
 def test_an_empty_table_says_so(tmp_path):
     marks = "is_extracted BOOLEAN, is_embedded BOOLEAN"
     schema = f"CREATE TABLE insta_content (id INTEGER PRIMARY KEY, platform, code, path, {marks})"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
+import stat
 from pathlib import Path
 
 _SUFFIX = ".tmp"
@@ -45,8 +47,13 @@ def read_small(path: Path, *, max_bytes: int) -> bytes | None:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         return None
-    with os.fdopen(handle, "rb") as file:
-        data = file.read(max_bytes + 1)
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        with os.fdopen(handle, "rb", closefd=False) as file:
+            data = file.read(max_bytes + 1)
+    finally:
+        os.close(handle)
     if len(data) > max_bytes:
         raise ValueError(f"it has more than {max_bytes} bytes")
     return data

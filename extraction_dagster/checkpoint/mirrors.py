@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import sqlalchemy as sa
 
 from extraction_dagster.checkpoint.atomic_file import read_small, write_atomically
+from extraction_dagster.checkpoint.strict_json import parse_strictly
 from extraction_dagster.errors import ExtractionError, MirrorError
 from extraction_dagster.stages.catalog.database import describe, reading, writing
 from extraction_dagster.stages.catalog.ledger import UtcDateTime
@@ -109,8 +110,8 @@ class JsonMirror:
 
 def _read_json(data: bytes) -> Reading:
     try:
-        values = json.loads(data, object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
+        values = parse_strictly(data)
+    except ValueError as error:
         return Reading("corrupt", why=f"it is no JSON object ({error})")
     if not isinstance(values, dict) or set(values) != {"last_processed_id", "updated_at"}:
         return Reading("corrupt", why="expected exactly the keys last_processed_id and updated_at")
@@ -124,13 +125,6 @@ def _read_json(data: bytes) -> Reading:
     return Reading("ok", value)
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError("a key stands twice")
-    return values
-
-
 CHECKPOINT_TABLE = sa.Table(
     "extraction_checkpoint",
     sa.MetaData(),
@@ -141,6 +135,9 @@ CHECKPOINT_TABLE = sa.Table(
 _ONE_ROW = sa.text(
     "CREATE UNIQUE INDEX IF NOT EXISTS extraction_checkpoint_one_row ON extraction_checkpoint ((id IS NOT NULL))"
 )
+
+
+_WRITERS_LOCK = 0x636865636B70
 
 
 class TableMirror:
@@ -162,12 +159,16 @@ class TableMirror:
             raise MirrorError(self.name, "read", str(error)) from error
         if len(ids) > 1:
             return Reading("corrupt", why="it has more than one row")
-        return Reading("ok", int(ids[0])) if ids else Reading("missing")
+        if ids and type(ids[0]) is not int:  # SQLite keeps anything in any column
+            return Reading("corrupt", why="its id is no integer")
+        return Reading("ok", ids[0]) if ids else Reading("missing")
 
     def write(self, last_processed_id: int | None, *, now: datetime) -> None:
         """Replace the row in one transaction; no row when there is no watermark."""
         try:
             with writing(self._engine, what="write the checkpoint table") as connection:
+                if connection.dialect.name == "postgresql":  # two that write at once would wait for each other for ever
+                    connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_WRITERS_LOCK)))
                 CHECKPOINT_TABLE.create(connection, checkfirst=True)
                 connection.execute(sa.delete(CHECKPOINT_TABLE))
                 connection.execute(_ONE_ROW)

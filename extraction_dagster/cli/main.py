@@ -16,6 +16,7 @@ from extraction_dagster.cli import (
     collection,
     console,
     demo,
+    doctor,
     errors,
     frames,
     init,
@@ -52,7 +53,7 @@ def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-for module in (init, demo, run, status, launch, errors, retry, reconcile, search):
+for module in (init, demo, run, status, launch, errors, retry, reconcile, search, doctor):
     app.command(name=module.__name__.rpartition(".")[2])(_interruptible(module.command))
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(collection.app, name="collection")

@@ -256,6 +256,8 @@ class Catalog:
     def reprocess_after(self, after_id: int) -> None:
         """Make every row above an id due again, whatever became of it."""
         self.ledger.forget_done(after_id)
+        if not self.source.has_marks:
+            return
         with writing(self.source_engine, what=f"clear marks of {self.source.name!r}") as connection:
             self.source.clear_marks(connection, after_id)
 

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 from extraction_dagster.stages.catalog.catalog import status_of
 from extraction_dagster.stages.catalog.database import reading
-from extraction_dagster.stages.catalog.ledger import LEDGER_TABLE, LedgerEntry
+from extraction_dagster.stages.catalog.ledger import LEDGER_TABLE, UNFINISHED, LedgerEntry
 from extraction_dagster.stages.catalog.source_table import chunks
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 _MAX_ID = 2**63 - 1
 _MIN_ID = -(2**63)
 _DENSE = 4  # ids to a row up to which the ledger is read as one range, not by lists of ids
-# Literal text: the ledger's partial index is used only for a query that repeats its condition to the letter.
-_UNFINISHED_ENTRIES = sa.and_(sa.text("state <> 'done'"), LEDGER_TABLE.c.state != "parked")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,20 +106,38 @@ def _heads(  # noqa: PLR0913 - the window, and how to look through it
     query = source.heads(only=condition).where(source.id.between(low, high)).limit(budget)
     heads = {int(record_id): (version, done) for record_id, version, done in connection.execute(query)}
     if condition is not None:
-        # Marked as done, and not done for the ledger: a re-embedding that was interrupted, say.
-        limit = max(heads) if len(heads) >= budget else high
-        for chunk in chunks(
-            [key for key in _unfinished_entries(catalog, connection, low, limit, budget) if key not in heads]
-        ):
-            for record_id, version, done in connection.execute(source.heads().where(source.id.in_(chunk))):
-                heads[int(record_id)] = (version, done)
+        _add_marked(catalog, connection, heads, (low, max(heads) if len(heads) >= budget else high), budget)
     return [(key, *heads[key]) for key in sorted(heads)][:budget]
+
+
+def _add_marked(
+    catalog: Catalog,
+    connection: sa.Connection,
+    heads: dict[int, tuple[str, bool | None]],
+    window: tuple[int, int],
+    budget: int,
+) -> None:
+    """Add the rows that are marked as done and not done for the ledger: a re-embedding that was interrupted, say.
+
+    The ledger also keeps entries of rows that are gone, however many: it is read page by page until rows are enough.
+    """
+    low, high = window
+    while True:
+        page = _unfinished_entries(catalog, connection, low, high, budget)
+        for chunk in chunks([key for key in page if key not in heads]):
+            for record_id, version, done in connection.execute(
+                catalog.source.heads().where(catalog.source.id.in_(chunk))
+            ):
+                heads[int(record_id)] = (version, done)
+        if len(page) < budget or sum(key <= page[-1] for key in heads) >= budget:
+            return
+        low = page[-1] + 1
 
 
 def _unfinished_entries(catalog: Catalog, connection: sa.Connection, low: int, high: int, budget: int) -> list[int]:
     query = (
         sa.select(LEDGER_TABLE.c.record_id)
-        .where(_UNFINISHED_ENTRIES, LEDGER_TABLE.c.record_id.between(low, high))
+        .where(UNFINISHED, LEDGER_TABLE.c.record_id.between(low, high))
         .order_by(LEDGER_TABLE.c.record_id)
         .limit(budget)
     )

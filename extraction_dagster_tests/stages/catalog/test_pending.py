@@ -1,0 +1,314 @@
+"""Which rows are unfinished, in a window of ids; on both databases, and always through an index."""
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+import sqlalchemy as sa
+from pydantic import SecretStr
+
+from extraction_dagster.records import Failure, IdRange
+from extraction_dagster.stages.catalog.catalog import Fingerprints
+from extraction_dagster.stages.catalog.ledger import LEDGER_TABLE
+from extraction_dagster.stages.catalog.pending import Scan, Unfinished, scan
+
+TODAY = Fingerprints(frames="f1", embedding="e1")
+ALL = IdRange(1, 100_000)
+
+
+@pytest.fixture
+def opened(database):
+    """Catalogs of the database that are closed at the end: `opened(batch_size=2)`."""
+    catalogs = []
+
+    def make(**overrides):
+        catalogs.append(database.catalog(**overrides))
+        return catalogs[-1]
+
+    yield make
+    for catalog in catalogs:
+        catalog.close()
+
+
+def look(catalog, after_id=None, up_to_id=None, *, budget=100, every_row=False):
+    return scan(catalog, after_id=after_id, up_to_id=up_to_id, budget=budget, every_row=every_row)
+
+
+def finish(catalog, *ids):
+    plan = catalog.plan(ALL, TODAY)
+    catalog.mark_extracted(plan, dict.fromkeys(ids, 3), "f1")
+    catalog.mark_done(plan, dict.fromkeys(ids, 3), TODAY)
+
+
+def fail(catalog, record_id, *, permanent=False):
+    failure = Failure(record_id, "", "decode", "VideoDecodeError", "broken", permanent=permanent)
+    catalog.record_failures(catalog.plan(ALL, TODAY), [failure], run_id="r")
+
+
+def due(*ids):
+    return tuple(Unfinished(record_id, due=True) for record_id in ids)
+
+
+def test_an_empty_table_has_nothing_unfinished_and_nothing_finished(database, opened):
+    database.create()
+    assert look(opened()) == Scan((), None, None)
+
+
+def test_a_window_holds_the_rows_after_its_beginning_up_to_its_end(database, opened):
+    database.create(ids=(-7, 1, 2, 5, 9))
+    catalog = opened()
+    assert look(catalog) == Scan(due(-7, 1, 2, 5, 9), None, None)
+    assert look(catalog, 1, 5) == Scan(due(2, 5), None, None)
+    assert look(catalog, None, 0) == Scan(due(-7), None, None)
+    assert look(catalog, 9, None) == Scan((), None, None)
+
+
+@pytest.mark.parametrize(("after_id", "up_to_id"), [(5, 5), (6, 5), (2**63 - 1, None)])
+def test_a_window_without_ids_holds_nothing(database, opened, after_id, up_to_id):
+    database.create(ids=(5, 2**63 - 1))
+    assert look(opened(), after_id, up_to_id) == Scan((), None, None)
+
+
+def test_a_budget_ends_the_scan_and_says_where(database, opened):
+    database.create(ids=range(1, 8))
+    catalog = opened()
+    finish(catalog, 1, 2, 4)
+    assert look(catalog, budget=2) == Scan(due(3, 5), 5, 2)
+    assert look(catalog, 5, budget=2) == Scan(due(6, 7), 7, None)
+    assert look(catalog, 7, budget=2) == Scan((), None, None)
+
+
+def test_everything_below_the_first_unfinished_row_is_finished(database, opened):
+    database.create(ids=(1, 2, 4, 8, 9))
+    catalog = opened()
+    finish(catalog, 1, 2, 8)
+    assert look(catalog) == Scan(due(4, 9), None, 2)
+    assert look(catalog, 2, 8) == Scan(due(4), None, None)
+    assert look(catalog, 4, 8) == Scan((), None, 8)
+    assert look(catalog, 4) == Scan(due(9), None, 8)
+    finish(catalog, 4, 9)
+    assert look(catalog) == Scan((), None, 9)
+    assert look(catalog, None, 7) == Scan((), None, 4)
+
+
+def test_rows_that_are_not_eligible_are_neither_finished_nor_unfinished(database, opened):
+    database.create()
+    database.insert(1, 2, 3, is_downloaded=True)
+    database.insert(4, 5, is_downloaded=False)
+    catalog = opened(source_predicate="is_downloaded")
+    finish(catalog, 1, 2)
+    assert look(catalog) == Scan(due(3), None, 2)
+    finish(catalog, 3)
+    assert look(catalog) == Scan((), None, 3)
+
+
+def test_a_parked_row_is_finished(database, opened):
+    database.create(ids=(1, 2, 3))
+    catalog = opened()
+    fail(catalog, 1, permanent=True)
+    assert look(catalog) == Scan(due(2, 3), None, 1)
+
+
+def test_parked_rows_that_fill_a_budget_do_not_end_the_look(database, opened):
+    database.create(ids=range(1, 6))
+    catalog = opened()
+    for record_id in (1, 2, 3):
+        fail(catalog, record_id, permanent=True)
+    assert look(catalog, budget=2) == Scan((), 2, 2)
+    assert look(catalog, 2, budget=2) == Scan(due(4), 4, 3)
+
+
+def test_a_failed_row_waits_and_holds_what_is_finished_back(database, opened):
+    database.create(ids=(1, 2, 3))
+    catalog = opened(retry_delay_seconds=3600)
+    finish(catalog, 1, 3)
+    fail(catalog, 2)
+    assert look(catalog) == Scan((Unfinished(2, due=False),), None, 1)
+    with catalog.state_engine.begin() as connection:
+        connection.execute(sa.update(LEDGER_TABLE).values(not_before=datetime.now(UTC) - timedelta(seconds=1)))
+    assert look(catalog) == Scan(due(2), None, 1)
+
+
+def test_a_row_that_is_extracted_or_embedded_is_not_done(database, opened):
+    database.create(ids=(1, 2, 3))
+    catalog = opened()
+    plan = catalog.plan(ALL, TODAY)
+    catalog.mark_extracted(plan, {1: 3, 2: 3}, "f1")
+    catalog.mark_embedded([2], "e1")
+    assert look(catalog) == Scan(due(1, 2, 3), None, None)
+
+
+@pytest.mark.parametrize("column", ["is_extracted", "is_embedded"])
+def test_a_row_whose_mark_was_cleared_is_due(database, opened, column):
+    database.create(ids=(1, 2, 3))
+    catalog = opened()
+    finish(catalog, 1, 2, 3)
+    database.execute(f"UPDATE insta_content SET {column} = false WHERE id = 2")
+    assert look(catalog) == Scan(due(2), None, 1)
+
+
+def test_a_row_that_was_marked_before_this_project_came_is_finished(database, opened):
+    database.create()
+    database.insert(1, 2, is_extracted=True, is_embedded=True)
+    database.insert(3)
+    assert look(opened()) == Scan(due(3), None, 2)
+
+
+def test_a_marked_row_whose_embedding_was_interrupted_is_due(database, opened):
+    database.create(ids=range(1, 6))
+    catalog = opened()
+    finish(catalog, 1, 2, 3, 4)
+    catalog.mark_embedded([2, 4], "e2")
+    assert look(catalog) == Scan(due(2, 4, 5), None, 1)
+    assert look(catalog, budget=2) == Scan(due(2, 4), 4, 1)
+
+
+def test_a_changed_version_is_seen_by_a_look_at_every_row_alone(database, opened):
+    database.create()
+    database.insert(1, 2, 3, updated_at="2025-01-01 00:00:00")
+    catalog = opened(source_version_column="updated_at")
+    finish(catalog, 1, 2, 3)
+    database.execute("UPDATE insta_content SET updated_at = '2025-02-02 00:00:00' WHERE id = 2")
+    assert look(catalog) == Scan((), None, 3)
+    assert look(catalog, every_row=True) == Scan(due(2), None, 1)
+    assert look(catalog, every_row=True, budget=1) == Scan((), 1, 1)
+
+
+def test_without_marks_the_ledger_alone_says_what_is_finished(database, opened):
+    database.create(ids=(1, 2, 3))
+    catalog = opened(source_extracted_column="", source_embedded_column="")
+    finish(catalog, 1, 3)
+    assert look(catalog) == Scan(due(2), None, 1)
+    assert look(catalog, budget=2) == Scan(due(2), 2, 1)
+
+
+def test_a_read_only_source_is_compared_with_the_ledger_elsewhere(database, opened, tmp_path):
+    database.create(ids=range(1, 6))
+    state_url = SecretStr(f"sqlite:///{tmp_path}/state.db")
+    catalog = opened(source_read_only=True, state_url=state_url)
+    finish(catalog, 1, 2, 4)
+    fail(catalog, 3, permanent=True)
+    assert not catalog.one_database
+    assert look(catalog) == Scan(due(5), None, 4)
+    assert database.rows("SELECT count(*) FROM insta_content WHERE is_extracted OR is_embedded") == [(0,)]
+
+
+def test_marks_and_a_ledger_in_two_databases_are_both_looked_at(database, opened, tmp_path):
+    database.create(ids=range(1, 6))
+    catalog = opened(state_url=SecretStr(f"sqlite:///{tmp_path}/state.db"))
+    finish(catalog, 1, 2, 3, 4)
+    catalog.mark_embedded([3], "e2")
+    database.execute("UPDATE insta_content SET is_embedded = false WHERE id = 2")
+    assert look(catalog) == Scan(due(2, 3, 5), None, 1)
+
+
+def test_entries_of_rows_that_are_gone_hide_nothing(database, opened):
+    database.create(ids=range(1, 21))
+    catalog = opened()
+    finish(catalog, *range(1, 20))
+    catalog.mark_embedded(range(1, 20), "e2")
+    database.execute("DELETE FROM insta_content WHERE id < 18")
+    assert look(catalog, budget=4) == Scan(due(18, 19, 20), None, None)
+    assert look(catalog, budget=2) == Scan(due(18, 19), 19, None)
+
+
+def test_what_is_brought_back_is_due_at_once(database, opened):
+    database.create(ids=(1, 2, 3, 4))
+    catalog = opened(retry_delay_seconds=3600)
+    finish(catalog, 1, 4)
+    fail(catalog, 2)
+    fail(catalog, 3, permanent=True)
+    assert catalog.ledger.retry(record_ids=[3, 4, 5], error_type=None) == [3]
+    assert look(catalog).due_ids == [3]
+    assert catalog.ledger.retry(record_ids=None, error_type="OtherError") == []
+    assert catalog.ledger.retry(record_ids=None, error_type="VideoDecodeError") == [2]
+    assert look(catalog).due_ids == [2, 3]
+    assert catalog.ledger.entries(IdRange(2, 3))[3].attempts == 0
+
+
+def test_what_is_to_be_reprocessed_is_due_and_decoded_afresh(database, opened):
+    database.create(ids=(1, 2, 3))
+    catalog = opened()
+    finish(catalog, 1, 2, 3)
+    catalog.reprocess_after(1)
+    assert look(catalog) == Scan(due(2, 3), None, 1)
+    versions = {key: planned.video.content_version for key, planned in catalog.begin(ALL, TODAY).items()}
+    assert versions == {1: "", 2: "~1", 3: "~1"}
+    finish(catalog, 2, 3)
+    assert look(catalog) == Scan((), None, 3)
+
+
+# Every query of a scan goes through an index, however large the tables are.
+
+
+@pytest.fixture
+def large(database, opened):
+    """20,000 rows, a few of them unfinished in every way, and the index that an operator is offered."""
+    database.create()
+    catalog = opened()
+    series = (
+        "SELECT i FROM generate_series(1, 20000) AS series(i)"
+        if catalog.source_engine.dialect.name == "postgresql"
+        else "WITH RECURSIVE series(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM series WHERE i < 20000) "
+        "SELECT i FROM series"
+    )
+    database.execute(
+        f"INSERT INTO insta_content (id, path, is_extracted, is_embedded) SELECT i, 'x', true, true FROM ({series}) s"
+    )
+    database.execute("UPDATE insta_content SET is_embedded = false WHERE id % 2000 = 0")
+    database.execute(
+        "INSERT INTO extraction_ledger (record_id, state, updated_at) "
+        "SELECT id, CASE WHEN id % 2000 = 0 THEN 'failed' WHEN id % 300 = 0 THEN 'parked' "
+        "WHEN id % 5000 = 1 THEN 'embedded' ELSE 'done' END, '2025-01-01' FROM insta_content"
+    )
+    with database.engine.begin() as connection:
+        catalog.source.pending_index().create(connection)
+    return catalog
+
+
+def plans_of(catalog, engine, **window):
+    """What EXPLAIN says to each query of a scan, in order."""
+    queries = []
+
+    def keep(_connection, _cursor, statement, parameters, _context, _many):
+        queries.append((statement, parameters))
+
+    sa.event.listen(catalog.source_engine, "before_cursor_execute", keep)
+    look(catalog, **window)
+    sa.event.remove(catalog.source_engine, "before_cursor_execute", keep)
+    explain = "EXPLAIN " if engine.dialect.name == "postgresql" else "EXPLAIN QUERY PLAN "
+    with engine.connect() as connection:
+        return [
+            "\n".join(str(row[-1]) for row in connection.exec_driver_sql(explain + statement, parameters))
+            for statement, parameters in queries
+            if statement.startswith("SELECT")
+        ]
+
+
+LEDGER_KEY = {"sqlite": "sqlite_autoindex_extraction_ledger_1", "postgresql": "extraction_ledger_pkey"}
+SOURCE_KEY = {"sqlite": "INTEGER PRIMARY KEY", "postgresql": "insta_content_pkey"}
+WINDOWS = [{"budget": 5000}, {"after_id": 100, "up_to_id": 19_000, "budget": 20_000}]
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("is_analyzed", [False, True])
+def test_unfinished_rows_are_found_through_the_partial_indexes(database, large, window, is_analyzed):
+    dialect = database.engine.dialect.name
+    if is_analyzed:
+        with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.exec_driver_sql("ANALYZE")
+    wanted = ["extraction_pending_insta_content", "extraction_ledger_unfinished", SOURCE_KEY[dialect]]
+    plans = plans_of(large, database.engine, **window)
+    found = [next((name for name in (*wanted, LEDGER_KEY[dialect]) if name in plan), plan) for plan in plans]
+    # Unmarked rows; entries that are not done; the rows of those; all their entries; the greatest finished id.
+    assert found == [wanted[0], wanted[1], wanted[2], LEDGER_KEY[dialect], wanted[2]]
+    assert not any("Seq Scan" in plan or "SCAN " in plan for plan in plans)
+
+
+def test_a_look_at_every_row_goes_along_the_keys(database, large):
+    dialect = database.engine.dialect.name
+    plans = plans_of(large, database.engine, up_to_id=19_000, budget=500, every_row=True)
+    found = [
+        next((name for name in (LEDGER_KEY[dialect], SOURCE_KEY[dialect]) if name in plan), plan) for plan in plans
+    ]
+    assert found == [SOURCE_KEY[dialect], LEDGER_KEY[dialect], SOURCE_KEY[dialect]]
+    assert not any("Seq Scan" in plan or "SCAN " in plan for plan in plans)
