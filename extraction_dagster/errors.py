@@ -251,6 +251,19 @@ class ModelFilesError(ExtractionError):
         )
 
 
+class ModelLibraryError(ExtractionError):
+    """A package that a model needs is not installed."""
+
+    permanent = True
+
+    def __init__(self, model: str, package: str, extra: str) -> None:
+        """Name the model, the package and the extra that brings it."""
+        super().__init__(
+            f"Model {model!r} needs the package {package!r}, which is not installed. Nothing was written. "
+            f"Install it: pip install 'extraction-dagster[{extra}]'."
+        )
+
+
 class EmbeddingDeviceError(ExtractionError):
     """The device that was set is not there."""
 

@@ -213,7 +213,24 @@ class Settings(BaseSettings):
     model: str = Field(
         "efficientnet-lite0",
         min_length=1,
-        description="Embedding model: the packaged one, a hub id@revision, or a folder.",
+        description="Embedding model: the packaged one; a folder saved by transformers, written ./folder or /folder; "
+        "or organisation/name@commit of the Hugging Face hub, all 40 digits of the commit. CLIP, SigLIP, SigLIP 2 "
+        "(fixed resolution) and DINOv2, as safetensors.",
+    )
+    trust_remote_code: Names = Field(
+        (),
+        description="Models, named as in EXTRACTION_MODEL and separated by commas, whose own Python code may run; none "
+        "by default, and such a model is refused.",
+    )
+    embedding_dim: int | None = Field(
+        None,
+        ge=1,
+        description="Keep only so many leading numbers of each vector, for a model that was trained for it "
+        "(Matryoshka); all when unset.",
+    )
+    embed_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32",
+        description="Type in which a model of transformers computes, by autocast; the shorter ones pay on a GPU only.",
     )
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps.")
     embed_batch_size: int = Field(16, ge=1, le=4096, description="Frames per forward pass.")
@@ -260,7 +277,7 @@ class Settings(BaseSettings):
         empty: dict[str, None] = {name: None for name in _NONE_WHEN_EMPTY if values.get(name) == ""}
         return {name: value for name, value in values.items() if value != ""} | empty
 
-    @field_validator("source_payload_columns", "allowed_roots", mode="before")
+    @field_validator("source_payload_columns", "allowed_roots", "trust_remote_code", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value

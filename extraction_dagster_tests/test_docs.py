@@ -11,7 +11,8 @@ from extraction_dagster.settings_doc import settings_page
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-DEPENDENCIES = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]
+EXTRAS = PROJECT["optional-dependencies"]
+DEPENDENCIES = [*PROJECT["dependencies"], *EXTRAS["dev"], *EXTRAS["transformers"]]
 NAMES = [re.split(r"[<>=\[ ]", dependency)[0] for dependency in DEPENDENCIES]
 
 

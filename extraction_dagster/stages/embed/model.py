@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from extraction_dagster.errors import EmbeddingModelError
 from extraction_dagster.records import fingerprint
-from extraction_dagster.stages.embed import efficientnet_lite0
+from extraction_dagster.stages.embed import efficientnet_lite0, hub, transformers_model
+from extraction_dagster.stages.embed.matryoshka import TruncatedModel, TruncatedTextModel, check_dim
 from extraction_dagster.stages.embed.runtime import import_torch
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class ModelFamily:
         answers_for: Whether a name is one of its.
         settings_identity: What changes the vectors, cheaply, from the settings alone; without torch.
         identity: The same with the contents of the model's files; without torch.
+        dim: Length of its vectors, without torch; None when only the loaded model knows.
         load: Loads the model; gets its fingerprint.
     """
 
@@ -85,6 +87,7 @@ class ModelFamily:
     answers_for: Callable[[str], bool]
     settings_identity: Callable[[Settings], Mapping[str, object]]
     identity: Callable[[Settings], Mapping[str, object]]
+    dim: Callable[[Settings], int | None]
     load: Callable[[Settings, str], EmbeddingModel]
 
 
@@ -94,11 +97,38 @@ def _lite0_family() -> ModelFamily:
         answers_for=lambda name: name == efficientnet_lite0.NAME,
         settings_identity=lambda _: efficientnet_lite0.settings_identity(),
         identity=lambda _: efficientnet_lite0.identity(),
+        dim=lambda _: efficientnet_lite0.DIM,
         load=lambda settings, fingerprint: efficientnet_lite0.load(settings, fingerprint=fingerprint),
     )
 
 
-FAMILIES: tuple[ModelFamily, ...] = (_lite0_family(),)
+def _folder_family() -> ModelFamily:
+    return ModelFamily(
+        shown="./folder or /folder, saved by transformers",
+        answers_for=transformers_model.answers_for_folder,
+        settings_identity=transformers_model.settings_identity,
+        identity=transformers_model.identity,
+        dim=transformers_model.declared_dim,
+        load=lambda settings, fingerprint: transformers_model.load(settings, fingerprint=fingerprint),
+    )
+
+
+def _hub_family() -> ModelFamily:
+    def identity(settings: Settings) -> Mapping[str, object]:
+        hub.check_pinned(settings.model)
+        return transformers_model.settings_identity(settings)
+
+    return ModelFamily(
+        shown=hub.SHOWN,
+        answers_for=hub.answers_for,
+        settings_identity=identity,
+        identity=identity,  # the commit names every byte of the files
+        dim=lambda _: None,
+        load=lambda settings, fingerprint: transformers_model.load(settings, fingerprint=fingerprint),
+    )
+
+
+FAMILIES: tuple[ModelFamily, ...] = (_lite0_family(), _folder_family(), _hub_family())
 
 _resident: dict[tuple[object, ...], EmbeddingModel] = {}
 _loading = threading.Lock()
@@ -109,16 +139,27 @@ def load_model(settings: Settings) -> EmbeddingModel:
 
     Raises:
         EmbeddingModelError: No family answers for the name.
+        ModelLibraryError: A package that the model needs is not installed.
         ModelFilesError: The model's files are missing, damaged or refused.
         EmbeddingDeviceError: The device is not there.
+        SettingsError: embedding_dim is more than the model gives.
     """
     key = (embedding_fingerprint(settings), settings.device, settings.embed_threads)
     with _loading:
         if key not in _resident:
             _resident.clear()
             import_torch()
-            _resident[key] = _family(settings.model).load(settings, str(key[0]))
+            _resident[key] = _shortened(_family(settings.model).load(settings, str(key[0])), settings.embedding_dim)
         return _resident[key]
+
+
+def _shortened(model: EmbeddingModel, dim: int | None) -> EmbeddingModel:
+    check_dim(dim, model.dim, model.name)
+    if dim is None or dim == model.dim:
+        return model
+    return (
+        TruncatedTextModel(model, model, dim) if isinstance(model, TextEmbeddingModel) else TruncatedModel(model, dim)
+    )
 
 
 def embedding_fingerprint(settings: Settings) -> str:
@@ -126,13 +167,25 @@ def embedding_fingerprint(settings: Settings) -> str:
 
     Covers model, weights, preprocessing, dim, normalisation, compute and storage type; batch size, device, threads and
     library versions are left out, for they move a vector by less than its float16 storage does.
+
+    Raises:
+        EmbeddingModelError: No family answers for the name.
+        ModelFilesError: The model's files are missing, damaged or refused.
+        SettingsError: embedding_dim is more than the model gives.
     """
-    return fingerprint(**_STORED, **_family(settings.model).identity(settings))
+    family = _family(settings.model)
+    check_dim(settings.embedding_dim, family.dim(settings) if settings.embedding_dim else None, settings.model)
+    return fingerprint(**_STORED, **_cut(settings), **family.identity(settings))
 
 
 def embedding_settings_fingerprint(settings: Settings) -> str:
     """The same from the settings alone: opens no file, imports no torch; for an asset's code version."""
-    return fingerprint(**_STORED, **_family(settings.model).settings_identity(settings))
+    return fingerprint(**_STORED, **_cut(settings), **_family(settings.model).settings_identity(settings))
+
+
+def _cut(settings: Settings) -> dict[str, object]:
+    """Left out while every number is kept, so that vectors stored before there was a choice stay what they are."""
+    return {} if settings.embedding_dim is None else {"leading_numbers": settings.embedding_dim}
 
 
 def _family(name: str) -> ModelFamily:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -87,3 +91,36 @@ def frames():
 @pytest.fixture(scope="session")
 def make_shard():
     return MemoryShard
+
+
+@pytest.fixture(scope="session")
+def saved_models(tmp_path_factory):
+    """`saved_models("clip")`: a folder with a tiny model, made at the first asking; read it only."""
+    spec = importlib.util.spec_from_file_location("tiny_models", Path(__file__).parent / "tiny_models.py")
+    tiny_models = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tiny_models)
+    root = tmp_path_factory.mktemp("models")
+
+    def folder(kind):
+        if not (root / kind).exists():
+            tiny_models.SAVE[kind](root / kind)
+        return root / kind
+
+    return folder
+
+
+@pytest.fixture
+def copied_model(saved_models, tmp_path):
+    """A tiny model's folder of the test's own, to be broken."""
+
+    def copy(kind="clip"):
+        return Path(shutil.copytree(saved_models(kind), tmp_path / "model"))
+
+    return copy
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch):
+    """A model that is asked for over the network fails at once instead of leaving the machine."""
+    monkeypatch.setitem(os.environ, "HF_HUB_DISABLE_TELEMETRY", "1")
+    monkeypatch.setitem(os.environ, "HF_ENDPOINT", "http://127.0.0.1:9")

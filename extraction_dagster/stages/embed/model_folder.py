@@ -1,0 +1,281 @@
+"""A folder with a transformers model, looked through before any of it is loaded; needs neither torch nor transformers.
+
+What is refused here could run code (pickles, Python files that the configuration names), read files elsewhere (links
+that lead out of the folder), take all memory (huge numbers, huge JSON), or make vectors of no meaning (weights that are
+missing or cut off).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import struct
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+from extraction_dagster.errors import ModelFilesError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+CONFIG: Final = "config.json"
+WEIGHTS: Final = "model.safetensors"
+WEIGHTS_INDEX: Final = "model.safetensors.index.json"
+PREPROCESSORS: Final = ("preprocessor_config.json", "processor_config.json")
+TOKENIZER_FILES: Final = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "tokenizer.model",
+)
+# transformers' names for the architectures whose vectors are known to be good for search.
+MODEL_TYPES: Final = ("clip", "siglip", "dinov2", "dinov2_with_registers")
+_PICKLES = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle|msgpack|h5)")
+_SHARD = re.compile(r"[A-Za-z0-9][\w.-]*\.safetensors")
+_LAYERS = "num_hidden_layers"
+_MOST_LAYERS = 1024
+_LARGEST_NUMBER = 2**24
+_MOST_JSON_BYTES = 4 * 2**20
+_MOST_TOKENIZER_BYTES = 256 * 2**20
+_MOST_HEADER_BYTES = 64 * 2**20
+_PROJECTED: Final = {"clip": ("", "projection_dim", 512), "siglip": ("vision_config", "hidden_size", 768)}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFolder:
+    """A folder that was looked through.
+
+    Attributes:
+        model: The model's name, as it was set.
+        path: The folder.
+        config: Its config.json.
+        files: Every file that is read of it, by name.
+        num_weights: Numbers in its weights.
+    """
+
+    model: str
+    path: Path
+    config: Mapping[str, Any]
+    files: Mapping[str, Path]
+    num_weights: int
+
+    @property
+    def model_type(self) -> str:
+        """The architecture, by transformers' name for it."""
+        return str(self.config.get("model_type"))
+
+    @property
+    def dim(self) -> int | None:
+        """Length of its vectors, as the configuration says; None for an architecture that is not known."""
+        if self.model_type not in MODEL_TYPES:
+            return None
+        part, name, default = _PROJECTED.get(self.model_type, ("", "hidden_size", 768))
+        inner = self.config.get(part, {}) if part else self.config
+        return int(inner.get(name, default))
+
+    @property
+    def has_text(self) -> bool:
+        """Whether it has a text tower and the tokenizer for it."""
+        return "text_config" in self.config and bool(self.files.keys() & set(TOKENIZER_FILES))
+
+    def sha256(self) -> dict[str, str]:
+        """The sha256 of each file."""
+        return {name: _sha256(path, *_stamp(path)) for name, path in sorted(self.files.items())}
+
+
+def inspect_folder(model: str, path: Path, *, trusted: bool = False) -> ModelFolder:
+    """Look a folder through.
+
+    Args:
+        model: What to call the model in an error.
+        path: The folder.
+        trusted: Its own Python code may run, and its architecture need not be one that is known.
+
+    Raises:
+        ModelFilesError: Something is missing, damaged or refused.
+    """
+    if not path.is_dir():
+        raise ModelFilesError(model, str(path), "no such folder", "a folder saved by transformers", _CHECK_PATH)
+    return _Inspection(model, path, trusted=trusted).result()
+
+
+_CHECK_PATH = "Correct EXTRACTION_MODEL; a relative folder is written ./folder."
+_FETCH_AGAIN = "Fetch the model's files again, whole."
+_CONVERT = (
+    "Save it as safetensors, on a machine where its pickle may run: "
+    "AutoModel.from_pretrained(FOLDER).save_pretrained(FOLDER)."
+)
+
+
+class _Inspection:
+    """One look through a folder; every refusal names the file."""
+
+    def __init__(self, model: str, path: Path, *, trusted: bool) -> None:
+        self.model, self.path, self.trusted = model, path, trusted
+        # A snapshot in the hub's cache is a folder of links: snapshots/<commit>/config.json -> ../../blobs/<hash>.
+        cached = path.parent.name == "snapshots" and (path.parent.parent / "blobs").is_dir()
+        self.roots = (path.resolve(), *([(path.parent.parent / "blobs").resolve()] if cached else []))
+
+    def result(self) -> ModelFolder:
+        config = self.read_json(self.need(CONFIG, "config.json, as transformers saves it"))
+        self.check_architecture(config)
+        files = {CONFIG: self.path / CONFIG}
+        files |= {name: self.vetted(self.path / name) for name in PREPROCESSORS if self.there(name)}
+        if len(files) == 1:
+            self.refuse(PREPROCESSORS[0], "no such file", "the sizes and means that the model was trained with")
+        files |= {name: self.vetted(self.path / name) for name in TOKENIZER_FILES if self.there(name)}
+        for name, path in files.items():
+            self.check_text_file(name, path)
+        weights = self.weights()
+        counted = sum(self.count_weights(path) for path in weights.values())
+        return ModelFolder(self.model, self.path, config, files | weights, counted)
+
+    def refuse(self, name: str, got: str, expected: str, fix: str = _FETCH_AGAIN) -> NoReturn:
+        raise ModelFilesError(self.model, str(self.path / name), got, expected, fix)
+
+    def there(self, name: str) -> bool:
+        return (self.path / name).is_symlink() or (self.path / name).exists()
+
+    def need(self, name: str, expected: str) -> Path:
+        if not self.there(name):
+            self.refuse(name, "no such file", expected)
+        return self.vetted(self.path / name)
+
+    def vetted(self, path: Path) -> Path:
+        """A regular file that lies in the folder, links followed."""
+        target = path.resolve()
+        if not any(target.is_relative_to(root) for root in self.roots):
+            self.refuse(path.name, "a link that leads out of the folder", "a file in it", "Copy the file itself there.")
+        if not target.is_file():
+            self.refuse(path.name, "no regular file", "a file")
+        return path
+
+    def read_json(self, path: Path, most_bytes: int = _MOST_JSON_BYTES) -> dict[str, Any]:
+        size = path.stat().st_size
+        if size > most_bytes:
+            self.refuse(path.name, f"{size} bytes", f"at most {most_bytes}")
+        try:
+            value = json.loads(path.read_text("utf-8"))
+        except (ValueError, RecursionError, OSError) as error:
+            self.refuse(path.name, f"no JSON ({type(error).__name__})", "a JSON object")
+        if not isinstance(value, dict):
+            self.refuse(path.name, f"JSON of type {type(value).__name__}", "a JSON object")
+        return value
+
+    def check_architecture(self, config: Mapping[str, Any]) -> None:
+        kind = config.get("model_type")
+        if not self.trusted and kind not in MODEL_TYPES and not _code_names(config):
+            fixed = " (SigLIP 2 at a fixed resolution has the type siglip)" if kind == "siglip2" else ""
+            self.refuse(
+                CONFIG, f"model_type {kind!r}", f"one of {', '.join(MODEL_TYPES)}{fixed}", "Choose another model."
+            )
+        for name, value in _numbers(config):
+            most = _MOST_LAYERS if name == _LAYERS else _LARGEST_NUMBER
+            if not -most <= value <= most:
+                self.refuse(CONFIG, f"{name} {str(value)[:20]}", f"at most {most}")
+        for part in ("vision_config", "text_config"):
+            if not isinstance(config.get(part, {}), dict):
+                self.refuse(CONFIG, f"{part} of type {type(config[part]).__name__}", "a JSON object")
+
+    def check_text_file(self, name: str, path: Path) -> None:
+        if not name.endswith(".json"):
+            if path.stat().st_size > _MOST_TOKENIZER_BYTES:
+                self.refuse(name, f"{path.stat().st_size} bytes", f"at most {_MOST_TOKENIZER_BYTES}")
+            return
+        big = name in TOKENIZER_FILES
+        described = self.read_json(path, _MOST_TOKENIZER_BYTES if big else _MOST_JSON_BYTES)
+        if (code := _code_names(described)) and not self.trusted:
+            fix = f"Read that code; to let it run, set EXTRACTION_TRUST_REMOTE_CODE={self.model}."
+            self.refuse(name, f"Python code of the model's own ({code})", "an architecture of transformers itself", fix)
+
+    def weights(self) -> dict[str, Path]:
+        if self.there(WEIGHTS):
+            return {WEIGHTS: self.vetted(self.path / WEIGHTS)}
+        if not self.there(WEIGHTS_INDEX):
+            pickles = sorted(path.name for path in self.path.iterdir() if _PICKLES.fullmatch(path.name))
+            if pickles:
+                self.refuse(pickles[0], "a pickle, which can run code when it is read", WEIGHTS, _CONVERT)
+            self.refuse(WEIGHTS, "no such file", "the model's weights as safetensors")
+        index = self.read_json(self.vetted(self.path / WEIGHTS_INDEX))
+        parts = index.get("weight_map")
+        names = set(parts.values()) if isinstance(parts, dict) and all(map(_is_shard, parts.values())) else set()
+        if not names:
+            self.refuse(
+                WEIGHTS_INDEX, "no map of tensors to files", "weight_map, with plain names of safetensors files"
+            )
+        shards = {name: self.need(name, f"the part that {WEIGHTS_INDEX} names") for name in sorted(names)}
+        return {WEIGHTS_INDEX: self.path / WEIGHTS_INDEX, **shards}
+
+    def count_weights(self, path: Path) -> int:
+        """Numbers in a safetensors file whose header agrees with its size: `length | header | tensors`."""
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0  # noqa: PLR2004 - 64 bits
+            if not 2 <= length <= min(size - 8, _MOST_HEADER_BYTES):  # noqa: PLR2004 - "{}"
+                self.refuse(path.name, f"a header of {length} bytes in a file of {size}", "a safetensors file")
+            header = file.read(length)
+        try:
+            tensors = {name: part for name, part in json.loads(header).items() if name != "__metadata__"}
+            end = max((part["data_offsets"][1] for part in tensors.values()), default=0)
+            numbers = sum(_product(part["shape"]) for part in tensors.values())
+        except (ValueError, RecursionError, AttributeError, KeyError, TypeError, IndexError) as error:
+            self.refuse(path.name, f"no readable header ({type(error).__name__})", "a safetensors file")
+        if end != size - 8 - length:
+            self.refuse(path.name, f"{size} bytes", f"{end + 8 + length}, as its header says")
+        return numbers
+
+
+def _code_names(described: Mapping[str, Any]) -> str:
+    """The Python code that a configuration asks for, wherever it is nested; empty for none."""
+    names = [str(value) for name, value in _leaves(described) if name in {"auto_map", "custom_pipelines"}]
+    return ", ".join(names)[:200]
+
+
+def _leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:
+    """Every value with its name; what is named auto_map or custom_pipelines stays whole."""
+    if isinstance(value, dict) and name not in {"auto_map", "custom_pipelines"}:
+        for inner, part in value.items():
+            yield from _leaves(part, inner)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _leaves(part, name)
+    else:
+        yield name, value
+
+
+def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, value in _leaves(config):
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield name, value
+
+
+def _is_shard(name: object) -> bool:
+    return isinstance(name, str) and _SHARD.fullmatch(name) is not None
+
+
+def _product(shape: list[int]) -> int:
+    total = 1
+    for side in shape:
+        if not isinstance(side, int) or side < 0:
+            raise ValueError(shape)
+        total *= side
+    return total
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+@lru_cache(maxsize=256)
+def _sha256(path: Path, size: int, mtime_ns: int) -> str:  # noqa: ARG001 - a changed file is hashed again
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

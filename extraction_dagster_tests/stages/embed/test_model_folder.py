@@ -1,0 +1,254 @@
+"""Folders that are broken, lie or attack: each is refused in one line, before torch is asked for anything."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+
+import pytest
+import torch  # noqa: TID253 - weights are made with it
+from safetensors.torch import save_file
+from transformers import dynamic_module_utils  # noqa: TID253 - its cache is put into the test's folder
+
+from extraction_dagster.errors import ModelFilesError
+from extraction_dagster.settings import Settings
+from extraction_dagster.stages.embed.model import embedding_fingerprint, load_model
+from extraction_dagster.stages.embed.model_folder import inspect_folder
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def pickle_only(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"run": "me"}))
+
+
+def no_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def cut_off(folder):
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:-1000])
+
+
+def huge_header(folder):
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2**62) + whole[8:])
+
+
+def lying_shapes(folder):
+    header = json.dumps({"a": {"dtype": "F32", "shape": [-1, 10], "data_offsets": [0, 4]}}).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4)
+
+
+def no_config(folder):
+    (folder / "config.json").unlink()
+
+
+def no_preprocessor(folder):
+    (folder / "preprocessor_config.json").unlink()
+
+
+def garbage_config(folder):
+    (folder / "config.json").write_bytes(b"\xff\xfe not json")
+
+
+def list_config(folder):
+    (folder / "config.json").write_text("[1, 2]")
+
+
+def deep_config(folder):
+    (folder / "config.json").write_text("[" * 200_000)
+
+
+def huge_config(folder):
+    edit(folder / "config.json", padding="x" * 5_000_000)
+
+
+def own_code(folder):
+    edit(folder / "config.json", auto_map={"AutoModel": "modeling_evil.Evil"})
+    (folder / "modeling_evil.py").write_text("raise SystemExit('ran')")
+
+
+def own_processor_code(folder):
+    edit(folder / "preprocessor_config.json", auto_map={"AutoImageProcessor": "elsewhere/repo--evil.Evil"})
+
+
+def own_tokenizer_code(folder):
+    edit(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Slow", None]})
+
+
+def other_architecture(folder):
+    edit(folder / "config.json", model_type="llama")
+
+
+def naflex(folder):
+    edit(folder / "config.json", model_type="siglip2")
+
+
+def endless_layers(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["num_hidden_layers"] = 10**9
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def huge_number(folder):
+    edit(folder / "config.json", projection_dim=10**400)
+
+
+def text_for_a_part(folder):
+    edit(folder / "config.json", vision_config="none")
+
+
+def link_outside(folder):
+    secret = folder.parent / "secret.json"
+    (folder / "preprocessor_config.json").rename(secret)
+    (folder / "preprocessor_config.json").symlink_to(secret)
+
+
+def dangling_link(folder):
+    (folder / "config.json").unlink()
+    (folder / "config.json").symlink_to(folder / "nowhere.json")
+
+
+def a_folder_for_weights(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").mkdir()
+
+
+def index_that_climbs(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
+
+
+def index_without_parts(folder):
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {"a": "model-00001-of-00001.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+HOSTILE = {
+    pickle_only: r"pytorch_model\.bin: got a pickle, which can run code.* Save it as safetensors",
+    no_weights: r"model\.safetensors: got no such file",
+    cut_off: r"model\.safetensors: got \d+ bytes, expected \d+, as its header says",
+    huge_header: r"got a header of 4611686018427387904 bytes in a file of \d+, expected a safetensors file",
+    lying_shapes: r"got no readable header \(ValueError\)",
+    no_config: r"config\.json: got no such file",
+    no_preprocessor: r"preprocessor_config\.json: got no such file, expected the sizes and means",
+    garbage_config: r"config\.json: got no JSON \(UnicodeDecodeError\)",
+    list_config: r"config\.json: got JSON of type list, expected a JSON object",
+    deep_config: r"config\.json: got no JSON \(RecursionError\)",
+    huge_config: r"config\.json: got 500\d+ bytes, expected at most 4194304",
+    own_code: r"config\.json: got Python code of the model's own .*modeling_evil\.Evil.*TRUST_REMOTE_CODE=",
+    own_processor_code: r"preprocessor_config\.json: got Python code of the model's own .*evil\.Evil",
+    own_tokenizer_code: r"tokenizer_config\.json: got Python code of the model's own .*evil\.Slow",
+    other_architecture: r"got model_type 'llama', expected one of clip, siglip, dinov2, dinov2_with_registers\.",
+    naflex: r"got model_type 'siglip2', expected one of .* \(SigLIP 2 at a fixed resolution has the type siglip\)",
+    endless_layers: r"got num_hidden_layers 1000000000, expected at most 1024",
+    huge_number: r"got projection_dim 10000000000000000000, expected at most 16777216",
+    text_for_a_part: r"got vision_config of type str, expected a JSON object",
+    link_outside: r"preprocessor_config\.json: got a link that leads out of the folder",
+    dangling_link: r"config\.json: got no regular file",
+    a_folder_for_weights: r"model\.safetensors: got no regular file",
+    index_that_climbs: r"index\.json: got no map of tensors to files, expected weight_map, with plain names",
+    index_without_parts: r"00001\.safetensors: got no such file, expected the part that",
+}
+
+
+@pytest.mark.parametrize(("breakage", "words"), HOSTILE.items(), ids=lambda value: getattr(value, "__name__", ""))
+def test_a_hostile_folder_is_refused_before_it_is_loaded(copied_model, breakage, words):
+    folder = copied_model("clip")
+    breakage(folder)
+    settings = Settings(model=str(folder), device="cpu")
+
+    for ask in (embedding_fingerprint, load_model):
+        with pytest.raises(ModelFilesError, match=words) as refused:
+            ask(settings)
+        said = str(refused.value)
+        assert "\n" not in said
+        assert said.startswith(f"Model '{folder}' can't be loaded from {folder}")
+        assert "Nothing was written." in said
+
+
+def test_no_folder_is_refused_with_how_to_write_one(tmp_path):
+    with pytest.raises(ModelFilesError, match=r"got no such folder.*a relative folder is written \./folder"):
+        embedding_fingerprint(Settings(model=str(tmp_path / "none")))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        (
+            "config.json",
+            {"projection_dim": 2048},
+            r"weights with \d+ numbers, expected \d+, as its config\.json asks for",
+        ),
+        ("config.json", {"projection_dim": 8}, r"files that transformers can't use \(RuntimeError"),
+        ("config.json", {"vision_config": {"hidden_size": 33}}, r"as its config\.json asks for|can't use"),
+        ("preprocessor_config.json", {"crop_size": {"height": 64, "width": 64}}, r"can't use \(ValueError"),
+        ("preprocessor_config.json", {"size": {"shortest_edge": 10**9}}, r"shortest_edge of 1000000000 px"),
+        ("preprocessor_config.json", {"image_std": [0.0, 1.0, 1.0]}, r"image_std \[0\.0, 1\.0, 1\.0\]"),
+        ("preprocessor_config.json", {"image_processor_type": "NoSuch"}, r"can't use \(ValueError"),
+    ],
+)
+def test_files_that_do_not_fit_each_other_are_refused_when_loading(copied_model, name, changes, words):
+    folder = copied_model("clip")
+    edit(folder / name, **changes)
+
+    with pytest.raises(ModelFilesError, match=words) as refused:
+        load_model(Settings(model=str(folder), device="cpu"))
+    assert "\n" not in str(refused.value)
+
+
+OWN_CODE = """
+import torch, transformers
+
+class OwnModel(transformers.PreTrainedModel):
+    config_class = transformers.Dinov2Config
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.head = torch.nn.Linear(3, 5)
+        self.post_init()
+
+    def forward(self, pixel_values):
+        return self.head(pixel_values.mean((2, 3)))
+"""
+
+
+def test_code_of_a_model_that_was_named_may_run(copied_model, monkeypatch):
+    folder = copied_model("dinov2")
+    (folder / "modeling_own.py").write_text(OWN_CODE)
+    save_file({"head.weight": torch.ones(5, 3), "head.bias": torch.zeros(5)}, folder / "model.safetensors")
+    edit(folder / "config.json", auto_map={"AutoModel": "modeling_own.OwnModel"})
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(folder.parent / "modules"))
+    monkeypatch.syspath_prepend(str(folder.parent / "modules"))
+    name = str(folder)
+
+    with pytest.raises(ModelFilesError, match="Python code of the model's own"):
+        load_model(Settings(model=name, device="cpu", trust_remote_code=("another/model",)))
+    loaded = load_model(Settings(model=name, device="cpu", trust_remote_code=(name,)))
+    assert (type(loaded.network).__name__, loaded.dim) == ("OwnModel", 5)
+
+
+def test_a_whole_folder_is_described(saved_models):
+    described = inspect_folder("m", saved_models("clip"))
+
+    assert (described.model_type, described.dim, described.has_text) == ("clip", 24, True)
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"} <= described.files.keys()
+    assert inspect_folder("m", saved_models("dinov2")).has_text is False
+
+
+def test_links_into_the_blobs_of_a_hub_cache_are_followed(saved_models, tmp_path):
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / ("0" * 40), tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(saved_models("dinov2").iterdir())):
+        (blobs / str(number)).write_bytes(path.read_bytes())
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+
+    assert inspect_folder("m", snapshot).dim == 32
