@@ -254,7 +254,7 @@ def _write_failures(
     plan: Mapping[int, "PlannedRow"],
     failures: Iterable[Failure],
 ) -> None:
-    states = catalog.record_failures(plan, failures, run_id=context.run_id)
+    states = catalog.record_failures(plan, failures, run_id=context.run.run_id)
     for failure in failures:
         _log.warning("%s (%s)", failure.message, states[failure.record_id])
 

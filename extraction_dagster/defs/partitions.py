@@ -25,9 +25,9 @@ def register(context: dg.AssetExecutionContext) -> IdRange:
     """
     id_range = IdRange.parse(context.partition_key)
     add_ranges(context.instance, [id_range])
-    tags = process_tags(context.run_id)
+    tags = process_tags(context.run.run_id)
     if not tags.items() <= context.run.tags.items():
-        context.instance.add_run_tags(context.run_id, tags)
+        context.instance.add_run_tags(context.run.run_id, tags)
     return id_range
 
 
