@@ -133,7 +133,12 @@ class BucketDownload:
 
     def _look(self, store: Any, path: str, uri: str, deadline: Deadline) -> FileVersion:  # noqa: ANN401 - fsspec is not typed
         """The object's present version."""
-        info = self._ask(store.info, path, uri, deadline)
+        try:
+            info = self._ask(store.info, path, uri, deadline)
+        except (FileRefusedError, PassingFaultError):
+            # S3 refuses this question without a body that would say why: one byte is asked for, to hear the reason.
+            self._ask(store.cat_file, path, uri, deadline, start=0, end=1)
+            raise
         if info["type"] != "file":
             raise FileRefusedError(uri, "that this is a folder")
         size = int(info["size"] or 0)

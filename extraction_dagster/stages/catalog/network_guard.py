@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, quote, urlsplit
 
 from extraction_dagster.addresses import shown_address
-from extraction_dagster.errors import AddressForbiddenError, FileUnavailableError, SchemeError
+from extraction_dagster.errors import AddressForbiddenError, SchemeError
+from extraction_dagster.stages.catalog.download import PassingFaultError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -121,7 +122,7 @@ class NetworkGuard:
         Raises:
             SchemeError: It is neither https nor http.
             AddressForbiddenError: It may not be read.
-            FileUnavailableError: Its host has no address now.
+            PassingFaultError: Its host has no address now.
         """
         refuse = _Refusal(asked or url, f"it redirects to {shown_address(url)!r}: " if redirected_from else "")
         parts = _split(url, refuse)
@@ -149,7 +150,7 @@ class NetworkGuard:
         try:
             found = tuple(self._resolve(host.strip("[]"), port))
         except OSError as error:
-            raise FileUnavailableError(refuse.uri, f"its host has no address now ({error.strerror or error})") from None
+            raise PassingFaultError(f"its host has no address now ({error.strerror or type(error).__name__})") from None
         except UnicodeError:
             raise refuse("its host is no name", "Correct the row.") from None
         for text in found:
@@ -159,7 +160,7 @@ class NetworkGuard:
                 fix = "Correct the row; if the host is meant, add its network to EXTRACTION_ALLOWED_NETWORKS."
                 raise refuse(f"{host} has the address {text}, which is not public", fix)
         if not found:
-            raise FileUnavailableError(refuse.uri, "its host has no address now")
+            raise PassingFaultError("its host has no address now")
         return found
 
 
