@@ -21,7 +21,7 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help demo test ui lint types check docs clean
+.PHONY: help demo test soak ui lint types check docs clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,9 @@ demo: $(STAMP) ## Make videos, process them through Dagster, search them by an i
 
 test: $(STAMP) ## Run the whole suite; narrow it with PYTEST_ARGS="-k words"
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+soak: $(STAMP) ## Run what 'make test' leaves out: real daemons under fire, about half an hour
+	@$(BIN)/python -m pytest -m soak -s
 
 ui: $(STAMP) ## Open Dagster's UI and daemon on the demo's data, at PORT (3000), for this machine only
 	@$(BIN)/extraction init

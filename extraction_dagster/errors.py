@@ -795,6 +795,7 @@ class LegacyCheckpointError(ExtractionError):
         )
 
 
+<<<<<<< HEAD
 # Fetching. Addresses are shown without passwords and signatures.
 
 
@@ -895,3 +896,28 @@ class DownloadCacheError(FetchSetupError):
             f"The cache of downloads in {folder!r} can't be used: {why}. No record is to blame, and none was marked. "
             f"Make room there, or change EXTRACTION_CACHE_BYTES or EXTRACTION_HOME; then run the range again."
         )
+=======
+# Frames: what is kept of them, and how they leave
+
+
+class FramesRejectedError(ExtractionError):
+    """The quality steps left nothing of a video."""
+
+    permanent = True
+
+    def __init__(self, path: str, *, num_frames: int) -> None:
+        """Name the file and how many frames were looked at."""
+        super().__init__(
+            f"Video {path!r} kept 0 of {num_frames} sampled frames, expected at least 1: all are of a single colour. "
+            f"Nothing was written for it; the range goes on. Set EXTRACTION_MIN_FRAMES=1 to keep one of them, or "
+            f"EXTRACTION_REJECT_SOLID=false."
+        )
+
+
+class FramesExportError(ExtractionError):
+    """Frames can't be exported."""
+
+    def __init__(self, path: str, why: str, *, survives: str) -> None:
+        """Name the place, what went wrong and what is there now."""
+        super().__init__(f"Frames can't be exported to {path!r}: {why}. {survives}")
+>>>>>>> main

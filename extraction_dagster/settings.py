@@ -125,6 +125,13 @@ class Settings(BaseSettings):
     max_wait_seconds: float = Field(
         30.0, ge=0, le=86_400, description="Longest wait of a row for its range to fill, before the range is requested."
     )
+    run_retry_delay_seconds: float = Field(
+        30.0,
+        ge=0,
+        le=3600,
+        description="Wait before a range whose run failed is requested again; doubles at each further failure, up to "
+        "an hour.",
+    )
     sensor_interval_seconds: int = Field(10, ge=1, le=3600, description="Time between two ticks of the sensor.")
     sweep_every_ticks: int = Field(
         30, ge=1, le=10_000, description="Each so many ticks, rows below the watermark are looked through as well."
@@ -179,10 +186,47 @@ class Settings(BaseSettings):
 
     # Decoding
     decoder: Literal["pyav", "decord"] = Field("pyav", description="Decoder: pyav (exact, faster) or decord.")
-    sampling: Literal["fps", "uniform"] = Field("fps", description="How frames are chosen from a video.")
+    sampling: Literal["fps", "uniform", "keyframes", "scene"] = Field(
+        "fps",
+        description="How frames are chosen from a video: fps, uniform (num_frames of them), keyframes (the cheapest), "
+        "or scene (keyframes that differ from the one before).",
+    )
     fps: float = Field(1.0, gt=0, le=240, description="Frames per second of video, for sampling=fps.")
-    max_frames: int = Field(600, ge=1, le=100_000, description="Most frames of one video; fps is thinned out to fit.")
+    max_frames: int = Field(
+        600, ge=1, le=100_000, description="Most frames of one video; all but sampling=uniform is thinned out to fit."
+    )
     num_frames: int = Field(16, ge=1, le=10_000, description="Frames per video, for sampling=uniform.")
+    min_frames: int = Field(
+        1,
+        ge=0,
+        le=10_000,
+        description="Fewest frames of one video, as far as it has them: a choice of fewer is filled up evenly, and "
+        "what reject_solid, drop_duplicates and sampling=scene leave out comes back. With 0 a video of which "
+        "nothing is left is an error.",
+    )
+    scene_distance: float = Field(
+        0.3,
+        gt=0,
+        le=1,
+        description="Share of a picture's pixels whose colour must differ for a new scene, for sampling=scene.",
+    )
+    reject_solid: bool = Field(default=False, description="Leave out frames of a single colour, black for example.")
+    solid_deviation: float = Field(
+        6.0,
+        gt=0,
+        le=64,
+        description="Standard deviation, of 255, that every colour channel of a solid frame stays below.",
+    )
+    crop_bars: bool = Field(
+        default=False,
+        description="Cut off black bars above, below and beside the picture; one crop for a whole video.",
+    )
+    drop_duplicates: bool = Field(
+        default=False, description="Leave out frames that look like an earlier kept frame of the same video."
+    )
+    duplicate_bits: int = Field(
+        6, ge=0, le=32, description="Most bits of 64 in which the dHash of duplicates differs, for drop_duplicates."
+    )
     short_side_px: int = Field(224, ge=16, le=4320, description="Short side of a stored frame; never scaled up.")
     jpeg_quality: int = Field(95, ge=30, le=100, description="Quality of a stored frame's JPEG.")
     decode_workers: int = Field(
@@ -198,6 +242,14 @@ class Settings(BaseSettings):
     max_duration_seconds: float = Field(6 * 3600.0, gt=0, description="Longest video that is decoded.")
     shard_records: int = Field(64, ge=1, le=10_000, description="Most videos in one frame shard.")
     shard_seconds: float = Field(5.0, gt=0, le=3600, description="Most seconds of decoding kept in memory per shard.")
+
+    keep_frames: str = Field(
+        "all",
+        pattern=r"^(all|none|[1-9][0-9]{0,4})$",
+        description="How long frame shards stay once every record in them is done: all (for ever), none, or a number "
+        "of days after they were written. Without them another model needs the videos again, and galleries have no "
+        "thumbnails.",
+    )
 
     # Embedding
     model: str = Field(
@@ -325,6 +377,13 @@ class Settings(BaseSettings):
     def _read_only_source_keeps_state_elsewhere(self) -> Self:
         if self.source_read_only and self.state_url is None:
             message = "source_read_only needs state_url: the ledger can't be kept in a database that is never written"
+            raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
+    def _fewest_frames_are_no_more_than_most(self) -> Self:
+        if self.min_frames > self.max_frames:
+            message = f"min_frames ({self.min_frames}) must not be greater than max_frames ({self.max_frames})"
             raise ValueError(message)
         return self
 

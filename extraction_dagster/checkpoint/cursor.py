@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
+from extraction_dagster.checkpoint.strict_json import parse_strictly
 from extraction_dagster.errors import CursorError
 
 _MAX_BYTES = 64 * 1024
@@ -94,8 +95,8 @@ class CursorState:
 
 def _parse(text: str) -> dict[str, Any]:
     try:
-        values = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+        values = parse_strictly(text)
+    except ValueError as error:
         raise CursorError(f"it is no JSON object: {error}") from None
     if not isinstance(values, dict):
         raise CursorError(f"it is a JSON {type(values).__name__}, expected an object")
@@ -106,17 +107,6 @@ def _parse(text: str) -> dict[str, Any]:
     if not isinstance(values["source"], str) or not re.fullmatch("[0-9a-f]{16}", values["source"]):
         raise CursorError(f"its source is {values['source']!r}, expected 16 hex digits")
     return values
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError("a key stands twice")
-    return values
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number")
 
 
 def _integer(values: dict[str, Any], name: str, *, optional: bool = False) -> int | None:

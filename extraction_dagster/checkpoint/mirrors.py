@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import sqlalchemy as sa
 
 from extraction_dagster.checkpoint.atomic_file import read_small, write_atomically
+from extraction_dagster.checkpoint.strict_json import parse_strictly
 from extraction_dagster.errors import ExtractionError, MirrorError
 from extraction_dagster.stages.catalog.database import describe, reading, writing
 from extraction_dagster.stages.catalog.ledger import UtcDateTime
@@ -109,8 +110,8 @@ class JsonMirror:
 
 def _read_json(data: bytes) -> Reading:
     try:
-        values = json.loads(data, object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
+        values = parse_strictly(data)
+    except ValueError as error:
         return Reading("corrupt", why=f"it is no JSON object ({error})")
     if not isinstance(values, dict) or set(values) != {"last_processed_id", "updated_at"}:
         return Reading("corrupt", why="expected exactly the keys last_processed_id and updated_at")
@@ -122,13 +123,6 @@ def _read_json(data: bytes) -> Reading:
     except ValueError:
         return Reading("corrupt", why="its updated_at is no time")
     return Reading("ok", value)
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError("a key stands twice")
-    return values
 
 
 CHECKPOINT_TABLE = sa.Table(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from extraction_dagster.stages.catalog.pending import Scan
 
 _MAX_ID = 2**63 - 1
-_FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 30.0, 3600.0
+_LONGEST_DELAY_SECONDS = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +37,14 @@ class Rules:
         max_in_flight: Most ranges with an active run.
         max_wait_seconds: Longest wait of a row for its range to fill.
         backs_off: Whether a range whose runs failed waits before the next one.
+        retry_delay_seconds: The wait after the first failed run; doubles at each further one.
     """
 
     batch_size: int
     max_in_flight: int
     max_wait_seconds: float
     backs_off: bool = True
+    retry_delay_seconds: float = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ class History:
 
 @dataclass(slots=True)
 class Patience:
-    """Since when rows have been waiting for their range to fill; lost with the process, which costs one wait.
+    """Since when rows have been waiting for their range to fill.
 
     Attributes:
         since: By kind: `tail`, rows that trickle into the last range; `ahead`, rows above the frontier.
@@ -192,17 +194,19 @@ class _Planner:
         return min(max(reach, last), _MAX_ID)
 
     def _backs_off(self, history: History) -> bool:
-        """Whether a range whose last runs failed has to wait: 30 s, 60 s, 120 s, … an hour."""
+        """Whether a range whose last runs failed has to wait: 1, 2, 4, … times the delay, an hour at most."""
         if not self._rules.backs_off or not history.failures_in_a_row or history.ended_at is None:
             return False
         doublings = min(history.failures_in_a_row - 1, 10)
-        delay = min(_FIRST_DELAY_SECONDS * float(2**doublings), _LONGEST_DELAY_SECONDS)
+        delay = min(self._rules.retry_delay_seconds * float(2**doublings), _LONGEST_DELAY_SECONDS)
         return (self._now - history.ended_at).total_seconds() < delay
 
     def _is_filling(self, id_range: IdRange, ids: Sequence[int], history: History) -> bool:
         """Whether rows trickle into the last range, which is not to be run for each of them."""
         if id_range.last_id != self.cursor.frontier_id or len(ids) >= self._rules.batch_size:
             return False
+        if self.cursor.last_processed_id is not None and ids[0] <= self.cursor.last_processed_id:
+            return False  # a record brought back, a late commit: not one of those that trickle in
         if history.ended_at is None or history.failures_in_a_row:
             return False
         return not self._patience.is_over("tail", now=self._now, seconds=self._rules.max_wait_seconds)

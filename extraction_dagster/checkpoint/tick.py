@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from extraction_dagster.checkpoint.cursor import CursorState
 from extraction_dagster.checkpoint.mirroring import Notice, adopt, follow
 from extraction_dagster.checkpoint.mirrors import make_mirror
-from extraction_dagster.checkpoint.planner import History, Observed, Patience, Request, Rules, plan_tick
+from extraction_dagster.checkpoint.planner import History, Observed, Request, Rules, plan_tick
 from extraction_dagster.checkpoint.requests import Requests
 from extraction_dagster.stages.catalog.pending import Scan, scan
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from datetime import datetime
 
+    from extraction_dagster.checkpoint.memory import Memory
     from extraction_dagster.checkpoint.mirrors import Mirror
     from extraction_dagster.records import IdRange
     from extraction_dagster.stages.catalog.catalog import Catalog
@@ -42,21 +43,6 @@ class Runs(Protocol):
     def history(self, id_range: IdRange) -> History:
         """The ended runs of a range."""
         ...
-
-
-@dataclass(slots=True)
-class Memory:
-    """What one process remembers from tick to tick; none of it matters for what is right, only for when.
-
-    Attributes:
-        patience: Since when rows wait for their range to fill.
-        ticks: Ticks so far.
-        sweep_after_id: Where the look through the rows below the watermark goes on.
-    """
-
-    patience: Patience = field(default_factory=Patience)
-    ticks: int = 0
-    sweep_after_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +80,7 @@ def tick(  # noqa: PLR0913 - what it sees, and how it is asked
         catalog: The source table and the ledger.
         runs: Runs and partitions.
         stored: What the cursor store holds; None when it is lost, or at the very first tick.
-        memory: Of this process.
+        memory: Of the ticks before.
         now: Timezone-aware.
         impatient: Wait neither for a range to fill nor after a failed run: somebody is looking.
         sweep_all: Look at every row below the watermark, not at a part of them.
@@ -118,7 +104,13 @@ def tick(  # noqa: PLR0913 - what it sees, and how it is asked
         history=runs.history,
     )
     wait = 0.0 if impatient else settings.max_wait_seconds
-    rules = Rules(settings.batch_size, settings.max_in_flight, wait, backs_off=not impatient)
+    rules = Rules(
+        batch_size=settings.batch_size,
+        max_in_flight=settings.max_in_flight,
+        max_wait_seconds=wait,
+        backs_off=not impatient,
+        retry_delay_seconds=settings.run_retry_delay_seconds,
+    )
     planned = plan_tick(before, seen, rules, memory.patience, now=now)
     memory.ticks += 1
     notices = [] if mirror is None else follow(mirror, planned.cursor.last_processed_id, now=now)
@@ -168,7 +160,7 @@ def _sweep(catalog: Catalog, cursor: CursorState, memory: Memory, *, sweep_all: 
     settings, source = catalog.settings, catalog.source
     every_row = source.has_version or not source.has_marks
     if cursor.last_processed_id is None or not (
-        sweep_all or every_row or memory.ticks % settings.sweep_every_ticks == 0
+        sweep_all or every_row or memory.sweeps_again or memory.ticks % settings.sweep_every_ticks == 0
     ):
         return []
     due: list[int] = []
@@ -182,4 +174,5 @@ def _sweep(catalog: Catalog, cursor: CursorState, memory: Memory, *, sweep_all: 
         due += found.due_ids
         after = memory.sweep_after_id = found.reached_id
         if not sweep_all or found.reached_id is None or len(due) > _SWEEP_BUDGET:
+            memory.sweeps_again = bool(due)
             return due

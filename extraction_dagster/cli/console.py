@@ -55,6 +55,8 @@ def long_work() -> Iterator[None]:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
+    # Ctrl+C while a connection is given back: it goes on to stop the command, and its traceback helps nobody.
+    logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)
     try:
         if not terminal:
             yield

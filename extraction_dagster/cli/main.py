@@ -18,6 +18,7 @@ from extraction_dagster.cli import (
     demo,
     doctor,
     errors,
+    frames,
     init,
     launch,
     points,
@@ -56,6 +57,7 @@ for module in (init, demo, run, status, launch, errors, retry, reconcile, search
     app.command(name=module.__name__.rpartition(".")[2])(_interruptible(module.command))
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(collection.app, name="collection")
+app.add_typer(frames.app, name="frames")
 app.add_typer(points.app, name="points")
 
 

@@ -146,8 +146,19 @@ def qdrant_points(context: dg.AssetExecutionContext, extraction: Extraction) -> 
         id_range = register(context)
         plan = catalog.plan(above_floor(context, id_range), extraction.fingerprints)
         num_points, failures = _index(context, extraction, catalog, id_range, plan)
+        _let_frames_go(extraction, catalog, id_range)
     counts = {"videos": len(num_points), "points": sum(num_points.values()), "failures": failures}
     return _result(plan, counts, seconds=time.perf_counter() - started)
+
+
+def _let_frames_go(extraction: Extraction, catalog: "Catalog", id_range: IdRange) -> None:
+    """Remove frames that the settings keep no longer, now that their records are done."""
+    from extraction_dagster.stages.decode.retention import keep_time, prune_frames  # noqa: PLC0415
+
+    keep = keep_time(extraction.settings.keep_frames)
+    if keep is not None:
+        entries = catalog.ledger.entries(id_range)
+        prune_frames(extraction.frame_store(), id_range, entries, extraction.fingerprints, keep=keep)
 
 
 def _index(

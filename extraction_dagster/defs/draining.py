@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 import dagster as dg
 
 from extraction_dagster.checkpoint.cursor import CursorState
-from extraction_dagster.checkpoint.tick import Memory, Ticked, tick
+from extraction_dagster.checkpoint.memory import Memory
+from extraction_dagster.checkpoint.tick import Ticked, tick
 from extraction_dagster.defs.cursor_store import CursorStore
 from extraction_dagster.defs.launching import launch
 from extraction_dagster.defs.runs import InstanceRuns

@@ -12,8 +12,9 @@ from importlib import resources
 from pathlib import Path
 
 import dagster as dg
+from dagster._core.utils import make_new_run_id
 
-from extraction_dagster.defs.partitions import FLOOR_TAG, PROCESS_TAG, add_ranges, this_process
+from extraction_dagster.defs.partitions import FLOOR_TAG, add_ranges, process_tags
 from extraction_dagster.defs.runs import PARTITION_TAG, active_runs, bury_dead_runs
 from extraction_dagster.defs.storage import ExtractionComputeLogManager
 from extraction_dagster.errors import InstanceError, RangeBusyError
@@ -86,10 +87,12 @@ def launch(instance: dg.DagsterInstance, id_range: IdRange, *, floor_id: int | N
     for run in active_runs(instance):
         if run.tags.get(PARTITION_TAG) == id_range.partition_key:
             raise RangeBusyError(id_range.partition_key, run.run_id)
+    run_id = make_new_run_id()
     result = defs.resolve_job_def("extraction_job").execute_in_process(
         instance=instance,
         partition_key=id_range.partition_key,
-        tags={PROCESS_TAG: this_process(), **({} if floor_id is None else {FLOOR_TAG: str(floor_id)})},
+        run_id=run_id,
+        tags={**process_tags(run_id), **({} if floor_id is None else {FLOOR_TAG: str(floor_id)})},
         run_config=_QUIET,
         raise_on_error=False,
     )

@@ -10,6 +10,7 @@ import psutil
 from extraction_dagster.records import IdRange
 
 PROCESS_TAG = "extraction/process"
+PROCESS_RUN_TAG = "extraction/process_run"  # a retry inherits its parent's tags: this one says whose process it is
 FLOOR_TAG = "extraction/floor"
 id_ranges = dg.DynamicPartitionsDefinition(name="id_ranges")
 
@@ -24,8 +25,9 @@ def register(context: dg.AssetExecutionContext) -> IdRange:
     """
     id_range = IdRange.parse(context.partition_key)
     add_ranges(context.instance, [id_range])
-    if PROCESS_TAG not in context.run.tags:
-        context.instance.add_run_tags(context.run_id, {PROCESS_TAG: this_process()})
+    tags = process_tags(context.run_id)
+    if not tags.items() <= context.run.tags.items():
+        context.instance.add_run_tags(context.run_id, tags)
     return id_range
 
 
@@ -43,6 +45,11 @@ def add_ranges(instance: dg.DagsterInstance, ranges: Iterable[IdRange]) -> None:
 def this_process() -> str:
     """This process as a tag: host, process id and start time, for process ids are used again."""
     return f"{socket.gethostname()}:{os.getpid()}:{int(psutil.Process().create_time())}"
+
+
+def process_tags(run_id: str) -> dict[str, str]:
+    """The tags that say that this process works on a run."""
+    return {PROCESS_TAG: this_process(), PROCESS_RUN_TAG: run_id}
 
 
 def is_dead(tag: str) -> bool:

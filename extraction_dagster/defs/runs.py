@@ -1,12 +1,16 @@
 """Runs of ranges, as a tick asks for them; every look-up costs the same whatever the number of partitions."""
 
+import json
+import re
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 
 import dagster as dg
+import psutil
+from dagster._core.storage.tags import GRPC_INFO_TAG
 
 from extraction_dagster.checkpoint.planner import History
-from extraction_dagster.defs.partitions import PROCESS_TAG, is_dead
+from extraction_dagster.defs.partitions import PROCESS_RUN_TAG, PROCESS_TAG, is_dead
 from extraction_dagster.errors import PartitionKeyError
 from extraction_dagster.records import IdRange
 
@@ -19,9 +23,11 @@ _ACTIVE = [
     dg.DagsterRunStatus.STARTED,
     dg.DagsterRunStatus.CANCELING,
 ]
+_AT_WORK = _ACTIVE[2:]
 _ENDED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
 _LOOK_BACK = 12
 _RATE_SAMPLE = 20
+_STARTED_PROCESS = re.compile(r"Started process for run \(pid: (\d+)\)")  # Dagster's own words, before the first step
 
 
 def active_runs(instance: dg.DagsterInstance) -> list[dg.DagsterRun]:
@@ -35,11 +41,43 @@ def bury_dead_runs(instance: dg.DagsterInstance) -> None:
     Without this, a run whose worker and whose code server were both killed would keep its range and its slots for ever.
     """
     for run in active_runs(instance):
-        if is_dead(run.tags.get(PROCESS_TAG, "")):
+        if _is_gone(instance, run):
             instance.report_run_failed(
                 run, "Its process is gone. Its range is asked for again and goes on where it was."
             )
             instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+
+
+def _is_gone(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
+    """Whether the process that works on a run is gone; a run that waits in the queue has none."""
+    tag = run.tags.get(PROCESS_TAG, "") if run.tags.get(PROCESS_RUN_TAG, run.run_id) == run.run_id else ""
+    if run.status == dg.DagsterRunStatus.NOT_STARTED:  # a command's own run, made and stopped before its first step
+        return is_dead(tag)
+    if run.status not in _AT_WORK:
+        return False
+    if tag:
+        return is_dead(tag)
+    return _died_early(instance, run)
+
+
+def _died_early(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
+    """Whether a worker of this machine was killed before its first step, hence before it could tag its run."""
+    if json.loads(run.tags.get(GRPC_INFO_TAG, "{}")).get("host") != "localhost":
+        return False
+    for event in instance.event_log_storage.get_logs_for_run(run.run_id, of_type=dg.DagsterEventType.ENGINE_EVENT):
+        if started := _STARTED_PROCESS.match(event.message):
+            return not _has_lived_since(int(started[1]), event.timestamp)
+    return False
+
+
+def _has_lived_since(process_id: int, moment: float) -> bool:
+    try:
+        process = psutil.Process(process_id)
+        return process.create_time() <= moment + 1 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True
 
 
 class InstanceRuns:

@@ -4,15 +4,14 @@ from datetime import UTC, datetime
 
 import dagster as dg
 
-from extraction_dagster.checkpoint.tick import Memory, Ticked, tick
+from extraction_dagster.checkpoint.memory import recall, remember
+from extraction_dagster.checkpoint.tick import Ticked, tick
 from extraction_dagster.defs.cursor_store import SENSOR_NAME
 from extraction_dagster.defs.jobs import extraction_job
 from extraction_dagster.defs.partitions import FLOOR_TAG, id_ranges
 from extraction_dagster.defs.resources import Extraction
 from extraction_dagster.defs.runs import PARTITION_TAG, InstanceRuns
 from extraction_dagster.settings import load_settings
-
-_memory = Memory()
 
 
 @dg.sensor(
@@ -26,7 +25,9 @@ def extraction_sensor(context: dg.SensorEvaluationContext, extraction: Extractio
     """Tick once."""
     runs = InstanceRuns(context.instance)
     with extraction.catalog() as catalog:
-        ticked = tick(catalog, runs, context.cursor, _memory, now=datetime.now(UTC))
+        memory = recall(catalog.state_engine)
+        ticked = tick(catalog, runs, context.cursor, memory, now=datetime.now(UTC))
+        remember(catalog.state_engine, memory)
     for notice in ticked.notices:
         getattr(context.log, notice.level)(notice.text)
     new = [request.id_range.partition_key for request in ticked.requests if request.is_new]

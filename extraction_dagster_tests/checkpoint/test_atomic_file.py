@@ -120,3 +120,22 @@ def test_what_is_no_regular_file_is_not_read_and_nothing_stays_open(tmp_path, ma
     with pytest.raises(OSError, match=words):
         read_small(tmp_path / "state", max_bytes=4)
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def check_that_readers_see_the_old_file_or_the_new_one(write, path):
+    """A reader that opened the old file reads it to its end, and a writer that stops half-way leaves it."""
+    path.write_bytes(b"old" * 1000)
+    with path.open("rb", buffering=0) as reader:
+        beginning = reader.read(3)
+        write(path, b"new" * 10)
+        assert beginning + reader.read() == b"old" * 1000
+    assert path.read_bytes() == b"new" * 10
+
+
+def test_a_reader_sees_the_old_file_or_the_new_one(tmp_path):
+    check_that_readers_see_the_old_file_or_the_new_one(write_atomically, tmp_path / "state")
+
+
+def test_a_write_in_place_would_be_found(tmp_path):
+    with pytest.raises(AssertionError, match="assert"):
+        check_that_readers_see_the_old_file_or_the_new_one(Path.write_bytes, tmp_path / "state")

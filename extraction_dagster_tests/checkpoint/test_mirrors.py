@@ -157,7 +157,7 @@ def test_the_file_is_written_as_documented(tmp_path):
         (DOCUMENT.replace("5", "5.0").encode(), "no integer"),
         (DOCUMENT.replace("5,", "true,").encode(), "no integer"),
         (DOCUMENT.replace("5,", '"5",').encode(), "no integer"),
-        (DOCUMENT.replace("5,", "NaN,").encode(), "no integer"),
+        (DOCUMENT.replace("5,", "NaN,").encode(), "NaN is no number"),
         (DOCUMENT.replace("5,", "9223372036854775808,").encode(), "no integer"),
         (DOCUMENT.replace("{", '{"last_processed_id": 4, ').encode(), "a key stands twice"),
         (DOCUMENT.replace("2025", "year").encode(), "no time"),

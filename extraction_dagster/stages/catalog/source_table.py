@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
-import string
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import sqlalchemy as sa
 from sqlalchemy.schema import CreateIndex
 
-from extraction_dagster.errors import SourceTableError, SourceUnreachableError
+from extraction_dagster.errors import SourceUnreachableError
 from extraction_dagster.records import IdRange, VideoRow, fingerprint
 from extraction_dagster.stages.catalog.database import describe, parse_url, reading, writing
 from extraction_dagster.stages.catalog.predicate import build_predicate
+from extraction_dagster.stages.catalog.source_columns import SourceColumns
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -67,17 +66,16 @@ class SourceTable:
             PredicateError: The predicate is no condition over the table's columns.
         """
         self._engine, self._settings = engine, settings
-        self.name = ".".join(filter(None, (settings.source_schema, settings.source_table)))
-        self.table = self._reflect()
-        self.id: sa.Column[int] = self._column(settings.source_id_column, "EXTRACTION_SOURCE_ID_COLUMN")
-        self._check_id()
-        self._uri_columns = self._find_uri_columns()
-        self._platform = self._optional(settings.source_platform_column, "EXTRACTION_SOURCE_PLATFORM_COLUMN")
-        self._code = self._optional(settings.source_code_column, "EXTRACTION_SOURCE_CODE_COLUMN")
+        columns = SourceColumns(engine, settings)
+        self.name, self.table = columns.name, columns.table
+        self.id = columns.find_id()
+        self._uri_columns = columns.find_uri()
+        self._platform = columns.find_optional(settings.source_platform_column, "EXTRACTION_SOURCE_PLATFORM_COLUMN")
+        self._code = columns.find_optional(settings.source_code_column, "EXTRACTION_SOURCE_CODE_COLUMN")
         self._payload = [
-            self._column(name, "EXTRACTION_SOURCE_PAYLOAD_COLUMNS") for name in settings.source_payload_columns
+            columns.find(name, "EXTRACTION_SOURCE_PAYLOAD_COLUMNS") for name in settings.source_payload_columns
         ]
-        version = self._optional(settings.source_version_column, "EXTRACTION_SOURCE_VERSION_COLUMN")
+        version = columns.find_optional(settings.source_version_column, "EXTRACTION_SOURCE_VERSION_COLUMN")
         # As text, made by the database: one form for reading and for comparing, whoever wrote the value and how.
         self._version = None if version is None else sa.func.coalesce(sa.cast(version, sa.Text), "")
         # Marks that we may not set say nothing of what we did: on a read-only source the ledger alone knows.
@@ -86,8 +84,8 @@ class SourceTable:
             if settings.source_read_only
             else (settings.source_extracted_column, settings.source_embedded_column)
         )
-        self._extracted = self._mark(extracted, "EXTRACTION_SOURCE_EXTRACTED_COLUMN")
-        self._embedded = self._mark(embedded, "EXTRACTION_SOURCE_EMBEDDED_COLUMN")
+        self._extracted = columns.find_mark(extracted, "EXTRACTION_SOURCE_EXTRACTED_COLUMN")
+        self._embedded = columns.find_mark(embedded, "EXTRACTION_SOURCE_EMBEDDED_COLUMN")
         self.eligible: sa.ColumnElement[bool] = (
             build_predicate(settings.source_predicate, self.table) if settings.source_predicate else sa.true()
         )
@@ -307,96 +305,6 @@ class SourceTable:
         template = self._settings.source_uri_template
         return template.format_map(values) if template else str(next(iter(values.values())))
 
-    def _reflect(self) -> sa.Table:
-        schema, name = self._settings.source_schema, self._settings.source_table
-        with reading(self._engine, what=f"read source table {self.name!r}") as connection:
-            try:
-                return sa.Table(name, sa.MetaData(), schema=schema, autoload_with=connection)
-            except sa.exc.NoSuchTableError:
-                inspector = sa.inspect(connection)
-                names = [*inspector.get_table_names(schema), *inspector.get_view_names(schema)]
-        close = difflib.get_close_matches(name, names, n=1)
-        raise SourceTableError(
-            self.name,
-            f"there is no such table in {describe(self._engine.url)}",
-            f"Set EXTRACTION_SOURCE_TABLE to {f'{close[0]!r}, perhaps' if close else 'one that exists'} "
-            f"(there: {', '.join(sorted(names)[:10]) or 'none'}), or run 'extraction demo' to try it without a table.",
-        )
-
-    def _column(self, name: str, setting: str) -> sa.Column[Any]:
-        if name in self.table.c:
-            return self.table.c[name]
-        close = difflib.get_close_matches(name, self.table.c.keys(), n=1)
-        raise SourceTableError(
-            self.name,
-            f"it has no column {name!r}",
-            f"Set {setting} to {f'{close[0]!r}, perhaps' if close else 'a column that exists'} "
-            f"(it has: {', '.join(self.table.c.keys())}).",
-        )
-
-    def _optional(self, name: str | None, setting: str) -> sa.Column[Any] | None:
-        return self._column(name, setting) if name else None
-
-    def _mark(self, name: str | None, setting: str) -> sa.Column[Any] | None:
-        if self._settings.source_read_only:
-            return None  # nobody sets them: the ledger alone says what is done
-        column = self._optional(name, setting)
-        if column is not None and not isinstance(column.type, sa.Boolean):
-            raise SourceTableError(
-                self.name,
-                f"mark column {name!r} is of type {column.type}, expected BOOLEAN",
-                f"Set {setting} to a boolean column, or to nothing to keep the marks in the ledger alone.",
-            )
-        return column
-
-    def _find_uri_columns(self) -> list[sa.Column[Any]]:
-        template = self._settings.source_uri_template
-        if not template:
-            return [self._column(self._settings.source_uri_column, "EXTRACTION_SOURCE_URI_COLUMN")]
-        try:
-            parts = list(string.Formatter().parse(template))
-        except ValueError as error:
-            raise self._bad_template(template, str(error)) from None
-        names = [name for _, name, _, _ in parts if name is not None]
-        if not names or any(spec or conversion for _, _, spec, conversion in parts):
-            raise self._bad_template(template, "it must name columns, each as {column} and nothing more")
-        return [self._column(name, "EXTRACTION_SOURCE_URI_TEMPLATE") for name in dict.fromkeys(names)]
-
-    def _bad_template(self, template: str, why: str) -> SourceTableError:
-        fix = "Set EXTRACTION_SOURCE_URI_TEMPLATE to, for example, s3://bucket/{platform}/{code}/video.mp4."
-        return SourceTableError(self.name, f"EXTRACTION_SOURCE_URI_TEMPLATE is {template!r}: {why}", fix)
-
-    def _check_id(self) -> None:
-        """An id must be an integer, never NULL, and belong to one row."""
-        setting = "EXTRACTION_SOURCE_ID_COLUMN"
-        if not isinstance(self.id.type, sa.Integer):
-            raise SourceTableError(
-                self.name,
-                f"id column {self.id.name!r} is of type {self.id.type}, expected an integer",
-                f"Add one (PostgreSQL): ALTER TABLE {self.name} ADD COLUMN extraction_id BIGINT GENERATED ALWAYS AS "
-                f"IDENTITY; CREATE UNIQUE INDEX ON {self.name} (extraction_id); then set {setting}=extraction_id.",
-            )
-        with reading(self._engine, what=f"read source table {self.name!r}") as connection:
-            if self.table.name in sa.inspect(connection).get_view_names(self.table.schema):
-                return  # a view declares neither keys nor NOT NULL: whoever made it vouches for its ids
-            unique = self._is_unique(sa.inspect(connection))
-            null = self.id.nullable and connection.execute(sa.select(self.id).where(self.id.is_(None)).limit(1)).first()
-        if not unique:
-            fix = f"CREATE UNIQUE INDEX ON {self.name} ({self.id.name}), or set {setting} to a unique column."
-            raise SourceTableError(self.name, f"id column {self.id.name!r} is not declared unique", fix)
-        if null or (self.id.nullable and not self.id.primary_key):
-            fix = f"ALTER TABLE {self.name} ALTER COLUMN {self.id.name} SET NOT NULL, or set {setting} to another."
-            raise SourceTableError(self.name, f"id column {self.id.name!r} may be NULL", fix)
-
-    def _is_unique(self, inspector: sa.Inspector) -> bool:
-        wanted = [self.id.name]
-        if [column.name for column in self.table.primary_key] == wanted:
-            return True
-        name, schema = self.table.name, self.table.schema
-        unique: list[Any] = [item["column_names"] for item in inspector.get_unique_constraints(name, schema)]
-        unique += [item["column_names"] for item in inspector.get_indexes(name, schema) if _covers_all(item)]
-        return wanted in unique
-
 
 def _text(value: object) -> str | None:
     return None if value is None else str(value)
@@ -405,9 +313,3 @@ def _text(value: object) -> str | None:
 def chunks(items: Sequence[int]) -> Iterable[Sequence[int]]:
     """The ids in pieces that fit every database's limit of bound parameters."""
     return (items[start : start + _CHUNK] for start in range(0, len(items), _CHUNK))
-
-
-def _covers_all(index: Any) -> bool:  # noqa: ANN401 - an index as the inspector describes it
-    """Whether an index is unique over every row; a partial one is not."""
-    options = index.get("dialect_options", {})
-    return bool(index["unique"]) and not any(name.endswith("_where") for name in options if options[name] is not None)

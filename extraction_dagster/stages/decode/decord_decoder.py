@@ -46,7 +46,8 @@ class DecordDecoder:
             spans = np.asarray(reader.get_frame_timestamp(np.arange(len(reader))), np.float64)
             pts_seconds = np.maximum.accumulate(spans[:, 0] - spans[0, 0])
             _check_length(video, float(pts_seconds[-1]), claimed, limits)
-            selection = select_frames(pts_seconds, sampling)
+            keyframe = np.isin(np.arange(len(reader)), reader.get_key_indices()) if sampling.needs_keyframes else None
+            selection = select_frames(pts_seconds, sampling, keyframe)
             limits.check_batch(video, num_frames=len(selection), width_px=width, height_px=height)
             data = reader.get_batch(selection.frame_number).asnumpy()
         except (decord.DECORDError, RuntimeError, AssertionError) as error:

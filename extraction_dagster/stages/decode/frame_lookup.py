@@ -1,4 +1,4 @@
-"""Find single stored frames, whatever range they belong to: thumbnails of what a search found."""
+"""Find stored frames, whatever range they belong to: thumbnails of what a search found, the newest of each record."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from extraction_dagster.records import IdRange
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from extraction_dagster.stages.decode.frame_store import FrameStore
+    from extraction_dagster.stages.decode.frame_store import FrameShard, FrameStore
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,27 @@ def find_frames(store: FrameStore, wanted: Collection[tuple[int, int]]) -> dict[
             if held:
                 found |= _read(store, shard.path, {record_id: numbers[record_id] for record_id in held})
     return found
+
+
+def newest_shards(store: FrameStore, within: IdRange) -> dict[int, FrameShard]:
+    """The shard that holds the newest frames of each stored record of a range, by record in ascending order."""
+    shards = [shard for partition in overlapping(store, within) for shard in store.shards(partition)]
+    newest = {
+        record.record_id: shard
+        for shard in sorted(shards, key=lambda shard: shard.name)
+        for record in shard.records
+        if record.record_id in within
+    }
+    return dict(sorted(newest.items()))
+
+
+def overlapping(store: FrameStore, within: IdRange) -> list[IdRange]:
+    """The ranges with a folder that share an id with `within`, in ascending order."""
+    return sorted(
+        partition
+        for partition in _partitions(store)
+        if partition.first_id <= within.last_id and within.first_id <= partition.last_id
+    )
 
 
 def _partitions(store: FrameStore) -> list[IdRange]:

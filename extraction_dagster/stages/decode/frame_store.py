@@ -9,6 +9,7 @@ and a later name holds the newer frames.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -28,6 +29,7 @@ from fsspec.implementations.local import LocalFileSystem
 from extraction_dagster.errors import FrameShardError
 from extraction_dagster.records import EncodedFrames, fingerprint
 from extraction_dagster.stages.decode.jpeg import SUBSAMPLING
+from extraction_dagster.stages.decode.quality import Quality
 from extraction_dagster.stages.decode.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -88,6 +90,8 @@ class FrameShard:
 
 def frames_fingerprint(settings: Settings) -> str:
     """What decides the stored frames: decoder, choice of frames, size, JPEG. Nothing else changes it."""
+    quality = Quality.from_settings(settings).identity
+    steps = {"quality": quality} if quality else {}  # without a step, nothing that could differ
     return fingerprint(
         layout=_FORMAT,
         decoder=settings.decoder,
@@ -95,6 +99,7 @@ def frames_fingerprint(settings: Settings) -> str:
         short_side_px=settings.short_side_px,
         jpeg_quality=settings.jpeg_quality,
         jpeg_subsampling=SUBSAMPLING,
+        **steps,
     )
 
 
@@ -172,6 +177,11 @@ class FrameStore:
                     rows = rows.slice(record.num_frames)
         except (OSError, pa.ArrowException, ValueError) as error:
             raise FrameShardError(shard.path, str(error)) from error
+
+    def remove(self, shard: FrameShard) -> None:
+        """Remove a shard; one that is gone already is no matter."""
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(shard.path)
 
     def _partition_folder(self, partition: IdRange) -> str:
         return f"{self._folder}/{partition.partition_key}"

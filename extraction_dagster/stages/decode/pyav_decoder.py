@@ -66,7 +66,7 @@ def _decode_planned(path: Path, sampling: Sampling, short_side_px: int, limits: 
         display = _display_order(video, index, limits)
         ticks = index.pts[display]
         seconds = _seconds(ticks - ticks[0], video)
-        selection = select_frames(seconds, sampling)
+        selection = select_frames(seconds, sampling, index.keyframe[display])
         targets = display[selection.frame_number]
         pictures = _decode_targets(video, index, targets, short_side_px, limits)
         partial = _missing(

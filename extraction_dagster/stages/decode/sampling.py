@@ -3,6 +3,7 @@
 display order    0     1     2     3     4        frames, shown from their pts on
 pts_seconds      0.0   0.4   0.8   1.2   1.6
 fps=1            ^0.0        ^1.0                 target 1.0 falls while frame 2 is shown
+keyframes        ^0.0              ^1.2           frames 0 and 3 decode without any other
 """
 
 from __future__ import annotations
@@ -25,28 +26,46 @@ class Sampling:
     """How frames are chosen.
 
     Attributes:
-        mode: `fps`: one target every 1/fps seconds from the first frame on; `uniform`: the middles of equal parts.
+        mode: `fps`: one target every 1/fps seconds from the first frame on; `uniform`: the middles of equal parts;
+            `keyframes`: every frame that decodes alone; `scene`: those keyframes, of which `quality` later keeps the
+            ones that begin a scene.
         fps: Targets per second of video, for `fps`.
-        max_frames: Most frames of one video, for `fps`; more are thinned out evenly.
+        max_frames: Most frames of one video, for all but `uniform`; more are thinned out evenly.
         num_frames: Targets per video, for `uniform`.
+        min_frames: A video that would give fewer is filled up with evenly spread frames, as far as it has them.
     """
 
-    mode: Literal["fps", "uniform"] = "fps"
+    mode: Literal["fps", "uniform", "keyframes", "scene"] = "fps"
     fps: float = 1.0
     max_frames: int = 600
     num_frames: int = 16
+    min_frames: int = 1
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Sampling:
         """Read the sampling from the settings."""
-        return cls(settings.sampling, settings.fps, settings.max_frames, settings.num_frames)
+        return cls(
+            settings.sampling, settings.fps, settings.max_frames, settings.num_frames, max(settings.min_frames, 1)
+        )
 
     @property
     def identity(self) -> dict[str, object]:
         """What decides the choice of frames: the fields that the mode uses."""
+        parts: dict[str, object] = {"mode": self.mode}
         if self.mode == "uniform":
-            return {"mode": self.mode, "num_frames": self.num_frames}
-        return {"mode": self.mode, "fps": self.fps, "max_frames": self.max_frames}
+            parts["num_frames"] = self.num_frames
+        else:
+            parts["max_frames"] = self.max_frames
+        if self.mode == "fps":
+            parts["fps"] = self.fps
+        if self.min_frames > 1:
+            parts["min_frames"] = self.min_frames
+        return parts
+
+    @property
+    def needs_keyframes(self) -> bool:
+        """Whether the choice depends on which frames are keyframes."""
+        return self.mode in {"keyframes", "scene"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +85,16 @@ class Selection:
         return len(self.frame_number)
 
 
-def select_frames(pts_seconds: np.ndarray, sampling: Sampling) -> Selection:
-    """Select the frames that are shown at the sampling's target times.
+def select_frames(pts_seconds: np.ndarray, sampling: Sampling, keyframe: np.ndarray | None = None) -> Selection:
+    """Select the frames that are shown at the sampling's target times, or the keyframes.
 
     A target at t selects the last frame with pts <= t. A frame that answers several targets is kept once.
 
     Args:
         pts_seconds: float64, shape (M,), ascending, relative to the first frame: `pts_seconds[0] == 0`.
         sampling: How frames are chosen.
+        keyframe: bool, shape (M,): which frames decode without any other; for `keyframes` and `scene` alone. Where
+            none is, the first frame is taken.
 
     Returns:
         Selection: at least one frame when M > 0.
@@ -84,15 +105,50 @@ def select_frames(pts_seconds: np.ndarray, sampling: Sampling) -> Selection:
     """
     if len(pts_seconds) == 0:
         return Selection(np.empty(0, np.int64), np.empty(0))
-    targets = (
-        _uniform_targets(pts_seconds, sampling) if sampling.mode == "uniform" else _fps_targets(pts_seconds, sampling)
-    )
+    if sampling.needs_keyframes:
+        frames = np.flatnonzero(keyframe) if keyframe is not None and keyframe.any() else np.zeros(1, np.int64)
+        selection = Selection(frames.astype(np.int64), pts_seconds[frames])
+    elif sampling.mode == "uniform":
+        selection = _shown_at(pts_seconds, _uniform_targets(pts_seconds, sampling.num_frames))
+    else:
+        selection = _shown_at(pts_seconds, _fps_targets(pts_seconds, sampling))
+    if sampling.mode != "uniform":
+        selection = _thinned(selection, sampling.max_frames)
+    return _filled_up(selection, pts_seconds, sampling.min_frames)
+
+
+def _shown_at(pts_seconds: np.ndarray, targets: np.ndarray) -> Selection:
     shown = np.searchsorted(pts_seconds, targets + _TOLERANCE_SECONDS, side="right") - 1
     frames, first = np.unique(np.maximum(shown, 0), return_index=True)
-    if sampling.mode == "fps" and len(frames) > sampling.max_frames:
-        kept = np.arange(sampling.max_frames) * len(frames) // sampling.max_frames
-        frames, first = frames[kept], first[kept]
     return Selection(frames.astype(np.int64), targets[first])
+
+
+def _thinned(selection: Selection, most: int) -> Selection:
+    if len(selection) <= most:
+        return selection
+    kept = evenly(len(selection), most)
+    return Selection(selection.frame_number[kept], selection.target_seconds[kept])
+
+
+def _filled_up(selection: Selection, pts_seconds: np.ndarray, least: int) -> Selection:
+    """Add evenly spread frames to a selection of fewer than `least`.
+
+    Frame 0 of 0 to 9 with least 3: the middles of thirds are 1, 5 and 8; of these 1 and 5 are added.
+    """
+    missing = least - len(selection)
+    if missing <= 0:
+        return selection
+    spread = _shown_at(pts_seconds, _uniform_targets(pts_seconds, least))
+    new = np.flatnonzero(~np.isin(spread.frame_number, selection.frame_number))
+    new = new[evenly(len(new), min(missing, len(new)))]
+    frames = np.concatenate([selection.frame_number, spread.frame_number[new]])
+    order = np.argsort(frames)
+    return Selection(frames[order], np.concatenate([selection.target_seconds, spread.target_seconds[new]])[order])
+
+
+def evenly(count: int, chosen: int) -> np.ndarray:
+    """Indexes of `chosen` of `count` things, evenly spread, the first among them: of 10, 4 are 0, 2, 5, 7."""
+    return np.arange(chosen) * count // max(chosen, 1)
 
 
 def _fps_targets(pts_seconds: np.ndarray, sampling: Sampling) -> np.ndarray:
@@ -100,11 +156,11 @@ def _fps_targets(pts_seconds: np.ndarray, sampling: Sampling) -> np.ndarray:
     return np.arange(int((pts_seconds[-1] + _TOLERANCE_SECONDS) * sampling.fps) + 1) / sampling.fps
 
 
-def _uniform_targets(pts_seconds: np.ndarray, sampling: Sampling) -> np.ndarray:
+def _uniform_targets(pts_seconds: np.ndarray, count: int) -> np.ndarray:
     """Middles of equal parts; the last frame counts as long as the mean of the others.
 
     Four frames at 0, 1, 2, 3 s end at 4 s: two targets are 1 and 3, four targets are 0.5, 1.5, 2.5 and 3.5.
     """
     gaps = max(len(pts_seconds) - 1, 1)
     end = float(pts_seconds[-1]) * (gaps + 1) / gaps
-    return (np.arange(sampling.num_frames) + 0.5) * end / sampling.num_frames
+    return (np.arange(count) + 0.5) * end / count

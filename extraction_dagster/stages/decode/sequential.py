@@ -60,17 +60,20 @@ def decode_sequentially(path: Path, sampling: Sampling, short_side_px: int, limi
     """Decode every frame and keep the sampled ones; see `Decoder.decode`."""
     tally = _Tally()
     with open_video(path, limits) as video:
-        times = [frame.pts if frame.pts is not None else frame.dts for frame in _decode_all(video, tally)]
+        seen = [
+            (frame.pts if frame.pts is not None else frame.dts, frame.key_frame) for frame in _decode_all(video, tally)
+        ]
         base = video.stream.time_base or _DEFAULT_TIME_BASE
         gap = max(1, round(1 / ((video.stream.average_rate or _DEFAULT_RATE) * base)))
         listed, claimed = video.stream.frames, video.claimed_seconds
-    if not times:
+    if not seen:
         raise VideoDecodeError(str(path), listed_frames=listed, why=tally.why_nothing())
+    times, keyframe = [time for time, _ in seen], np.array([key for _, key in seen], bool)
     order, ticks = display_times(times, gap_ticks=gap, new_clock_ticks=round(_NEW_CLOCK_SECONDS / base))
     seconds = ticks * base.numerator / base.denominator
     if seconds[-1] > limits.max_duration_seconds:
         raise VideoTooLongError(str(path), seconds=float(seconds[-1]), max_seconds=limits.max_duration_seconds)
-    selection = select_frames(seconds, sampling)
+    selection = select_frames(seconds, sampling, keyframe[order])
     with open_video(path, limits) as video:
         frames, damaged = _keep(video, order, seconds, selection, short_side_px=short_side_px, limits=limits)
     complete = tally.errors == 0 and 0 < listed <= tally.packets

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from extraction_dagster.stages.decode.decoder import DecodeLimits
 from extraction_dagster.stages.decode.decoders import make_decoder
 from extraction_dagster.stages.decode.jpeg import encode_frames
+from extraction_dagster.stages.decode.quality import Quality, refine
 from extraction_dagster.stages.decode.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class DecodeJob:
         limits: What the video may cost.
         short_side_px: Short side of the frames.
         jpeg_quality: Quality of the frames' JPEG.
+        quality: Which of the sampled frames are kept, and which part of them.
     """
 
     record_id: int
@@ -39,6 +41,7 @@ class DecodeJob:
     limits: DecodeLimits = DecodeLimits()  # noqa: RUF009 - frozen
     short_side_px: int = 224
     jpeg_quality: int = 95
+    quality: Quality = Quality()  # noqa: RUF009 - frozen
 
     @classmethod
     def of(cls, row: VideoRow, path: Path, settings: Settings) -> DecodeJob:
@@ -52,6 +55,7 @@ class DecodeJob:
             DecodeLimits.from_settings(settings),
             settings.short_side_px,
             settings.jpeg_quality,
+            Quality.from_settings(settings),
         )
 
 
@@ -59,12 +63,15 @@ def decode_job(job: DecodeJob) -> EncodedFrames:
     """Decode one video; runs in a worker process.
 
     Raises:
-        ExtractionError: The video can't be decoded; see `Decoder.decode`.
+        ExtractionError: The video can't be decoded, see `Decoder.decode`; or nothing of it is kept, see `refine`.
     """
     _let_the_library_speak()
     video = make_decoder(job.decoder).decode(
         Path(job.path), sampling=job.sampling, short_side_px=job.short_side_px, limits=job.limits
     )
+    if job.quality.identity:
+        _keep_to_one_thread()
+    video = refine(video, job.quality, path=job.path)
     return encode_frames(video, record_id=job.record_id, content_version=job.content_version, quality=job.jpeg_quality)
 
 
@@ -74,3 +81,10 @@ def _let_the_library_speak() -> None:
 
     av.logging.restore_default_callback()
     av.logging.set_libav_level(av.logging.ERROR)
+
+
+def _keep_to_one_thread() -> None:
+    """There is a worker a core: threads inside one would only get into each other's way."""
+    import cv2
+
+    cv2.setNumThreads(1)

@@ -169,6 +169,7 @@ class Truth:
 
     seconds: np.ndarray
     pictures: Sequence[np.ndarray]
+    keyframes: Sequence[int]  # the numbers of the frames that the codec calls keyframes
 
     def shown_at(self, target: float) -> int:
         """The frame shown at `target`, by looking at every one."""
@@ -187,12 +188,13 @@ def decode_everything(path: Path) -> Truth:
         for frame in container.decode(stream):
             image = scaler.reformat(frame, format="rgb24", interpolation=Interpolation.AREA, threads=1).to_ndarray()
             ticks = frame.pts if frame.pts is not None else frame.dts
-            shown.append((None if ticks is None else ticks * stream.time_base, image))
+            shown.append((None if ticks is None else ticks * stream.time_base, image, frame.key_frame))
         rate = stream.average_rate
-    known = [at if at is not None else number / rate for number, (at, _) in enumerate(shown)]
+    known = [at if at is not None else number / rate for number, (at, _, _) in enumerate(shown)]
     order = sorted(range(len(shown)), key=known.__getitem__)
     seconds = np.array([float(known[number] - known[order[0]]) for number in order])
-    return Truth(seconds, [shown[number][1] for number in order])
+    keyframes = [place for place, number in enumerate(order) if shown[number][2]]
+    return Truth(seconds, [shown[number][1] for number in order], keyframes)
 
 
 @pytest.fixture(scope="session")

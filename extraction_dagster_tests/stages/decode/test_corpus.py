@@ -81,7 +81,7 @@ def test_pixels_and_times_equal_those_of_a_full_decode():
             compared += outcome is not None
             if outcome is False:
                 different.append(entry["path"])
-    print(f"{compared} files compared")  # noqa: T201 - how much the green dot stands for
+    print(f"{compared} files compared")
     assert different == []
     assert compared > 0
 

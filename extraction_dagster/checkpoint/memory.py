@@ -1,0 +1,68 @@
+"""What ticks remember from one to the next, kept in the state database: a daemon loads its code anew each minute.
+
+None of it matters for what is right, only for when: what can't be read is forgotten.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from datetime import datetime
+
+import sqlalchemy as sa
+
+from extraction_dagster.checkpoint.planner import Patience
+from extraction_dagster.stages.catalog.database import reading, writing
+from extraction_dagster.stages.catalog.ledger import META_TABLE
+
+_KEY = "sensor_memory"
+
+
+@dataclass(slots=True)
+class Memory:
+    """What a tick remembers of those before.
+
+    Attributes:
+        patience: Since when rows wait for their range to fill.
+        ticks: Ticks so far.
+        sweep_after_id: Where the look through the rows below the watermark goes on.
+        sweeps_again: Whether that look found due rows last time: they may still wait for their turn.
+    """
+
+    patience: Patience = field(default_factory=Patience)
+    ticks: int = 0
+    sweep_after_id: int | None = None
+    sweeps_again: bool = False
+
+    def to_json(self) -> str:
+        """As it is kept."""
+        since = {kind: moment.isoformat() for kind, moment in self.patience.since.items()}
+        values = {"since": since, "ticks": self.ticks, "after": self.sweep_after_id, "again": self.sweeps_again}
+        return json.dumps(values)
+
+    @classmethod
+    def from_json(cls, text: str) -> Memory:
+        """Read what is kept; nothing is remembered when it can't be read."""
+        try:
+            values = json.loads(text)
+            since = {str(kind): datetime.fromisoformat(moment) for kind, moment in values["since"].items()}
+            after = None if values["after"] is None else int(values["after"])
+            return cls(Patience(since), int(values["ticks"]), after, bool(values["again"]))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return cls()
+
+
+def recall(engine: sa.Engine) -> Memory:
+    """What the last tick left."""
+    query = sa.select(META_TABLE.c.value).where(META_TABLE.c.key == _KEY)
+    with reading(engine, what="read the state tables") as connection:
+        kept = connection.execute(query).scalar_one_or_none()
+    return Memory() if kept is None else Memory.from_json(kept)
+
+
+def remember(engine: sa.Engine, memory: Memory) -> None:
+    """Keep it for the next tick."""
+    row = {"key": _KEY, "value": memory.to_json()}
+    with writing(engine, what="write the state tables") as connection:
+        connection.execute(sa.delete(META_TABLE).where(META_TABLE.c.key == _KEY))
+        connection.execute(sa.insert(META_TABLE).values(**row))

@@ -1,0 +1,67 @@
+"""`extraction frames`: take stored frames elsewhere, and let those go that nobody needs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from extraction_dagster.cli import console
+from extraction_dagster.records import IdRange
+from extraction_dagster.settings import load_settings
+
+app = typer.Typer(help="Take the stored frames elsewhere; remove what is not needed.", no_args_is_help=True)
+
+_PACKED = {".gz", ".tgz", ".zip", ".zst", ".xz", ".bz2"}
+_MIB = 2**20
+
+
+@app.command()
+def export(
+    id_range: Annotated[str, typer.Argument(metavar="FIRST-LAST", help="Range of ids, both ends included.")],
+    *,
+    to: Annotated[
+        Path, typer.Option("--to", metavar="FOLDER|OUT.tar", help="A new folder of JPEGs, or a WebDataset tar.")
+    ],
+) -> None:
+    """Write the stored frames of a range as JPEG files with a table (frames.csv), or as one WebDataset tar."""
+    from extraction_dagster.stages.decode.frame_export import export_frames
+    from extraction_dagster.stages.decode.frame_store import FrameStore, frames_fingerprint
+
+    if to.suffix.lower() in _PACKED:
+        raise typer.BadParameter(f"--to expects a folder or a name that ends in .tar, not {to.suffix}")
+    settings = load_settings()
+    store = FrameStore(settings.resolved_frames_uri, frames_fingerprint(settings))
+    with console.counting("videos") as count:
+        videos, frames = export_frames(store, IdRange.parse(id_range), to, on_video=count)
+    console.out.print(f"Wrote {frames} frames of {videos} videos to {to}", markup=False)
+
+
+@app.command()
+def prune(
+    id_range: Annotated[
+        str | None, typer.Argument(metavar="[FIRST-LAST]", help="Range of ids, both ends included; all when left out.")
+    ] = None,
+) -> None:
+    """Remove frame shards whose records are all done, when EXTRACTION_KEEP_FRAMES says that they go."""
+    from extraction_dagster.stages.catalog.catalog import Fingerprints, open_catalog
+    from extraction_dagster.stages.decode.frame_lookup import overlapping
+    from extraction_dagster.stages.decode.frame_store import FrameStore, frames_fingerprint
+    from extraction_dagster.stages.decode.retention import keep_time, prune_frames
+    from extraction_dagster.stages.embed.model import embedding_fingerprint
+
+    settings = load_settings()
+    keep = keep_time(settings.keep_frames)
+    if keep is None:
+        console.out.print("EXTRACTION_KEEP_FRAMES is 'all': every frame stays. Set it to none, or to a number of days.")
+        return
+    made_with = Fingerprints(frames=frames_fingerprint(settings), embedding=embedding_fingerprint(settings))
+    store = FrameStore(settings.resolved_frames_uri, made_with.frames)
+    within = IdRange.parse(id_range) if id_range else IdRange(-(2**63), 2**63 - 1)
+    shards = num_bytes = 0
+    with open_catalog(settings) as catalog:
+        for partition in overlapping(store, within):
+            if partition.first_id not in within or partition.last_id not in within:
+                continue  # it holds records that were not named
+            removed = prune_frames(store, partition, catalog.ledger.entries(partition), made_with, keep=keep)
+            shards, num_bytes = shards + removed.shards, num_bytes + removed.num_bytes
+    console.out.print(f"Removed {shards} frame shards, {num_bytes / _MIB:.1f} MiB")

@@ -1,0 +1,113 @@
+"""How long frame shards stay: `EXTRACTION_KEEP_FRAMES`.
+
+A shard goes as a whole, once none of its records needs it: each is done or parked with the settings of today, or a
+newer shard holds it, or nobody knows it any more. Removing one too early costs a decode, never a point: a row that
+is asked for again without its frames is decoded again.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
+
+    from extraction_dagster.records import IdRange
+    from extraction_dagster.stages.catalog.catalog import Fingerprints
+    from extraction_dagster.stages.catalog.ledger import LedgerEntry
+    from extraction_dagster.stages.decode.frame_store import FrameShard, FrameStore, ShardRecord
+
+logger = logging.getLogger(__name__)
+
+# A record, or a version of it, that the ledger does not know: its run was killed just before it was marked; or the row
+# was deleted, or changed since.
+_UNKNOWN = timedelta(days=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """What went: shards, records in them, bytes."""
+
+    shards: int = 0
+    records: int = 0
+    num_bytes: int = 0
+
+
+def keep_time(keep_frames: str) -> timedelta | None:
+    """The time that a finished shard stays after it was written; None for ever."""
+    return (
+        {"all": None, "none": timedelta()}.get(keep_frames)
+        if not keep_frames.isdigit()
+        else timedelta(int(keep_frames))
+    )
+
+
+def prune_frames(  # noqa: PLR0913 - each is a different part of the question
+    store: FrameStore,
+    partition: IdRange,
+    entries: dict[int, LedgerEntry],
+    made_with: Fingerprints,
+    *,
+    keep: timedelta,
+    now: datetime | None = None,
+) -> Removed:
+    """Remove the shards of a range that nobody needs any more.
+
+    Args:
+        store: The frames made with the settings of today.
+        partition: The range whose shards are looked at.
+        entries: The ledger's entries of the range.
+        made_with: The settings of today.
+        keep: How long a finished shard stays after it was written.
+        now: The time to go by; the present by default.
+    """
+    moment = now or datetime.now(UTC)
+    finished = _finished(store.shards(partition), entries, made_with, now=moment)
+    old = [shard for shard in finished if moment - written_at(shard) >= keep]
+    for shard in old:
+        store.remove(shard)
+    removed = Removed(len(old), sum(len(shard.records) for shard in old), sum(shard.size_bytes for shard in old))
+    if old:
+        logger.info("Removed %d frame shards (%d bytes): their records are done", removed.shards, removed.num_bytes)
+    return removed
+
+
+def _finished(
+    shards: Iterable[FrameShard], entries: dict[int, LedgerEntry], made_with: Fingerprints, *, now: datetime
+) -> list[FrameShard]:
+    """Those that no record needs; shards come oldest first."""
+    newer: set[int] = set()
+    finished = []
+    for shard in sorted(shards, key=lambda shard: shard.name, reverse=True):
+        unknown_goes = now - written_at(shard) >= _UNKNOWN
+        if all(_needless(record, newer, entries, made_with, unknown_goes=unknown_goes) for record in shard.records):
+            finished.append(shard)
+        newer.update(record.record_id for record in shard.records)
+    return finished
+
+
+def _needless(
+    record: ShardRecord,
+    newer: Collection[int],
+    entries: dict[int, LedgerEntry],
+    made_with: Fingerprints,
+    *,
+    unknown_goes: bool,
+) -> bool:
+    entry = entries.get(record.record_id)
+    if record.record_id in newer:
+        return True
+    if entry is None or entry.content_version != record.content_version:
+        return unknown_goes
+    if entry.state == "parked":
+        return True
+    today = (entry.frames_fingerprint, entry.embedding_fingerprint) == (made_with.frames, made_with.embedding)
+    return entry.state == "done" and today
+
+
+def written_at(shard: FrameShard) -> datetime:
+    """When a shard was written, as its name says: 20260102T030405000006Z-… ."""
+    return datetime.strptime(shard.name.partition("Z-")[0], "%Y%m%dT%H%M%S%f").replace(tzinfo=UTC)

@@ -1,0 +1,46 @@
+"""What ticks remember survives the process: a daemon loads its code anew each minute."""
+
+from datetime import UTC, datetime
+
+import pytest
+import sqlalchemy as sa
+
+from extraction_dagster.checkpoint.memory import Memory, recall, remember
+from extraction_dagster.checkpoint.planner import Patience
+from extraction_dagster.stages.catalog.ledger import METADATA
+
+MEMORY = Memory(
+    patience=Patience({"tail": datetime(2025, 1, 31, 12, 0, 1, 500, UTC)}),
+    ticks=7,
+    sweep_after_id=-3,
+    sweeps_again=True,
+)
+
+
+@pytest.fixture
+def engine(tmp_path):
+    engine = sa.create_engine(f"sqlite:///{tmp_path}/state.db", poolclass=sa.NullPool)
+    METADATA.create_all(engine)
+    return engine
+
+
+def test_a_new_process_remembers_what_the_last_tick_left(engine):
+    assert recall(engine) == Memory()
+    remember(engine, Memory(ticks=1))
+    remember(engine, MEMORY)
+    assert recall(engine) == MEMORY
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"since": 1, "ticks": 1, "after": null, "again": false}',
+        '{"since": {"tail": "soon"}, "ticks": 1, "after": null, "again": false}',
+        '{"since": {}, "ticks": null, "after": null, "again": false}',
+    ],
+)
+def test_what_can_not_be_read_is_forgotten(text):
+    assert Memory.from_json(text) == Memory()

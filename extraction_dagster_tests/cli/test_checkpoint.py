@@ -1,0 +1,137 @@
+"""`extraction checkpoint` and `extraction retry`, as a user types them; no daemon ticks."""
+
+import json
+import sqlite3
+from datetime import UTC, datetime
+
+import pytest
+from typer.testing import CliRunner
+
+from extraction_dagster.cli.main import app
+from extraction_dagster.errors import LegacyCheckpointError
+from extraction_dagster.records import Failure, IdRange
+from extraction_dagster.settings import load_settings
+from extraction_dagster.stages.catalog.catalog import Fingerprints, open_catalog
+
+TODAY = Fingerprints(frames="f1", embedding="e1")
+
+
+@pytest.fixture(autouse=True)
+def _table(tmp_path):
+    """A table of six rows in the working directory's own data folder; the last two have failed."""
+    (tmp_path / ".extraction").mkdir()
+    with sqlite3.connect(tmp_path / ".extraction" / "source.db") as connection:
+        marks = "is_extracted BOOLEAN, is_embedded BOOLEAN"
+        connection.execute(f"CREATE TABLE insta_content (id INTEGER PRIMARY KEY, platform, code, path TEXT, {marks})")
+        connection.executemany("INSERT INTO insta_content (id, path) VALUES (?, 'x.mp4')", [(n,) for n in range(1, 7)])
+    connection.close()
+    with open_catalog(load_settings()) as catalog:
+        plan = catalog.plan(IdRange(1, 6), TODAY)
+        catalog.mark_done(plan, {1: 3, 2: 3}, TODAY)
+        failed = [
+            Failure(5, "", "decode", "VideoDecodeError", "broken"),
+            Failure(6, "", "fetch", "SchemeError", "odd", permanent=True),
+        ]
+        catalog.record_failures(plan, failed, run_id="r")
+
+
+def states():
+    with open_catalog(load_settings()) as catalog:
+        return {key: entry.state for key, entry in catalog.ledger.entries(IdRange(1, 6)).items()}
+
+
+def extraction(*arguments, code=0):
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == code, done.output
+    return done
+
+
+def shown():
+    return json.loads(extraction("checkpoint", "show", "--json").stdout)
+
+
+def test_before_the_first_tick_there_is_nothing_to_show():
+    assert shown() == {
+        "last_processed_id": None,
+        "frontier_id": None,
+        "floor_id": None,
+        "reset_epoch": None,
+        "updated_at": None,
+        "cursor_error": None,
+        "mirror": None,
+        "mirror_state": None,
+        "mirror_last_processed_id": None,
+        "requests_waiting": [],
+    }
+    assert "last processed id" in extraction("checkpoint", "show").stdout
+
+
+def test_set_and_reset_hold_at_once_where_no_daemon_ticks():
+    assert "Processing starts after ID 4." in extraction("checkpoint", "set", "4").stdout
+    document = shown()
+    assert (document["last_processed_id"], document["frontier_id"], document["floor_id"]) == (4, 4, 4)
+    assert (document["reset_epoch"], document["requests_waiting"]) == (1, [])
+    assert states()[1] == "done"
+    assert "Processing starts from the beginning." in extraction("checkpoint", "reset").stdout
+    document = shown()
+    assert (document["last_processed_id"], document["floor_id"], document["reset_epoch"]) == (None, None, 2)
+
+
+def test_set_takes_a_negative_id_after_two_dashes_and_refuses_what_is_none():
+    extraction("checkpoint", "set", "--", "-3")
+    assert shown()["floor_id"] == -3
+    extraction("checkpoint", "set", "abc", code=2)
+    extraction("checkpoint", "set", str(2**63), code=2)
+    assert shown()["floor_id"] == -3
+
+
+def test_reprocess_makes_what_is_done_above_the_id_due_again():
+    extraction("checkpoint", "set", "1", "--reprocess")
+    assert states() == {1: "done", 2: "todo", 5: "todo", 6: "todo"}
+
+
+def test_a_mirror_can_be_cleared_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("EXTRACTION_CHECKPOINT_MIRROR", "json")
+    (tmp_path / ".extraction" / ".checkpoint").write_text("{")
+    assert shown()["mirror_state"] == "corrupt"
+    assert "Cleared" in extraction("checkpoint", "reset", "--storage", "json").stdout
+    assert (shown()["mirror_state"], shown()["mirror_last_processed_id"]) == ("ok", None)
+
+
+def test_the_earlier_scripts_checkpoint_is_imported_from_a_file_or_the_table(tmp_path):
+    (tmp_path / "old").write_text('{"last_processed_id": 3}')
+    extraction("checkpoint", "import", "old")
+    assert shown()["floor_id"] == 3
+    with sqlite3.connect(tmp_path / ".extraction" / "source.db") as connection:
+        connection.execute("CREATE TABLE extraction_checkpoint (id BIGINT PRIMARY KEY, updated_at TIMESTAMP)")
+        connection.execute("INSERT INTO extraction_checkpoint VALUES (5, ?)", [str(datetime.now(UTC))])
+    connection.close()
+    extraction("checkpoint", "import")
+    assert shown()["floor_id"] == 5
+
+
+def test_a_checkpoint_that_is_not_there_changes_nothing():
+    done = CliRunner().invoke(app, ["checkpoint", "import", "none"])
+    assert isinstance(done.exception, LegacyCheckpointError)
+    assert shown()["floor_id"] is None
+
+
+def test_retry_brings_back_what_is_named_and_says_what_it_left():
+    done = extraction("retry", "5", "1", code=1)
+    assert "1 records are due again." in done.stdout
+    assert "Not failed or parked, left as they are: 1" in done.stderr
+    assert states() == {1: "done", 2: "done", 5: "todo", 6: "parked"}
+
+
+def test_retry_takes_all_or_those_of_one_type():
+    assert "0 records are due again." in extraction("retry", "--error", "Scheme").stdout
+    assert "1 records are due again." in extraction("retry", "--error", "SchemeError").stdout
+    assert states()[6] == "todo"
+    assert "1 records are due again." in extraction("retry", "--all").stdout
+    assert states() == {1: "done", 2: "done", 5: "todo", 6: "todo"}
+
+
+@pytest.mark.parametrize("arguments", [(), ("5", "--all"), ("--all", "--error", "SchemeError")])
+def test_retry_needs_exactly_one_choice(arguments):
+    extraction("retry", *arguments, code=2)
+    assert states()[5] == "failed"

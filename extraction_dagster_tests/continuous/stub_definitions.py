@@ -1,0 +1,98 @@
+"""The project's definitions with two steps replaced: no video is decoded and no model is loaded.
+
+Sensor, job, partitions, ledger, marks, embedding shards and the whole of `qdrant_points` are the real ones. Faults come
+from files in the folder EXTRACTION_TEST_STUBS: `poison` names the records that can't be decoded, one id a line.
+"""
+
+import os
+import time
+from pathlib import Path
+
+import dagster as dg  # noqa: TID251 - the definitions of a code location
+import numpy as np
+
+from extraction_dagster.defs.assets import qdrant_points
+from extraction_dagster.defs.jobs import extraction_job
+from extraction_dagster.defs.partitions import above_floor, id_ranges, register
+from extraction_dagster.defs.resources import Extraction, plain_failures
+from extraction_dagster.defs.sensors import extraction_sensor
+from extraction_dagster.records import EmbeddingBatch, Failure
+
+DIM = 8
+_SHARD = 250
+
+
+def _poisoned():
+    file = Path(os.environ["EXTRACTION_TEST_STUBS"]) / "poison"
+    return {int(line) for line in file.read_text().split()} if file.exists() else set()
+
+
+def _shards(items):
+    return [items[start : start + _SHARD] for start in range(0, len(items), _SHARD)]
+
+
+def _unfinished(plan):
+    return [item for item in plan.values() if item.status == "todo"]
+
+
+@dg.asset(partitions_def=id_ranges, group_name="extraction", pool="decode")
+def video_frames(context: dg.AssetExecutionContext, extraction: Extraction) -> None:
+    """Mark rows as extracted, shard by shard, as if they had been decoded."""
+    with plain_failures(), extraction.catalog() as catalog:
+        id_range = register(context)
+        plan = catalog.begin(above_floor(context, id_range), extraction.fingerprints)
+        poisoned = _poisoned()
+        fresh = [item for item in _unfinished(plan) if item.entry is None or item.entry.state in {"todo", "failed"}]
+        for shard in _shards(fresh):
+            time.sleep(0.02)
+            good = {item.video.record_id: 1 for item in shard if item.video.record_id not in poisoned}
+            if good:
+                catalog.mark_extracted(plan, good, extraction.fingerprints.frames)
+            bad = [item.video for item in shard if item.video.record_id not in good]
+            failures = [
+                Failure(
+                    row.record_id, row.content_version, "decode", "PoisonError", f"Record {row.record_id} is poison."
+                )
+                for row in bad
+            ]
+            if failures:
+                catalog.record_failures(plan, failures, run_id=context.run_id)
+
+
+@dg.asset(partitions_def=id_ranges, group_name="extraction", pool="gpu", deps=[video_frames])
+def frame_embeddings(context: dg.AssetExecutionContext, extraction: Extraction) -> None:
+    """Write one vector for each extracted row that has none yet."""
+    with plain_failures(), extraction.catalog() as catalog:
+        id_range = register(context)
+        plan = catalog.plan(above_floor(context, id_range), extraction.fingerprints)
+        store = extraction.embedding_store()
+        there = {
+            (record.record_id, record.content_version) for shard in store.shards(id_range) for record in shard.records
+        }
+        extracted = [item for item in _unfinished(plan) if item.entry and item.entry.state in {"extracted", "embedded"}]
+        wanted = [item for item in extracted if (item.video.record_id, item.video.content_version) not in there]
+        for shard in _shards(wanted):
+            _write(store, id_range, [item.video for item in shard], context.run_id)
+        catalog.mark_embedded([item.video.record_id for item in extracted], extraction.fingerprints.embedding)
+
+
+def _write(store, id_range, rows, run_id):
+    ids = np.array([row.record_id for row in rows], np.int64)
+    vectors = np.random.default_rng(int(ids[0])).standard_normal((len(ids), DIM)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    zeros = np.zeros(len(ids))
+    store.write(
+        id_range,
+        f"{ids[0]}-{ids[-1]}-{run_id[:8]}",
+        EmbeddingBatch(vectors.astype(np.float16), ids, zeros.astype(np.int64), zeros),
+        versions=[(row.record_id, row.content_version) for row in rows],
+        failures=[],
+    )
+
+
+defs = dg.Definitions(
+    assets=[video_frames, frame_embeddings, qdrant_points],
+    jobs=[extraction_job],
+    sensors=[extraction_sensor],
+    resources={"extraction": Extraction()},
+)
