@@ -795,7 +795,6 @@ class LegacyCheckpointError(ExtractionError):
         )
 
 
-<<<<<<< HEAD
 # Fetching. Addresses are shown without passwords and signatures.
 
 
@@ -896,7 +895,8 @@ class DownloadCacheError(FetchSetupError):
             f"The cache of downloads in {folder!r} can't be used: {why}. No record is to blame, and none was marked. "
             f"Make room there, or change EXTRACTION_CACHE_BYTES or EXTRACTION_HOME; then run the range again."
         )
-=======
+
+
 # Frames: what is kept of them, and how they leave
 
 
@@ -920,4 +920,3 @@ class FramesExportError(ExtractionError):
     def __init__(self, path: str, why: str, *, survives: str) -> None:
         """Name the place, what went wrong and what is there now."""
         super().__init__(f"Frames can't be exported to {path!r}: {why}. {survives}")
->>>>>>> main
