@@ -6,6 +6,8 @@ the fix. A class whose name a user may filter by (`extraction errors --type`) is
 
 from __future__ import annotations
 
+from extraction_dagster.addresses import shown_address
+
 
 class ExtractionError(Exception):
     """Base of the family.
@@ -708,8 +710,8 @@ class SchemeError(ExtractionError):
     def __init__(self, uri: str, scheme: str) -> None:
         """Name the address, its scheme and what is supported."""
         super().__init__(
-            f"Address {uri!r} has scheme {scheme!r}, expected a path or a file:// URI. Correct the row, or the "
-            f"setting EXTRACTION_SOURCE_URI_COLUMN or EXTRACTION_SOURCE_URI_TEMPLATE."
+            f"Address {shown_address(uri)!r} has scheme {scheme!r}, expected a path, file://, https://, s3:// or "
+            f"gs://. Correct the row, or the setting EXTRACTION_SOURCE_URI_COLUMN or EXTRACTION_SOURCE_URI_TEMPLATE."
         )
 
 
@@ -721,7 +723,7 @@ class FileForbiddenError(ExtractionError):
     def __init__(self, uri: str, why: str, *, roots: str) -> None:
         """Name the address, what is wrong with it and the folders that may be read."""
         super().__init__(
-            f"Address {uri!r} is refused: {why}. Expected a regular file under one of {roots}. "
+            f"Address {shown_address(uri)!r} is refused: {why}. Expected a regular file under one of {roots}. "
             f"Correct the row, or add the folder to EXTRACTION_ALLOWED_ROOTS."
         )
 
@@ -732,8 +734,8 @@ class FileUnavailableError(ExtractionError):
     def __init__(self, uri: str, why: str) -> None:
         """Name the address and what is wrong."""
         super().__init__(
-            f"File {uri!r} is not available: {why}, expected a readable file with content. The record is tried again "
-            f"later; the range goes on."
+            f"File {shown_address(uri)!r} is not available: {why}, expected a readable file with content. The record "
+            f"is tried again later; the range goes on."
         )
 
 
@@ -803,6 +805,108 @@ class LegacyCheckpointError(ExtractionError):
         super().__init__(
             f"No checkpoint was imported from {where}: {why}. Nothing was changed. Name the right file, or say where "
             f"to start with 'extraction checkpoint set ID'."
+        )
+
+
+# Fetching. Addresses are shown without passwords and signatures.
+
+
+class AddressForbiddenError(ExtractionError):
+    """A row's address leads to a server, bucket or network that may not be read."""
+
+    permanent = True
+
+    def __init__(self, uri: str, why: str, fix: str) -> None:
+        """Name the address, what is wrong with it and the fix."""
+        super().__init__(f"Address {shown_address(uri)!r} is refused: {why}. Nothing was read from it. {fix}")
+
+
+class FileRefusedError(ExtractionError):
+    """A server or bucket said for good that it has no such file, or not for us."""
+
+    permanent = True
+
+    def __init__(self, uri: str, answer: str) -> None:
+        """Name the address and the answer."""
+        super().__init__(
+            f"File {shown_address(uri)!r} can't be had: the answer was {answer}. Nothing was written for it; the range "
+            f"goes on. Correct the row or the rights, then retry the record."
+        )
+
+
+class FileTooLargeError(ExtractionError):
+    """A file is larger than may be downloaded."""
+
+    permanent = True
+
+    def __init__(self, uri: str, *, got_bytes: int, max_bytes: int) -> None:
+        """Name the address, its size as far as known and the limit."""
+        super().__init__(
+            f"File {shown_address(uri)!r} has {got_bytes} bytes or more, expected at most {max_bytes}. It was not "
+            f"kept; the range goes on. Raise EXTRACTION_MAX_FILE_BYTES (and EXTRACTION_CACHE_BYTES) if it is meant."
+        )
+
+
+class FileEncodedError(ExtractionError):
+    """A server packed a file although it was asked not to; unpacking could fill any disk."""
+
+    permanent = True
+
+    def __init__(self, uri: str, encoding: str) -> None:
+        """Name the address and the encoding."""
+        super().__init__(
+            f"File {shown_address(uri)!r} comes with Content-Encoding {encoding!r}, expected the file as it is: packed "
+            f"answers are never unpacked. Nothing was written for it; the range goes on. Correct the server."
+        )
+
+
+class DownloadTimeoutError(ExtractionError):
+    """A download took longer than allowed."""
+
+    def __init__(self, uri: str, *, seconds: float) -> None:
+        """Name the address and the limit."""
+        super().__init__(
+            f"File {shown_address(uri)!r} did not arrive within {seconds:g} s. What arrived is kept, and the next try "
+            f"goes on from there where the server allows it; the range goes on. Raise EXTRACTION_FETCH_TIMEOUT_SECONDS "
+            f"if the files are large or the network slow."
+        )
+
+
+class FetchSetupError(ExtractionError):
+    """Files can't be fetched as things are set up here: no record is to blame, so the run ends."""
+
+
+class FetchExtraMissingError(FetchSetupError):
+    """A bucket is to be read whose package is not installed."""
+
+    def __init__(self, scheme: str, package: str) -> None:
+        """Name the scheme, the package and the extra."""
+        super().__init__(
+            f"EXTRACTION_ALLOWED_BUCKETS names a {scheme}:// bucket, and the package {package} is not installed. "
+            f"Nothing was read. Install the extra: pip install 'extraction-dagster[{scheme}]'."
+        )
+
+
+class FetchCredentialsError(FetchSetupError):
+    """The credentials for a bucket are missing, expired or wrong."""
+
+    def __init__(self, uri: str, said: str) -> None:
+        """Name the address and the kind of refusal, never the credentials."""
+        super().__init__(
+            f"The credentials for {shown_address(uri)!r} do not do: {said}. No record is to blame, and none was "
+            f"marked. Set them as the store's own tools do (AWS_… variables or ~/.aws, "
+            f"GOOGLE_APPLICATION_CREDENTIALS), then run the range again."
+        )
+
+
+class DownloadCacheError(FetchSetupError):
+    """The cache of downloads can't be used."""
+
+    def __init__(self, folder: str, why: str) -> None:
+        """Name the folder and what is wrong."""
+        super().__init__(
+            f"The cache of downloads in {folder!r} can't be used: {why}. No record is to blame, and none was marked. "
+            f"Make room there, or change EXTRACTION_CACHE_BYTES or EXTRACTION_HOME; then run the range again."
         )
 
 

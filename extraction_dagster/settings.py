@@ -7,7 +7,9 @@ Each field `name` is read from the environment as `EXTRACTION_NAME`, or from a `
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
+import re
 import urllib.parse
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -37,6 +39,11 @@ RESERVED_PAYLOAD_KEYS = (
     "generation",
 )
 Names = Annotated[tuple[str, ...], NoDecode]
+_LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?"
+# A host or an IPv6 address in brackets; after '*.' at least two labels; a port if it is not the scheme's own.
+_HOST = re.compile(rf"(?:\*\.{_LABEL}\.)?{_LABEL}(?:\.{_LABEL})*(?::\d{{1,5}})?|\[[0-9A-Fa-f:]+\](?::\d{{1,5}})?")
+_BUCKET = re.compile(r"(?:s3|gs)://[A-Za-z0-9][A-Za-z0-9._-]{1,221}")
+_SHORTEST_PREFIX = 8
 
 
 class Settings(BaseSettings):
@@ -140,6 +147,41 @@ class Settings(BaseSettings):
     # Fetching
     allowed_roots: Names = Field(
         (), description="Folders from which files may be read, separated by commas; home/videos when unset."
+    )
+    allowed_hosts: Names = Field(
+        (),
+        description="Servers from which https:// files may be read, separated by commas: media.example.com, "
+        "*.cdn.example.com, media.example.com:8443; none when unset.",
+    )
+    allowed_buckets: Names = Field(
+        (),
+        description="Buckets from which files may be read, separated by commas: s3://videos,gs://videos; none when "
+        "unset.",
+    )
+    allowed_networks: Names = Field(
+        (),
+        description="Private networks in which an allowed host may lie, separated by commas: 10.1.0.0/16; without "
+        "them only public addresses are connected to.",
+    )
+    allow_http: bool = Field(default=False, description="Read http:// addresses of allowed hosts too, unencrypted.")
+    max_file_bytes: int = Field(4 * 2**30, ge=1, description="Largest file that is downloaded.")
+    fetch_timeout_seconds: float = Field(
+        600.0, gt=0, le=86_400, description="Wall-clock limit for the download of one file, all its tries together."
+    )
+    fetch_stall_seconds: float = Field(
+        30.0, gt=0, le=3600, description="A connection that is silent for so long is given up and tried again."
+    )
+    fetch_attempts: int = Field(4, ge=1, le=20, description="Tries of one download before its record fails.")
+    fetch_threads: int = Field(
+        4, ge=1, le=64, description="Files that are downloaded at once, ahead of the decoding processes."
+    )
+    cache_bytes: int = Field(
+        20 * 2**30,
+        ge=2**20,
+        description="Size that the cache of downloads, home/cache/videos, never exceeds; a larger file is refused.",
+    )
+    cache_seconds: float = Field(
+        7 * 86_400.0, gt=0, description="Downloads that nobody used for so long are removed from the cache."
     )
 
     # Decoding
@@ -277,7 +319,15 @@ class Settings(BaseSettings):
         empty: dict[str, None] = {name: None for name in _NONE_WHEN_EMPTY if values.get(name) == ""}
         return {name: value for name, value in values.items() if value != ""} | empty
 
-    @field_validator("source_payload_columns", "allowed_roots", "trust_remote_code", mode="before")
+    @field_validator(
+        "source_payload_columns",
+        "allowed_roots",
+        "allowed_hosts",
+        "allowed_buckets",
+        "allowed_networks",
+        "trust_remote_code",
+        mode="before",
+    )
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
@@ -289,6 +339,37 @@ class Settings(BaseSettings):
             every = ", ".join(RESERVED_PAYLOAD_KEYS)
             message = f"columns other than {every}, which every point has (refused: {', '.join(taken)})"
             raise ValueError(message)
+        return value
+
+    @field_validator("allowed_hosts", mode="after")
+    @classmethod
+    def _hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if wrong := [host for host in value if not _HOST.fullmatch(host)]:
+            message = (
+                f"hosts such as media.example.com, *.cdn.example.com or media.example.com:8443 (refused: {wrong[0]})"
+            )
+            raise ValueError(message)
+        return tuple(host.lower() for host in value)
+
+    @field_validator("allowed_buckets", mode="after")
+    @classmethod
+    def _buckets(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if wrong := [bucket for bucket in value if not _BUCKET.fullmatch(bucket)]:
+            message = f"buckets such as s3://videos or gs://videos (refused: {wrong[0]})"
+            raise ValueError(message)
+        return value
+
+    @field_validator("allowed_networks", mode="after")
+    @classmethod
+    def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for text in value:
+            try:
+                network = ipaddress.ip_network(text)
+            except ValueError:
+                network = None
+            if network is None or network.prefixlen < _SHORTEST_PREFIX:
+                message = f"networks such as 10.1.0.0/16 or fd00:1::/64, none larger than a /8 (refused: {text})"
+                raise ValueError(message)
         return value
 
     @field_validator("qdrant_url", mode="after")

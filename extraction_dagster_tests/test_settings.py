@@ -138,3 +138,39 @@ def test_a_secret_is_never_shown(monkeypatch, name):
 def test_settings_do_not_change_after_they_were_read(settings):
     with pytest.raises(ValueError, match="Instance is frozen"):
         settings().batch_size = 2
+
+
+def test_where_files_may_come_from_is_a_list_that_is_empty_at_first(monkeypatch):
+    nothing = load_settings()
+    assert (nothing.allowed_hosts, nothing.allowed_buckets, nothing.allowed_networks) == ((), (), ())
+    assert nothing.allow_http is False
+    monkeypatch.setenv("EXTRACTION_ALLOWED_HOSTS", "Media.example.com:8443, *.cdn.example.com,[fd00::1]")
+    monkeypatch.setenv("EXTRACTION_ALLOWED_BUCKETS", "s3://videos,gs://more_videos")
+    monkeypatch.setenv("EXTRACTION_ALLOWED_NETWORKS", "10.1.0.0/16,fd00::1/128")
+    settings = load_settings()
+    assert settings.allowed_hosts == ("media.example.com:8443", "*.cdn.example.com", "[fd00::1]")
+    assert settings.allowed_buckets == ("s3://videos", "gs://more_videos")
+    assert settings.allowed_networks == ("10.1.0.0/16", "fd00::1/128")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ALLOWED_HOSTS", "*"),
+        ("ALLOWED_HOSTS", "*.com"),
+        ("ALLOWED_HOSTS", "https://media.example.com"),
+        ("ALLOWED_HOSTS", "media.example.com/videos"),
+        ("ALLOWED_HOSTS", "a.*.example.com"),
+        ("ALLOWED_BUCKETS", "videos"),
+        ("ALLOWED_BUCKETS", "s3://*"),
+        ("ALLOWED_BUCKETS", "s3://videos/public"),
+        ("ALLOWED_NETWORKS", "0.0.0.0/0"),
+        ("ALLOWED_NETWORKS", "::/0"),
+        ("ALLOWED_NETWORKS", "10.1.2.3/16"),
+        ("ALLOWED_NETWORKS", "everything"),
+    ],
+)
+def test_a_list_that_would_allow_everything_or_nothing_meant_is_refused(monkeypatch, name, value):
+    monkeypatch.setenv(f"EXTRACTION_{name}", value)
+    with pytest.raises(SettingsError, match=rf"^Setting EXTRACTION_{name} is .* such as .*\(refused: "):
+        load_settings()

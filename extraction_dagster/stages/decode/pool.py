@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from enum import Enum
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
 from typing import IO, TYPE_CHECKING
@@ -44,6 +45,13 @@ _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THR
 _START_SECONDS = 120.0
 _REAP_SECONDS = 2.0
 _DETAILS_BYTES = 2000
+_TURN_SECONDS = 0.05
+
+
+class _End(Enum):
+    """After the last job."""
+
+    END = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +87,12 @@ class Decoded:
     wall_seconds: float = 0.0
 
 
-def decode_all(jobs: Iterable[DecodeJob], options: PoolOptions) -> Generator[Decoded, None, None]:
+def decode_all(jobs: Iterable[DecodeJob | None], options: PoolOptions) -> Generator[Decoded, None, None]:
     """Decode videos in worker processes; the outcomes come as they are ready.
 
-    Jobs are drawn as workers become free, so that no more than `options.workers` are under way. Closing the iterator,
-    or any exception in it, stops the workers at once.
+    Jobs are drawn as workers become free, so that no more than `options.workers` are under way; None among them means
+    that the next one is not ready yet, and gives the workers a turn. Closing the iterator, or any exception in it,
+    stops the workers at once.
 
     Raises:
         DecodeWorkerStartError: A worker can't start; no video is to blame.
@@ -163,18 +172,23 @@ class _Pool:
         self._workers: list[_Worker] = []
         self._returned: list[DecodeJob] = []
 
-    def run(self, jobs: Iterator[DecodeJob]) -> Iterator[Decoded]:
+    def run(self, jobs: Iterator[DecodeJob | None]) -> Iterator[Decoded]:
         more = True
         while True:
+            drawn: DecodeJob | _End | None = _End.END
             while self._has_room() and (more or self._returned):
-                job = self._returned.pop() if self._returned else next(jobs, None)
-                more = more and job is not None
-                if job is not None:
-                    self._give(job)
+                drawn = self._returned.pop() if self._returned else next(jobs, _End.END)
+                if drawn is None:
+                    break
+                if drawn is _End.END:
+                    more = False
+                else:
+                    self._give(drawn)
             busy = [worker for worker in self._workers if worker.job is not None]
-            if not busy:
+            if busy:
+                yield from self._collect(busy, at_most=_TURN_SECONDS if drawn is None else None)
+            elif drawn is not None:
                 return
-            yield from self._collect(busy)
 
     def stop(self) -> None:
         while self._workers:
@@ -199,9 +213,10 @@ class _Pool:
             else:
                 return
 
-    def _collect(self, busy: list[_Worker]) -> Iterator[Decoded]:
-        """Wait for the next report, death or deadline."""
+    def _collect(self, busy: list[_Worker], *, at_most: float | None) -> Iterator[Decoded]:
+        """Wait for the next report, death or deadline, or until a job may be ready."""
         left = min(worker.deadline for worker in busy) - time.monotonic()
+        left = left if at_most is None else min(left, at_most)
         heard: set[object] = set(wait([worker.connection for worker in busy], timeout=max(0.0, left)))
         for worker in busy:
             if worker.connection in heard:

@@ -14,9 +14,10 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from extraction_dagster.errors import ExtractionError
+from extraction_dagster.errors import ExtractionError, FetchSetupError
 from extraction_dagster.records import Failure
-from extraction_dagster.stages.catalog.fetching import fetch_local
+from extraction_dagster.stages.catalog.fetch_ahead import Fetched, fetch_ahead
+from extraction_dagster.stages.catalog.fetching import Fetcher
 from extraction_dagster.stages.decode.pool import PoolOptions, decode_all
 from extraction_dagster.stages.decode.task import DecodeJob
 
@@ -71,18 +72,23 @@ def decode_rows(
         store: Where the shards go.
         partition: The range that the rows belong to.
         settings: Decoder, sampling, limits, workers, shard size.
-        fetch: Gives a row's local file; by default `fetch_local` under the allowed roots.
+        fetch: Gives a row's local file; by default a `Fetcher` as the settings say, whose downloads run ahead.
 
     Yields:
         LandedShard: once its shard is stored; every row is in exactly one, with frames or a failure.
 
     Raises:
         DecodeWorkerStartError: A worker can't start; no row is to blame.
+        FetchSetupError: Files can't be fetched as things are set up here; no row is to blame.
     """
     batch = _Batch(store, partition, settings)
-    with closing(decode_all(_jobs(rows, fetch, settings, batch), PoolOptions.from_settings(settings))) as decoded:
+    fetcher = Fetcher.from_settings(settings)
+    fetched = _fetched(rows, fetch) if fetch else fetch_ahead(rows, fetcher, threads=settings.fetch_threads)
+    jobs = _jobs(fetched, settings, batch)
+    with closing(fetched), closing(decode_all(jobs, PoolOptions.from_settings(settings))) as decoded:
         try:
             for item in decoded:
+                fetcher.release(item.outcome.record_id, keep=item.outcome.frames is not None)
                 batch.add(item)
                 if batch.is_full():
                     yield batch.land()
@@ -95,18 +101,27 @@ def decode_rows(
         yield batch.land()
 
 
-def _jobs(
-    rows: Iterable[VideoRow], fetch: Callable[[VideoRow], Path] | None, settings: Settings, batch: _Batch
-) -> Iterator[DecodeJob]:
-    """A job for each row whose file can be fetched; the others are failures."""
-    roots = settings.resolved_allowed_roots
+def _jobs(fetched: Iterable[Fetched | None], settings: Settings, batch: _Batch) -> Iterator[DecodeJob | None]:
+    """A job for each row whose file was fetched; the others are failures."""
+    for item in fetched:
+        if item is None:
+            yield None
+        elif item.path is not None:
+            yield DecodeJob.of(item.row, item.path, settings)
+        elif item.error is not None:
+            batch.failures.append(_not_fetched(item.row, item.error))
+
+
+def _fetched(rows: Iterable[VideoRow], fetch: Callable[[VideoRow], Path]) -> Generator[Fetched, None, None]:
+    """Rows whose file a caller's own function gives, one at a time."""
     for row in rows:
         try:
-            path = fetch(row) if fetch is not None else fetch_local(row, roots)
+            found = Fetched(row, fetch(row))
+        except FetchSetupError:
+            raise
         except (ExtractionError, OSError) as error:
-            batch.failures.append(_not_fetched(row, error))
-        else:
-            yield DecodeJob.of(row, path, settings)
+            found = Fetched(row, error=error)
+        yield found
 
 
 def _not_fetched(row: VideoRow, error: ExtractionError | OSError) -> Failure:

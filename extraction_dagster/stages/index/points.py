@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from extraction_dagster.addresses import shown_address
 from extraction_dagster.errors import PayloadError, RecordShapeError, SettingsError, VectorNormError
 from extraction_dagster.records import fingerprint
 from extraction_dagster.settings import RESERVED_PAYLOAD_KEYS
@@ -167,7 +168,7 @@ def _record_payload(
         "record_id": record_id,
         "platform": row.platform,
         "video_code": row.code,
-        "path": _text(row.uri),
+        "path": _text(shown_address(row.uri)),
         "created_at": stamp,
         "generation": generations[record_id],
     }

@@ -42,6 +42,7 @@ def test_every_row_lands_once_with_frames_or_a_failure(clip_path, settings, stor
         VideoRow(4, str(root / "missing.mp4")),
         VideoRow(5, str(root.parent / "elsewhere.mp4")),
         VideoRow(6, "https://example.com/video.mp4"),
+        VideoRow(7, "ftp://example.com/video.mp4"),
     ]
     landed = list(decode_rows(work, store=store, partition=RANGE, settings=settings))
     assert [shard.num_videos for shard in landed] == [2]
@@ -53,7 +54,8 @@ def test_every_row_lands_once_with_frames_or_a_failure(clip_path, settings, stor
         3: ("decode", "VideoOpenError", False, "v3"),
         4: ("fetch", "FileUnavailableError", False, ""),
         5: ("fetch", "FileForbiddenError", True, ""),
-        6: ("fetch", "SchemeError", True, ""),
+        6: ("fetch", "AddressForbiddenError", True, ""),
+        7: ("fetch", "SchemeError", True, ""),
     }
     assert all(f.message.startswith(f"Record {f.record_id}: ") for f in landed[0].failures)
 

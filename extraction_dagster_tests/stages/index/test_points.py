@@ -62,6 +62,11 @@ def test_a_payload_says_everything_about_its_frame():
     }
 
 
+def test_a_payload_holds_no_password_and_no_signature():
+    row = VideoRow(7, "https://me:canary@host/v.mp4?X-Amz-Signature=canary")
+    assert _payload(row)["path"] == "https://host/v.mp4?…"
+
+
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
