@@ -161,7 +161,7 @@ class Fetcher:
         return cls(
             roots=settings.resolved_allowed_roots,
             cache=DownloadCache(
-                settings.home / "cache" / "videos",
+                (settings.home / "cache" / "videos").resolve(),  # no link leads to a file that is decoded
                 max_bytes=settings.cache_bytes,
                 max_idle_seconds=settings.cache_seconds,
                 patience_seconds=settings.fetch_timeout_seconds,

@@ -116,7 +116,7 @@ def _fetched(rows: Iterable[VideoRow], fetch: Callable[[VideoRow], Path]) -> Gen
     """Rows whose file a caller's own function gives, one at a time."""
     for row in rows:
         try:
-            found = Fetched(row, fetch(row))
+            found = Fetched(row, fetch(row).resolve())
         except FetchSetupError:
             raise
         except (ExtractionError, OSError) as error:
