@@ -147,6 +147,8 @@ def qdrant_points(context: dg.AssetExecutionContext, extraction: Extraction) -> 
         plan = catalog.plan(above_floor(context, id_range), extraction.fingerprints)
         num_points, failures = _index(context, extraction, catalog, id_range, plan)
         _let_frames_go(extraction, catalog, id_range)
+        if num_points:
+            _compact(extraction, catalog, id_range)
     counts = {"videos": len(num_points), "points": sum(num_points.values()), "failures": failures}
     return _result(plan, counts, seconds=time.perf_counter() - started)
 
@@ -159,6 +161,19 @@ def _let_frames_go(extraction: Extraction, catalog: "Catalog", id_range: IdRange
     if keep is not None:
         entries = catalog.ledger.entries(id_range)
         prune_frames(extraction.frame_store(), id_range, entries, extraction.fingerprints, keep=keep)
+
+
+def _compact(extraction: Extraction, catalog: "Catalog", id_range: IdRange) -> None:
+    """Merge small shards once there are many; what can't be merged now is left as it is."""
+    from extraction_dagster.stages.decode.compaction import CompactionOptions, compact_frames  # noqa: PLC0415
+    from extraction_dagster.stages.embed.compaction import compact_embeddings  # noqa: PLC0415
+
+    options = CompactionOptions.from_settings(extraction.settings)
+    try:
+        compact_frames(extraction.frame_store(), id_range, catalog.ledger.entries(id_range), options)
+        compact_embeddings(extraction.embedding_store(), id_range, options)
+    except OSError as error:
+        _log.warning("Small shards of range %s stay as they are: %s", id_range, error)
 
 
 def _index(
