@@ -55,7 +55,7 @@ class PyAVDecoder:
             try:
                 return _decode_planned(file, sampling, short_side_px, limits)
             except UnplannedError as unplanned:
-                logger.debug("Decoding %s from its beginning: %s.", video, unplanned)
+                logger.debug("Decoding %r from its beginning: %s.", str(video), unplanned)
                 return decode_sequentially(file, sampling, short_side_px, limits)
 
 
