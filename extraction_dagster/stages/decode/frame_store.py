@@ -48,18 +48,23 @@ logger = logging.getLogger(__name__)
 _STALE = timedelta(hours=1)
 
 
-def frames_fingerprint(settings: Settings) -> str:
-    """What decides the stored frames: decoder, choice of frames, size, JPEG. Nothing else changes it."""
-    quality = Quality.from_settings(settings).identity
-    steps = {"quality": quality} if quality else {}  # without a step, nothing that could differ
+def frames_fingerprint(settings: Settings, *, sampling: Sampling | None = None, quality: Quality | None = None) -> str:
+    """What decides the stored frames: decoder, choice of frames, size, JPEG. Nothing else changes it.
+
+    Args:
+        settings: Say what is not given.
+        sampling: How frames are chosen.
+        quality: Which of them are kept.
+    """
+    steps = (quality or Quality.from_settings(settings)).identity
     return fingerprint(
         layout=FORMAT,
         decoder=settings.decoder,
-        sampling=Sampling.from_settings(settings).identity,
+        sampling=(sampling or Sampling.from_settings(settings)).identity,
         short_side_px=settings.short_side_px,
         jpeg_quality=settings.jpeg_quality,
         jpeg_subsampling=SUBSAMPLING,
-        **steps,
+        **({"quality": steps} if steps else {}),  # without a step, nothing that could differ
     )
 
 
