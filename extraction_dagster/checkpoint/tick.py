@@ -36,8 +36,8 @@ class Runs(Protocol):
         """Ranges that have an active run, whoever launched it."""
         ...
 
-    def partitions(self) -> Iterable[IdRange]:
-        """Every range there is."""
+    def partitions(self, record_ids: Sequence[int]) -> Iterable[IdRange]:
+        """At least the ranges that hold any of these ids, which ascend."""
         ...
 
     def history(self, id_range: IdRange) -> History:
