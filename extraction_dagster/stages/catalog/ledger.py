@@ -46,6 +46,7 @@ class UtcDateTime(sa.types.TypeDecorator[datetime]):
 
 # Literal text: databases use a partial index only for a query that repeats its condition to the letter.
 UNFINISHED = sa.text("state <> 'done' AND state <> 'parked'")
+STOPPED = sa.text("(state = 'failed' OR state = 'parked')")
 METADATA = sa.MetaData()
 META_TABLE = sa.Table(
     "extraction_meta",
@@ -71,6 +72,7 @@ LEDGER_TABLE = sa.Table(
     sa.Column("updated_at", UtcDateTime, nullable=False),
     # Few records are begun or wait: this index stays small whatever the ledger's size.
     sa.Index("extraction_ledger_unfinished", "record_id", postgresql_where=UNFINISHED, sqlite_where=UNFINISHED),
+    sa.Index("extraction_ledger_stopped", "record_id", postgresql_where=STOPPED, sqlite_where=STOPPED),
 )
 ERRORS_TABLE = sa.Table(
     "extraction_errors",
@@ -302,7 +304,7 @@ class Ledger:
             The records that were brought back, in ascending order.
         """
         table = LEDGER_TABLE.c
-        query = sa.select(table.record_id).where(table.state.in_(("failed", "parked")))
+        query = sa.select(table.record_id).where(STOPPED)
         if error_type is not None:
             query = query.where(table.last_error.startswith(f"{error_type}:", autoescape=True))
         with writing(self.engine, what="write the ledger") as connection:
