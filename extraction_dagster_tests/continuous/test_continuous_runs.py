@@ -13,6 +13,7 @@ import random
 import threading
 import time
 
+import psutil
 import pytest
 
 from extraction_dagster.settings import load_settings
@@ -125,10 +126,10 @@ class Killer:
         if self.killed["worker"] >= 4:  # what has not been killed yet comes first
             kind = next((name for name in ("daemon", "everything") if not self.killed[name]), kind)
         if kind == "worker":
-            workers = self._site.run_workers()
+            workers = self._wait_for_workers()
             if not workers:
                 return
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(psutil.NoSuchProcess):
                 self._chance.choice(workers).kill()
         else:
             if kind == "daemon":
@@ -137,6 +138,15 @@ class Killer:
                 self._site.kill_everything()
             self._daemon = self._site.start_daemon()
         self.killed[kind] += 1
+
+    def _wait_for_workers(self):
+        """The run workers; a daemon that was just started has none for a while."""
+        end = time.monotonic() + 60
+        while not (workers := self._site.run_workers()) and time.monotonic() < end:
+            time.sleep(0.2)
+        if workers:
+            time.sleep(self._chance.uniform(0, 8))  # they are killed at any point of their work
+        return self._site.run_workers()
 
 
 @pytest.mark.soak
