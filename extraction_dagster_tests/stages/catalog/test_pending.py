@@ -8,9 +8,9 @@ from pydantic import SecretStr
 
 from extraction_dagster.records import Failure, IdRange
 from extraction_dagster.stages.catalog.catalog import Fingerprints
-from extraction_dagster.stages.catalog.ledger import LEDGER_TABLE
 from extraction_dagster.stages.catalog.pending import Scan, Unfinished, scan
 from extraction_dagster.stages.catalog.pending_index import pending_index
+from extraction_dagster.stages.catalog.state_tables import LEDGER_TABLE
 
 TODAY = Fingerprints(frames="f1", embedding="e1")
 ALL = IdRange(1, 100_000)
