@@ -1,7 +1,7 @@
 """Take the pictures of docs/dagster.md from the demo's data, in a real browser: `make screenshots`.
 
 Makes the demo in a temporary folder, starts `dagster dev` there, opens each page in headless Chromium, waits until it
-shows what it is about, and writes docs/screenshots/NAME.png. Needs a Chromium; nothing of the project's own data is read.
+shows what it is about, and writes docs/screenshots/NAME.png. Needs a Chromium; reads none of your own data.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ def _dagster_dev(folder: Path) -> Iterator[str]:
 def _wait_for_ticks(url: str) -> None:
     """Until the webserver answers and the sensor has ticked."""
     query = """{ sensorOrError(sensorSelector: {repositoryName: "__repository__", sensorName: "extraction_sensor",
-                 repositoryLocationName: "extraction_dagster"}) { ... on Sensor { sensorState { ticks(limit: 2) { id } } } } }"""
+                 repositoryLocationName: "extraction_dagster"}) {
+                 ... on Sensor { sensorState { ticks(limit: 2) { id } } } } }"""
     for _ in range(180):
         try:
             ticks = _ask(url, query)["sensorOrError"].get("sensorState", {}).get("ticks", [])
