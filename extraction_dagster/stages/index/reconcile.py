@@ -293,6 +293,27 @@ class _View:
         return dict(sorted({**gone, **dict.fromkeys(forgotten, 0)}.items()))
 
 
+def compare_range(catalog: Catalog, store: PointStore, *, within: IdRange, fingerprint: str) -> Differences:
+    """Hold the open collection against what was verified for the records of a range; a difference is seen twice.
+
+    Only records that are done, and whose vectors are of this fingerprint, are compared; `gone` stays empty.
+    """
+    found = Differences(within)
+    for _ in range(2):
+        entries = catalog.ledger.entries(within)
+        expected = {
+            key: expected_points(entry)
+            for key, entry in entries.items()
+            if entry.state == "done" and entry.embedding_fingerprint == fingerprint
+        }
+        held = compare_points(store, expected, within=within)
+        points = sum(item.num_points for item in expected.values())
+        found = Differences(within, len(expected), points, lost=held.lost, stale=held.stale)
+        if found.agrees:
+            break
+    return found
+
+
 def finished(rows: Mapping[int, SourceRow], entries: Mapping[int, LedgerEntry]) -> list[int]:
     """The eligible rows that are done and were not asked for again since."""
     now = datetime.now(UTC)

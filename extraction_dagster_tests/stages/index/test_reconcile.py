@@ -5,7 +5,7 @@ from extraction_dagster.stages.catalog.catalog import Fingerprints
 from extraction_dagster.stages.index.edge_store import EdgeStore
 from extraction_dagster.stages.index.filters import PointFilter
 from extraction_dagster.stages.index.points import generation, point_id
-from extraction_dagster.stages.index.reconcile import Differences
+from extraction_dagster.stages.index.reconcile import Differences, compare_range
 from extraction_dagster.stages.index.replace import delete_records, replace_records
 
 TODAY = Fingerprints(frames="f1", embedding="e1")
@@ -222,3 +222,22 @@ def test_room_is_given_back_when_much_was_removed(done, catalog, monkeypatch):
     done.execute("DELETE FROM insta_content WHERE id = 40")
     done.reconcile(catalog, repair=True)
     assert len(calls) == 1
+
+
+def test_a_range_is_compared_within_its_bounds_and_for_its_own_fingerprint(done, catalog):
+    lose(done, point_id(2, 0), point_id(40, 0))
+    with done.store() as store:
+        store.open_collection("video_frames")
+        assert compare_range(catalog, store, within=IdRange(1, 3), fingerprint="e1") == Differences(
+            IdRange(1, 3), compared=3, held=6, lost={2: 1}
+        )
+        assert compare_range(catalog, store, within=IdRange(3, 3), fingerprint="e1").agrees
+        assert compare_range(catalog, store, within=ALL, fingerprint="e2") == Differences(ALL)
+
+
+def test_a_row_that_waits_for_another_try_is_no_difference_of_its_range(done, catalog):
+    catalog.request_again([2])
+    with done.store() as store:
+        store.open_collection("video_frames")
+        found = compare_range(catalog, store, within=ALL, fingerprint="e1")
+    assert (found.agrees, found.compared, found.held) == (True, 4, 9)
