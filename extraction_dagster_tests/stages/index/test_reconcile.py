@@ -169,6 +169,36 @@ def test_a_collection_being_loaded_beside_is_compared_for_its_own_records(done, 
     assert done.points() == FRAMES
 
 
+def test_records_that_one_run_wrote_for_another_model_keep_their_points_in_both_collections(done, catalog):
+    other = Fingerprints(frames="f1", embedding="e2")
+    assert done.process(catalog, IdRange(1, 3), made_with=other, staged=True) == [1, 2, 3]
+    assert done.reconcile(catalog, embedding="e1").differences == []
+    with done.store() as store:
+        delete_records(store, [2])
+    with EdgeStore(done.home) as store:
+        store.open_collection("video_frames", fingerprint="e2")
+        delete_records(store, [3])
+    assert [item.lost for item in done.reconcile(catalog, embedding="e1").differences] == [{2: 3}, {3: 1}]
+
+
+def test_records_that_only_a_collection_no_longer_in_use_holds_are_written_again(done, catalog):
+    with done.store("e2", staged=True) as store:
+        store.publish()  # by force: none of the records is in it
+    found = done.reconcile(catalog, embedding="e2", repair=True)
+    assert [item.lost for item in found.differences] == [FRAMES]
+    assert done.process(catalog, made_with=Fingerprints(frames="f1", embedding="e2")) == [1, 2, 3, 40, 41]
+    assert done.points() == FRAMES
+
+
+def test_points_of_deleted_rows_are_removed_from_every_collection(done, catalog):
+    other = Fingerprints(frames="f1", embedding="e2")
+    assert done.process(catalog, made_with=other, staged=True) == [1, 2, 3, 40, 41]
+    done.execute("DELETE FROM insta_content WHERE id = 40")
+    assert done.reconcile(catalog, embedding="e1", repair=True).removed_points == 4
+    assert 40 not in done.points("e1")
+    assert 40 not in done.points("e2")
+
+
 def test_records_of_a_dropped_collection_are_written_again(done, catalog):
     other = Fingerprints(frames="f1", embedding="e2")
     assert done.process(catalog, IdRange(1, 3), made_with=other, staged=True) == [1, 2, 3]
