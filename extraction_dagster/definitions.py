@@ -2,16 +2,16 @@
 
 import dagster as dg
 
-from extraction_dagster.defs.assets import frame_embeddings, qdrant_points, video_frames
-from extraction_dagster.defs.jobs import extraction_job
+from extraction_dagster.defs.assets import frame_embeddings, qdrant_points, source_table, video_frames
+from extraction_dagster.defs.jobs import embedding_job, extraction_job, indexing_job
 from extraction_dagster.defs.reconcile import points_agree_with_table, reconcile_job, reconcile_schedule
 from extraction_dagster.defs.resources import Extraction
 from extraction_dagster.defs.sensors import extraction_sensor
 
 defs = dg.Definitions(
-    assets=[video_frames, frame_embeddings, qdrant_points],
+    assets=[source_table, video_frames, frame_embeddings, qdrant_points],
     asset_checks=[points_agree_with_table],
-    jobs=[extraction_job, reconcile_job],
+    jobs=[extraction_job, embedding_job, indexing_job, reconcile_job],
     schedules=[reconcile_schedule],
     sensors=[extraction_sensor],
     resources={"extraction": Extraction()},

@@ -933,3 +933,76 @@ class FramesExportError(ExtractionError):
     def __init__(self, path: str, why: str, *, survives: str) -> None:
         """Name the place, what went wrong and what is there now."""
         super().__init__(f"Frames can't be exported to {path!r}: {why}. {survives}")
+
+
+# Runs: their options, and what they can't do
+
+
+class RunOptionError(ExtractionError):
+    """An option in a run's config is wrong, or would change nothing."""
+
+    permanent = True
+
+    def __init__(self, name: str, got: str, expected: str) -> None:
+        """Name the option, what was got and what was expected."""
+        super().__init__(
+            f"Run option {name} is {got}, expected {expected}. Nothing was started. Correct it in the run's config, "
+            f"under resources: extraction: config; what is left out is as the settings say."
+        )
+
+
+class OtherModelError(ExtractionError):
+    """A run was given another model than the settings, and no collection waits for its vectors."""
+
+    permanent = True
+
+    def __init__(self, options: str, *, fingerprint: str, collection: str, there: str, environment: str) -> None:
+        """Name the run's options, what they give, the collection's name, what is there, and the settings that stage."""
+        super().__init__(
+            f"The run's config ({options}) gives vectors of fingerprint {fingerprint}, and no collection "
+            f"{collection!r} takes them (there: {there}). Nothing was started: vectors of two models never mix. "
+            f"Run '{environment} extraction collection stage' first, or leave the model out."
+        )
+
+
+class FramesMissingError(ExtractionError):
+    """Records are to be embedded anew, and their frames are not stored."""
+
+    permanent = True
+
+    def __init__(self, key: str, record_ids: list[int]) -> None:
+        """Name the range and the records."""
+        super().__init__(
+            f"Range {key}: {len(record_ids)} records have no stored frames of these settings ({_some(record_ids)}). "
+            f"The others were embedded; what these had stays. Launch extraction_job on the range: it decodes."
+        )
+
+
+class VectorsMissingError(ExtractionError):
+    """Records are to be indexed anew, and their vectors are not stored."""
+
+    permanent = True
+
+    def __init__(self, key: str, record_ids: list[int]) -> None:
+        """Name the range and the records."""
+        super().__init__(
+            f"Range {key}: {len(record_ids)} records have no stored vectors of these settings ({_some(record_ids)}). "
+            f"The others were indexed; what these had stays. Launch embedding_job on the range: it embeds."
+        )
+
+
+def _some(record_ids: list[int]) -> str:
+    shown = ", ".join(map(str, record_ids[:5]))
+    return f"records {shown}{', …' if len(record_ids) > 5 else ''}"  # noqa: PLR2004 - as many as shown
+
+
+class PointsChangedError(PointStoreError):
+    """Points that were verified when their rows were marked are not what is there at the end of the same run."""
+
+    def __init__(self, key: str, *, lost: int, surplus: int, record_ids: list[int]) -> None:
+        """Name the range, the points and the records."""
+        super().__init__(
+            f"Range {key}: {lost} verified points are gone and {surplus} are too many ({_some(record_ids)}): something "
+            f"else writes into the collection. These records were made pending, so their range is run again; "
+            f"'extraction reconcile' compares the whole collection."
+        )

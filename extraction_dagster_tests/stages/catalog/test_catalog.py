@@ -262,3 +262,33 @@ def test_without_the_right_to_alter_the_table_its_statement_is_told(database):
     assert made.state == "refused"
     assert made.sql.startswith("CREATE INDEX")
     catalog.close()
+
+
+def test_a_forced_beginning_gives_every_finished_row_a_new_revision_and_leaves_the_others(sqlite_database):
+    sqlite_database.create(ids=(1, 2, 3, 4, 5))
+    catalog = sqlite_database.catalog()
+    finish(catalog, 1)
+    sqlite_database.execute("UPDATE insta_content SET is_extracted = true, is_embedded = true WHERE id = 5")
+    fail(catalog, [failure(2), failure(3, permanent=True)])
+    assert statuses(catalog) == {1: "done", 2: "waiting", 3: "parked", 4: "todo", 5: "done"}
+
+    plan = catalog.begin(ALL, TODAY, force=True)
+
+    assert {key: (item.status, item.video.content_version) for key, item in plan.items()} == {
+        1: ("todo", "~1"),
+        2: ("todo", "~1"),
+        3: ("todo", "~1"),
+        4: ("todo", ""),
+        5: ("todo", "~1"),
+    }
+    assert statuses(catalog, TODAY)[1] == "todo"
+    catalog.close()
+
+
+def test_a_beginning_that_is_not_forced_leaves_finished_rows_alone(sqlite_database):
+    sqlite_database.create(ids=(1, 2))
+    catalog = sqlite_database.catalog()
+    finish(catalog, 1)
+    fail(catalog, [failure(2)])
+    assert {key: item.status for key, item in catalog.begin(ALL, TODAY).items()} == {1: "done", 2: "waiting"}
+    catalog.close()
