@@ -40,6 +40,7 @@ from extraction_dagster.defs.runs import PARTITION_TAG, InstanceRuns
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import load_settings
 from extraction_dagster.stages.catalog.catalog import open_catalog
+from extraction_dagster.stages.catalog.pending_index import pending_index
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -127,7 +128,7 @@ def _fill(rows: int) -> None:
         )
         connection.execute(sa.text(f"INSERT INTO insta_content {numbers}"), {"rows": rows})
     with open_catalog(load_settings()) as catalog, engine.begin() as connection:
-        index = catalog.source.pending_index()
+        index = pending_index(catalog.source)
         if index is not None:
             index.create(connection)
     if name == "postgresql":

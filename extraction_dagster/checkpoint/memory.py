@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from extraction_dagster.checkpoint.planner import Patience
 from extraction_dagster.stages.catalog.database import reading, writing
-from extraction_dagster.stages.catalog.ledger import META_TABLE
+from extraction_dagster.stages.catalog.state_tables import META_TABLE
 
 _KEY = "sensor_memory"
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _MAX_ID = 2**63 - 1
 _LONGEST_DELAY_SECONDS = 3600.0
+_MOST_BATCHES = 2  # of due rows in a range that is asked for again as it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,8 @@ class Observed:
         ahead: Unfinished rows above the frontier.
         swept: Due rows at or below the watermark: late commits, cleared marks, changed versions.
         density: Ids to a record, over the newest records; asked for when the tail is cut.
-        partitions: Every range there is; asked for when a row below the frontier is due and no active run covers it.
+        partitions: The ranges that hold any of these ids, which ascend; asked for when a row below the frontier is due
+            and no active run covers it.
         history: The ended runs of a range; asked for when it is to be requested again.
     """
 
@@ -98,7 +100,7 @@ class Observed:
     ahead: Scan
     swept: Sequence[int]
     density: Callable[[], float]
-    partitions: Callable[[], Iterable[IdRange]]
+    partitions: Callable[[Sequence[int]], Iterable[IdRange]]
     history: Callable[[IdRange], History]
 
 
@@ -152,9 +154,9 @@ class _Planner:
 
     def request_again(self) -> None:
         """Ranges that still have a due row and no active run: late rows, failed runs, retries, the growing tail."""
-        due = [*self._seen.swept, *self._seen.window.due_ids]
-        uncovered = [record_id for record_id in due if not _covered(record_id, self._seen.active)]
-        partitions = set(self._seen.partitions()) if uncovered and self._slots() > 0 else set()
+        due = {*self._seen.swept, *self._seen.window.due_ids}
+        uncovered = sorted(record_id for record_id in due if not _covered(record_id, self._seen.active))
+        partitions = set(self._seen.partitions(uncovered)) if uncovered and self._slots() > 0 else set()
         wanted = _assign(uncovered, partitions, self._rules.batch_size) if self._slots() > 0 else {}
         tail_waits = False
         for id_range, ids in wanted.items():
@@ -233,21 +235,21 @@ def _covered(record_id: int, ranges: Iterable[IdRange]) -> bool:
 
 
 def _assign(ids: Sequence[int], partitions: Iterable[IdRange], batch_size: int) -> dict[IdRange, list[int]]:
-    """Each id with the narrowest range that holds it; ids that none holds get ranges of their own, a batch to each.
+    """Each id, in ascending order, with the narrowest range that holds it.
 
-    Ranges may overlap: people launch what they like.
+    Ids that none holds get ranges of their own, a batch to each. So do ids that crowd a range: cut ahead where ids were
+    sparse, it may have been filled by a burst. Ranges may overlap: people launch what they like.
     """
-    wanted = sorted(set(ids))
     narrowest: dict[int, IdRange] = {}
     for id_range in partitions:
-        for record_id in _within(wanted, id_range):
+        for record_id in _within(ids, id_range):
             known = narrowest.get(record_id)
             if known is None or _width(id_range) < _width(known):
                 narrowest[record_id] = id_range
     assigned: dict[IdRange, list[int]] = {}
-    for known, group in groupby(wanted, narrowest.get):
+    for known, group in groupby(ids, narrowest.get):
         members = list(group)
-        if known is not None:
+        if known is not None and len(members) <= _MOST_BATCHES * batch_size:
             assigned.setdefault(known, []).extend(members)
             continue
         for start in range(0, len(members), batch_size):
@@ -257,7 +259,6 @@ def _assign(ids: Sequence[int], partitions: Iterable[IdRange], batch_size: int) 
 
 
 def _within(ids: Sequence[int], id_range: IdRange) -> Sequence[int]:
-
     return ids[bisect_left(ids, id_range.first_id) : bisect_right(ids, id_range.last_id)]
 
 

@@ -36,8 +36,8 @@ class Runs(Protocol):
         """Ranges that have an active run, whoever launched it."""
         ...
 
-    def partitions(self) -> Iterable[IdRange]:
-        """Every range there is."""
+    def partitions(self, record_ids: Sequence[int]) -> Iterable[IdRange]:
+        """At least the ranges that hold any of these ids, which ascend."""
         ...
 
     def history(self, id_range: IdRange) -> History:
@@ -88,6 +88,7 @@ def tick(  # noqa: PLR0913 - what it sees, and how it is asked
     Raises:
         CursorError: What is stored can't be used.
         LostCursorError: Nothing is stored, and the mirror is corrupt.
+        MirrorError: Nothing is stored, and the mirror can't be reached.
     """
     settings = catalog.settings
     mirror = make_mirror(settings, catalog.state_engine)

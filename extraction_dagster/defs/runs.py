@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 
 import dagster as dg
@@ -92,9 +93,9 @@ class InstanceRuns:
         bury_dead_runs(self._instance)
         return [id_range for run in active_runs(self._instance) if (id_range := range_of(run)) is not None]
 
-    def partitions(self) -> Iterator[IdRange]:
-        """Every range there is."""
-        return _valid(self._instance.get_dynamic_partitions("id_ranges"))
+    def partitions(self, record_ids: Sequence[int]) -> Iterator[IdRange]:
+        """The ranges that hold any of these ids, which ascend; a range of negative ids is always among them."""
+        return _valid(_near(record_ids, self._instance.get_dynamic_partitions("id_ranges")))
 
     def history(self, id_range: IdRange) -> History:
         """The ended runs of a range."""
@@ -120,7 +121,20 @@ def range_of(run: dg.DagsterRun) -> IdRange | None:
     return IdRange(min(item.first_id for item in ranges), max(item.last_id for item in ranges))
 
 
-def _valid(keys: Sequence[str]) -> Iterator[IdRange]:
+def _near(record_ids: Sequence[int], keys: Iterable[str]) -> Iterator[str]:
+    """Keys that may hold an id: of 100,000 keys, few are left that have to be parsed with care."""
+    for key in keys:
+        first, _, last = key.partition("-")
+        try:
+            index = bisect_left(record_ids, int(first))
+            if index == len(record_ids) or record_ids[index] > int(last):
+                continue
+        except ValueError:  # of negative ids, or no range at all
+            pass
+        yield key
+
+
+def _valid(keys: Iterable[str]) -> Iterator[IdRange]:
     """Keys that are ranges; somebody may have added another by hand."""
     for key in keys:
         try:

@@ -46,7 +46,7 @@ def asked(tick):
 
 
 def ranges(*keys):
-    return lambda: [IdRange.parse(key) for key in keys]
+    return lambda _ids: [IdRange.parse(key) for key in keys]
 
 
 def ended(seconds_ago=1000, failures=0):
@@ -146,6 +146,18 @@ def test_of_overlapping_ranges_the_narrowest_is_taken():
 def test_due_rows_that_no_range_holds_get_ranges_of_their_own_a_batch_to_each():
     tick = plan(state(last=99, frontier=99), swept=[1, 5, 9, 12, 50], partitions=ranges("10-20"), history=ended())
     assert asked(tick) == [("1-9", "1-9#101", True), ("10-20", "10-20#102", False), ("50-50", "50-50#103", True)]
+
+
+def test_a_range_that_a_burst_has_crowded_is_cut_into_batches():
+    burst = [*range(4, 8), 500, 501, 777]
+    tick = plan(state(last=3, frontier=2000), window=found(*burst), partitions=ranges("1-1000"), history=ended())
+    assert asked(tick) == [("4-6", "4-6#101", True), ("7-501", "7-501#102", True), ("777-777", "777-777#103", True)]
+    known = ranges("1-1000", "4-6", "7-501")
+    tick = plan(state(last=3, frontier=2000), window=found(*burst), partitions=known, history=ended())
+    assert [(key, is_new) for key, _, is_new in asked(tick)] == [("4-6", False), ("7-501", False), ("1-1000", False)]
+    full = found(4, 5, 6, 7, 8, 9)
+    tick = plan(state(last=3, frontier=2000), window=full, partitions=ranges("1-1000"), history=ended())
+    assert asked(tick) == [("1-1000", "1-1000#101", False)]
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ class World:
             ahead=self.scan(cursor.frontier_id, None, self.budget),
             swept=swept,
             density=lambda: 1.0 if len(newest) < 2 else (newest[-1] - newest[0]) / (len(newest) - 1),
-            partitions=lambda: set(self.partitions),
+            partitions=lambda _ids: set(self.partitions),
             history=lambda id_range: self.histories.get(id_range, History()),
         )
 

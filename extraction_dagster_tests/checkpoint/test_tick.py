@@ -32,7 +32,7 @@ class Sensor:
     def active(self):
         return list(self.running)
 
-    def partitions(self):
+    def partitions(self, _record_ids):
         return set(self.known)
 
     def history(self, _range):

@@ -123,7 +123,12 @@ def test_the_history_counts_failures_since_the_last_success(instance):
     assert runs.history(id_range).failures_in_a_row == 0
 
 
-def test_the_partitions_are_those_that_are_ranges(instance):
-    add_ranges(instance, [IdRange(1, 9), IdRange(-5, -1)])
-    instance.add_dynamic_partitions("id_ranges", ["by hand"])
-    assert set(InstanceRuns(instance).partitions()) == {IdRange(1, 9), IdRange(-5, -1)}
+def test_the_partitions_looked_up_are_ranges_that_hold_an_id(instance):
+    known = ["-5--1", "0-0", "1-9", "5-60", "50-59", "61-70"]
+    add_ranges(instance, [IdRange.parse(key) for key in known])
+    instance.add_dynamic_partitions("id_ranges", ["by hand", "1-", "9" * 5000 + "-1", "5-1"])
+    runs = InstanceRuns(instance)
+    assert set(runs.partitions([-7, -3])) == {IdRange(-5, -1)}
+    found = {str(id_range) for id_range in runs.partitions([0, 9, 61]) if id_range.last_id >= 0}
+    assert found == {"0-0", "1-9", "5-60", "61-70"}
+    assert {str(id_range) for id_range in runs.partitions([71]) if id_range.last_id >= 0} == set()

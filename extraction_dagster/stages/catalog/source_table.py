@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import sqlalchemy as sa
-from sqlalchemy.schema import CreateIndex
 
-from extraction_dagster.errors import SourceUnreachableError
 from extraction_dagster.records import IdRange, VideoRow, fingerprint
-from extraction_dagster.stages.catalog.database import describe, parse_url, reading, writing
+from extraction_dagster.stages.catalog.database import describe, parse_url, reading
 from extraction_dagster.stages.catalog.predicate import build_predicate
 from extraction_dagster.stages.catalog.source_columns import SourceColumns
 
@@ -44,14 +42,6 @@ class SourceRow:
         """Whether every mark column says done; None when the table has none."""
         marks = [mark for mark in (self.extracted, self.embedded) if mark is not None]
         return all(marks) if marks else None
-
-
-@dataclass(frozen=True, slots=True)
-class PendingIndex:
-    """What became of the partial index over pending rows, and the statement that makes it."""
-
-    state: Literal["made", "there", "refused", "not needed"]
-    sql: str
 
 
 class SourceTable:
@@ -100,37 +90,6 @@ class SourceTable:
         return (
             sa.or_(*(column.op("IS NOT", is_comparison=True)(sa.text("TRUE")) for column in marks)) if marks else None
         )
-
-    def pending_index(self) -> sa.Index | None:
-        """The partial index over the rows that are not done: finding them costs the same in a table of any size."""
-        if self.unmarked is None:
-            return None
-        name = f"extraction_pending_{self.table.name}"[:63]
-        table = self.table.to_metadata(sa.MetaData())  # an index belongs to a table; the reflected one stays as it is
-        return sa.Index(name, table.c[self.id.name], postgresql_where=self.unmarked, sqlite_where=self.unmarked)
-
-    def make_pending_index(self) -> PendingIndex:
-        """Create the partial index unless it is there; PostgreSQL builds it without blocking writers."""
-        index = self.pending_index()
-        if index is None:
-            return PendingIndex("not needed", "")
-        sql = " ".join(str(CreateIndex(index).compile(dialect=self._engine.dialect)).split())
-        with reading(self._engine, what=f"read source table {self.name!r}") as connection:
-            known = sa.inspect(connection).get_indexes(self.table.name, self.table.schema)
-        if any(item["name"] == index.name for item in known):
-            return PendingIndex("there", sql)
-        if self._engine.dialect.name == "postgresql":
-            sql = sql.replace("CREATE INDEX", "CREATE INDEX CONCURRENTLY", 1)
-        try:
-            if self._engine.dialect.name == "postgresql":  # not inside a transaction
-                with self._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-                    connection.exec_driver_sql(sql)
-            else:
-                with writing(self._engine, what=f"index source table {self.name!r}") as connection:
-                    connection.exec_driver_sql(sql)
-        except (sa.exc.ProgrammingError, sa.exc.OperationalError, SourceUnreachableError):
-            return PendingIndex("refused", sql)
-        return PendingIndex("made", sql)
 
     def heads(self, *, only: sa.ColumnElement[bool] | None = None) -> sa.Select[int, str, bool | None]:
         """A query of (id, version, marked done) of the eligible rows, in ascending order of ids."""
