@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)  # managed by Dagster: what is said here is in the run's events too
 OPTIONS_TAG = "extraction/options"
-FORCED_TAG = "extraction/forced"
-_PARENT_TAG = "dagster/parent_run_id"
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,23 +110,12 @@ def work_on(context: dg.AssetExecutionContext, extraction: Extraction, *, begins
         with extraction.catalog() as catalog:
             within = above_floor(context, id_range)
             if begins:
-                plan = catalog.begin(within, made_with, force=extraction.force and not _begun_before(context))
-                if extraction.force:
-                    context.instance.add_run_tags(context.run.run_id, {FORCED_TAG: id_range.partition_key})
+                plan = catalog.begin(within, made_with, force=extraction.force)
                 if not plan:
                     raise EmptyRangeError(id_range.partition_key, catalog.source.name, catalog.source.extent())
             else:
                 plan = catalog.plan(within, made_with)
             yield RangeWork(extraction, settings, catalog, id_range, plan, made_with, context.run.run_id)
-
-
-def _begun_before(context: dg.AssetExecutionContext) -> bool:
-    """Whether this run goes on with a forced one that broke off: its rows are pending already."""
-    parent = context.run.tags.get(_PARENT_TAG)
-    if parent is None or FORCED_TAG not in context.run.tags:
-        return False
-    run = context.instance.get_run_by_id(parent)
-    return run is not None and run.status != dg.DagsterRunStatus.SUCCESS
 
 
 def stored(shards: Iterable[Any], due: Mapping[int, "PlannedRow"]) -> dict[int, int]:

@@ -301,8 +301,7 @@ def test_force_decodes_every_record_again_parked_ones_too(world):
     ]
 
 
-def test_a_forced_run_that_broke_off_goes_on_when_it_is_retried_and_does_not_begin_again(world, monkeypatch):
-    from extraction_dagster.definitions import defs  # noqa: PLC0415 - reads the environment
+def test_a_forced_run_that_broke_off_goes_on_when_it_is_retried_and_decodes_nothing_twice(world, monkeypatch):
     from extraction_dagster.stages.index import stage  # noqa: PLC0415 - beside the fault
 
     world.run()
@@ -317,24 +316,10 @@ def test_a_forced_run_that_broke_off_goes_on_when_it_is_retried_and_does_not_beg
     assert not first.success
     monkeypatch.setattr(stage, "replace_records", honest)
 
-    tags = world.instance.get_run_by_id(first.run_id).tags  # as Dagster's own retry inherits them
-    retried = defs.resolve_job_def("extraction_job").execute_in_process(
-        instance=world.instance,
-        partition_key="1-4",
-        run_config={"resources": {"extraction": {"config": {"force": True}}}},
-        tags={**tags, "dagster/parent_run_id": first.run_id, "dagster/root_run_id": first.run_id},
-    )
+    retried = world.run(force=True)
     assert world.shown(retried, "video_frames")["frames"] == 0
     assert world.ledger("content_version")[:3] == [("~1",), ("~1",), ("~1",)]
     assert world.points() == {1: 3, 2: 3, 3: 3}
-
-    anew = defs.resolve_job_def("extraction_job").execute_in_process(
-        instance=world.instance,
-        partition_key="1-4",
-        run_config={"resources": {"extraction": {"config": {"force": True}}}},
-        tags={**tags, "dagster/parent_run_id": retried.run_id, "dagster/root_run_id": first.run_id},
-    )
-    assert world.shown(anew, "video_frames")["frames"] == 9
 
 
 def test_the_sensors_runs_carry_no_options(world, monkeypatch):

@@ -181,6 +181,14 @@ def test_records_that_one_run_wrote_for_another_model_keep_their_points_in_both_
     assert [item.lost for item in done.reconcile(catalog, embedding="e1").differences] == [{2: 3}, {3: 1}]
 
 
+def test_new_records_need_only_be_in_the_collection_that_is_being_loaded(done, catalog):
+    done.add(50)
+    other = Fingerprints(frames="f1", embedding="e2")
+    assert done.process(catalog, IdRange(50, 50), frames={50: 2}, made_with=other, staged=True) == [50]
+    assert done.reconcile(catalog, embedding="e2").differences == []
+    assert [item.lost for item in done.reconcile(catalog, embedding="e1").differences] == [{50: 2}]
+
+
 def test_records_that_only_a_collection_no_longer_in_use_holds_are_written_again(done, catalog):
     with done.store("e2", staged=True) as store:
         store.publish()  # by force: none of the records is in it
