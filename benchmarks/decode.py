@@ -37,6 +37,7 @@ from extraction_dagster.stages.decode.pyav_decoder import _SKIPS_NONREF, PyAVDec
 from extraction_dagster.stages.decode.quality import Quality, refine
 from extraction_dagster.stages.decode.sampling import Sampling, select_frames
 from extraction_dagster.stages.decode.task import DecodeJob, decode_job
+from extraction_dagster.stages.decode.video_file import open_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -182,11 +183,11 @@ def _limit(path: Path, sampling: Sampling) -> tuple[float, float]:
     """CPU seconds of opening, reading and decoding, and of decoding alone, the packets that the planner feeds."""
 
     def read() -> None:
-        with open_video(path, LIMITS) as video:
+        with open_file(path) as file, open_video(file, LIMITS) as video:
             for _ in video.container.demux(video.stream):
                 pass
 
-    with open_video(path, LIMITS) as video:
+    with open_file(path) as file, open_video(file, LIMITS) as video:
         index = read_packets(video, LIMITS)
         display = _display_order(video, index, LIMITS)
         ticks = index.pts[display]
@@ -224,7 +225,7 @@ def _steps(path: Path, rounds: int = 20) -> None:
 
 
 def _codec(path: Path) -> str:
-    with open_video(path, LIMITS) as video:
+    with open_file(path) as file, open_video(file, LIMITS) as video:
         return video.stream.codec_context.name
 
 

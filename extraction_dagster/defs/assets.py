@@ -10,7 +10,7 @@ from typing import Any
 import dagster as dg
 
 from extraction_dagster.defs import checks
-from extraction_dagster.defs.decoding import decode_range, let_frames_go
+from extraction_dagster.defs.decoding import decode_range, let_frames_go, merge_small_shards
 from extraction_dagster.defs.embedding import embed_range
 from extraction_dagster.defs.indexing import index_range
 from extraction_dagster.defs.metadata import as_metadata, failures_table
@@ -109,6 +109,8 @@ def qdrant_points(
             yield checks.points_differ(error)
             raise
         let_frames_go(work)
+        if report.numbers["videos"]:
+            merge_small_shards(work)
         found = [
             checks.points_verified(points=report.verified),
             checks.failure_rate(

@@ -192,7 +192,7 @@ class Ledger:
                         "content_version": failure.content_version,
                         "attempts": tries,
                         "not_before": None if parked else now + timedelta(seconds=delay),
-                        "last_error": f"{failure.error_type}: {failure.message}",
+                        "last_error": _storable(f"{failure.error_type}: {failure.message}"),
                     }
                 )
             self.upsert(connection, entries)
@@ -280,13 +280,18 @@ def _back_off(delay_seconds: float, tries: int) -> float:
     return delay * random.uniform(1.0, 1.25)  # noqa: S311 - no secret
 
 
+def _storable(text: str) -> str:
+    """What a codec library or a hostile file made us say, without what no database takes as text."""
+    return text.replace("\0", "\\0").encode(errors="backslashreplace").decode()
+
+
 def _error_values(failure: Failure, now: datetime, run_id: str) -> dict[str, Any]:
     return {
         "record_id": failure.record_id,
         "stage": failure.stage,
         "error_type": failure.error_type,
-        "error_message": failure.message,
-        "error_details": failure.details,
+        "error_message": _storable(failure.message),
+        "error_details": _storable(failure.details),
         "occurred_at": now,
         "run_id": run_id,
     }

@@ -1,10 +1,10 @@
 """Frames between decoding and embedding: Parquet shards on any fsspec path, footers that list their records.
 
     root/<fingerprint>/<partition key>/<time>-<random>.parquet      a shard: some videos of a range, whole
-    root/<fingerprint>/<partition key>/.<time>-<random>.tmp         being written; never read
+    root/<fingerprint>/<partition key>/.<name>-<random>.tmp         being written; never read
 
 A shard appears whole or not at all, and is never changed: materializing a range again adds shards beside the old ones,
-and a later name holds the newer frames.
+and a later name holds the newer frames. `compaction` merges small ones.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from extraction_dagster.records import EncodedFrames, fingerprint
 from extraction_dagster.stages.decode.jpeg import SUBSAMPLING
 from extraction_dagster.stages.decode.quality import Quality
 from extraction_dagster.stages.decode.sampling import Sampling
+from extraction_dagster.stages.decode.shard_names import new_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -117,16 +118,19 @@ class FrameStore:
         self._folder = f"{root.rstrip('/')}/{fingerprint}"
         self.fingerprint = fingerprint
 
-    def write_shard(self, partition: IdRange, videos: Sequence[EncodedFrames]) -> FrameShard:
+    def write_shard(
+        self, partition: IdRange, videos: Sequence[EncodedFrames], *, name: str | None = None
+    ) -> FrameShard:
         """Write videos as one shard: whole, or not at all.
 
         Args:
             partition: The range that the videos belong to.
             videos: At least one.
+            name: Of a shard that takes the place of others; by default one that says now.
         """
         records = tuple(_record(video) for video in videos)
         content = _to_parquet(partition, videos, records)
-        name = f"{datetime.now(UTC):%Y%m%dT%H%M%S%f}Z-{secrets.token_hex(6)}.parquet"
+        name = name or new_name()
         folder = self._partition_folder(partition)
         path = f"{folder}/{name}"
         if isinstance(self._fs, LocalFileSystem):
@@ -282,7 +286,7 @@ def _is_temporary(path: str) -> bool:
 def _write_durably(path: Path, content: bytes) -> None:
     """Write beside, then rename: a reader, a crash or a power cut never sees half a shard."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.stem}.tmp")
+    beside = path.with_name(f".{path.stem}-{secrets.token_hex(4)}.tmp")  # two may merge the same shards at once
     try:
         with beside.open("xb") as file:
             file.write(content)

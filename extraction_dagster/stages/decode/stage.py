@@ -10,6 +10,7 @@ dropped.
 from __future__ import annotations
 
 import time
+import traceback
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -135,18 +136,25 @@ def _fetched(rows: Iterable[VideoRow], fetch: Callable[[VideoRow], Path]) -> Gen
     """Rows whose file a caller's own function gives, one at a time."""
     for row in rows:
         try:
-            found = Fetched(row, fetch(row))
-        except FetchSetupError:
+            found = Fetched(row, fetch(row).resolve())
+        except (FetchSetupError, MemoryError):
             raise
-        except (ExtractionError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever a row's address provokes is that row's failure
             found = Fetched(row, error=error)
         yield found
 
 
-def _not_fetched(row: VideoRow, error: ExtractionError | OSError) -> Failure:
-    permanent = isinstance(error, ExtractionError) and error.permanent
-    message = f"Record {row.record_id}: {error}"
-    return Failure(row.record_id, row.content_version, "fetch", type(error).__name__, message, permanent)
+def _not_fetched(row: VideoRow, error: Exception) -> Failure:
+    expected = isinstance(error, ExtractionError | OSError)
+    return Failure(
+        row.record_id,
+        row.content_version,
+        "fetch",
+        type(error).__name__,
+        f"Record {row.record_id}: {error}",
+        permanent=isinstance(error, ExtractionError) and error.permanent,
+        details="" if expected else "".join(traceback.format_exception(error)),
+    )
 
 
 class _Batch:

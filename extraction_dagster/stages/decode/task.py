@@ -24,7 +24,7 @@ class DecodeJob:
     Attributes:
         record_id: The row's id.
         content_version: The version of the row.
-        path: The local file.
+        path: The local file, without a link in its path.
         decoder: The decoder's name.
         sampling: How frames are chosen.
         limits: What the video may cost.

@@ -12,14 +12,21 @@ from extraction_dagster.stages.decode.task import DecodeJob
 
 # What a job does is its path; a hang keeps the interpreter's lock, as a codec may.
 FAULTS = """
-import ctypes, os, pathlib, signal, sys, time
+import ctypes, os, pathlib, signal, socket, subprocess, sys, time
 import numpy as np
 from extraction_dagster.errors import NoVideoStreamError
 from extraction_dagster.records import EncodedFrames
 
+OUTSIDE = {
+    "socket": lambda: socket.socket(socket.AF_INET),
+    "unix": lambda: socket.socket(socket.AF_UNIX),
+    "program": lambda: subprocess.run([sys.executable, "-c", ""]),
+    "replace": lambda: os.execv(sys.executable, [sys.executable, "-c", ""]),
+}
+
 def run(job):
     what, _, value = job.path.partition(" ")
-    if value and what != "modules":
+    if value and what not in {"modules", *OUTSIDE}:
         pathlib.Path(value).write_text(str(os.getpid()))
     if what == "segfault":
         print("libcodec: bad pointer", file=sys.stderr, flush=True)
@@ -32,6 +39,11 @@ def run(job):
         time.sleep(0.5)
     if what == "fill":
         bytearray(8 << 30)
+    if what in OUTSIDE:
+        try:
+            OUTSIDE[what]()
+        except OSError as error:
+            value = type(error).__name__
     if what == "refuse":
         raise NoVideoStreamError(job.path, "audio")
     if what == "bug":
@@ -39,6 +51,8 @@ def run(job):
     said = str(os.getpid())
     if what == "modules":
         said = " ".join(sorted(sys.modules))
+    if what in OUTSIDE:
+        said = value
     return EncodedFrames(job.record_id, said, [b"jpeg"], np.zeros(1), np.zeros(1), np.zeros(1, np.int64), 1, 1)
 """
 
@@ -169,6 +183,14 @@ def test_workers_load_neither_dagster_nor_their_parents_main():
     names = set(run("modules x")[0].frames.content_version.split())
     assert "extraction_dagster.stages.decode.worker" in names
     assert not names & {"dagster", "torch", "pytest", "pydantic", "qdrant_client"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's fence is Linux's")
+def test_a_worker_reaches_no_network_and_starts_no_program():
+    outcomes = run("socket x", "unix x", "program x", "replace x", "ok")
+    said = [outcomes[number].frames.content_version for number in range(4)]
+    assert said == ["PermissionError"] * 4
+    assert outcomes[4].failure is None
 
 
 def test_costs_are_measured():
