@@ -12,6 +12,7 @@ import typer
 
 from extraction_dagster import __version__
 from extraction_dagster.cli import (
+    backfill,
     checkpoint,
     collection,
     console,
@@ -55,6 +56,7 @@ def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
 
 for module in (init, demo, run, status, launch, errors, retry, reconcile, search, doctor):
     app.command(name=module.__name__.rpartition(".")[2])(_interruptible(module.command))
+app.command(name="backfill", cls=backfill.TakesNegativeIds)(_interruptible(backfill.command))
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(collection.app, name="collection")
 app.add_typer(frames.app, name="frames")
