@@ -1006,3 +1006,46 @@ class PointsChangedError(PointStoreError):
             f"else writes into the collection. These records were made pending, so their range is run again; "
             f"'extraction reconcile' compares the whole collection."
         )
+
+
+# Backfills
+
+
+_MOST_RANGES = 5  # named in one sentence
+
+
+class BackfillUnknownError(ExtractionError):
+    """A backfill was named that there is not."""
+
+    def __init__(self, backfill_id: str, why: str) -> None:
+        """Name the backfill and say what is wrong."""
+        super().__init__(
+            f"No backfill {backfill_id!r} can be shown or cancelled: {why}. Nothing was changed. The page Backfills of "
+            f"the UI lists them."
+        )
+
+
+class DaemonMissingError(ExtractionError):
+    """A command would wait for runs that nobody starts."""
+
+    def __init__(self) -> None:
+        """Say how to start one, and what works without."""
+        super().__init__(
+            "No Dagster daemon is running, which would start the runs: nothing was launched. Start it in the folder of "
+            "workspace.yaml with 'dagster dev -w workspace.yaml' (or 'dagster-daemon run -w workspace.yaml'), leave "
+            "out --wait, or process the ranges in this process with --here."
+        )
+
+
+class BackfillFailedError(ExtractionError):
+    """A backfill has ended, and not all of its ranges are done."""
+
+    def __init__(self, what: str, ranges: list[str], *, total: int, finished: int, reason: str = "") -> None:
+        """Name the backfill, the ranges that failed, and why the first of them did, as far as known."""
+        more = f" and {len(ranges) - _MOST_RANGES} more" if len(ranges) > _MOST_RANGES else ""
+        failed = f", {len(ranges)} failed ({', '.join(ranges[:_MOST_RANGES])}{more})" if ranges else ""
+        why = f"{reason.rstrip('. ')}. " if reason else ""
+        super().__init__(
+            f"{what}: {finished} of {total} ranges are done{failed}. {why}What was finished is kept: the same command "
+            f"goes on from there, with --stale-only on what is missing alone."
+        )

@@ -12,6 +12,7 @@ import typer
 
 from extraction_dagster import __version__
 from extraction_dagster.cli import (
+    backfill,
     checkpoint,
     collection,
     console,
@@ -55,6 +56,7 @@ def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
 
 for module in (init, demo, run, status, launch, errors, retry, reconcile, search, doctor):
     app.command(name=module.__name__.rpartition(".")[2])(_interruptible(module.command))
+app.command(name="backfill", cls=backfill.TakesNegativeIds)(_interruptible(backfill.command))
 for group in (checkpoint, collection, frames, points):
     for command in group.app.registered_commands:
         if command.callback is not None:
