@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from extraction_dagster.settings import Settings
+    from extraction_dagster.stages.embed.passes import Pending
 
 # What becomes of a network's vector before it is kept, the same for every model; part of every fingerprint.
 _STORED = {"normalisation": "l2", "normalisation_dtype": "float64", "storage_dtype": "float16"}
@@ -50,6 +51,10 @@ class EmbeddingModel(Protocol):
 
     def prepare(self, images: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
         """Resize uint8 (H, W, 3) RGB images to the network's pixels, uint8 (N, h, w, 3); safe in any thread."""
+        ...
+
+    def start(self, pixels: np.ndarray) -> Pending:
+        """Start a pass over prepared pixels; its vectors are float32 (N, dim), not normalised."""
         ...
 
     def embed_prepared(self, pixels: np.ndarray) -> np.ndarray:
@@ -95,8 +100,8 @@ def _lite0_family() -> ModelFamily:
     return ModelFamily(
         shown=f"{efficientnet_lite0.NAME} (packaged, offline)",
         answers_for=lambda name: name == efficientnet_lite0.NAME,
-        settings_identity=lambda _: efficientnet_lite0.settings_identity(),
-        identity=lambda _: efficientnet_lite0.identity(),
+        settings_identity=efficientnet_lite0.settings_identity,
+        identity=efficientnet_lite0.identity,
         dim=lambda _: efficientnet_lite0.DIM,
         load=lambda settings, fingerprint: efficientnet_lite0.load(settings, fingerprint=fingerprint),
     )
