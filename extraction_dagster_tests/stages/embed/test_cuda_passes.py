@@ -1,4 +1,4 @@
-"""Passes on a GPU: the order of their steps with a stand-in for CUDA, their vectors on a real one where there is one."""
+"""Passes on a GPU: the order of their steps with a stand-in for CUDA, their vectors on a real one where one is."""
 
 from __future__ import annotations
 
