@@ -1049,3 +1049,38 @@ class BackfillFailedError(ExtractionError):
             f"{what}: {finished} of {total} ranges are done{failed}. {why}What was finished is kept: the same command "
             f"goes on from there, with --stale-only on what is missing alone."
         )
+
+
+# Compiling a model. None of these ends a run: the model runs as it is, and the sentence is a warning.
+
+
+class CompileError(ExtractionError):
+    """A model can't be compiled."""
+
+    def __init__(self, model: str, why: str, fix: str) -> None:
+        """Name the model, why it can't be, and the fix."""
+        self.why = why
+        super().__init__(
+            f"Model {model!r} runs uncompiled: {why}. Its vectors are the same, at more CPU time a frame. {fix} "
+            f"EXTRACTION_COMPILE=off ends this message."
+        )
+
+
+class ArtifactFolderError(ExtractionError):
+    """A compiled network could have been written by somebody else, or its folder can't be used."""
+
+    def __init__(self, path: str, why: str) -> None:
+        """Name the file or folder and what is wrong with it."""
+        super().__init__(
+            f"No compiled model is loaded out of {path}: {why}, expected what this user alone can write. The model "
+            f"runs uncompiled, with the same vectors. Remove it, or choose another EXTRACTION_HOME."
+        )
+
+
+class NativeCodeError(ExtractionError):
+    """A compiled network can't be loaded or does not do."""
+
+    def __init__(self, path: str, why: str) -> None:
+        """Name the shared library and what is wrong with it."""
+        self.why = why
+        super().__init__(f"The compiled network {path} can't be used: {why}. The model runs uncompiled.")

@@ -1,0 +1,140 @@
+"""EXTRACTION_COMPILE=on: a model compiled for this machine's CPU, once, and loaded by every process after that.
+
+The compiled network is found under a key made of the model's files, torch's version and the CPU. Whatever stands in its
+way (no compiler, another process compiling right now, a folder that others may write to), the model runs as it is, one
+warning says why, and the vectors are the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from extraction_dagster.errors import ArtifactFolderError, CompileError, NativeCodeError
+from extraction_dagster.records import fingerprint
+from extraction_dagster.stages.embed.artifacts import ArtifactFolder
+from extraction_dagster.stages.embed.compiling import compile_in, find_compiler
+from extraction_dagster.stages.embed.native_network import NativeNetwork
+from extraction_dagster.stages.embed.passes import Finished
+from extraction_dagster.stages.embed.vectors import normalise
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from extraction_dagster.settings import Settings
+    from extraction_dagster.stages.embed.passes import Passes, Pending, ResidentModel
+
+_log = logging.getLogger(__name__)
+FOLDER: Final = Path("cache", "compiled")
+# Part of every key: raise it whenever other code would come out of the same model.
+_RECIPE: Final = 1
+_LOWEST_COSINE: Final = 0.9999
+_CPU_FLAGS: Final = ("flags", "Features")
+
+
+class CompiledPasses:
+    """Passes through a compiled network; what that can't do, the model does as it is."""
+
+    def __init__(self, network: NativeNetwork, model: ResidentModel, shape: tuple[int, ...]) -> None:
+        """Take a network that was compiled for pixels of a shape (h, w, 3)."""
+        self._network, self._shape, self._uncompiled = network, shape, model.passes
+
+    def start(self, pixels: np.ndarray) -> Pending:
+        """Run a pass over prepared pixels."""
+        import torch
+
+        # Compiled code reads what its shape says, whatever is there.
+        if pixels.shape[1:] != self._shape or pixels.dtype != np.uint8 or not len(pixels):
+            return self._uncompiled.start(pixels)
+        try:
+            with torch.inference_mode():
+                return Finished(self._network(torch.from_numpy(np.ascontiguousarray(pixels))).numpy())
+        except NativeCodeError:
+            return self._uncompiled.start(pixels)  # memory that runs out, for one, has a name there
+
+
+def speed_up(model: ResidentModel, settings: Settings, *, identity: Mapping[str, object], may_compile: bool) -> None:
+    """Let a model run compiled from now on, if that can be.
+
+    Args:
+        model: The model, loaded.
+        settings: home, and what the model was loaded with.
+        identity: What changes its vectors.
+        may_compile: Compile it if nobody has; else use only what is there.
+    """
+    if model.device != "cpu":
+        _log.info("EXTRACTION_COMPILE is for the CPU: model %r runs on %s as it is", model.name, model.device)
+        return
+    key = fingerprint(recipe=_RECIPE, identity=dict(identity), **cpu_identity())
+    try:
+        model.passes = _passes(model, settings, ArtifactFolder(settings.home / FOLDER), key, may_compile=may_compile)
+    except (ArtifactFolderError, CompileError, NativeCodeError) as error:
+        _log.warning("%s", error)
+    except OSError as error:  # no room, say
+        _log.warning("%s", CompileError(model.name, str(error), "Make room, or choose another EXTRACTION_HOME."))
+
+
+def cpu_identity(cpu_file: Path = Path("/proc/cpuinfo")) -> dict[str, object]:
+    """What compiled code depends on besides the network: torch, and what this CPU can do."""
+    import torch
+
+    try:
+        lines = (line.partition(":") for line in cpu_file.read_text().splitlines())
+        flags = next((sorted(value.split()) for name, _, value in lines if name.strip() in _CPU_FLAGS), [])
+    except OSError:
+        flags = [platform.processor()]
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {"torch": torch.__version__, "machine": platform.machine(), "capability": capability, "flags": flags}
+
+
+def probes() -> list[np.ndarray]:
+    """Three pictures that any two networks differ on: noise, coarse and fine, and a slope."""
+    rng = np.random.default_rng(0)
+    coarse = rng.integers(0, 256, (12, 12, 3), np.uint8).repeat(20, 0).repeat(20, 1)
+    slope = np.broadcast_to(np.arange(240, dtype=np.uint8)[:, None, None], (240, 240, 3))
+    return [coarse, rng.integers(0, 256, (240, 240, 3), np.uint8), np.ascontiguousarray(slope)]
+
+
+def check(network: NativeNetwork, model: ResidentModel) -> CompiledPasses:
+    """The compiled passes, once their vectors have been compared with the model's own.
+
+    Raises:
+        NativeCodeError: They differ.
+    """
+    pixels = model.prepare(probes())
+    passes = CompiledPasses(network, model, pixels.shape[1:])
+    (expected, _), (got, faults) = normalise(model.embed_prepared(pixels)), normalise(passes.start(pixels).result())
+    if got.shape != expected.shape or any(faults) or float((got * expected).sum(1).min()) < _LOWEST_COSINE:
+        raise NativeCodeError(network.path, "its vectors are not the model's")
+    return passes
+
+
+def _passes(model: ResidentModel, settings: Settings, folder: ArtifactFolder, key: str, *, may_compile: bool) -> Passes:
+    there = folder.find(key)
+    if there is not None:
+        try:
+            return check(NativeNetwork(there), model)
+        except NativeCodeError as error:
+            folder.discard(there, error.why)
+    if not may_compile:
+        return model.passes
+    compiler = find_compiler(model.name)
+    if why := folder.failure(key, compiler):
+        fix = f"It is tried again a day after that, with another compiler, or without {folder.folder / key}.failed."
+        raise CompileError(model.name, f"{why} when it was last tried", fix)
+    with folder.building(key) as work:
+        if work is None:
+            _log.info("Another process is compiling model %r; this one runs it as it is", model.name)
+            return model.passes
+        made = folder.find(key)  # another process may have been done in the meantime
+        if made is None:
+            try:
+                made = folder.keep(key, compile_in(work, settings, model.name))
+            except CompileError as error:
+                folder.remember_failure(key, compiler, error.why)
+                raise
+        return check(NativeNetwork(made), model)
