@@ -45,11 +45,12 @@ class Picture:
 
 
 PICTURES = (
-    Picture("lineage", "asset-groups", ("video_frames", "qdrant_points")),
-    Picture("partitions", "assets/qdrant_points?view=partitions", ("113-208", "Materialized")),
-    Picture("materialization", "assets/video_frames?view=events", ("113-208", "failures")),
-    Picture("checks", "assets/qdrant_points?view=checks", ("Checks",)),
-    Picture("sensor", f"{_LOCATION}/sensors/extraction_sensor", ("extraction_sensor",)),
+    Picture("lineage", "asset-groups", ("source_table", "qdrant_points")),
+    Picture("overview", "assets/video_frames", ("Latest check results", "cpu_seconds_decode")),
+    Picture("range", "assets/video_frames?view=partitions&partition=13-112", ("113-208", "VideoOpenError")),
+    Picture("thumbnails", "assets/video_frames?view=partitions&partition=113-208", ("208 at",), ("[Show Markdown]",)),
+    Picture("checks", "assets/qdrant_points?view=checks&checkDetail=points_verified", ("Passed",)),
+    Picture("sensor", f"{_LOCATION}/sensors/extraction_sensor", ("last_processed_id", "0 runs requested")),
     Picture("runs", "runs", ("Success",)),
 )
 

@@ -32,7 +32,7 @@ _COMMON: dict[str, Any] = {
 
 source_table = dg.AssetSpec(
     "source_table",
-    group_name="source",
+    group_name="extraction",
     kinds={"table", _settings.source_kind},
     owners=list(_settings.owners),
     tags={"extraction/stage": "catalog"},

@@ -9,8 +9,11 @@ import psutil
 
 from extraction_dagster.records import IdRange
 
-PROCESS_TAG = "extraction/process"
-PROCESS_RUN_TAG = "extraction/process_run"  # a retry inherits its parent's tags: this one says whose process it is
+# Dagster's pages leave tags of this prefix out: they would be noise beside each run.
+PROCESS_TAG = ".dagster/extraction_process"
+PROCESS_RUN_TAG = (
+    ".dagster/extraction_process_run"  # a retry inherits its parent's tags: this one says whose process it is
+)
 FLOOR_TAG = "extraction/floor"
 id_ranges = dg.DynamicPartitionsDefinition(name="id_ranges")
 

@@ -22,7 +22,7 @@ def test_every_asset_says_what_it_is_and_whose():
         if name != "extraction_progress"
     }
     assert shown == {
-        "source_table": ("source", ["sqlite", "table"], ["team:extraction"], "catalog"),
+        "source_table": ("extraction", ["sqlite", "table"], ["team:extraction"], "catalog"),
         "video_frames": ("extraction", ["ffmpeg", "parquet"], ["team:extraction"], "decode"),
         "frame_embeddings": ("extraction", ["parquet", "pytorch"], ["team:extraction"], "embed"),
         "qdrant_points": ("extraction", ["qdrant"], ["team:extraction"], "index"),

@@ -43,7 +43,7 @@ def killed():
 
 def test_a_run_whose_process_was_killed_is_ended_and_its_range_is_free(instance, killed):
     run_id = str(uuid.uuid4())
-    tags = {"extraction__process": killed, "extraction__process_run": run_id}
+    tags = {".dagster__extraction_process": killed, ".dagster__extraction_process_run": run_id}
     make_run(instance, run_id=run_id, dagster__partition="1-9", **tags)
     assert InstanceRuns(instance).active() == []
     assert instance.get_run_by_id(run_id).status == FAILURE
@@ -60,7 +60,7 @@ def test_a_run_that_works_is_left_alone(instance):
 
 @pytest.mark.parametrize("status", [dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTING, STARTED])
 def test_a_retry_that_inherited_the_tags_of_its_dead_parent_is_left_alone(instance, killed, status):
-    tags = {"extraction__process": killed, "extraction__process_run": str(uuid.uuid4())}
+    tags = {".dagster__extraction_process": killed, ".dagster__extraction_process_run": str(uuid.uuid4())}
     retry = make_run(instance, status=status, dagster__partition="1-9", **tags)
     bury_dead_runs(instance)
     assert instance.get_run_by_id(retry.run_id).status == status
