@@ -39,7 +39,7 @@ def embed_range(work: RangeWork) -> Report:
     have = there | stored(written, due)
     missing = lacking(due, {*have, *(failure.record_id for failure in report.failures)})
     if not report.unnormalised:
-        work.catalog.mark_embedded(have, work.made_with.embedding)
+        work.catalog.mark_embedded(_unmarked(work, have), work.made_with.embedding)
     if again := [record_id for record_id in missing if was_done(due[record_id])]:
         raise FramesMissingError(work.id_range.partition_key, again)
     report.numbers = {
@@ -76,6 +76,13 @@ def _count_unnormalised(store: "EmbeddingStore", shards: "Iterable[EmbeddingShar
     from extraction_dagster.stages.embed.vectors import count_unnormalised  # noqa: PLC0415 - beside the model
 
     return sum(count_unnormalised(store.read(shard).vectors) for shard in shards)
+
+
+def _unmarked(work: RangeWork, have: Iterable[int]) -> list[int]:
+    """Those that the ledger does not know as embedded yet: a run that only tries again writes nothing."""
+    wanted = ("embedded", work.made_with.embedding)
+    known = {key: (item.entry.state, item.entry.embedding_fingerprint) for key, item in work.plan.items() if item.entry}
+    return [record_id for record_id in have if known.get(record_id) != wanted]
 
 
 def _concerns(failure: Failure, due: Mapping[int, "PlannedRow"]) -> bool:

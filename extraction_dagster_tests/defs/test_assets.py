@@ -220,3 +220,18 @@ def test_points_that_vanish_after_they_were_verified_are_pending_again(world):
 
     assert world.run().success
     assert world.points() == {1: 3, 2: 3, 3: 3}
+
+
+def test_a_run_that_only_tries_again_while_the_store_is_down_is_no_sign_of_work(world, monkeypatch):
+    from extraction_dagster.stages.index import stage  # noqa: PLC0415 - beside the fault
+
+    def store_is_down(*_, **__):
+        message = "the store is down"
+        raise OSError(message)
+
+    monkeypatch.setattr(stage, "replace_records", store_is_down)
+    assert not world.run().success
+    before = world.ledger("state, updated_at")
+    assert [state for state, _ in before] == ["embedded", "embedded", "embedded", "parked"]
+    assert not world.run().success
+    assert world.ledger("state, updated_at") == before

@@ -136,6 +136,22 @@ class Ledger:
         with reading(self.engine, what="read the ledger") as connection:
             return {state: int(number) for state, number in connection.execute(query)}
 
+    def count_stopped(self) -> dict[str, int]:
+        """The number of failed and of parked records, through the index over them."""
+        query = sa.select(LEDGER_TABLE.c.state, sa.func.count()).where(STOPPED).group_by(LEDGER_TABLE.c.state)
+        with reading(self.engine, what="read the ledger") as connection:
+            found = {state: int(number) for state, number in connection.execute(query)}
+        return {"failed": 0, "parked": 0} | found
+
+    def last_change(self, id_range: IdRange, most: int) -> datetime | None:
+        """When an entry of a range was last written, by the clocks of those who write; looks at the last `most`."""
+        table = LEDGER_TABLE.c
+        entries = sa.select(table.updated_at).where(table.record_id.between(id_range.first_id, id_range.last_id))
+        newest = sa.select(sa.func.max(entries.order_by(table.record_id.desc()).limit(most).subquery().c.updated_at))
+        with reading(self.engine, what="read the ledger") as connection:
+            found: datetime | None = connection.execute(newest).scalar_one_or_none()
+        return found
+
     def num_frames(self) -> int:
         """The number of stored frames of the records that are done."""
         query = sa.select(sa.func.coalesce(sa.func.sum(LEDGER_TABLE.c.num_frames), 0))

@@ -175,6 +175,19 @@ class SourceTable:
         """The number of eligible rows above an id; of all for None."""
         return self.count(None if record_id is None else IdRange(min(record_id + 1, _MAX_ID), _MAX_ID))
 
+    def count_next(self, record_id: int | None, most: int) -> int:
+        """The number of eligible rows among the next `most` rows above an id, so that counting never takes long."""
+        rows = sa.select(sa.case((self.eligible, 1), else_=0)).select_from(self.table).order_by(self.id).limit(most)
+        looked_at = (rows if record_id is None else rows.where(self.id > record_id)).subquery()
+        with reading(self._engine, what=f"read source table {self.name!r}") as connection:
+            return int(connection.execute(sa.select(sa.func.coalesce(sa.func.sum(looked_at.c[0]), 0))).scalar_one())
+
+    def newest_id(self) -> int | None:
+        """The greatest id of the eligible rows; None when there is none."""
+        newest = sa.select(self.id).where(self.eligible).order_by(self.id.desc()).limit(1)
+        with reading(self._engine, what=f"read source table {self.name!r}") as connection:
+            return connection.execute(newest).scalar_one_or_none()
+
     def count_unmarked(self) -> int | None:
         """The number of eligible rows that are not marked as done; None without mark columns."""
         if self.unmarked is None:

@@ -319,3 +319,19 @@ def test_records_that_failed_are_found_through_their_index(database, large):
     (plan,) = plans_of(large, database.engine, large.ledger.retry, record_ids=None, error_type="SomeError")
     assert "extraction_ledger_stopped" in plan
     assert "Seq Scan" not in plan
+
+
+def test_the_figures_of_progress_are_counted_through_indexes(database, large):
+    dialect, engine = database.engine.dialect.name, database.engine
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql("ANALYZE")
+    (stopped,) = plans_of(large, engine, large.ledger.count_stopped)
+    assert "extraction_ledger_stopped" in stopped
+    (changed,) = plans_of(large, engine, large.ledger.last_change, IdRange(19_000, 19_500), 1000)
+    assert LEDGER_KEY[dialect] in changed
+    (newest,) = plans_of(large, engine, large.source.newest_id)
+    (ahead,) = plans_of(large, engine, large.source.count_next, 19_000, 1000)
+    assert SOURCE_KEY[dialect] in ahead
+    if dialect == "postgresql":  # SQLite walks the table itself backwards, and says SCAN to that
+        assert SOURCE_KEY[dialect] in newest
+        assert "Backward" in newest
