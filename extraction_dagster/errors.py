@@ -975,3 +975,27 @@ class BackfillFailedError(ExtractionError):
             f"{what}: {finished} of {total} ranges are done{failed}. {why}What was finished is kept: the same command "
             f"goes on from there, with --stale-only on what is missing alone."
         )
+
+
+# Metrics
+
+
+class MetricsAddressError(ExtractionError):
+    """The metrics can't be served at an address."""
+
+    def __init__(self, address: str, why: str) -> None:
+        """Name the address and the system's own words."""
+        super().__init__(
+            f"Metrics can't be served at {address}: {why}. Choose another one, for example --serve 127.0.0.1:9464."
+        )
+
+
+class MetricsFileError(ExtractionError):
+    """The metrics can't be written to a file."""
+
+    def __init__(self, path: str, why: str) -> None:
+        """Name the file and the system's own words."""
+        super().__init__(
+            f"Metrics can't be written to {path!r}: {why}. The file before, if any, is as it was. Choose a file in a "
+            f"folder that is there and may be written."
+        )
