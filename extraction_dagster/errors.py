@@ -1084,3 +1084,27 @@ class NativeCodeError(ExtractionError):
         """Name the shared library and what is wrong with it."""
         self.why = why
         super().__init__(f"The compiled network {path} can't be used: {why}. The model runs uncompiled.")
+
+
+# Metrics
+
+
+class MetricsAddressError(ExtractionError):
+    """The metrics can't be served at an address."""
+
+    def __init__(self, address: str, why: str) -> None:
+        """Name the address and the system's own words."""
+        super().__init__(
+            f"Metrics can't be served at {address}: {why}. Choose another one, for example --serve 127.0.0.1:9464."
+        )
+
+
+class MetricsFileError(ExtractionError):
+    """The metrics can't be written to a file."""
+
+    def __init__(self, path: str, why: str) -> None:
+        """Name the file and the system's own words."""
+        super().__init__(
+            f"Metrics can't be written to {path!r}: {why}. The file before, if any, is as it was. Choose a file in a "
+            f"folder that is there and may be written."
+        )

@@ -69,6 +69,19 @@ def long_work() -> Iterator[None]:
 
 
 @contextmanager
+def warnings() -> Iterator[None]:
+    """Show warnings of this project, one line each, on stderr."""
+    logger, handler = logging.getLogger("extraction_dagster"), logging.StreamHandler(sys.stderr)
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+@contextmanager
 def counting(what: str) -> Iterator[Callable[..., None]]:
     """Show how many of something are finished: a bar on a terminal, nothing elsewhere.
 

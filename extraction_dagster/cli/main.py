@@ -22,6 +22,7 @@ from extraction_dagster.cli import (
     frames,
     init,
     launch,
+    metrics,
     points,
     reconcile,
     retry,
@@ -54,7 +55,7 @@ def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-for module in (init, demo, run, status, launch, errors, retry, reconcile, search, doctor):
+for module in (init, demo, run, status, launch, errors, retry, reconcile, search, metrics, doctor):
     app.command(name=module.__name__.rpartition(".")[2])(_interruptible(module.command))
 app.command(name="backfill", cls=backfill.TakesNegativeIds)(_interruptible(backfill.command))
 for group in (checkpoint, collection, frames, points):

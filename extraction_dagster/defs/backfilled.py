@@ -13,7 +13,7 @@ from extraction_dagster.records import IdRange
 
 ASSETS = ("video_frames", "frame_embeddings", "qdrant_points")  # in data order
 _DAEMONS = ("BACKFILL", "QUEUED_RUN_COORDINATOR")
-_SILENCE_SECONDS = 180.0  # after which a daemon counts as gone; a living one says so every 30 s
+_SILENCE_SECONDS = 150.0  # beside the 30 s between two signs of life: after three minutes a daemon is gone
 
 
 def are_served(instance: dg.DagsterInstance) -> bool:

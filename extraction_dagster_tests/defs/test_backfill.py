@@ -32,6 +32,13 @@ def instance():
 
 
 @pytest.fixture
+def on_disk():
+    """An instance that needs daemons; one in memory does not."""
+    with dg.DagsterInstance.local_temp() as instance:
+        yield instance
+
+
+@pytest.fixture
 def catalog(sqlite_database):
     """Twelve rows, in batches of three."""
     sqlite_database.create(ids=range(1, 13))
@@ -121,12 +128,11 @@ def test_a_backfill_is_dagsters_own_and_its_ranges_are_registered(instance, cata
     assert backfills.progress(backfill_id) == BackfillProgress("running", 4, 0, (), queued=0, started=0)
 
 
-def test_more_new_ranges_than_one_call_takes_are_registered_all(settings):
+def test_more_new_ranges_than_one_call_takes_are_registered_all(settings, on_disk):
     many = tuple(IdRange(number, number) for number in range(1, 40_002))
     wanted = BackfillPlan(IdRange(1, 40_001), ASSETS, many, many, {}, ())
-    with dg.DagsterInstance.local_temp() as instance:  # on SQLite, which takes so many parameters in one statement
-        Backfills(instance).start(wanted, settings())
-        assert len(instance.get_dynamic_partitions("id_ranges")) == 40_001
+    Backfills(on_disk).start(wanted, settings())  # SQLite takes so many parameters in one statement
+    assert len(on_disk.get_dynamic_partitions("id_ranges")) == 40_001
 
 
 def test_what_waits_in_one_backfill_is_not_launched_by_another(instance, catalog):
@@ -164,33 +170,33 @@ def test_a_backfill_nobody_knows_is_refused(instance):
             ask("nope")
 
 
-def test_backfills_are_served_while_their_daemons_say_that_they_live(instance):
-    backfills = Backfills(instance)
+def test_backfills_are_served_while_their_daemons_say_that_they_live(on_disk):
+    backfills = Backfills(on_disk)
     assert not backfills.is_served()
-    beat(instance)
+    beat(on_disk)
     assert backfills.is_served()
-    beat(instance, seconds_ago=400)
+    beat(on_disk, seconds_ago=400)
     assert not backfills.is_served()
 
 
-def test_the_sensor_hears_of_ranges_that_wait_in_a_backfill_and_of_its_runs(instance, catalog):
-    backfill_id = Backfills(instance).start(plan(instance, catalog, "1-6"), catalog.settings)
-    make_run(instance, "7-9", backfill=backfill_id)
-    make_run(instance, "10-12")
-    runs = InstanceRuns(instance)
+def test_the_sensor_hears_of_ranges_that_wait_in_a_backfill_and_of_its_runs(on_disk, catalog):
+    backfill_id = Backfills(on_disk).start(plan(on_disk, catalog, "1-6"), catalog.settings)
+    make_run(on_disk, "7-9", backfill=backfill_id)
+    make_run(on_disk, "10-12")
+    runs = InstanceRuns(on_disk)
     assert runs.active() == [IdRange(10, 12)]
     assert runs.backfilled() == [IdRange(7, 9)]  # no daemon: what waits is nobody's, so that a command may take it
-    assert sorted(InstanceRuns(instance, under_daemon=True).backfilled()) == list(ranges("1-3", "4-6", "7-9"))
-    beat(instance)
+    assert sorted(InstanceRuns(on_disk, under_daemon=True).backfilled()) == list(ranges("1-3", "4-6", "7-9"))
+    beat(on_disk)
     assert sorted(runs.backfilled()) == list(ranges("1-3", "4-6", "7-9"))
 
 
-def test_the_sensor_hears_of_a_backfill_of_every_range_that_the_ui_launched(instance, catalog):
+def test_the_sensor_hears_of_a_backfill_of_every_range_that_the_ui_launched(on_disk, catalog):
     from extraction_dagster.definitions import defs  # noqa: PLC0415 - reads the environment
 
-    beat(instance)
-    add_ranges(instance, ranges("1-3", "4-6"))
-    instance.add_backfill(
+    beat(on_disk)
+    add_ranges(on_disk, ranges("1-3", "4-6"))
+    on_disk.add_backfill(
         PartitionBackfill.from_asset_partitions(
             backfill_id="abcdefgh",
             asset_graph=defs.resolve_asset_graph(),
@@ -198,15 +204,15 @@ def test_the_sensor_hears_of_a_backfill_of_every_range_that_the_ui_launched(inst
             asset_selection=[dg.AssetKey(name) for name in ASSETS],
             backfill_timestamp=time.time(),
             tags={},
-            dynamic_partitions_store=instance,
+            dynamic_partitions_store=on_disk,
             all_partitions=True,
             title=None,
             description=None,
             run_config=None,
         )
     )
-    assert sorted(InstanceRuns(instance).backfilled()) == list(ranges("1-3", "4-6"))
-    assert plan(instance, catalog).busy == {
+    assert sorted(InstanceRuns(on_disk).backfilled()) == list(ranges("1-3", "4-6"))
+    assert plan(on_disk, catalog).busy == {
         IdRange(1, 3): "backfill abcdefgh",
         IdRange(4, 6): "backfill abcdefgh",
     }

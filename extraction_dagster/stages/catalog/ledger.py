@@ -158,6 +158,22 @@ class Ledger:
         with reading(self.engine, what="read the ledger") as connection:
             return int(connection.execute(query.where(LEDGER_TABLE.c.state == "done")).scalar_one())
 
+    def totals(self) -> tuple[int, int]:
+        """The stored frames and the verified points of the records that are done."""
+        frames, points = (
+            sa.func.coalesce(sa.func.sum(LEDGER_TABLE.c[name]), 0) for name in ("num_frames", "num_points")
+        )
+        with reading(self.engine, what="read the ledger") as connection:
+            found = connection.execute(sa.select(frames, points).where(LEDGER_TABLE.c.state == "done")).one()
+        return int(found[0]), int(found[1])
+
+    def error_counts(self) -> dict[tuple[str, str], int]:
+        """How many errors were ever written, by stage and type."""
+        names = (ERRORS_TABLE.c.stage, ERRORS_TABLE.c.error_type)
+        with reading(self.engine, what="read the errors") as connection:
+            rows = connection.execute(sa.select(*names, sa.func.count()).group_by(*names))
+            return {(str(stage), str(kind)): int(number) for stage, kind, number in rows}
+
     def upsert(self, connection: sa.Connection, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write entries; every row has the same keys, `record_id` among them. Other columns keep their values."""
         if not rows:
