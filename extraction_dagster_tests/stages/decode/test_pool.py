@@ -229,6 +229,19 @@ def test_killing_the_parent_leaves_no_orphan_even_in_a_codec_that_hangs(tmp_path
     wait_until(lambda: not any(is_alive(int(pid.read_text())) for pid in pids))
 
 
+def test_ctrl_c_waits_for_no_codec_that_hangs(tmp_path, wait_until, is_alive):
+    code = PARENT.format(paths=[f"hang {tmp_path / 'one'}", f"hang {tmp_path / 'two'}"])
+    pids = [tmp_path / "one", tmp_path / "two"]
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, env=_env(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as parent:
+        wait_until(lambda: all(pid.exists() and pid.read_text() for pid in pids))
+        parent.send_signal(signal.SIGINT)
+        _, said = parent.communicate(timeout=60)  # the workers would hang for ten minutes
+    assert said.decode().splitlines()[-1] == "KeyboardInterrupt"
+    assert not any(is_alive(int(pid.read_text())) for pid in pids)
+
+
 def _env():
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path.cwd()), os.environ.get("PYTHONPATH", "")])}
 
