@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from extraction_dagster.metrics.figures import Census
 from extraction_dagster.stages.catalog.database import reading, writing
-from extraction_dagster.stages.catalog.ledger import META_TABLE
+from extraction_dagster.stages.catalog.state_tables import META_TABLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
