@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
     from extraction_dagster.records import EncodedFrames, IdRange, VideoRow
     from extraction_dagster.settings import Settings
-    from extraction_dagster.stages.decode.frame_store import FrameShard, FrameStore
+    from extraction_dagster.stages.decode.frame_shard import FrameShard
+    from extraction_dagster.stages.decode.frame_store import FrameStore
     from extraction_dagster.stages.decode.pool import Decoded
 
 # A shard is held in memory twice while it is written.

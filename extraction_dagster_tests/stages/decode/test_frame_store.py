@@ -10,7 +10,8 @@ import pytest
 from extraction_dagster.errors import FrameShardError
 from extraction_dagster.records import EncodedFrames, IdRange
 from extraction_dagster.settings import Settings
-from extraction_dagster.stages.decode.frame_store import FrameStore, ShardRecord, frames_fingerprint
+from extraction_dagster.stages.decode.frame_shard import ShardRecord
+from extraction_dagster.stages.decode.frame_store import FrameStore, frames_fingerprint
 
 RANGE = IdRange(1, 1000)
 
