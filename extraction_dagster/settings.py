@@ -44,6 +44,7 @@ _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?"
 _HOST = re.compile(rf"(?:\*\.{_LABEL}\.)?{_LABEL}(?:\.{_LABEL})*(?::\d{{1,5}})?|\[[0-9A-Fa-f:]+\](?::\d{{1,5}})?")
 _BUCKET = re.compile(r"(?:s3|gs)://[A-Za-z0-9][A-Za-z0-9._-]{1,221}")
 _SHORTEST_PREFIX = 8
+_OWNER = re.compile(r"team:[A-Za-z0-9_.-]{1,100}|[A-Za-z0-9_.+-]{1,100}@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+")
 
 
 class Settings(BaseSettings):
@@ -272,10 +273,30 @@ class Settings(BaseSettings):
     )
     embed_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32",
-        description="Type in which a model of transformers computes, by autocast; the shorter ones pay on a GPU only.",
+        description="Type in which the model computes, by autocast; the shorter ones pay on a GPU only. Vectors of "
+        "different types are kept apart.",
     )
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps.")
-    embed_batch_size: int = Field(16, ge=1, le=4096, description="Frames per forward pass.")
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
+        description="auto, cpu, cuda, cuda:N or mps. auto is a CUDA device that no other process of this project uses, "
+        "else the CPU.",
+    )
+    compile: Literal["off", "on", "onnxruntime"] = Field(
+        "off",
+        description="Compile the model once for this machine's CPU and keep the result in home/cache/compiled; vectors "
+        "stay what they are. on needs a C++ compiler, onnxruntime the extra of that name.",
+    )
+    embed_batch_size: int | None = Field(
+        None, ge=1, le=4096, description="Frames per forward pass; 16, and 128 on a GPU, when unset."
+    )
+    embed_readers: int | None = Field(
+        None,
+        ge=1,
+        le=256,
+        description="Threads that read and resize frames ahead of the model; one, and on a GPU one per core up to 8, "
+        "when unset.",
+    )
     embed_threads: int | None = Field(
         None,
         ge=1,
@@ -312,6 +333,38 @@ class Settings(BaseSettings):
         "UTC; the schedule is off until it is switched on in the UI.",
     )
 
+    # What Dagster shows
+    owners: Names = Field(
+        ("team:extraction",),
+        description="Owners of the assets, separated by commas: team:names or e-mail addresses.",
+    )
+    contact_sheet_frames: int = Field(
+        12,
+        ge=0,
+        le=24,
+        description="Thumbnails that each materialization of video_frames keeps in Dagster's storage, for its contact "
+        "sheet; 0 for none.",
+    )
+    max_failure_rate: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="Share of a range's records that may be failed or parked before the check failure_rate warns.",
+    )
+    progress_interval_seconds: int = Field(
+        300,
+        ge=30,
+        le=86_400,
+        description="Time between two looks of progress_sensor, which charts extraction_progress.",
+    )
+    stuck_seconds: int = Field(
+        3600,
+        ge=600,
+        le=30 * 86_400,
+        description="Rows are due, and none was finished for so long: the check watermark_moves fails, and "
+        "extraction_progress counts as overdue.",
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _empty_is_unset(cls, values: dict[str, object]) -> dict[str, object]:
@@ -326,6 +379,7 @@ class Settings(BaseSettings):
         "allowed_buckets",
         "allowed_networks",
         "trust_remote_code",
+        "owners",
         mode="before",
     )
     @classmethod
@@ -372,6 +426,14 @@ class Settings(BaseSettings):
                 raise ValueError(message)
         return value
 
+    @field_validator("owners", mode="after")
+    @classmethod
+    def _owners(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if wrong := [owner for owner in value if not _OWNER.fullmatch(owner)]:
+            message = f"owners such as team:video or someone@example.com (refused: {wrong[0]})"
+            raise ValueError(message)
+        return value
+
     @field_validator("qdrant_url", mode="after")
     @classmethod
     def _plain_server_url(cls, value: str | None) -> str | None:
@@ -409,6 +471,12 @@ class Settings(BaseSettings):
     def resolved_source_url(self) -> str:
         """The source's SQLAlchemy URL, default applied; holds the password: never print it."""
         return self.source_url.get_secret_value() if self.source_url else f"sqlite:///{self.home / 'source.db'}"
+
+    @property
+    def source_kind(self) -> str:
+        """The source's kind of database, as the beginning of its URL says it: postgresql, sqlite."""
+        found = re.match(r"[A-Za-z0-9]{1,32}", self.resolved_source_url)
+        return found[0].lower() if found else "sql"
 
     @property
     def resolved_state_url(self) -> str:

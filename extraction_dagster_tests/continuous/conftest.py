@@ -19,6 +19,7 @@ from extraction_dagster.defs.launching import open_instance
 from extraction_dagster.settings import load_settings
 from extraction_dagster.stages.catalog.catalog import open_catalog
 from extraction_dagster.stages.catalog.database import make_engine
+from extraction_dagster.stages.catalog.pending_index import pending_index
 
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -72,7 +73,7 @@ class Site:
         self.engine = make_engine(url, setting="EXTRACTION_SOURCE_URL")
         self.create_table()
         with open_catalog(load_settings()) as catalog, catalog.source_engine.begin() as connection:
-            catalog.source.pending_index().create(connection)
+            pending_index(catalog.source).create(connection)
         with open_instance(load_settings()):
             pass  # created once, before many processes open it
         for statement in POSTGRESQL_LOG if self.is_postgresql else SQLITE_LOG:
@@ -218,9 +219,18 @@ class Site:
         """Run a `dagster` command on this site's workspace."""
         return self._run("dagster", *arguments, "-w", self.folder / "workspace.yaml")
 
+    def command(self, name):
+        """How a command of this environment is started."""
+        return [BIN / name]
+
     def _run(self, command, *arguments):
         done = subprocess.run(
-            [BIN / command, *arguments], cwd=self.folder, capture_output=True, text=True, check=False, timeout=180
+            [*self.command(command), *arguments],
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=180,
         )
         assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout

@@ -21,6 +21,7 @@ from extraction_dagster.records import Failure
 from extraction_dagster.stages.catalog.fetch_ahead import Fetched, fetch_ahead
 from extraction_dagster.stages.catalog.fetching import Fetcher
 from extraction_dagster.stages.decode.pool import PoolOptions, decode_all
+from extraction_dagster.stages.decode.sampling import evenly
 from extraction_dagster.stages.decode.task import DecodeJob
 
 if TYPE_CHECKING:
@@ -37,6 +38,22 @@ if TYPE_CHECKING:
 
 # A shard is held in memory twice while it is written.
 _MAX_SHARD_BYTES = 2**27
+_PREVIEWS_PER_SHARD = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """A frame to show a person what was decoded.
+
+    Attributes:
+        record_id: Its video.
+        pts_seconds: When it is shown.
+        jpeg: As it is stored.
+    """
+
+    record_id: int
+    pts_seconds: float
+    jpeg: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +68,7 @@ class LandedShard:
         num_videos: Videos in the shard.
         num_frames: Frames in the shard.
         num_bytes: Size of the shard.
+        previews: The middle frame of a few of its videos.
     """
 
     shard: FrameShard | None
@@ -60,6 +78,7 @@ class LandedShard:
     num_videos: int
     num_frames: int
     num_bytes: int
+    previews: tuple[Preview, ...] = ()
 
 
 def decode_rows(  # noqa: PLR0913 - the rows and what is done with them, each by name
@@ -197,6 +216,7 @@ class _Batch:
             num_videos=len(self._videos),
             num_frames=shard.num_frames if shard else 0,
             num_bytes=shard.size_bytes if shard else 0,
+            previews=tuple(_preview(self._videos[index]) for index in _some(len(self._videos))),
         )
         self._clear()
         return landed
@@ -206,3 +226,14 @@ class _Batch:
         self._videos.clear()
         self._bytes, self._cpu_seconds, self._oldest = 0, 0.0, None
         self._last_landing = time.monotonic()
+
+
+def _some(count: int) -> list[int]:
+    """Indexes of a few of `count` things, evenly spread."""
+    chosen: list[int] = evenly(count, min(count, _PREVIEWS_PER_SHARD)).tolist()
+    return chosen
+
+
+def _preview(video: EncodedFrames) -> Preview:
+    middle = len(video) // 2
+    return Preview(video.record_id, float(video.pts_seconds[middle]), bytes(video.jpegs[middle]))

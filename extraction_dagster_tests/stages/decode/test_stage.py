@@ -189,3 +189,10 @@ def test_a_kill_leaves_whole_shards_only(clip_path, tmp_path, store):
     assert len(reported) >= 6
     assert reported <= set(landed_ids(store))
     assert all(len(list(store.read(shard))) == 2 for shard in store.shards(RANGE))
+
+
+def test_a_landed_shard_carries_the_middle_frame_of_its_videos(clip_path, settings, store):
+    (landed,) = decode_rows(rows(clip_path, 2), store=store, partition=RANGE, settings=settings)
+    middles = {video.record_id: (float(video.pts_seconds[2]), video.jpegs[2]) for video in store.read(landed.shard)}
+    assert {item.record_id: (item.pts_seconds, item.jpeg) for item in landed.previews} == middles
+    assert landed.num_frames == 8
