@@ -16,4 +16,5 @@ defs = dg.Definitions(
     schedules=[reconcile_schedule],
     sensors=[extraction_sensor, progress_sensor],
     resources={"extraction": Extraction()},
+    executor=dg.in_process_executor,  # of runs that a backfill asks for: one process a range costs a quarter
 )

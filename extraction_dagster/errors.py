@@ -1006,3 +1006,105 @@ class PointsChangedError(PointStoreError):
             f"else writes into the collection. These records were made pending, so their range is run again; "
             f"'extraction reconcile' compares the whole collection."
         )
+
+
+# Backfills
+
+
+_MOST_RANGES = 5  # named in one sentence
+
+
+class BackfillUnknownError(ExtractionError):
+    """A backfill was named that there is not."""
+
+    def __init__(self, backfill_id: str, why: str) -> None:
+        """Name the backfill and say what is wrong."""
+        super().__init__(
+            f"No backfill {backfill_id!r} can be shown or cancelled: {why}. Nothing was changed. The page Backfills of "
+            f"the UI lists them."
+        )
+
+
+class DaemonMissingError(ExtractionError):
+    """A command would wait for runs that nobody starts."""
+
+    def __init__(self) -> None:
+        """Say how to start one, and what works without."""
+        super().__init__(
+            "No Dagster daemon is running, which would start the runs: nothing was launched. Start it in the folder of "
+            "workspace.yaml with 'dagster dev -w workspace.yaml' (or 'dagster-daemon run -w workspace.yaml'), leave "
+            "out --wait, or process the ranges in this process with --here."
+        )
+
+
+class BackfillFailedError(ExtractionError):
+    """A backfill has ended, and not all of its ranges are done."""
+
+    def __init__(self, what: str, ranges: list[str], *, total: int, finished: int, reason: str = "") -> None:
+        """Name the backfill, the ranges that failed, and why the first of them did, as far as known."""
+        more = f" and {len(ranges) - _MOST_RANGES} more" if len(ranges) > _MOST_RANGES else ""
+        failed = f", {len(ranges)} failed ({', '.join(ranges[:_MOST_RANGES])}{more})" if ranges else ""
+        why = f"{reason.rstrip('. ')}. " if reason else ""
+        super().__init__(
+            f"{what}: {finished} of {total} ranges are done{failed}. {why}What was finished is kept: the same command "
+            f"goes on from there, with --stale-only on what is missing alone."
+        )
+
+
+# Compiling a model. None of these ends a run: the model runs as it is, and the sentence is a warning.
+
+
+class CompileError(ExtractionError):
+    """A model can't be compiled."""
+
+    def __init__(self, model: str, why: str, fix: str) -> None:
+        """Name the model, why it can't be, and the fix."""
+        self.why = why
+        super().__init__(
+            f"Model {model!r} runs uncompiled: {why}. Its vectors are the same, at more CPU time a frame. {fix} "
+            f"EXTRACTION_COMPILE=off ends this message."
+        )
+
+
+class ArtifactFolderError(ExtractionError):
+    """A compiled network could have been written by somebody else, or its folder can't be used."""
+
+    def __init__(self, path: str, why: str) -> None:
+        """Name the file or folder and what is wrong with it."""
+        super().__init__(
+            f"No compiled model is loaded out of {path}: {why}, expected what this user alone can write. The model "
+            f"runs uncompiled, with the same vectors. Remove it, or choose another EXTRACTION_HOME."
+        )
+
+
+class CompiledNetworkError(ExtractionError):
+    """A compiled network can't be loaded or does not do."""
+
+    def __init__(self, path: str, why: str) -> None:
+        """Name the file and what is wrong with it."""
+        self.why = why
+        super().__init__(f"The compiled network {path} can't be used: {why}. The model runs uncompiled.")
+
+
+# Metrics
+
+
+class MetricsAddressError(ExtractionError):
+    """The metrics can't be served at an address."""
+
+    def __init__(self, address: str, why: str) -> None:
+        """Name the address and the system's own words."""
+        super().__init__(
+            f"Metrics can't be served at {address}: {why}. Choose another one, for example --serve 127.0.0.1:9464."
+        )
+
+
+class MetricsFileError(ExtractionError):
+    """The metrics can't be written to a file."""
+
+    def __init__(self, path: str, why: str) -> None:
+        """Name the file and the system's own words."""
+        super().__init__(
+            f"Metrics can't be written to {path!r}: {why}. The file before, if any, is as it was. Choose a file in a "
+            f"folder that is there and may be written."
+        )

@@ -273,10 +273,30 @@ class Settings(BaseSettings):
     )
     embed_dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32",
-        description="Type in which a model of transformers computes, by autocast; the shorter ones pay on a GPU only.",
+        description="Type in which the model computes, by autocast; the shorter ones pay on a GPU only. Vectors of "
+        "different types are kept apart.",
     )
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N or mps.")
-    embed_batch_size: int = Field(16, ge=1, le=4096, description="Frames per forward pass.")
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
+        description="auto, cpu, cuda, cuda:N or mps. auto is a CUDA device that no other process of this project uses, "
+        "else the CPU.",
+    )
+    compile: Literal["off", "on", "onnxruntime"] = Field(
+        "off",
+        description="Compile the model once for this machine's CPU and keep the result in home/cache/compiled; vectors "
+        "stay what they are. on needs a C++ compiler, onnxruntime the extra of that name.",
+    )
+    embed_batch_size: int | None = Field(
+        None, ge=1, le=4096, description="Frames per forward pass; 16, and 128 on a GPU, when unset."
+    )
+    embed_readers: int | None = Field(
+        None,
+        ge=1,
+        le=256,
+        description="Threads that read and resize frames ahead of the model; one, and on a GPU one per core up to 8, "
+        "when unset.",
+    )
     embed_threads: int | None = Field(
         None,
         ge=1,

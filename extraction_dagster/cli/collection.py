@@ -44,7 +44,7 @@ def stage() -> None:
     from extraction_dagster.stages.index.staging import stage_collection
 
     settings = load_settings()
-    model = load_model(settings)
+    model = load_model(settings, may_compile=False)
     with open_point_store(settings) as store:
         beside = stage_collection(store, CollectionSpec.of(settings, dim=model.dim, fingerprint=model.fingerprint))
     if beside:

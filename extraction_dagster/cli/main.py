@@ -12,6 +12,7 @@ import typer
 
 from extraction_dagster import __version__
 from extraction_dagster.cli import (
+    backfill,
     checkpoint,
     collection,
     console,
@@ -21,6 +22,7 @@ from extraction_dagster.cli import (
     frames,
     init,
     launch,
+    metrics,
     points,
     reconcile,
     retry,
@@ -53,8 +55,9 @@ def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-for module in (init, demo, run, status, launch, errors, retry, reconcile, search, doctor):
+for module in (init, demo, run, status, launch, errors, retry, reconcile, search, metrics, doctor):
     app.command(name=module.__name__.rpartition(".")[2])(_interruptible(module.command))
+app.command(name="backfill", cls=backfill.TakesNegativeIds)(_interruptible(backfill.command))
 for group in (checkpoint, collection, frames, points):
     for command in group.app.registered_commands:
         if command.callback is not None:

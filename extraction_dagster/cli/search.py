@@ -124,10 +124,10 @@ def _query(settings: Settings, *, image: Path | None, video: Path | None, text: 
 
     if image is not None:
         picture = load_query_image(image)  # before the model is loaded: a wrong file is refused at once
-        model = load_model(settings)
+        model = load_model(settings, may_compile=False)
         vector = embed_query_image(model, picture, shown=str(image))
         return _Query("image", str(image), vector[None], (image.read_bytes(),), _spec(settings, model))
-    model = load_model(settings)
+    model = load_model(settings, may_compile=False)
     if video is not None:
         found = embed_query_video(model, video, settings)
         return _Query("video", str(video), found.vectors, found.jpegs, _spec(settings, model))

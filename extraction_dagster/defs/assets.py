@@ -10,10 +10,10 @@ from typing import Any
 import dagster as dg
 
 from extraction_dagster.defs import checks
-from extraction_dagster.defs.decoding import decode_range, let_frames_go
+from extraction_dagster.defs.decoding import decode_range, let_frames_go, merge_small_shards
 from extraction_dagster.defs.embedding import embed_range
 from extraction_dagster.defs.indexing import index_range
-from extraction_dagster.defs.metadata import as_metadata, failures_table
+from extraction_dagster.defs.metadata import as_metadata, failures_table, stopped_table
 from extraction_dagster.defs.partitions import id_ranges
 from extraction_dagster.defs.range_work import RangeWork, Report, work_on
 from extraction_dagster.defs.resources import Extraction
@@ -109,6 +109,8 @@ def qdrant_points(
             yield checks.points_differ(error)
             raise
         let_frames_go(work)
+        if report.numbers["videos"]:
+            merge_small_shards(work)
         found = [
             checks.points_verified(points=report.verified),
             checks.failure_rate(
@@ -124,7 +126,10 @@ def qdrant_points(
 def _result(asset: str, work: RangeWork, report: Report, found: list[dg.AssetCheckResult]) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """A materialization: numbers that plot over time, failures, a contact sheet; and what it was made with."""
     entries = work.entries()
-    states = [entry.state for record_id, entry in entries.items() if record_id in work.plan]
+    mine = [entry for record_id, entry in sorted(entries.items()) if record_id in work.plan]
+    states = [entry.state for entry in mine]
+    failed_now = {failure.record_id for failure in report.failures}
+    stopped = [entry for entry in mine if entry.state in {"failed", "parked"} and entry.record_id not in failed_now]
     numbers = {
         "records": len(work.plan),
         **report.numbers,
@@ -139,7 +144,12 @@ def _result(asset: str, work: RangeWork, report: Report, found: list[dg.AssetChe
     }
     pictures = {"contact_sheet": dg.MetadataValue.md(report.markdown)} if report.markdown else {}
     return dg.MaterializeResult(
-        metadata={**pictures, **failures_table(report.failures), **as_metadata(numbers, texts)},
+        metadata={
+            **pictures,
+            **failures_table(report.failures),
+            **stopped_table("earlier_failures", stopped),
+            **as_metadata(numbers, texts),
+        },
         check_results=found,
         data_version=data_version(asset, entries),
         tags={CODE_VERSION_TAG: code_versions(work.settings)[asset]},

@@ -6,13 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from extraction_dagster.defs.metadata import in_table
+from extraction_dagster.defs.metadata import stopped_table
 from extraction_dagster.defs.partitions import id_ranges
 
 if TYPE_CHECKING:
     from extraction_dagster.stages.catalog.ledger import LedgerEntry
-
-_MOST_RECORDS_SHOWN = 100
 
 
 def _spec(name: str, asset: str, description: str, *, blocking: bool = False) -> dg.AssetCheckSpec:
@@ -68,27 +66,12 @@ def failure_rate(
     bad = [entry for _, entry in sorted(entries.items()) if entry.state in {"failed", "parked"}]
     rate = len(bad) / num_records if num_records else 0.0
     metadata: dict[str, Any] = {"records": num_records, "records_failed_or_parked": len(bad), "rate": round(rate, 4)}
-    if bad:
-        metadata["records_table"] = dg.MetadataValue.table([_row(entry) for entry in bad[:_MOST_RECORDS_SHOWN]])
     return dg.AssetCheckResult(
         check_name=spec.name,
         passed=rate <= most,
         severity=dg.AssetCheckSeverity.WARN,
         description=f"{len(bad)} of {num_records} records are failed or parked ({rate:.1%}; {most:.1%} is let pass).",
-        metadata=metadata,
-    )
-
-
-def _row(entry: "LedgerEntry") -> dg.TableRecord:
-    kind, _, message = (entry.last_error or "").partition(": ")
-    return dg.TableRecord(
-        {
-            "record": entry.record_id,
-            "state": entry.state,
-            "tries": entry.attempts,
-            "type": kind,
-            "message": in_table(message.removeprefix(f"Record {entry.record_id}: ")),
-        }
+        metadata=metadata | stopped_table("records_table", bad),
     )
 
 

@@ -71,6 +71,19 @@ def let_frames_go(work: RangeWork) -> None:
         prune_frames(work.extraction.frame_store(), work.id_range, work.entries(), work.made_with, keep=keep)
 
 
+def merge_small_shards(work: RangeWork) -> None:
+    """Merge small shards once there are many; what can't be merged now is left as it is."""
+    from extraction_dagster.stages.decode.compaction import CompactionOptions, compact_frames  # noqa: PLC0415
+    from extraction_dagster.stages.embed.compaction import compact_embeddings  # noqa: PLC0415
+
+    options = CompactionOptions.from_settings(work.settings)
+    try:
+        compact_frames(work.extraction.frame_store(), work.id_range, work.entries(), options)
+        compact_embeddings(work.extraction.embedding_store(), work.id_range, options)
+    except OSError as error:
+        _log.warning("Small shards of range %s stay as they are: %s", work.id_range, error)
+
+
 def _bounds(id_range: IdRange) -> tuple[int, int]:
     return id_range.first_id, id_range.last_id
 

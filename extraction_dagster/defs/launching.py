@@ -5,7 +5,7 @@ no daemon, and keeps the model resident from one range to the next.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -67,13 +67,16 @@ def open_instance(settings: Settings) -> Iterator[dg.DagsterInstance]:
         yield instance
 
 
-def launch(instance: dg.DagsterInstance, id_range: IdRange, *, floor_id: int | None = None) -> FinishedRun:
-    """Materialize the three assets of a range, in this process.
+def launch(
+    instance: dg.DagsterInstance, id_range: IdRange, *, floor_id: int | None = None, assets: Sequence[str] = ()
+) -> FinishedRun:
+    """Materialize the assets of a range, in this process.
 
     Args:
         instance: The Dagster instance.
         id_range: The range.
         floor_id: Rows at or below are left alone.
+        assets: Names of those that are materialized; all three when empty.
 
     Raises:
         RangeBusyError: The range has an active run already.
@@ -93,6 +96,7 @@ def launch(instance: dg.DagsterInstance, id_range: IdRange, *, floor_id: int | N
         partition_key=id_range.partition_key,
         run_id=run_id,
         tags={**process_tags(run_id), **({} if floor_id is None else {FLOOR_TAG: str(floor_id)})},
+        asset_selection=[dg.AssetKey(name) for name in assets] or None,
         run_config=_QUIET,
         raise_on_error=False,
     )

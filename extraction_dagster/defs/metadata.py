@@ -4,11 +4,15 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import dagster as dg
 
 from extraction_dagster.addresses import scrubbed
 from extraction_dagster.records import Failure
+
+if TYPE_CHECKING:
+    from extraction_dagster.stages.catalog.ledger import LedgerEntry
 
 MOST_FAILURES_SHOWN = 100
 _LONGEST_MESSAGE = 200
@@ -81,6 +85,26 @@ def failures_table(failures: Sequence[Failure]) -> dict[str, dg.TableMetadataVal
         for item in failures[:MOST_FAILURES_SHOWN]
     ]
     return {"failures_table": dg.MetadataValue.table(records, schema=_COLUMNS)}
+
+
+def stopped_table(name: str, entries: Sequence["LedgerEntry"]) -> dict[str, dg.TableMetadataValue]:
+    """Records that are failed or parked, as a table of this name; nothing when there is none."""
+    if not entries:
+        return {}
+    return {name: dg.MetadataValue.table([_stopped(entry) for entry in entries[:MOST_FAILURES_SHOWN]])}
+
+
+def _stopped(entry: "LedgerEntry") -> dg.TableRecord:
+    kind, _, message = (entry.last_error or "").partition(": ")
+    return dg.TableRecord(
+        {
+            "record": entry.record_id,
+            "state": entry.state,
+            "tries": entry.attempts,
+            "type": kind,
+            "message": in_table(message.removeprefix(f"Record {entry.record_id}: ")),
+        }
+    )
 
 
 def as_metadata(numbers: Mapping[str, float], texts: Mapping[str, str]) -> dict[str, dg.MetadataValue]:

@@ -32,6 +32,9 @@ class Sensor:
     def active(self):
         return list(self.running)
 
+    def backfilled(self):
+        return []
+
     def partitions(self, _record_ids):
         return set(self.known)
 

@@ -219,9 +219,18 @@ class Site:
         """Run a `dagster` command on this site's workspace."""
         return self._run("dagster", *arguments, "-w", self.folder / "workspace.yaml")
 
+    def command(self, name):
+        """How a command of this environment is started."""
+        return [BIN / name]
+
     def _run(self, command, *arguments):
         done = subprocess.run(
-            [BIN / command, *arguments], cwd=self.folder, capture_output=True, text=True, check=False, timeout=180
+            [*self.command(command), *arguments],
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=180,
         )
         assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout

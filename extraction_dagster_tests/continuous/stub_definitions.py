@@ -97,4 +97,5 @@ defs = dg.Definitions(
     jobs=[extraction_job],
     sensors=[extraction_sensor],
     resources={"extraction": Extraction()},
+    executor=dg.in_process_executor,
 )

@@ -95,6 +95,8 @@ def test_the_second_run_of_a_range_finds_nothing_to_do_and_says_so(world):
     )
     assert (frames["videos"], frames["frames"], frames["failures"], frames["records_parked"]) == (0, 0, 0, 1)
     assert "failures_table" not in frames
+    (stopped,) = frames["earlier_failures"].records
+    assert (stopped.data["record"], stopped.data["state"], stopped.data["type"]) == (4, "parked", "VideoOpenError")
     assert "contact_sheet" not in frames
     assert "frames_per_second" not in frames
     assert (vectors["videos"], vectors["frames"]) == (0, 0)

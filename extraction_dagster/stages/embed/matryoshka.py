@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,9 +10,10 @@ import numpy as np
 from extraction_dagster.errors import SettingsError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from extraction_dagster.stages.embed.model import EmbeddingModel, TextEmbeddingModel
+    from extraction_dagster.stages.embed.passes import Pending
 
 
 def check_dim(wanted: int | None, dim: int | None, model: str) -> None:
@@ -22,6 +24,20 @@ def check_dim(wanted: int | None, dim: int | None, model: str) -> None:
     """
     if wanted is not None and dim is not None and wanted > dim:
         raise SettingsError("EXTRACTION_EMBEDDING_DIM", str(wanted), f"at most {dim}, the numbers that {model!r} gives")
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """A pass whose vectors are cut once they are there."""
+
+    whole: Pending
+    cut: Callable[[np.ndarray], np.ndarray]
+
+    def done(self) -> bool:
+        return self.whole.done()
+
+    def result(self) -> np.ndarray:
+        return self.cut(self.whole.result())
 
 
 class TruncatedModel:
@@ -35,6 +51,10 @@ class TruncatedModel:
     def prepare(self, images: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
         """As the model does."""
         return self.model.prepare(images)
+
+    def start(self, pixels: np.ndarray) -> Pending:
+        """Start a pass over prepared pixels."""
+        return _Cut(self.model.start(pixels), self.cut)
 
     def embed_prepared(self, pixels: np.ndarray) -> np.ndarray:
         """Vectors of prepared pixels, float32 (N, dim), not normalised."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from extraction_dagster.settings import Settings
+    from extraction_dagster.stages.embed.passes import Pending, ResidentModel
 
 # What becomes of a network's vector before it is kept, the same for every model; part of every fingerprint.
 _STORED = {"normalisation": "l2", "normalisation_dtype": "float64", "storage_dtype": "float16"}
@@ -50,6 +51,10 @@ class EmbeddingModel(Protocol):
 
     def prepare(self, images: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
         """Resize uint8 (H, W, 3) RGB images to the network's pixels, uint8 (N, h, w, 3); safe in any thread."""
+        ...
+
+    def start(self, pixels: np.ndarray) -> Pending:
+        """Start a pass over prepared pixels; its vectors are float32 (N, dim), not normalised."""
         ...
 
     def embed_prepared(self, pixels: np.ndarray) -> np.ndarray:
@@ -88,15 +93,15 @@ class ModelFamily:
     settings_identity: Callable[[Settings], Mapping[str, object]]
     identity: Callable[[Settings], Mapping[str, object]]
     dim: Callable[[Settings], int | None]
-    load: Callable[[Settings, str], EmbeddingModel]
+    load: Callable[[Settings, str], ResidentModel]
 
 
 def _lite0_family() -> ModelFamily:
     return ModelFamily(
         shown=f"{efficientnet_lite0.NAME} (packaged, offline)",
         answers_for=lambda name: name == efficientnet_lite0.NAME,
-        settings_identity=lambda _: efficientnet_lite0.settings_identity(),
-        identity=lambda _: efficientnet_lite0.identity(),
+        settings_identity=efficientnet_lite0.settings_identity,
+        identity=efficientnet_lite0.identity,
         dim=lambda _: efficientnet_lite0.DIM,
         load=lambda settings, fingerprint: efficientnet_lite0.load(settings, fingerprint=fingerprint),
     )
@@ -134,8 +139,12 @@ _resident: dict[tuple[object, ...], EmbeddingModel] = {}
 _loading = threading.Lock()
 
 
-def load_model(settings: Settings) -> EmbeddingModel:
+def load_model(settings: Settings, *, may_compile: bool = True) -> EmbeddingModel:
     """The model of the settings, loaded once per process; another model replaces the resident one.
+
+    Args:
+        settings: model and what goes with it.
+        may_compile: With EXTRACTION_COMPILE, compile the model if nobody has: not worth it for a single query.
 
     Raises:
         EmbeddingModelError: No family answers for the name.
@@ -144,13 +153,28 @@ def load_model(settings: Settings) -> EmbeddingModel:
         EmbeddingDeviceError: The device is not there.
         SettingsError: embedding_dim is more than the model gives.
     """
-    key = (embedding_fingerprint(settings), settings.device, settings.embed_threads)
+    key = (
+        embedding_fingerprint(settings),
+        settings.device,
+        settings.embed_threads,
+        settings.compile != "off" and (settings.compile, settings.home, may_compile),
+    )
     with _loading:
         if key not in _resident:
             _resident.clear()
             import_torch()
-            _resident[key] = _shortened(_family(settings.model).load(settings, str(key[0])), settings.embedding_dim)
+            _resident[key] = _loaded(settings, str(key[0]), may_compile=may_compile)
         return _resident[key]
+
+
+def _loaded(settings: Settings, fingerprint: str, *, may_compile: bool) -> EmbeddingModel:
+    family = _family(settings.model)
+    model = family.load(settings, fingerprint)
+    if settings.compile != "off":
+        from extraction_dagster.stages.embed.compiled import speed_up  # noqa: PLC0415 - few processes need it
+
+        speed_up(model, settings, identity=family.identity(settings), may_compile=may_compile)
+    return _shortened(model, settings.embedding_dim)
 
 
 def _shortened(model: EmbeddingModel, dim: int | None) -> EmbeddingModel:

@@ -1,16 +1,18 @@
-"""Reading ahead in a thread, in order and bounded."""
+"""Reading ahead in threads, in order and bounded."""
 
 from __future__ import annotations
 
 import queue
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Iterator
+    from collections.abc import Callable, Generator, Iterable, Iterator
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 class _Reader(Generic[T]):
@@ -57,19 +59,24 @@ class _Reader(Generic[T]):
 
 
 @contextmanager
-def prefetch(items: Iterable[T], *, depth: int) -> Generator[Iterator[T]]:
-    """Draw items in a thread while the caller works on earlier ones.
+def prefetch(items: Iterable[T], work: Callable[[T], R], *, depth: int, threads: int = 1) -> Generator[Iterator[R]]:
+    """Draw items in a thread, and work on each in one of several, while the caller uses earlier ones.
 
     Args:
         items: Drawn in that thread alone, in order; what it raises is raised where its place in the order is.
-        depth: The most items that wait.
+        work: What is done to each; what it raises is likewise raised in its place.
+        depth: The most items that wait, worked on or not.
+        threads: How many are worked on at once.
 
     Yields:
-        The items. At the end of the `with`, reached or not, the thread has ended.
+        What the work made of each item, in the items' order. At the end of the `with`, reached or not, the threads have
+        ended.
     """
-    reader = _Reader(items, depth)
-    try:
-        with closing(iter(reader)) as drawn:
-            yield drawn
-    finally:
-        reader.stop()
+    with ThreadPoolExecutor(threads, thread_name_prefix="embed-prepare") as pool:
+        reader = _Reader((pool.submit(work, item) for item in items), depth)
+        try:
+            with closing(iter(reader)) as drawn:
+                yield (future.result() for future in drawn)
+        finally:
+            reader.stop()
+            pool.shutdown(cancel_futures=True)

@@ -13,6 +13,7 @@ from extraction_dagster.records import VideoRow
 from extraction_dagster.stages.decode.jpeg import decode_frames
 from extraction_dagster.stages.decode.pool import PoolOptions, decode_all
 from extraction_dagster.stages.decode.task import DecodeJob
+from extraction_dagster.stages.embed.runtime import batch_size
 from extraction_dagster.stages.embed.vectors import normalise
 
 if TYPE_CHECKING:
@@ -53,10 +54,10 @@ def embed_query_video(
     shown, file = str(path), Path(path).absolute()
     if not file.is_file():
         raise QueryVideoError(shown, "there is no such file.")
-    frames = _decode(file, settings, shown)
+    frames = _decode(file.resolve(), settings, shown)
     chosen = np.unique(np.linspace(0, len(frames) - 1, min(max_frames, len(frames))).round().astype(int))
     pictures = decode_frames(frames).data[chosen]
-    size = settings.embed_batch_size
+    size = batch_size(settings, model.device)
     raw = np.concatenate(
         [model.embed_images(pictures[start : start + size]) for start in range(0, len(pictures), size)]
     )

@@ -11,9 +11,17 @@ import math
 import os
 import platform
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from extraction_dagster.errors import EmbeddingDeviceError
+from extraction_dagster.stages.embed.gpu_lease import lease_gpu
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from extraction_dagster.settings import Settings
 
 _log = logging.getLogger(__name__)
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/cpu.max")
@@ -38,18 +46,20 @@ def import_torch() -> None:
             del os.environ["OMP_WAIT_POLICY"]
 
 
-def resolve_device(device: str) -> str:
+def resolve_device(device: str, leases: Path) -> str:
     """The device that a setting means on this machine: `"cpu"`, `"cuda:N"` or `"mps"`.
 
     Args:
-        device: auto (the first CUDA device, else the CPU), cpu, cuda, cuda:N or mps.
+        device: auto (a CUDA device that no other process has leased, else the CPU), cuda (the first), cuda:N, mps, cpu.
+        leases: Folder in which processes lease CUDA devices.
 
     Raises:
         EmbeddingDeviceError: The device is not there.
     """
     present = _present_devices()
     if device == "auto":
-        return "cuda:0" if "cuda:0" in present else "cpu"
+        gpus = [name for name in present if name.startswith("cuda")]
+        return lease_gpu(gpus, leases) if gpus else "cpu"
     wanted = "cuda:0" if device == "cuda" else device
     if wanted not in present:
         raise EmbeddingDeviceError(device, ", ".join(present))
@@ -70,17 +80,40 @@ def tune_process(device: str, threads: int | None) -> None:
     once and faults them in again at the next pass: about half of the CPU time. So on the CPU, under glibc, freed
     memory is kept for the next pass instead: the process's memory stays at its peak until it ends.
 
-    On CUDA, convolutions and products run in IEEE float32, not TF32, so that vectors are the same on every device.
+    On CUDA, convolutions and products run in IEEE float32, not TF32, so that vectors are the same on every device; the
+    CPU only makes pixels, in threads of their own, each of which works alone.
     """
     import torch
 
     if device != "cpu":
         torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined] # made at run time
         torch.backends.cuda.matmul.fp32_precision = "ieee"
+        if device.startswith("cuda"):
+            torch.set_num_threads(1)
         return
     if threads or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads or usable_cores())
     _keep_freed_memory()
+
+
+def autocast(device: str, dtype: str) -> AbstractContextManager[object]:
+    """Compute in float32 (as the network is), bfloat16 or float16."""
+    import torch
+
+    return nullcontext() if dtype == "float32" else torch.autocast(device.partition(":")[0], getattr(torch, dtype))
+
+
+def batch_size(settings: Settings, device: str) -> int:
+    """Frames per forward pass on a device, default applied.
+
+    On the CPU larger batches than 16 gain nothing and take memory; a GPU is not filled by 16.
+    """
+    return settings.embed_batch_size or (128 if device.startswith("cuda") else 16)
+
+
+def num_readers(settings: Settings, device: str) -> int:
+    """Threads that make pixels for a device, default applied: a GPU waits for more of them than one."""
+    return settings.embed_readers or (min(8, usable_cores()) if device.startswith("cuda") else 1)
 
 
 def usable_cores(limit_file: Path = _CGROUP_LIMIT) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -12,6 +13,7 @@ from extraction_dagster.errors import ExtractionError, InvalidVectorError, Store
 from extraction_dagster.records import EmbeddingBatch, Failure
 from extraction_dagster.stages.embed.batching import BatchEmbedder, embed_pieces
 from extraction_dagster.stages.embed.prefetch import prefetch
+from extraction_dagster.stages.embed.runtime import batch_size, num_readers
 from extraction_dagster.stages.embed.vectors import normalise
 
 if TYPE_CHECKING:
@@ -92,13 +94,13 @@ class _Result:
         unit, faults = normalise(vectors)
         self.vectors.append(unit.astype(np.float16))
         bad = next((n for n, fault in enumerate(faults) if fault), None)
-        if bad is not None and self.failure is None:
+        if bad is not None:
             number = int(self.frames.frame_number[first + bad])
             self.fail(InvalidVectorError(self.frames.record_id, number, model.name, str(faults[bad])))
 
     def fail(self, error: ExtractionError) -> None:
-        """Mark the record as failed."""
-        self.failure = Failure(
+        """Mark the record as failed; its first error stays."""
+        self.failure = self.failure or Failure(
             record_id=self.frames.record_id,
             content_version=self.frames.content_version,
             stage="embed",
@@ -110,10 +112,12 @@ class _Result:
 
 @dataclass(frozen=True, slots=True)
 class _Piece(Generic[S]):
-    """A mark in the stream: frames of a record, or the end of its shard."""
+    """A mark in the stream: some frames of a record, those that can't be read, or the end of its shard."""
 
     shard: S
     result: _Result | None
+    frames: range = range(0)
+    error: StoredFrameError | None = None
 
 
 def embed_shards(  # noqa: PLR0913 - the shards and what handles them, each by name
@@ -137,7 +141,7 @@ def embed_shards(  # noqa: PLR0913 - the shards and what handles them, each by n
         store: Takes the vectors.
         model: The resident model.
         partition: The partition that the shards belong to.
-        settings: embed_batch_size.
+        settings: embed_batch_size, embed_readers.
         reuse: Whether vectors that are there already will do.
 
     Yields:
@@ -155,11 +159,13 @@ def embed_shards(  # noqa: PLR0913 - the shards and what handles them, each by n
             yield EmbeddedShard(there, there.failures, there.num_frames, 0.0, 0.0, reused=True)
         else:
             todo.append(shard)
-    embedder = BatchEmbedder(model, settings.embed_batch_size)
+    size, readers = batch_size(settings, model.device), num_readers(settings, model.device)
     clock = _Clock()
-    with prefetch(_pieces(todo, frames, model, settings.embed_batch_size), depth=_PIECES_AHEAD) as pieces:
+    with prefetch(
+        _pieces(todo, frames, size), partial(_prepared, model), depth=_PIECES_AHEAD + readers, threads=readers
+    ) as pieces:
         results: list[_Result] = []
-        for piece, vectors in embed_pieces(pieces, embedder):
+        for piece, vectors in embed_pieces(pieces, BatchEmbedder(model, size)):
             if piece.result is None:
                 written = _write(store, partition, piece.shard.name, results, model.dim)
                 yield EmbeddedShard(written, written.failures, written.num_frames, *clock.lap())
@@ -167,6 +173,8 @@ def embed_shards(  # noqa: PLR0913 - the shards and what handles them, each by n
                 continue
             if not results or results[-1] is not piece.result:
                 results.append(piece.result)
+            if piece.error:
+                piece.result.fail(piece.error)
             piece.result.take(vectors, model)
 
 
@@ -196,22 +204,24 @@ def _is_current(there: EmbeddingShard, shard: SourceShard) -> bool:
     )
 
 
-def _pieces(
-    shards: Sequence[S], source: FrameSource[S], model: EmbeddingModel, size: int
-) -> Iterator[tuple[_Piece[S], np.ndarray]]:
-    """The stream of a reading thread: each record's prepared frames, at most `size` at a time, then its shard's end."""
-    nothing = np.empty((0, 1, 1, 3), np.uint8)
+def _pieces(shards: Sequence[S], source: FrameSource[S], size: int) -> Iterator[_Piece[S]]:
+    """The stream of a reading thread: each record's frames, at most `size` at a time, then its shard's end."""
     for shard in shards:
         for frames in source.read(shard):
             result = _Result(frames)
-            piece = _Piece(shard, result)
-            try:
-                for start in range(0, len(frames), size):
-                    yield piece, model.prepare([_decode(frames, n) for n in range(len(frames))[start : start + size]])
-            except StoredFrameError as error:
-                result.fail(error)
-                yield piece, nothing
-        yield _Piece(shard, None), nothing
+            for start in range(0, len(frames), size):
+                yield _Piece(shard, result, range(start, min(start + size, len(frames))))
+        yield _Piece(shard, None)
+
+
+def _prepared(model: EmbeddingModel, piece: _Piece[S]) -> tuple[_Piece[S], np.ndarray]:
+    """The piece and its pixels; without any where a frame can't be read."""
+    if piece.result is not None:
+        try:
+            return piece, model.prepare([_decode(piece.result.frames, n) for n in piece.frames])
+        except StoredFrameError as error:
+            piece = replace(piece, error=error)
+    return piece, np.empty((0, 1, 1, 3), np.uint8)
 
 
 def _decode(frames: EncodedFrames, n: int) -> np.ndarray:

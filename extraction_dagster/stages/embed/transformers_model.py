@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from extraction_dagster.errors import ExtractionError, ModelFilesError, ModelLibraryError
 from extraction_dagster.stages.embed import hub
+from extraction_dagster.stages.embed.gpu_lease import LEASES
 from extraction_dagster.stages.embed.model_folder import inspect_folder
-from extraction_dagster.stages.embed.runtime import resolve_device, tune_process
+from extraction_dagster.stages.embed.passes import ResidentModel
+from extraction_dagster.stages.embed.runtime import autocast, resolve_device, tune_process
 from extraction_dagster.stages.embed.transformers_pixels import AS_PROCESSOR, Pixels
 
 if TYPE_CHECKING:
@@ -81,10 +83,12 @@ def _folder(settings: Settings) -> Path:
     return Path(settings.model).expanduser().absolute()
 
 
-class TransformersModel:
+class TransformersModel(ResidentModel):
     """A model of transformers, resident on one device."""
 
-    def __init__(self, name: str, network: torch.nn.Module, pixels: Pixels, **where: Any) -> None:  # noqa: ANN401 - below
+    network: torch.nn.Module
+
+    def __init__(self, name: str, network: torch.nn.Module, pixels: Pixels, **where: str) -> None:
         """Take a network and its pixels.
 
         Args:
@@ -95,9 +99,8 @@ class TransformersModel:
         """
         import torch
 
-        self.name, self.device, self.fingerprint = name, str(where["device"]), str(where["fingerprint"])
-        self.network = network
-        self._torch, self._pixels, self._dtype = torch, pixels, str(where["dtype"])
+        super().__init__(name, network, device=where["device"], fingerprint=where["fingerprint"])
+        self._torch, self._pixels, self._dtype = torch, pixels, where["dtype"]
         self._scale, self._offset = (
             torch.from_numpy(part).to(self.device)[None, :, None, None] for part in (pixels.scale, pixels.offset)
         )
@@ -107,33 +110,11 @@ class TransformersModel:
         """Resize and crop to what the network takes, uint8 (N, h, w, 3); safe in any thread."""
         return self._pixels.prepare(images)
 
-    def embed_prepared(self, pixels: np.ndarray) -> np.ndarray:
-        """Vectors of prepared pixels, float32 (N, dim), not normalised."""
-        with self._torch.inference_mode():
-            tensor = self._torch.from_numpy(pixels)
-            if self.device.startswith("cuda"):
-                tensor = tensor.pin_memory()
-            return self.numbers(self.forward(tensor.to(self.device, non_blocking=True)))
-
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 (N, h, w, 3) on the device to float32 (N, dim) there."""
+        """uint8 (N, h, w, 3) on the device to (N, dim) there."""
         x = pixels.permute(0, 3, 1, 2).float().mul(self._scale).add_(self._offset)
-        with self.autocast():
+        with autocast(self.device, self._dtype):
             return _features(self.network, "get_image_features", pixel_values=x)
-
-    def embed_images(self, images: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
-        """Vectors of images of any size, float32 (N, dim), not normalised."""
-        return self.embed_prepared(self.prepare(images))
-
-    def autocast(self) -> Any:  # noqa: ANN401 - torch's context managers share no typed base
-        """Compute in the configured type; float32 is the network's own."""
-        kind = getattr(self._torch, self._dtype)
-        return self._torch.autocast(self.device.partition(":")[0], kind, enabled=self._dtype != "float32")
-
-    def numbers(self, vectors: torch.Tensor) -> np.ndarray:
-        """A tensor of any device and type as float32 numpy."""
-        values: np.ndarray[Any, Any] = vectors.float().cpu().numpy()
-        return values
 
 
 class TransformersTextModel(TransformersModel):
@@ -146,9 +127,10 @@ class TransformersTextModel(TransformersModel):
 
     def embed_text(self, texts: Sequence[str]) -> np.ndarray:
         """Vectors of texts, float32 (N, dim), not normalised; what is longer than the model reads is cut off."""
-        with self._torch.inference_mode(), self.autocast():
+        with self._torch.inference_mode(), autocast(self.device, self._dtype):
             tokens = self._tokenize(list(texts)).to(self.device)
-            return self.numbers(_features(self.network, "get_text_features", **tokens))
+            vectors: np.ndarray[Any, Any] = _features(self.network, "get_text_features", **tokens).float().cpu().numpy()
+            return vectors
 
 
 def load(settings: Settings, *, fingerprint: str) -> TransformersModel:
@@ -159,7 +141,7 @@ def load(settings: Settings, *, fingerprint: str) -> TransformersModel:
         ModelFilesError: The files are missing, damaged, refused, or don't fit each other.
         EmbeddingDeviceError: The device is not there.
     """
-    device = resolve_device(settings.device)
+    device = resolve_device(settings.device, settings.home / LEASES)
     _need_library(settings.model)
     folder = inspect(settings)
     tune_process(device, settings.embed_threads)

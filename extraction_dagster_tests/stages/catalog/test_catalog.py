@@ -129,6 +129,17 @@ def test_each_further_try_waits_twice_as_long(database):
     catalog.close()
 
 
+def test_words_that_no_database_takes_are_written_down_all_the_same(database):
+    database.create(ids=(1,))
+    catalog = database.catalog()
+    said = Failure(1, "", "decode", "VideoOpenError", "odd \0 name \udcff", details="bytes\0\0 and \ud800")
+    fail(catalog, [said])
+    (error,) = catalog.ledger.errors(limit=9)
+    assert (error.error_message, error.error_details) == ("odd \\0 name \\udcff", "bytes\\0\\0 and \\ud800")
+    assert catalog.ledger.entries(ALL)[1].last_error == "VideoOpenError: odd \\0 name \\udcff"
+    catalog.close()
+
+
 def test_a_permanent_failure_parks_at_once(database):
     database.create(ids=(1,))
     catalog = database.catalog()

@@ -178,14 +178,3 @@ def test_an_absent_device_is_refused_before_anything_is_loaded():
         pytest.skip("this machine has a GPU")
     with pytest.raises(EmbeddingDeviceError, match="Device 'cuda' is not available"):
         load_model(Settings(device="cuda"))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-def test_vectors_of_the_gpu_are_those_of_the_cpu(model, make_picture, cpu_settings):
-    images = [make_picture(n, 112, 80) for n in range(20)]
-    expected, _ = normalise(model.embed_images(images))
-
-    got, _ = normalise(load_model(cpu_settings.model_copy(update={"device": "cuda"})).embed_images(images))
-
-    assert (got * expected).sum(1).min() > 0.99999

@@ -8,12 +8,16 @@ import pytest
 from extraction_dagster.stages.embed.prefetch import prefetch
 
 
+def same(item):
+    return item
+
+
 def test_items_come_in_order_and_from_another_thread():
     def items():
         for n in range(50):
             yield n, threading.current_thread() is threading.main_thread()
 
-    with prefetch(items(), depth=3) as drawn:
+    with prefetch(items(), same, depth=3) as drawn:
         assert list(drawn) == [(n, False) for n in range(50)]
 
 
@@ -25,7 +29,7 @@ def test_an_error_is_raised_at_its_place_in_the_order():
         raise OSError(message)
 
     seen = []
-    with pytest.raises(OSError, match="third"), prefetch(items(), depth=5) as drawn:
+    with pytest.raises(OSError, match="third"), prefetch(items(), same, depth=5) as drawn:
         seen.extend(drawn)
 
     # extend takes nothing from an iterator that raises half-way but what it already took
@@ -42,7 +46,7 @@ def test_the_reader_never_runs_further_ahead_than_the_depth():
             waiting.release()
             yield n
 
-    with prefetch(items(), depth=2) as drawn:
+    with prefetch(items(), same, depth=2) as drawn:
         next(drawn)  # frees one place: items 0, 1, 2 may be drawn, a fourth may not
         for _ in range(3):
             assert waiting.acquire(timeout=10)
@@ -53,7 +57,7 @@ def test_the_reader_never_runs_further_ahead_than_the_depth():
 def test_leaving_early_ends_the_thread():
     before = threading.active_count()
 
-    with prefetch(count(), depth=2) as drawn:
+    with prefetch(count(), same, depth=2) as drawn:
         assert next(drawn) == 0
 
     assert threading.active_count() == before
@@ -63,7 +67,7 @@ def test_leaving_by_an_interrupt_ends_the_thread():
     before = threading.active_count()
 
     def interrupted():
-        with prefetch(count(), depth=2):
+        with prefetch(count(), same, depth=2):
             message = "now"
             raise KeyboardInterrupt(message)
 
@@ -71,3 +75,28 @@ def test_leaving_by_an_interrupt_ends_the_thread():
         interrupted()
 
     assert threading.active_count() == before
+
+
+def test_items_are_worked_on_at_once_and_still_come_in_order():
+    both = threading.Barrier(2)
+
+    def work(n):
+        both.wait(timeout=30)  # never passes unless another thread works too
+        return n * 10
+
+    with prefetch(range(8), work, depth=4, threads=2) as done:
+        assert list(done) == [0, 10, 20, 30, 40, 50, 60, 70]
+
+
+def test_an_error_of_the_work_is_raised_in_its_place():
+    def work(n):
+        if n == 2:
+            message = "third"
+            raise OSError(message)
+        return n
+
+    seen = []
+    with pytest.raises(OSError, match="third"), prefetch(count(), work, depth=5, threads=3) as done:
+        seen.extend(done)
+
+    assert seen == [0, 1]

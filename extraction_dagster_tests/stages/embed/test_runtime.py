@@ -8,33 +8,43 @@ import pytest
 import torch  # noqa: TID253 - what the settings act on
 
 from extraction_dagster.errors import EmbeddingDeviceError
-from extraction_dagster.stages.embed.runtime import resolve_device, tune_process, usable_cores
+from extraction_dagster.settings import Settings
+from extraction_dagster.stages.embed import gpu_lease
+from extraction_dagster.stages.embed.runtime import (
+    batch_size,
+    num_readers,
+    resolve_device,
+    tune_process,
+    usable_cores,
+)
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens on a machine without a GPU")
 
 
 @NO_GPU
 @pytest.mark.parametrize("device", ["cuda", "cuda:3", "mps"])
-def test_a_device_that_is_not_there_is_an_error_that_names_those_that_are(device):
+def test_a_device_that_is_not_there_is_an_error_that_names_those_that_are(device, tmp_path):
     with pytest.raises(EmbeddingDeviceError, match=rf"Device '{device}' is not available, .* sees: cpu\. Set"):
-        resolve_device(device)
+        resolve_device(device, tmp_path)
 
 
 @NO_GPU
-def test_auto_is_the_cpu_where_there_is_no_gpu():
-    assert resolve_device("auto") == "cpu"
-    assert resolve_device("cpu") == "cpu"
+def test_auto_is_the_cpu_where_there_is_no_gpu(tmp_path):
+    assert resolve_device("auto", tmp_path) == "cpu"
+    assert resolve_device("cpu", tmp_path) == "cpu"
 
 
-def test_auto_is_the_first_gpu_and_a_number_is_checked(monkeypatch):
+def test_auto_is_the_first_gpu_and_a_number_is_checked(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(gpu_lease, "_uuid", str)
+    monkeypatch.setattr(gpu_lease, "_held", {})
 
-    assert resolve_device("auto") == "cuda:0"
-    assert resolve_device("cuda") == "cuda:0"
-    assert resolve_device("cuda:1") == "cuda:1"
+    assert resolve_device("auto", tmp_path) == "cuda:0"
+    assert resolve_device("cuda", tmp_path) == "cuda:0"
+    assert resolve_device("cuda:1", tmp_path) == "cuda:1"
     with pytest.raises(EmbeddingDeviceError, match=r"Device 'cuda:2' is not available, .*: cpu, cuda:0, cuda:1"):
-        resolve_device("cuda:2")
+        resolve_device("cuda:2", tmp_path)
 
 
 @pytest.mark.parametrize(("limit", "cores"), [("150000 100000", 2), ("20000 100000", 1), ("max 100000", 6), ("", 6)])
@@ -78,3 +88,12 @@ def test_waiting_threads_sleep_unless_told_otherwise_and_child_processes_see_no_
 
     assert f"OMP_WAIT_POLICY = '{policy}'" in ran.stderr
     assert ran.stdout.strip() == left
+
+
+def test_batches_and_readers_are_those_set_or_what_the_device_wants(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)))
+    unset, chosen = Settings(), Settings(embed_batch_size=5, embed_readers=2)
+
+    assert [batch_size(unset, device) for device in ("cpu", "cuda:1", "mps")] == [16, 128, 16]
+    assert [num_readers(unset, device) for device in ("cpu", "cuda:1", "mps")] == [1, 4, 1]
+    assert (batch_size(chosen, "cuda:0"), num_readers(chosen, "cuda:0")) == (5, 2)

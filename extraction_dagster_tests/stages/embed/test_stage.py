@@ -12,6 +12,7 @@ import pytest
 from extraction_dagster.errors import EmbeddingMemoryError
 from extraction_dagster.records import Failure, IdRange
 from extraction_dagster.stages.embed.embedding_store import EmbeddedRecord, EmbeddingStore
+from extraction_dagster.stages.embed.passes import Finished
 from extraction_dagster.stages.embed.stage import embed_shards
 
 RANGE = IdRange(1, 100)
@@ -28,6 +29,9 @@ class Faulty:
 
     def prepare(self, images):
         return self._model.prepare(images)
+
+    def start(self, pixels):
+        return Finished(self.embed_prepared(pixels))
 
     def embed_prepared(self, pixels):
         self.batches.append(len(pixels))
