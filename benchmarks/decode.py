@@ -33,12 +33,12 @@ from extraction_dagster.stages.decode.decoder import DecodeLimits
 from extraction_dagster.stages.decode.geometry import Geometry
 from extraction_dagster.stages.decode.jpeg import SUBSAMPLING
 from extraction_dagster.stages.decode.packets import read_packets
-from extraction_dagster.stages.decode.pool import ENVIRONMENT
 from extraction_dagster.stages.decode.pyav_decoder import _SKIPS_NONREF, PyAVDecoder, _display_order, _seconds
 from extraction_dagster.stages.decode.quality import Quality, refine
 from extraction_dagster.stages.decode.sampling import Sampling, select_frames
 from extraction_dagster.stages.decode.task import DecodeJob, decode_job
 from extraction_dagster.stages.decode.video_file import open_file
+from extraction_dagster.stages.decode.worker_process import ENVIRONMENT
 
 if TYPE_CHECKING:
     from collections.abc import Callable

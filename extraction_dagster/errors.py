@@ -1077,11 +1077,11 @@ class ArtifactFolderError(ExtractionError):
         )
 
 
-class NativeCodeError(ExtractionError):
+class CompiledNetworkError(ExtractionError):
     """A compiled network can't be loaded or does not do."""
 
     def __init__(self, path: str, why: str) -> None:
-        """Name the shared library and what is wrong with it."""
+        """Name the file and what is wrong with it."""
         self.why = why
         super().__init__(f"The compiled network {path} can't be used: {why}. The model runs uncompiled.")
 

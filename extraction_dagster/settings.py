@@ -284,10 +284,10 @@ class Settings(BaseSettings):
         description="auto, cpu, cuda, cuda:N or mps. auto is a CUDA device that no other process of this project uses, "
         "else the CPU.",
     )
-    compile: Literal["off", "on"] = Field(
+    compile: Literal["off", "on", "onnxruntime"] = Field(
         "off",
-        description="on: the model is compiled once for this machine's CPU, which needs a C++ compiler, and kept in "
-        "home/cache/compiled; vectors stay what they are.",
+        description="Compile the model once for this machine's CPU and keep the result in home/cache/compiled; vectors "
+        "stay what they are. on needs a C++ compiler, onnxruntime the extra of that name.",
     )
     embed_batch_size: int | None = Field(
         None, ge=1, le=4096, description="Frames per forward pass; 16, and 128 on a GPU, when unset."

@@ -15,7 +15,8 @@ from extraction_dagster.records import IdRange
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
-    from extraction_dagster.stages.decode.frame_store import FrameShard, FrameStore
+    from extraction_dagster.stages.decode.frame_shard import FrameShard
+    from extraction_dagster.stages.decode.frame_store import FrameStore
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from extraction_dagster.records import IdRange
     from extraction_dagster.stages.catalog.catalog import Fingerprints
     from extraction_dagster.stages.catalog.ledger import LedgerEntry
-    from extraction_dagster.stages.decode.frame_store import FrameShard, FrameStore, ShardRecord
+    from extraction_dagster.stages.decode.frame_shard import FrameShard, ShardRecord
+    from extraction_dagster.stages.decode.frame_store import FrameStore
 
 logger = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ import time
 import traceback
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from extraction_dagster.errors import ExtractionError, FetchSetupError
@@ -29,8 +30,11 @@ if TYPE_CHECKING:
 
     from extraction_dagster.records import EncodedFrames, IdRange, VideoRow
     from extraction_dagster.settings import Settings
-    from extraction_dagster.stages.decode.frame_store import FrameShard, FrameStore
+    from extraction_dagster.stages.decode.frame_shard import FrameShard
+    from extraction_dagster.stages.decode.frame_store import FrameStore
     from extraction_dagster.stages.decode.pool import Decoded
+    from extraction_dagster.stages.decode.quality import Quality
+    from extraction_dagster.stages.decode.sampling import Sampling
 
 # A shard is held in memory twice while it is written.
 _MAX_SHARD_BYTES = 2**27
@@ -77,13 +81,15 @@ class LandedShard:
     previews: tuple[Preview, ...] = ()
 
 
-def decode_rows(
+def decode_rows(  # noqa: PLR0913 - the rows and what is done with them, each by name
     rows: Iterable[VideoRow],
     *,
     store: FrameStore,
     partition: IdRange,
     settings: Settings,
     fetch: Callable[[VideoRow], Path] | None = None,
+    sampling: Sampling | None = None,
+    quality: Quality | None = None,
 ) -> Generator[LandedShard, None, None]:
     """Decode rows into frame shards.
 
@@ -91,8 +97,10 @@ def decode_rows(
         rows: The rows to decode, drawn as workers become free.
         store: Where the shards go.
         partition: The range that the rows belong to.
-        settings: Decoder, sampling, limits, workers, shard size.
+        settings: Decoder, sampling, steps, limits, workers, shard size.
         fetch: Gives a row's local file; by default a `Fetcher` as the settings say, whose downloads run ahead.
+        sampling: How frames are chosen, where it is not as the settings say.
+        quality: Which of them are kept, likewise. Both belong into the store's fingerprint.
 
     Yields:
         LandedShard: once its shard is stored; every row is in exactly one, with frames or a failure.
@@ -104,7 +112,8 @@ def decode_rows(
     batch = _Batch(store, partition, settings)
     fetcher = Fetcher.from_settings(settings)
     fetched = _fetched(rows, fetch) if fetch else fetch_ahead(rows, fetcher, threads=settings.fetch_threads)
-    jobs = _jobs(fetched, settings, batch)
+    make_job = partial(DecodeJob.of, settings=settings, sampling=sampling, quality=quality)
+    jobs = _jobs(fetched, make_job, batch)
     with closing(fetched), closing(decode_all(jobs, PoolOptions.from_settings(settings))) as decoded:
         try:
             for item in decoded:
@@ -121,13 +130,15 @@ def decode_rows(
         yield batch.land()
 
 
-def _jobs(fetched: Iterable[Fetched | None], settings: Settings, batch: _Batch) -> Iterator[DecodeJob | None]:
+def _jobs(
+    fetched: Iterable[Fetched | None], make_job: Callable[[VideoRow, Path], DecodeJob], batch: _Batch
+) -> Iterator[DecodeJob | None]:
     """A job for each row whose file was fetched; the others are failures."""
     for item in fetched:
         if item is None:
             yield None
         elif item.path is not None:
-            yield DecodeJob.of(item.row, item.path, settings)
+            yield make_job(item.row, item.path)
         elif item.error is not None:
             batch.failures.append(_not_fetched(item.row, item.error))
 

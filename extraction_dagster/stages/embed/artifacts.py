@@ -1,7 +1,7 @@
-"""Compiled networks on disk. They are native code, so what is loaded is what this user made, here, unaltered.
+"""Compiled networks on disk. Most are native code, so what is loaded is what this user made, here, unaltered.
 
     <folder>                    of this user, and writable by nobody else
-        <key>-<sha256>.so       a compiled network; its name says what its bytes hash to
+        <key>-<sha256>.so       a compiled network (or .onnx); its name says what its bytes hash to
         <key>.lock              held by the process that compiles it
         <key>.tmp               the folder in which that process works
         <key>.failed            why it could not be compiled, and with which compiler
@@ -54,8 +54,8 @@ class ArtifactFolder:
             ArtifactFolderError: The folder, or a file in it, could have been written by somebody else.
         """
         self._make()
-        for path in sorted(self.folder.glob(f"{key}-*.so")):
-            if path.name == _name(key, self._sha256(path)):
+        for path in sorted(self.folder.glob(f"{key}-*.*")):
+            if path.stem == f"{key}-{self._sha256(path)}":
                 with suppress(OSError):
                     os.utime(path)  # the time of the last use
                 return path
@@ -90,10 +90,10 @@ class ArtifactFolder:
         made.chmod(0o600)
         with made.open("rb") as file:
             os.fsync(file.fileno())
-        path = self.folder / _name(key, self._sha256(made))
+        path = self.folder / f"{key}-{self._sha256(made)}{made.suffix}"
         made.replace(path)
         (self.folder / f"{key}.failed").unlink(missing_ok=True)
-        for other in self.folder.glob("*.so"):
+        for other in self.folder.glob("*-*.*"):
             with suppress(FileNotFoundError):
                 if time.time() - other.stat().st_mtime > _UNUSED_SECONDS:
                     other.unlink()
@@ -136,7 +136,3 @@ class ArtifactFolder:
             raise ArtifactFolderError(str(path), f"it belongs to the user with number {found.st_uid}")
         if found.st_mode & _OTHERS_MAY_WRITE:
             raise ArtifactFolderError(str(path), f"others may write to it (mode {stat.S_IMODE(found.st_mode):o})")
-
-
-def _name(key: str, sha256: str) -> str:
-    return f"{key}-{sha256}.so"

@@ -11,13 +11,15 @@ import json
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from extraction_dagster.settings import Settings
-from extraction_dagster.stages.embed.compiled import check, probes
+from extraction_dagster.stages.embed.compiled import check, open_network, probes
+from extraction_dagster.stages.embed.compiling import ONNX
 from extraction_dagster.stages.embed.model import load_model
-from extraction_dagster.stages.embed.native_network import NativeNetwork
+from extraction_dagster.stages.embed.onnx_network import PIXELS
 
 if TYPE_CHECKING:
     import torch
@@ -31,10 +33,10 @@ _PR_SET_PDEATHSIG = 1
 
 
 def compile_network(model: ResidentModel, num_frames: int) -> Path:
-    """Compile a model on the CPU for batches of any size.
+    """Compile a model with AOTInductor for batches of any size.
 
     Args:
-        model: The model, not compiled.
+        model: The model, not compiled, on the CPU.
         num_frames: The batch size that the code is tuned for.
 
     Returns:
@@ -43,21 +45,46 @@ def compile_network(model: ResidentModel, num_frames: int) -> Path:
     import torch
     import torch._inductor
 
+    network, pixels = _as_module(model, num_frames)
+    any_number = ({0: torch.export.Dim("frames", min=1, max=_MOST_FRAMES)},)
+    with torch.no_grad():
+        exported = torch.export.export(network, (pixels,), dynamic_shapes=any_number).module()
+        return Path(str(torch._inductor.aot_compile(exported, (pixels,), options=OPTIONS)))  # noqa: SLF001 - no other name
+
+
+def export_onnx(model: ResidentModel, output: Path) -> Path:
+    """Write a model in the ONNX format, for batches of any size."""
+    import torch
+
+    network, pixels = _as_module(model, 2)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns of itself: the newer exporter needs onnxscript, and has no gain here
+        torch.onnx.export(
+            network,
+            (pixels,),
+            output,
+            dynamo=False,
+            opset_version=18,
+            input_names=[PIXELS],
+            dynamic_axes={PIXELS: {0: "frames"}},
+        )
+    return output
+
+
+def _as_module(model: ResidentModel, num_frames: int) -> tuple[torch.nn.Module, torch.Tensor]:
+    """What is compiled, and an input as it will be."""
+    import torch
+
     class Network(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.network = model.network
+            self.network = model.network  # whose weights torch finds here, if it is a module
 
         def forward(self, pixels: torch.Tensor) -> torch.Tensor:
             return model.forward(pixels).float()
 
     shape = model.prepare(probes()).shape[1:]
-    pixels = torch.zeros((num_frames, *shape), dtype=torch.uint8)
-    any_number = ({0: torch.export.Dim("frames", min=1, max=_MOST_FRAMES)},)
-    with torch.no_grad():
-        exported = torch.export.export(Network().eval(), (pixels,), dynamic_shapes=any_number)
-        library = torch._inductor.aot_compile(exported.module(), (pixels,), options=OPTIONS)  # noqa: SLF001 - torch's public name for it
-    return Path(str(library))
+    return Network().eval(), torch.zeros((num_frames, *shape), dtype=torch.uint8)
 
 
 def main() -> None:
@@ -65,9 +92,10 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text("utf-8"))
     _die_with(job["parent"])
     model: Any = load_model(Settings(_env_file=None, device="cpu", compile="off", **job["settings"]))
-    library = compile_network(model, job["num_frames"])
-    check(NativeNetwork(library), model)
-    library.replace(job["output"])
+    output, is_onnx = Path(job["output"]), job["kind"] == ONNX
+    made = export_onnx(model, output) if is_onnx else compile_network(model, job["num_frames"])
+    check(open_network(job["kind"], made), model)
+    made.replace(output)
 
 
 def _die_with(parent: int) -> None:

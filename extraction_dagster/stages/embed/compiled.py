@@ -1,4 +1,7 @@
-"""EXTRACTION_COMPILE=on: a model compiled for this machine's CPU, once, and loaded by every process after that.
+"""EXTRACTION_COMPILE: a model compiled for this machine's CPU, once, and loaded by every process after that.
+
+    on             by torch's AOTInductor into a shared library, which needs a C++ compiler
+    onnxruntime    into ONNX Runtime's format, which needs the extra `onnxruntime`
 
 The compiled network is found under a key made of the model's files, torch's version and the CPU. Whatever stands in its
 way (no compiler, another process compiling right now, a folder that others may write to), the model runs as it is, one
@@ -10,15 +13,16 @@ from __future__ import annotations
 import logging
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
 
-from extraction_dagster.errors import ArtifactFolderError, CompileError, NativeCodeError
+from extraction_dagster.errors import ArtifactFolderError, CompiledNetworkError, CompileError
 from extraction_dagster.records import fingerprint
 from extraction_dagster.stages.embed.artifacts import ArtifactFolder
-from extraction_dagster.stages.embed.compiling import compile_in, find_compiler
+from extraction_dagster.stages.embed.compiling import ONNX, compile_in, find_compiler
 from extraction_dagster.stages.embed.native_network import NativeNetwork
+from extraction_dagster.stages.embed.onnx_network import OnnxNetwork
 from extraction_dagster.stages.embed.passes import Finished
 from extraction_dagster.stages.embed.vectors import normalise
 
@@ -36,24 +40,42 @@ _LOWEST_COSINE: Final = 0.9999
 _CPU_FLAGS: Final = ("flags", "Features")
 
 
+class Network(Protocol):
+    """A compiled network; it trusts its input, so whoever calls it checks the shape."""
+
+    path: str
+
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        """uint8 (N, h, w, 3), contiguous, to float32 (N, dim)."""
+        ...
+
+
+def open_network(kind: str, path: Path) -> Network:
+    """Load a compiled network of a kind that EXTRACTION_COMPILE names.
+
+    Raises:
+        CompiledNetworkError: It can't be loaded.
+    """
+    import torch
+
+    return OnnxNetwork(path, threads=torch.get_num_threads()) if kind == ONNX else NativeNetwork(path)
+
+
 class CompiledPasses:
     """Passes through a compiled network; what that can't do, the model does as it is."""
 
-    def __init__(self, network: NativeNetwork, model: ResidentModel, shape: tuple[int, ...]) -> None:
+    def __init__(self, network: Network, model: ResidentModel, shape: tuple[int, ...]) -> None:
         """Take a network that was compiled for pixels of a shape (h, w, 3)."""
         self._network, self._shape, self._uncompiled = network, shape, model.passes
 
     def start(self, pixels: np.ndarray) -> Pending:
         """Run a pass over prepared pixels."""
-        import torch
-
         # Compiled code reads what its shape says, whatever is there.
         if pixels.shape[1:] != self._shape or pixels.dtype != np.uint8 or not len(pixels):
             return self._uncompiled.start(pixels)
         try:
-            with torch.inference_mode():
-                return Finished(self._network(torch.from_numpy(np.ascontiguousarray(pixels))).numpy())
-        except NativeCodeError:
+            return Finished(self._network(np.ascontiguousarray(pixels)))
+        except CompiledNetworkError:
             return self._uncompiled.start(pixels)  # memory that runs out, for one, has a name there
 
 
@@ -69,10 +91,10 @@ def speed_up(model: ResidentModel, settings: Settings, *, identity: Mapping[str,
     if model.device != "cpu":
         _log.info("EXTRACTION_COMPILE is for the CPU: model %r runs on %s as it is", model.name, model.device)
         return
-    key = fingerprint(recipe=_RECIPE, identity=dict(identity), **cpu_identity())
+    key = fingerprint(recipe=_RECIPE, kind=settings.compile, identity=dict(identity), **cpu_identity())
     try:
         model.passes = _passes(model, settings, ArtifactFolder(settings.home / FOLDER), key, may_compile=may_compile)
-    except (ArtifactFolderError, CompileError, NativeCodeError) as error:
+    except (ArtifactFolderError, CompileError, CompiledNetworkError) as error:
         _log.warning("%s", error)
     except OSError as error:  # no room, say
         _log.warning("%s", CompileError(model.name, str(error), "Make room, or choose another EXTRACTION_HOME."))
@@ -99,17 +121,17 @@ def probes() -> list[np.ndarray]:
     return [coarse, rng.integers(0, 256, (240, 240, 3), np.uint8), np.ascontiguousarray(slope)]
 
 
-def check(network: NativeNetwork, model: ResidentModel) -> CompiledPasses:
+def check(network: Network, model: ResidentModel) -> CompiledPasses:
     """The compiled passes, once their vectors have been compared with the model's own.
 
     Raises:
-        NativeCodeError: They differ.
+        CompiledNetworkError: They differ.
     """
     pixels = model.prepare(probes())
     passes = CompiledPasses(network, model, pixels.shape[1:])
     (expected, _), (got, faults) = normalise(model.embed_prepared(pixels)), normalise(passes.start(pixels).result())
     if got.shape != expected.shape or any(faults) or float((got * expected).sum(1).min()) < _LOWEST_COSINE:
-        raise NativeCodeError(network.path, "its vectors are not the model's")
+        raise CompiledNetworkError(network.path, "its vectors are not the model's")
     return passes
 
 
@@ -117,12 +139,12 @@ def _passes(model: ResidentModel, settings: Settings, folder: ArtifactFolder, ke
     there = folder.find(key)
     if there is not None:
         try:
-            return check(NativeNetwork(there), model)
-        except NativeCodeError as error:
+            return check(open_network(settings.compile, there), model)
+        except CompiledNetworkError as error:
             folder.discard(there, error.why)
     if not may_compile:
         return model.passes
-    compiler = find_compiler(model.name)
+    compiler = find_compiler(settings.compile, model.name)
     if why := folder.failure(key, compiler):
         fix = f"It is tried again a day after that, with another compiler, or without {folder.folder / key}.failed."
         raise CompileError(model.name, f"{why} when it was last tried", fix)
@@ -137,4 +159,4 @@ def _passes(model: ResidentModel, settings: Settings, folder: ArtifactFolder, ke
             except CompileError as error:
                 folder.remember_failure(key, compiler, error.why)
                 raise
-        return check(NativeNetwork(made), model)
+        return check(open_network(settings.compile, made), model)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -22,17 +23,24 @@ if TYPE_CHECKING:
     from extraction_dagster.settings import Settings
 
 _log = logging.getLogger(__name__)
+ONNX: Final = "onnxruntime"
 _PATIENCE_SECONDS: Final = 1800.0
 _WORKER: Final = "extraction_dagster.stages.embed.compile_worker"
 _MODEL_SETTINGS: Final = ("model", "trust_remote_code", "embed_dtype", "embed_threads")
 
 
-def find_compiler(model: str) -> str:
-    """Path and time of change of the C++ compiler that torch will call.
+def find_compiler(kind: str, model: str) -> str:
+    """What compiles: path and time of change of torch's C++ compiler, or the versions of ONNX's packages.
 
     Raises:
-        CompileError: There is none.
+        CompileError: It is not there.
     """
+    if kind == ONNX:
+        try:
+            return ", ".join(f"{package} {version(package)}" for package in ("onnx", "onnxruntime"))
+        except PackageNotFoundError as error:
+            fix = "Install it: pip install 'extraction-dagster[onnxruntime]'."
+            raise CompileError(model, f"the package {error.name!r} is not installed", fix) from error
     command = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     path = shutil.which((shlex.split(command) or [""])[0])
     if path is None:
@@ -49,13 +57,13 @@ def compile_in(work: Path, settings: Settings, model: str) -> Path:
         model: What to call it.
 
     Returns:
-        A shared library in the folder.
+        The compiled network, a file in the folder.
 
     Raises:
         CompileError: It can't be compiled, or not within half an hour.
     """
-    _log.info("Compiling model %r for this CPU, once; half a minute to some minutes", model)
-    started, output = time.perf_counter(), work / "network.so"
+    _log.info("Compiling model %r for this CPU, once; that takes up to some minutes", model)
+    started, output = time.perf_counter(), work / ("network.onnx" if settings.compile == ONNX else "network.so")
     if why := _run_worker(settings, work, output):
         raise CompileError(model, f"compiling failed ({why})", "It is tried again in a day.")
     _log.info("Compiled model %r in %.0f s", model, time.perf_counter() - started)
@@ -66,6 +74,7 @@ def _run_worker(settings: Settings, work: Path, output: Path) -> str | None:
     """Run the process to its end; returns why it failed."""
     job = {
         "settings": {name: getattr(settings, name) for name in _MODEL_SETTINGS},
+        "kind": settings.compile,
         "num_frames": batch_size(settings, "cpu"),
         "output": str(output),
         "parent": os.getpid(),

@@ -144,7 +144,7 @@ def load_model(settings: Settings, *, may_compile: bool = True) -> EmbeddingMode
 
     Args:
         settings: model and what goes with it.
-        may_compile: With EXTRACTION_COMPILE=on, compile the model if nobody has: not worth it for a single query.
+        may_compile: With EXTRACTION_COMPILE, compile the model if nobody has: not worth it for a single query.
 
     Raises:
         EmbeddingModelError: No family answers for the name.
@@ -157,7 +157,7 @@ def load_model(settings: Settings, *, may_compile: bool = True) -> EmbeddingMode
         embedding_fingerprint(settings),
         settings.device,
         settings.embed_threads,
-        settings.compile != "off" and (settings.home, may_compile),
+        settings.compile != "off" and (settings.compile, settings.home, may_compile),
     )
     with _loading:
         if key not in _resident:
@@ -170,7 +170,7 @@ def load_model(settings: Settings, *, may_compile: bool = True) -> EmbeddingMode
 def _loaded(settings: Settings, fingerprint: str, *, may_compile: bool) -> EmbeddingModel:
     family = _family(settings.model)
     model = family.load(settings, fingerprint)
-    if settings.compile == "on":
+    if settings.compile != "off":
         from extraction_dagster.stages.embed.compiled import speed_up  # noqa: PLC0415 - few processes need it
 
         speed_up(model, settings, identity=family.identity(settings), may_compile=may_compile)

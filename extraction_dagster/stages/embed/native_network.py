@@ -13,12 +13,12 @@ import ctypes
 import weakref
 from typing import TYPE_CHECKING, Any, Final
 
-from extraction_dagster.errors import NativeCodeError
+from extraction_dagster.errors import CompiledNetworkError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import torch
+    import numpy as np
 
 _HANDLE: Final = ctypes.c_void_p
 _HANDLES: Final = ctypes.POINTER(ctypes.c_void_p)
@@ -28,7 +28,7 @@ _DELETE: Final = "AOTInductorModelContainerDelete"
 
 
 class NativeNetwork:
-    """Compiled code with its weights: uint8 (N, h, w, 3) to (N, dim), both on the CPU and contiguous.
+    """Compiled code with its weights.
 
     The code trusts its input: whoever calls it checks h and w.
     """
@@ -37,7 +37,7 @@ class NativeNetwork:
         """Load a shared library; from then on its code runs in this process.
 
         Raises:
-            NativeCodeError: It can't be loaded.
+            CompiledNetworkError: It can't be loaded.
         """
         container = _HANDLE()
         try:
@@ -48,26 +48,29 @@ class NativeNetwork:
             )
             delete = _typed(library, _DELETE, _HANDLE)
         except (OSError, AttributeError) as error:
-            raise NativeCodeError(str(path), str(error)) from error
+            raise CompiledNetworkError(str(path), str(error)) from error
         if create(ctypes.byref(container), 1, b"cpu", None):
-            raise NativeCodeError(str(path), f"{_CREATE} failed")
+            raise CompiledNetworkError(str(path), f"{_CREATE} failed")
         self.path, self._container = str(path), container
         # Not when the process ends: torch may be gone by then.
         weakref.finalize(self, delete, container).atexit = False
 
-    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Run a pass.
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        """Run a pass: uint8 (N, h, w, 3), contiguous, to float32 (N, dim).
 
         Raises:
-            NativeCodeError: It failed; the library has written to stderr why.
+            CompiledNetworkError: It failed; the library has written to stderr why.
         """
+        import torch
         from torch._C import _aoti
 
-        given = (_HANDLE * 1)(_address(_aoti.unsafe_alloc_void_ptr_from_tensor(pixels)))
+        # The pass takes over the handle of its input, whatever comes of it, and gives one of its output.
+        given = (_HANDLE * 1)(_pointer(_aoti.unsafe_alloc_void_ptr_from_tensor(torch.from_numpy(pixels)), None))
         made = (_HANDLE * 1)()
-        if self._run(self._container, given, 1, made, 1, None, None):  # it takes `given` over, whatever comes of it
-            raise NativeCodeError(self.path, f"a pass over {tuple(pixels.shape)} failed")
-        return _aoti.alloc_tensor_by_stealing_from_void_ptr(_capsule(made[0], None, None))
+        if self._run(self._container, given, 1, made, 1, None, None):
+            raise CompiledNetworkError(self.path, f"a pass over {pixels.shape} failed")
+        vectors: np.ndarray = _aoti.alloc_tensor_by_stealing_from_void_ptr(_capsule(made[0], None, None)).numpy()
+        return vectors
 
 
 def _typed(library: ctypes.CDLL, name: str, *arguments: Any) -> Any:  # noqa: ANN401 - ctypes' types share no base
@@ -82,7 +85,3 @@ def _python_function(name: str, result: Any, *arguments: Any) -> Any:  # noqa: A
 
 _pointer = _python_function("PyCapsule_GetPointer", ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)
 _capsule = _python_function("PyCapsule_New", ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
-
-
-def _address(capsule: object) -> int:
-    return int(_pointer(capsule, None))

@@ -20,7 +20,8 @@ from extraction_dagster.stages.decode.compaction import (
     compact_frames,
     plan_compaction,
 )
-from extraction_dagster.stages.decode.frame_store import FrameShard, FrameStore, ShardRecord
+from extraction_dagster.stages.decode.frame_shard import FrameShard, ShardRecord
+from extraction_dagster.stages.decode.frame_store import FrameStore
 
 RANGE = IdRange(1, 1000)
 AT_ONCE = CompactionOptions(max_records=8, enough_shards=2, untouched=timedelta())

@@ -12,10 +12,16 @@ from extraction_dagster.stages.decode.task import DecodeJob
 
 # What a job does is its path; a hang keeps the interpreter's lock, as a codec may.
 FAULTS = """
-import ctypes, os, pathlib, signal, socket, subprocess, sys, time
+import ctypes, dataclasses, os, pathlib, signal, socket, subprocess, sys, time
 import numpy as np
 from extraction_dagster.errors import NoVideoStreamError
 from extraction_dagster.records import EncodedFrames
+
+class Trick:
+    # What it becomes in whoever reads it: a program.
+
+    def __reduce__(self):
+        return os.system, ("touch tricked",)
 
 OUTSIDE = {
     "socket": lambda: socket.socket(socket.AF_INET),
@@ -26,7 +32,7 @@ OUTSIDE = {
 
 def run(job):
     what, _, value = job.path.partition(" ")
-    if value and what not in {"modules", *OUTSIDE}:
+    if value and what not in {"modules", "environment", *OUTSIDE}:
         pathlib.Path(value).write_text(str(os.getpid()))
     if what == "segfault":
         print("libcodec: bad pointer", file=sys.stderr, flush=True)
@@ -44,6 +50,14 @@ def run(job):
             OUTSIDE[what]()
         except OSError as error:
             value = type(error).__name__
+    if what == "trick":
+        return Trick()
+    if what == "stranger":
+        job = dataclasses.replace(job, record_id=99)
+    if what == "nothing":
+        return None
+    if what == "environment":
+        value = " ".join(sorted(os.environ))
     if what == "refuse":
         raise NoVideoStreamError(job.path, "audio")
     if what == "bug":
@@ -51,7 +65,7 @@ def run(job):
     said = str(os.getpid())
     if what == "modules":
         said = " ".join(sorted(sys.modules))
-    if what in OUTSIDE:
+    if what == "environment" or what in OUTSIDE:
         said = value
     return EncodedFrames(job.record_id, said, [b"jpeg"], np.zeros(1), np.zeros(1), np.zeros(1, np.int64), 1, 1)
 """
@@ -191,6 +205,24 @@ def test_a_worker_reaches_no_network_and_starts_no_program():
     said = [outcomes[number].frames.content_version for number in range(4)]
     assert said == ["PermissionError"] * 4
     assert outcomes[4].failure is None
+
+
+@pytest.mark.parametrize("what", ["trick", "stranger", "nothing"])
+def test_a_worker_that_sends_what_it_should_not_is_not_believed(what, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outcomes = run("ok", what, "ok")
+    assert [outcomes[number].failure for number in (0, 2)] == [None, None]
+    assert failure(outcomes[1]).error_type == "DecodeWorkerDiedError"
+    assert not (tmp_path / "tricked").exists()
+
+
+def test_a_worker_is_given_no_key_and_no_setting(monkeypatch):
+    for name in ("EXTRACTION_QDRANT_API_KEY", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "DATABASE_URL"):
+        monkeypatch.setenv(name, "canary-4711")
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/somewhere")
+    names = set(run("environment x")[0].frames.content_version.split())
+    assert {"PATH", "LD_LIBRARY_PATH", "OMP_NUM_THREADS"} <= names
+    assert not {"EXTRACTION_QDRANT_API_KEY", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "DATABASE_URL"} & names
 
 
 def test_costs_are_measured():

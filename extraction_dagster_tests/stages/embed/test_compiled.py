@@ -216,11 +216,11 @@ def test_a_damaged_library_is_thrown_away_and_made_anew(copied_home, compiling_c
 def test_a_library_that_gives_other_vectors_is_thrown_away(copied_home, compiling_copies, load, caplog, monkeypatch):
     network = compiled.NativeNetwork.__call__
     wrong = iter([True, False])
-    monkeypatch.setattr(
-        compiled.NativeNetwork,
-        "__call__",
-        lambda self, x: network(self, x).flip(1) if next(wrong) else network(self, x),
-    )
+
+    def run(self, pixels):
+        return network(self, pixels)[:, ::-1] if next(wrong) else network(self, pixels)
+
+    monkeypatch.setattr(compiled.NativeNetwork, "__call__", run)
 
     assert isinstance(load().passes, CompiledPasses)
     assert compiling_copies == ["efficientnet-lite0"]
@@ -274,6 +274,71 @@ def test_a_model_of_transformers_is_compiled_too(saved_models, load, home, kind)
     assert np.array_equal(fast.embed_text(["two cats"]), texts)
     assert fast.fingerprint == plain.fingerprint
     assert len(libraries(home)) == 1
+
+
+# ONNX Runtime
+
+
+@pytest.mark.parametrize("kind", [None, "clip", "siglip", "dinov2"])
+def test_onnx_runtime_gives_the_same_vectors_in_any_batch(saved_models, load, home, kind):
+    named = {"model": str(saved_models(kind))} if kind else {}
+    plain = load_model(Settings(device="cpu", embed_threads=1, **named))
+    pictures = [np.random.default_rng(n).integers(0, 256, (60, 50 + n, 3), np.uint8) for n in range(9)]
+    expected = plain.embed_images(pictures)
+
+    fast = load(compile="onnxruntime", **named)
+
+    assert isinstance(fast.passes, CompiledPasses)
+    assert type(fast.passes._network).__name__ == "OnnxNetwork"
+    for count in (1, 4, 9):
+        vectors = fast.embed_images(pictures[:count])
+        assert (vectors.shape, vectors.dtype) == (expected[:count].shape, np.float32)
+        assert cosines(vectors, expected[:count]).min() > 0.999999
+    assert fast.fingerprint == plain.fingerprint
+    assert [path.suffix for path in sorted((home / FOLDER).iterdir())] == [".onnx", ".lock"]
+
+
+def test_each_kind_has_a_network_of_its_own(load, home, monkeypatch):
+    def compile_in(work, settings, _name):
+        (work / f"{settings.compile}.so").write_bytes(b"no network")
+        return work / f"{settings.compile}.so"
+
+    monkeypatch.setattr(compiled, "compile_in", compile_in)
+    monkeypatch.setenv("CXX", sys.executable)
+    load(compile="on")
+    load(compile="onnxruntime")
+
+    assert len({path.name.partition("-")[0] for path in libraries(home)}) == 2
+
+
+def test_without_onnx_runtime_one_line_says_how_to_get_it(load, monkeypatch, caplog):
+    def absent(package):
+        raise compiling.PackageNotFoundError(package)
+
+    monkeypatch.setattr(compiling, "version", absent)
+
+    assert isinstance(load(compile="onnxruntime").passes, HostPasses)
+    assert "there is no" not in caplog.text
+    assert (
+        "runs uncompiled: the package 'onnx' is not installed. Its vectors are the same, at more CPU time a frame. "
+        "Install it: pip install 'extraction-dagster[onnxruntime]'."
+    ) in caplog.text
+
+
+def test_a_file_that_onnx_runtime_refuses_is_made_anew_once(load, monkeypatch, caplog):
+    def garbage(work, *_):
+        (work / "network.onnx").write_bytes(b"no network at all")
+        return work / "network.onnx"
+
+    monkeypatch.setattr(compiled, "compile_in", garbage)
+
+    assert isinstance(load(compile="onnxruntime").passes, HostPasses)
+    assert "can't be used: " in caplog.text
+    assert "it is removed" not in caplog.text
+    monkeypatch.undo()
+
+    assert isinstance(load(compile="onnxruntime", embed_threads=2).passes, CompiledPasses)
+    assert "it is removed and made anew" in caplog.text
 
 
 # Where there is no compiler, or a bad one
