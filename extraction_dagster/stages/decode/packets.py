@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # What a kept packet costs beside its own bytes.
 _PACKET_OVERHEAD_BYTES = 1024
 _BEFORE_ALL = -(2**63)
+_VP9_FRAME, _VP9_PROFILE, _VP9_PACK = 0b10_00_0000, 0b00_11_0000, 0b110_00_000
 # An MPEG-4 packet of so few bytes may say that the picture before it stays: it gives no frame. (In a small picture it
 # may also be a frame, and then nothing is lost but time.)
 _NOT_CODED_BYTES = {"mpeg4": 19}
@@ -157,7 +158,7 @@ class _Builder:
     def __init__(self, video: OpenVideo, limits: DecodeLimits) -> None:
         self._video, self._limits = video, limits
         self._codec = video.stream.codec_context.name
-        self._hides_frames = self._codec == "vp8"
+        self._is_hidden = _HIDES_FRAMES.get(self._codec)
         self._not_coded_bytes = _NOT_CODED_BYTES.get(self._codec, 0)
         self._pts: list[int] = []
         self._keyframe: list[bool] = []
@@ -185,7 +186,7 @@ class _Builder:
             self._widen(pts, packet)
         self._pts.append(pts)
         self._keyframe.append(packet.is_keyframe)
-        self._shown.append(not (packet.is_discard or (self._hides_frames and _is_hidden(packet))))
+        self._shown.append(not (packet.is_discard or (self._is_hidden is not None and self._is_hidden(packet))))
         self._keep(packet)
 
     def build(self, stopped: str | None) -> PacketIndex:
@@ -226,6 +227,25 @@ class _Builder:
             self._kept.append(packet)
 
 
-def _is_hidden(packet: Packet[VideoStream]) -> bool:
-    """A VP8 packet's bit 4 says whether its frame is displayed; other codecs pack hidden frames with shown ones."""
+def _is_hidden_vp8(packet: Packet[VideoStream]) -> bool:
+    """A packet's bit 4 says whether its frame is displayed."""
     return not memoryview(packet)[0] & 0x10
+
+
+def _is_hidden_vp9(packet: Packet[VideoStream]) -> bool:
+    """Whether a packet's frame is for reference only; such frames are packed with a shown one, as a rule.
+
+    The first byte: 10, profile (2 bits, and a third where both are set), shows an older frame, type, is displayed. A
+    pack ends with an index, whose first and last byte are the same: 110, bytes of a size - 1 (2), frames - 1 (3).
+    """
+    content = memoryview(packet)
+    mark, head = content[-1], content[0]
+    index_bytes = 2 + ((mark >> 3 & 3) + 1) * ((mark & 7) + 1)
+    if mark & 0xE0 == _VP9_PACK and len(content) >= index_bytes and content[-index_bytes] == mark:
+        return False
+    later = 1 if head & _VP9_PROFILE == _VP9_PROFILE else 0
+    return head & 0xC0 == _VP9_FRAME and not head >> (3 - later) & 1 and not head >> (1 - later) & 1
+
+
+# Codecs that keep frames for reference alone in packets of their own; others pack them with shown ones.
+_HIDES_FRAMES = {"vp8": _is_hidden_vp8, "vp9": _is_hidden_vp9}

@@ -108,6 +108,11 @@ def test_a_fragmented_file_has_its_index_in_pieces(clip_path):
     assert clip_path("h264").read_bytes().count(b"moof") == 0
 
 
+def test_frames_for_reference_alone_have_packets_of_their_own(look, truth_of):
+    assert len(look("vp8 with hidden frames")["pts"]) == 48 + 9
+    assert len(truth_of("vp8 with hidden frames").seconds) == 48
+
+
 def test_packets_that_are_not_coded_give_no_frame(look, truth_of):
     assert len(look("mpeg4 with frames not coded")["pts"]) == 48
     assert len(truth_of("mpeg4 with frames not coded").seconds) == 42
