@@ -1020,7 +1020,7 @@ class BackfillUnknownError(ExtractionError):
     def __init__(self, backfill_id: str, why: str) -> None:
         """Name the backfill and say what is wrong."""
         super().__init__(
-            f"No backfill {backfill_id!r} can be shown or cancelled: {why}. Nothing was changed. The page Backfills of "
+            f"No backfill {backfill_id!r} can be shown or cancelled: {why}. Nothing was changed. Runs > Backfills in "
             f"the UI lists them."
         )
 

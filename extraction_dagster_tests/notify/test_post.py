@@ -87,16 +87,21 @@ def test_a_server_that_says_nothing_is_given_up(hook):
     go_on.set()
 
 
-def test_a_server_that_drips_is_cut_at_the_end_of_the_time(hook):
-    go_on = threading.Event()
+def test_a_server_that_drips_is_cut_at_the_end_of_the_time(hook, monkeypatch):
+    monkeypatch.setattr(post, "_SILENT_SECONDS", 30.0)  # it is never silent
+    go_on, to_the_end = threading.Event(), threading.Event()
 
     def drip(handler, _):
-        while not go_on.wait(0.05):
-            handler.wfile.write(b"H")  # never silent, never done
+        for _drop in range(200):
+            if go_on.wait(0.05):
+                return
+            handler.wfile.write(b"H")
             handler.wfile.flush()
+        to_the_end.set()
 
     hook.scripts["/hook"] = drip
     refused(hook, "the connection failed|did not answer in time|no time left", seconds=0.5)
+    assert not to_the_end.is_set()
     go_on.set()
 
 
