@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -212,6 +213,20 @@ def test_a_bad_vector_fails_its_record_alone(run, shards, store, model, value, w
     assert [r.record_id for r in done[0].shard.records] == [1, 2]
     assert store.read(done[0].shard).record_id.tolist() == [1, 1, 1, 2]
     assert store.shards(RANGE)[0].failures == done[0].failures
+
+
+def test_the_next_shards_are_read_while_one_is_embedded(model, cpu_settings, shards, frames, store):
+    settings = cpu_settings.model_copy(update={"embed_batch_size": 1})
+    running = embed_shards(shards, frames=frames, store=store, model=model, partition=RANGE, settings=settings)
+
+    assert next(running).shard.name == "0001"
+    deadline = time.monotonic() + 60
+    while "0003" not in frames.asked and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+    assert frames.asked == ["0001", "0002", "0003"]
+    running.close()
+    assert [shard.name for shard in store.shards(RANGE)] == ["0001"]
 
 
 def test_a_record_that_fails_twice_keeps_its_first_error(run, make_shard, make_video, model):
