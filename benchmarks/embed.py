@@ -1,14 +1,17 @@
-"""What a frame's vector costs: CPU milliseconds, against the floor that this machine's matrix product sets.
+"""What a frame's vector costs: CPU milliseconds, beside the floor that this machine's matrix product sets.
 
-    python benchmarks/embed.py [--batch-size 16] [--videos 40] [--store]
+    python benchmarks/embed.py [--rounds 12] [--videos 40] [--home FOLDER] [--device cuda]
 
-Each figure is taken in a process of its own, started by this one. CPU is user and system time of all threads.
+Each part runs in a process of its own, started by this one. CPU is user and system time of all threads. What is
+compared is measured in turn, round by round in one process; the least of the rounds is what the machine can do while
+its other tenants are quiet. A home that stays is compiled in once. With --device cuda, `gpu` stands for `model`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -16,6 +19,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import simplejpeg
@@ -24,8 +28,13 @@ from extraction_dagster.records import EncodedFrames, IdRange
 from extraction_dagster.settings import Settings
 from extraction_dagster.stages.embed.embedding_store import EmbeddingStore
 from extraction_dagster.stages.embed.model import load_model
+from extraction_dagster.stages.embed.runtime import batch_size, import_torch
 from extraction_dagster.stages.embed.stage import embed_shards
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+KINDS = ("off", "on", "onnxruntime")
 GFLOP_PER_FRAME = 0.768
 FRAMES_PER_VIDEO = 10
 
@@ -63,50 +72,88 @@ def _cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def _report(**figures: float) -> None:
-    print(json.dumps({name: round(value, 3) for name, value in figures.items()}))
+def _peak_mb() -> float:
+    """Of this process alone: what `getrusage` says begins at its parent's."""
+    lines = Path("/proc/self/status").read_text("utf-8").splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def measure_start(settings: Settings) -> None:
-    """From the start of the interpreter to the first vector."""
+def measure_start(settings: Settings) -> dict[str, float]:
+    """From the start of the interpreter to the first vector; what has to be compiled has been."""
     load_model(settings).embed_images([np.full((398, 224, 3), 100, np.uint8)])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    _report(start_to_first_vector_cpu_seconds=_cpu_seconds(), rss_mb=peak)
+    return {"start_cpu_seconds": _cpu_seconds(), "start_mb": _peak_mb()}
 
 
-def measure_model(settings: Settings, rounds: int) -> None:
-    """The forward pass alone, and a matrix product in the same process for the floor."""
+def measure_model(settings: Settings, rounds: int) -> dict[str, float]:
+    """A pass, by every way to run it, and a matrix product in the same process for the floor."""
+    import_torch()
     import torch
 
-    model = load_model(settings)
-    rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (settings.embed_batch_size, 224, 224, 3), dtype=np.uint8)
+    models: dict[str, Any] = {kind: load_model(settings.model_copy(update={"compile": kind})) for kind in KINDS}
+    size = batch_size(settings, "cpu")
+    pixels = np.random.default_rng(0).integers(0, 256, (size, 224, 224, 3), dtype=np.uint8)
     square = torch.randn(1024, 1024)
-    model.embed_prepared(pixels)
-    torch.mm(square, square)
-    costs, rates = [], []
-    for _ in range(rounds):
-        start = _cpu_seconds()
-        for _ in range(3):
-            model.embed_prepared(pixels)
-        costs.append((_cpu_seconds() - start) * 1e3 / 3 / len(pixels))
-        start = _cpu_seconds()
-        for _ in range(10):
-            torch.mm(square, square)
-        rates.append(2 * 1024**3 * 10 / (_cpu_seconds() - start) / 1e9)
-    # The best of several: what the machine can do while its other tenants are quiet, for both alike.
-    cost, rate = min(costs), max(rates)
-    floor = GFLOP_PER_FRAME / rate * 1e3
-    _report(
-        cpu_ms_per_frame=cost,
-        cpu_ms_per_frame_median=float(np.median(costs)),
-        gemm_gflops_per_core=rate,
-        floor_ms_per_frame=floor,
-        ratio_to_floor=cost / floor,
-    )
+    session = models["onnxruntime"].passes._network._session  # noqa: SLF001 - as a whole batch, which ours never is
+    work: dict[str, Callable[[], object]] = {
+        kind: (lambda model=model: model.embed_prepared(pixels)) for kind, model in models.items()
+    }
+    work["onnxruntime_whole_batch"] = lambda: session.run(None, {"pixels": pixels})
+    work["gemm"] = lambda: [torch.mm(square, square) for _ in range(10)]
+    costs: dict[str, list[float]] = {name: [] for name in work}
+    for number in range(rounds + 1):
+        for name, call in work.items():
+            start = _cpu_seconds()
+            call()
+            if number:  # the first round warms up
+                costs[name].append(_cpu_seconds() - start)
+    gflops = 2 * 1024**3 * 10 / min(costs.pop("gemm")) / 1e9
+    figures = {"threads": torch.get_num_threads(), "gflops": gflops, "floor_ms": GFLOP_PER_FRAME / gflops * 1e3}
+    for name, taken in costs.items():
+        figures |= {name: min(taken) / size * 1e3, f"{name}_median": float(np.median(taken)) / size * 1e3}
+    return figures
 
 
-def measure_stage(settings: Settings, videos: int) -> None:
+def measure_gpu(settings: Settings, rounds: int) -> dict[str, float]:
+    """Frames a second on a GPU, beside what its matrix product and its copies allow."""
+    import torch
+
+    from extraction_dagster.stages.embed.batching import BatchEmbedder  # noqa: PLC0415 - only here
+
+    model = load_model(settings)
+    size = batch_size(settings, model.device)
+    pixels = np.random.default_rng(0).integers(0, 256, (size, 224, 224, 3), dtype=np.uint8)
+
+    def rate(call: Callable[[], object], amount: float) -> float:
+        call()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(rounds):
+            call()
+        torch.cuda.synchronize()
+        return amount * rounds / (time.perf_counter() - start)
+
+    def overlapping() -> None:
+        embedder = BatchEmbedder(model, size)
+        for _ in range(16):
+            list(embedder.push(pixels))
+        list(embedder.finish())
+
+    square = torch.randn(8192, 8192, device=model.device, dtype=getattr(torch, settings.embed_dtype))
+    page_locked = torch.from_numpy(pixels).pin_memory()
+    tflops = rate(lambda: square @ square, 2 * 8192**3) / 1e12
+    copies = rate(lambda: page_locked.to(model.device, non_blocking=True), page_locked.nbytes) / 1e9
+    return {
+        "frames_per_second": rate(overlapping, 16 * size),
+        "frames_per_second_one_by_one": rate(lambda: model.embed_prepared(pixels), size),
+        "gemm_tflops": tflops,
+        "frames_per_second_by_flop": tflops * 1e3 / GFLOP_PER_FRAME,
+        "copies_gb_per_second": copies,
+        "frames_per_second_by_copies": copies * 1e9 / pixels[0].nbytes,
+        "peak_device_mb": torch.cuda.max_memory_allocated() / 2**20,
+    }
+
+
+def measure_stage(settings: Settings, videos: int) -> dict[str, float]:
     """The whole stage: JPEG, resizing, forward pass, normalising, writing shards."""
     shards = [
         Shard(f"{start:04d}", tuple(_video(n) for n in range(start, min(start + 20, videos))))
@@ -124,35 +171,79 @@ def measure_stage(settings: Settings, videos: int) -> None:
         cpu, wall = _cpu_seconds() - start, time.perf_counter() - clock
         size = sum(path.stat().st_size for path in Path(root).rglob("*.parquet"))
     frames = sum(shard.num_frames for shard in done)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    _report(
-        stage_cpu_ms_per_frame=cpu * 1e3 / frames,
-        stage_frames_per_second=frames / wall,
-        peak_rss_mb=peak,
-        stored_bytes_per_vector=size / frames,
-    )
+    return {
+        "cpu_ms_per_frame": cpu * 1e3 / frames,
+        "frames_per_second": frames / wall,
+        "peak_mb": _peak_mb(),
+        "bytes_per_vector": size / frames,
+    }
+
+
+def _in_a_process(arguments: argparse.Namespace, part: str, **settings: object) -> dict[str, float]:
+    """One part's figures; also printed."""
+    chosen = {"home": arguments.home, "device": arguments.device, **settings}
+    options = {"part": part, "rounds": arguments.rounds, "videos": arguments.videos, "settings": chosen}
+    command = [sys.executable, __file__, "--job", json.dumps(options)]
+    figures: dict[str, float] = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    shown = ", ".join(f"{name} {value:.5g}" for name, value in figures.items())
+    what = " ".join(f"{name}={value}" for name, value in settings.items() if value is not None)
+    print(f"{part:6}{what:37}{shown}", flush=True)
+    return figures
+
+
+def _work(job: dict[str, Any]) -> dict[str, float]:
+    settings = Settings(**job["settings"])
+    if job["part"] == "start":
+        return measure_start(settings)
+    if job["part"] == "stage":
+        return measure_stage(settings, job["videos"])
+    return (measure_gpu if job["part"] == "gpu" else measure_model)(settings, job["rounds"])
+
+
+def _measure(arguments: argparse.Namespace) -> None:
+    """Every part, each in its own process, and how the figures lie to their targets."""
+    if arguments.device != "cpu":
+        for dtype in ("float32", "bfloat16", "float16"):
+            _in_a_process(arguments, "gpu", embed_dtype=dtype)
+        _in_a_process(arguments, "stage")
+        return
+    for kind in KINDS[1:]:
+        _in_a_process(arguments, "start", compile=kind)  # compiles
+    print()
+    one = _in_a_process(arguments, "model", embed_threads=1)
+    _in_a_process(arguments, "model")
+    starts = [_in_a_process(arguments, "start", compile=kind) for kind in KINDS]
+    peaks = [_in_a_process(arguments, "stage", compile=kind)["peak_mb"] for kind in KINDS]
+    print("one thread:")
+    _target("eager, CPU ms a frame", one["off"], 18)
+    print(f"  eager beside the matrix product's floor of {one['floor_ms']:.1f} ms: {one['off'] / one['floor_ms']:.2f}")
+    _target("compiled / ONNX Runtime, both by whole batches", one["on"] / one["onnxruntime_whole_batch"], 1.25)
+    _target("compiled / ONNX Runtime as it runs here, in fours", one["on"] / one["onnxruntime"], 1.25)
+    print("default threads:")
+    _target("start to first vector, CPU s, the most", max(start["start_cpu_seconds"] for start in starts), 3)
+    _target("peak memory, MB, eager", peaks[0], 600)
+    _target("peak memory, MB, the most", max(peaks), 600)
+
+
+def _target(what: str, got: float, at_most: float) -> None:
+    print(f"  {what}: {got:.2f}, at most {at_most}: {'reached' if got <= at_most else 'MISSED'}")
 
 
 def main() -> None:
-    """Run every measurement, each in its own process, and print one line each."""
+    """Print a line for each part, then the targets."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch-size", type=int, default=Settings.model_fields["embed_batch_size"].default)
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--videos", type=int, default=40)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--only", choices=["start", "model", "stage"])
-    asked = parser.parse_args()
-    settings = Settings(embed_batch_size=asked.batch_size, device=asked.device)
-    if asked.only is None:
-        for part in ("start", "model", "stage"):
-            print(f"{part:6}", end="", flush=True)
-            subprocess.run([sys.executable, __file__, *sys.argv[1:], "--only", part], check=True)
-    elif asked.only == "start":
-        measure_start(settings)
-    elif asked.only == "model":
-        measure_model(settings, asked.rounds)
-    else:
-        measure_stage(settings, asked.videos)
+    parser.add_argument("--home", help="where compiled models are kept; a temporary folder when unset")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.job:
+        print(json.dumps(_work(json.loads(arguments.job))))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        arguments.home = os.path.abspath(arguments.home or folder)  # noqa: PTH100 - a string, for JSON
+        _measure(arguments)
 
 
 if __name__ == "__main__":

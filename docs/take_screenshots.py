@@ -50,6 +50,7 @@ PICTURES = (
     Picture("range", "assets/video_frames?view=partitions&partition=13-112", ("113-208", "VideoOpenError")),
     Picture("thumbnails", "assets/video_frames?view=partitions&partition=113-208", ("208 at",), ("[Show Markdown]",)),
     Picture("checks", "assets/qdrant_points?view=checks&checkDetail=points_verified", ("Passed",)),
+    Picture("progress", "assets/extraction_progress", ("Description",)),
     Picture("sensor", f"{_LOCATION}/sensors/extraction_sensor", ("last_processed_id", "0 runs requested")),
     Picture("runs", "runs", ("Success",)),
 )

@@ -1020,7 +1020,7 @@ class BackfillUnknownError(ExtractionError):
     def __init__(self, backfill_id: str, why: str) -> None:
         """Name the backfill and say what is wrong."""
         super().__init__(
-            f"No backfill {backfill_id!r} can be shown or cancelled: {why}. Nothing was changed. The page Backfills of "
+            f"No backfill {backfill_id!r} can be shown or cancelled: {why}. Nothing was changed. Runs > Backfills in "
             f"the UI lists them."
         )
 
@@ -1107,4 +1107,30 @@ class MetricsFileError(ExtractionError):
         super().__init__(
             f"Metrics can't be written to {path!r}: {why}. The file before, if any, is as it was. Choose a file in a "
             f"folder that is there and may be written."
+        )
+
+
+# Notices
+
+
+class NoticeError(ExtractionError):
+    """A notice did not reach anybody; the address, which may be a secret, is not named."""
+
+    def __init__(self, why: str) -> None:
+        """Say why."""
+        self.why = why
+        super().__init__(
+            f"A notice was not delivered: {why}. Nothing else is affected. Correct EXTRACTION_NOTIFY and "
+            f"EXTRACTION_NOTIFY_URL, then try it with 'extraction notify'."
+        )
+
+
+class NotifierError(ExtractionError):
+    """EXTRACTION_NOTIFY names a function that can't be used."""
+
+    def __init__(self, path: str, why: str) -> None:
+        """Name the function and what is wrong with it."""
+        super().__init__(
+            f"Setting EXTRACTION_NOTIFY is {path!r}: {why}. Nobody is told of failed runs. Expected none, log, "
+            f"webhook, slack, or module:function of a function that takes one RunFailure."
         )

@@ -44,6 +44,8 @@ _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?"
 _HOST = re.compile(rf"(?:\*\.{_LABEL}\.)?{_LABEL}(?:\.{_LABEL})*(?::\d{{1,5}})?|\[[0-9A-Fa-f:]+\](?::\d{{1,5}})?")
 _BUCKET = re.compile(r"(?:s3|gs)://[A-Za-z0-9][A-Za-z0-9._-]{1,221}")
 _SHORTEST_PREFIX = 8
+_NOTIFIERS = ("none", "log", "webhook", "slack")
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 _OWNER = re.compile(r"team:[A-Za-z0-9_.-]{1,100}|[A-Za-z0-9_.+-]{1,100}@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+")
 
 
@@ -365,6 +367,19 @@ class Settings(BaseSettings):
         "extraction_progress counts as overdue.",
     )
 
+    # Notices
+    notify: str = Field(
+        "none",
+        description="Who is told of failed runs: none; log; webhook (a JSON document is posted to notify_url); slack "
+        "(a text, for Slack and what takes its messages); or module:function, which is called with a RunFailure.",
+    )
+    notify_url: SecretStr | None = Field(
+        None, description="Where notices are posted to, for notify=webhook and slack; https, or http on this machine."
+    )
+    notify_allow_http: bool = Field(
+        default=False, description="Post notices to http:// addresses of other machines too, unencrypted."
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _empty_is_unset(cls, values: dict[str, object]) -> dict[str, object]:
@@ -448,6 +463,22 @@ class Settings(BaseSettings):
             raise ValueError(message)
         return value
 
+    @field_validator("notify", mode="after")
+    @classmethod
+    def _known_notifier(cls, value: str) -> str:
+        if value not in _NOTIFIERS and not _FUNCTION.fullmatch(value):
+            message = f"{', '.join(_NOTIFIERS)}, or module:function"
+            raise ValueError(message)
+        return value
+
+    @field_validator("notify_url", mode="after")
+    @classmethod
+    def _usable_address(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and _split_address(value.get_secret_value()) is None:
+            message = "an address such as https://hooks.example.com/services/…, without user and password"
+            raise ValueError(message)
+        return value
+
     @field_validator("home", mode="after")
     @classmethod
     def _absolute(cls, value: Path) -> Path:
@@ -457,6 +488,19 @@ class Settings(BaseSettings):
     def _read_only_source_keeps_state_elsewhere(self) -> Self:
         if self.source_read_only and self.state_url is None:
             message = "source_read_only needs state_url: the ledger can't be kept in a database that is never written"
+            raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
+    def _notices_have_an_address(self) -> Self:
+        if self.notify not in {"webhook", "slack"}:
+            return self
+        parts = _split_address(self.notify_url.get_secret_value()) if self.notify_url else None
+        if parts is None:
+            message = f"notify={self.notify} needs notify_url"
+            raise ValueError(message)
+        if parts.scheme == "http" and not self.notify_allow_http and not _is_this_machine(parts.hostname or ""):
+            message = "notify_url must be https, unless it leads to this machine or notify_allow_http is true"
             raise ValueError(message)
         return self
 
@@ -497,6 +541,24 @@ class Settings(BaseSettings):
     def resolved_allowed_roots(self) -> tuple[Path, ...]:
         """Folders from which files may be read, default applied."""
         return tuple(Path(root).expanduser().absolute() for root in self.allowed_roots) or (self.home / "videos",)
+
+
+def _split_address(text: str) -> urllib.parse.SplitResult | None:
+    """The parts of an http or https address that can be posted to; None when it is none."""
+    try:
+        parts = urllib.parse.urlsplit(text)
+        usable = bool(parts.hostname) and parts.port != 0 and "@" not in parts.netloc
+    except ValueError:
+        return None
+    printable = all(" " < character < "\x7f" for character in text)
+    return parts if usable and printable and parts.scheme in {"http", "https"} else None
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def load_settings() -> Settings:

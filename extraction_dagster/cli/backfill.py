@@ -188,7 +188,7 @@ def _launch(  # noqa: PLR0913 - a plan, and how it is told
         raise DaemonMissingError
     backfill_id = backfills.start(plan, settings)
     if not as_json:
-        console.out.print(f"Launched backfill {backfill_id}: the page Backfills of the UI shows it.")
+        console.out.print(f"Launched backfill {backfill_id}: Runs > Backfills in the UI shows it.")
     if wait:
         _watch(backfills, backfill_id, document=document, as_json=as_json)
         return

@@ -23,6 +23,7 @@ from extraction_dagster.cli import (
     init,
     launch,
     metrics,
+    notify,
     points,
     reconcile,
     retry,
@@ -55,7 +56,7 @@ def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-for module in (init, demo, run, status, launch, errors, retry, reconcile, search, metrics, doctor):
+for module in (init, demo, run, status, launch, errors, retry, reconcile, search, metrics, notify, doctor):
     app.command(name=module.__name__.rpartition(".")[2])(_interruptible(module.command))
 app.command(name="backfill", cls=backfill.TakesNegativeIds)(_interruptible(backfill.command))
 for group in (checkpoint, collection, frames, points):

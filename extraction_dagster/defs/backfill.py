@@ -139,7 +139,8 @@ class Backfills:
             description=None,
             run_config=None,
         )
-        self.instance.add_backfill(backfill)
+        in_data_order = [dg.AssetKey(name) for name in plan.assets]
+        self.instance.add_backfill(backfill._replace(asset_selection=in_data_order))
         return str(backfill.backfill_id)
 
     def progress(self, backfill_id: str) -> BackfillProgress:

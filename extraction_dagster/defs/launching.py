@@ -15,7 +15,7 @@ import dagster as dg
 from dagster._core.utils import make_new_run_id
 
 from extraction_dagster.defs.partitions import FLOOR_TAG, add_ranges, process_tags
-from extraction_dagster.defs.runs import PARTITION_TAG, active_runs, bury_dead_runs
+from extraction_dagster.defs.runs import PARTITION_TAG, active_runs, bury_dead_runs, why_failed
 from extraction_dagster.defs.storage import ExtractionComputeLogManager
 from extraction_dagster.errors import InstanceError, RangeBusyError
 from extraction_dagster.records import IdRange
@@ -102,22 +102,12 @@ def launch(
     )
     if not result.success and _was_interrupted(result):
         raise KeyboardInterrupt
-    return FinishedRun(run_id=result.run_id, success=result.success, error="" if result.success else _why(result))
+    return FinishedRun(
+        run_id=result.run_id, success=result.success, error="" if result.success else why_failed(result.all_events)[1]
+    )
 
 
 def _was_interrupted(result: dg.ExecuteInProcessResult) -> bool:
     """Whether Ctrl+C or SIGTERM ended the run; Dagster makes a failed step of either."""
     failures = [event.step_failure_data.error for event in result.all_events if event.is_step_failure]
     return any(error is not None and error.cls_name == "DagsterExecutionInterruptedError" for error in failures)
-
-
-def _why(result: dg.ExecuteInProcessResult) -> str:
-    """The failed step's own sentence."""
-    for event in result.all_events:
-        if event.is_step_failure:
-            data = event.step_failure_data
-            if data.user_failure_data and data.user_failure_data.description:
-                return data.user_failure_data.description
-            if data.error:
-                return f"{event.step_key}: {(data.error.cause or data.error).message.strip()}"
-    return "the run was stopped before it ended"

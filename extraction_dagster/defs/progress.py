@@ -4,7 +4,7 @@ It is materialized whenever something has moved or nothing is left to do, and on
 moves. So its freshness says whether the watermark keeps up, and its check why not.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
 import dagster as dg
@@ -32,7 +32,7 @@ _REPORTS_PER_STUCK = 4
 
 extraction_progress = dg.AssetSpec(
     _KEY,
-    group_name="operations",
+    group_name="extraction",
     kinds={"metrics"},
     owners=list(_settings.owners),
     freshness_policy=dg.FreshnessPolicy.time_window(
@@ -57,7 +57,8 @@ def progress_sensor(context: dg.SensorEvaluationContext, extraction: Extraction)
     """Look once."""
     with extraction.catalog() as catalog:
         events = observe(context.instance, catalog, now=datetime.now(UTC))
-    return dg.SensorResult(asset_events=events, skip_reason=None if events else "Nothing has changed.")
+    said = next((event.description for event in events if isinstance(event, dg.AssetCheckEvaluation)), None)
+    return dg.SensorResult(asset_events=events, skip_reason=said or "Nothing has changed.")
 
 
 @dg.asset_check(
@@ -73,7 +74,7 @@ def watermark_moves(context: dg.AssetCheckExecutionContext, extraction: Extracti
     return dg.AssetCheckResult(
         passed=not standing.is_stuck,
         description=_in_words(standing, extraction.settings),
-        metadata=as_metadata(standing.figures.numbers(), {}),
+        metadata=_waiting(standing, datetime.now(UTC)),
     )
 
 
@@ -94,7 +95,7 @@ def observe(instance: dg.DagsterInstance, catalog: Catalog, *, now: datetime) ->
     numbers = _numbers(instance, standing)
     events: Sequence[Event] = ()
     if _is_due(memory, numbers, catalog.settings, now=now):
-        events = _events(standing, numbers, memory, catalog.settings)
+        events = _events(standing, numbers, memory, catalog.settings, now=now)
         memory.reported_at, memory.reported = now, numbers
     remember_progress(catalog.state_engine, memory)
     return events
@@ -122,7 +123,7 @@ def _is_due(memory: ProgressMemory, numbers: dict[str, float], settings: Setting
 
 
 def _events(
-    standing: Standing, numbers: dict[str, float], memory: ProgressMemory, settings: Settings
+    standing: Standing, numbers: dict[str, float], memory: ProgressMemory, settings: Settings, *, now: datetime
 ) -> Sequence[Event]:
     metadata = as_metadata(numbers, {})
     moved = memory.reported_at is None or standing.moved_at > memory.reported_at
@@ -132,10 +133,15 @@ def _events(
         asset_key=_KEY,
         check_name=_CHECK,
         passed=not standing.is_stuck,
-        metadata=metadata,
+        metadata=_waiting(standing, now),
         description=_in_words(standing, settings),
     )
     return [made if moved else seen, verdict]
+
+
+def _waiting(standing: Standing, now: datetime) -> Mapping[str, dg.MetadataValue]:
+    seconds = max((now - standing.moved_at).total_seconds(), 0.0)
+    return as_metadata({"pending_rows": standing.figures.pending_rows, "seconds_without_work": round(seconds)}, {})
 
 
 def _in_words(standing: Standing, settings: Settings) -> str:

@@ -40,9 +40,9 @@ def _as_set(name: str) -> Any:  # noqa: ANN401 - pydantic's own type for a field
 
 
 class Extraction(dg.ConfigurableResource):  # type: ignore[type-arg]  # not generic for its users
-    """Opens the catalog and the stores as the settings say; nothing is opened before a step asks for it.
+    """What this run does differently from the settings; all that is left out is as they say.
 
-    Each field is an option of one run, given in its config under `resources: extraction: config`.
+    It opens the catalog and the stores accordingly, once a step asks for them.
     """
 
     force: bool = Field(

@@ -153,6 +153,18 @@ def _near(record_ids: Sequence[int], keys: Iterable[str]) -> Iterator[str]:
         yield key
 
 
+def why_failed(events: Iterable[dg.DagsterEvent]) -> tuple[str, str]:
+    """The step that failed first, and its own sentence; no step when the run was stopped before one failed."""
+    for event in events:
+        if event.is_step_failure:
+            data = event.step_failure_data
+            if data.user_failure_data and data.user_failure_data.description:
+                return str(event.step_key), data.user_failure_data.description
+            if data.error:
+                return str(event.step_key), f"{event.step_key}: {(data.error.cause or data.error).message.strip()}"
+    return "", "the run was stopped before it ended"
+
+
 def recent_rate(instance: dg.DagsterInstance) -> float | None:
     """Videos a second over the newest materializations of the last asset that indexed any; None before two of them."""
     records = instance.fetch_materializations(dg.AssetKey("qdrant_points"), limit=_RATE_SAMPLE).records

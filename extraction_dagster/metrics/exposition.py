@@ -80,22 +80,24 @@ def _of_table(table: TableFigures, census: Census | None) -> Iterator[Metric]:
         ),
         ("extraction_frontier_id", "The end of the last range that was handed out.", table.frontier_id),
         ("extraction_floor_id", "The operator's floor: rows at or below are left alone.", table.floor_id),
+        ("extraction_newest_id", "The greatest eligible id.", table.newest_id),
     )
     lag = table.lag_rows if table.lag_rows is not None else census.lag_rows if census else None
     yield from _known(("extraction_lag_rows", "Eligible rows above the watermark.", lag))
-    yield _gauge(
-        "extraction_unfinished", "Whether a row above the watermark is neither done nor parked.", table.has_unfinished
-    )
+    yield _gauge("extraction_due_rows", "Rows above the watermark that may be processed now.", table.due_rows)
+    yield _gauge("extraction_waiting_rows", "Failed rows that wait for their next try.", table.waiting_rows)
     yield _gauge(
         "extraction_watermark_moved_timestamp_seconds",
-        "When the watermark was last seen to move, or nothing was left to do.",
+        "When something was last seen to move, or nothing was left to do.",
         table.moved_at,
     )
     yield _gauge(
         "extraction_watermark_stalled_seconds",
-        "Time since the watermark last moved while rows were left to do; 0 when none is.",
+        "Time since anything last moved while rows were due; 0 when none is.",
         table.stalled_seconds,
     )
+    rows = {**(census.rows if census else {}), **table.stopped}
+    yield _by("extraction_rows", "Eligible rows; done is the number of videos.", "state", rows)
 
 
 def _of_instance(instance: InstanceFigures) -> Iterator[Metric]:
@@ -124,7 +126,6 @@ def _of_mirror(mirror: MirrorFigures) -> Iterator[Metric]:
 
 
 def _of_census(census: Census) -> Iterator[Metric]:
-    yield _by("extraction_rows", "Eligible rows; done is the number of videos.", "state", census.rows)
     yield _gauge("extraction_frames", "Stored frames of the rows that are done.", census.frames)
     yield _gauge("extraction_points", "Verified points of the rows that are done.", census.points)
     errors = CounterMetricFamily(

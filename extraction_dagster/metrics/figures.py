@@ -44,17 +44,23 @@ class TableFigures:
         last_processed_id: The watermark; None before the first.
         frontier_id: The end of the last range handed out.
         floor_id: The operator's floor.
+        newest_id: The greatest eligible id.
         lag_rows: Eligible rows above the watermark; None when there are too many to count at each scrape.
-        has_unfinished: Whether one of them is neither done nor parked.
-        moved_at: When the watermark last moved, or nothing was left to do, as far as was seen; since the epoch.
-        stalled_seconds: How long ago that was, while something is left to do; else 0.
+        due_rows: Rows among them that may be processed now, up to a limit.
+        waiting_rows: Failed rows among them that wait for their next try.
+        stopped: Every failed and every parked row, by state.
+        moved_at: When something last moved, or nothing was left to do, as far as was seen; since the epoch.
+        stalled_seconds: How long ago that was, while rows are due; else 0.
     """
 
     last_processed_id: int | None
     frontier_id: int | None
     floor_id: int | None
+    newest_id: int | None
     lag_rows: int | None
-    has_unfinished: bool
+    due_rows: int
+    waiting_rows: int
+    stopped: Mapping[str, int]
     moved_at: float
     stalled_seconds: float
 
@@ -79,7 +85,7 @@ class Census:
     Attributes:
         taken_at: When, in seconds since the epoch.
         seconds: How long it took.
-        rows: Eligible rows by state: done, pending, failed, parked.
+        rows: Eligible rows by state: done, pending.
         lag_rows: Eligible rows above the watermark.
         frames: Stored frames of the rows that are done.
         points: Verified points of the rows that are done.

@@ -1,7 +1,7 @@
 """Takes the figures: the cheap ones at each scrape, the census now and then. A part that can't be read is said to be.
 
-Every look-up of `measure` costs the same whatever the table's size: rows are counted up to a limit, states through
-partial indexes. `count` reads the whole table and ledger, and is paced so that it takes two per cent of the time.
+`measure` costs the same whatever the table's size; it takes the look that the charts in Dagster's UI take. `count`
+reads the whole table and ledger, and is paced so that it takes two per cent of the time.
 """
 
 from __future__ import annotations
@@ -10,27 +10,27 @@ import contextlib
 import logging
 import time
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from extraction_dagster.checkpoint.cursor import CursorState
+from extraction_dagster.checkpoint.figures import MOST_COUNTED, look
 from extraction_dagster.checkpoint.mirrors import make_mirror
 from extraction_dagster.errors import CollectionMissingError, ExtractionError, StoreBusyError
 from extraction_dagster.metrics.figures import Census, Figures, InstanceFigures, MirrorFigures, TableFigures
-from extraction_dagster.metrics.kept import Seen, recall_census, recall_seen, remember_census, remember_seen
+from extraction_dagster.metrics.kept import recall_census, recall_looks, remember_census, remember_looks
 from extraction_dagster.records import IdRange
 from extraction_dagster.stages.catalog.catalog import Catalog
-from extraction_dagster.stages.catalog.pending import scan
 from extraction_dagster.stages.index.point_store import open_point_store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from extraction_dagster.checkpoint.figures import ProgressMemory
     from extraction_dagster.settings import Settings
 
 _log = logging.getLogger(__name__)
 _EVERY_ID = IdRange(-(2**63), 2**63 - 1)
-_MOST_LAG = 100_000  # rows counted at each scrape; beyond, the census says how many there are
-_LOOK_AT = 1_000  # rows in which one that is left to do is looked for
 _MOST_SECONDS_A_CALL = 10.0  # to a Qdrant server: what can't be counted now is counted another time
 _REMEMBER_EVERY_SECONDS = 60.0
 _LEAST_CENSUS_SECONDS = 60.0
@@ -58,6 +58,7 @@ class Meter:
         self._catalog: Catalog | None = None
         self._remembered_at = float("-inf")
         self._faults: dict[str, str] = {}
+        self._looks: ProgressMemory | None = None
 
     def close(self) -> None:
         """Give the connections back."""
@@ -84,8 +85,11 @@ class Meter:
             mirror = self._mirror(catalog, cursor.last_processed_id, parts)
         return Figures(now, time.perf_counter() - started, parts, instance, table, mirror)
 
-    def count(self, last_processed_id: int | None) -> Census:
+    def count(self, after_id: int | None) -> Census:
         """Count every row, unless that was done a while ago.
+
+        Args:
+            after_id: Above which id rows lag: the watermark, or the operator's floor.
 
         Raises:
             ExtractionError: The table or the ledger can't be read.
@@ -96,9 +100,9 @@ class Meter:
         if before is not None and 0 <= now - before.taken_at < census_seconds(before):
             return before
         status = catalog.status()
-        rows = {name: int(status[name] or 0) for name in ("done", "pending", "failed", "parked")}
+        rows = {name: int(status[name] or 0) for name in ("done", "pending")}
         frames, points = catalog.ledger.totals()
-        lag, errors = catalog.source.count_above(last_processed_id), catalog.ledger.error_counts()
+        lag, errors = catalog.source.count_above(after_id), catalog.ledger.error_counts()
         held, is_up = self._count_points()
         if held is not None:
             counted_at: float | None = now
@@ -133,39 +137,27 @@ class Meter:
         return self._catalog
 
     def _table(self, catalog: Catalog, cursor: CursorState, now: float) -> TableFigures:
-        last = cursor.last_processed_id
-        after = last if last is not None else cursor.floor_id
-        left = scan(catalog, after_id=after, up_to_id=None, budget=_LOOK_AT).unfinished
-        lag = self._lag(catalog, last)
-        moved_at = self._moved_at(catalog, last, now, has_unfinished=bool(left))
+        memory = self._looks or recall_looks(catalog.state_engine)
+        before = memory.last_processed_id
+        standing = look(catalog, cursor, memory, now=datetime.fromtimestamp(now, UTC))
+        self._looks = memory
+        if memory.last_processed_id != before or now - self._remembered_at >= _REMEMBER_EVERY_SECONDS:
+            with contextlib.suppress(ExtractionError):
+                remember_looks(catalog.state_engine, memory)
+                self._remembered_at = now
+        figures, moved_at = standing.figures, standing.moved_at.timestamp()
         return TableFigures(
-            last_processed_id=last,
+            last_processed_id=cursor.last_processed_id,
             frontier_id=cursor.frontier_id,
             floor_id=cursor.floor_id,
-            lag_rows=lag,
-            has_unfinished=bool(left),
+            newest_id=figures.newest_id,
+            lag_rows=figures.lag_rows if figures.lag_rows < MOST_COUNTED else None,
+            due_rows=figures.pending_rows,
+            waiting_rows=figures.waiting_rows,
+            stopped={"failed": figures.failed_records, "parked": figures.parked_records},
             moved_at=moved_at,
-            stalled_seconds=max(now - moved_at, 0.0) if left else 0.0,
+            stalled_seconds=max(now - moved_at, 0.0) if figures.pending_rows else 0.0,
         )
-
-    def _lag(self, catalog: Catalog, last_processed_id: int | None) -> int | None:
-        if last_processed_id == _EVERY_ID.last_id:
-            return 0
-        above = _EVERY_ID if last_processed_id is None else IdRange(last_processed_id + 1, _EVERY_ID.last_id)
-        (counted,) = catalog.source.counts([above], at_most=_MOST_LAG + 1)
-        return counted if counted <= _MOST_LAG else None
-
-    def _moved_at(self, catalog: Catalog, last: int | None, now: float, *, has_unfinished: bool) -> float:
-        """When the watermark was first seen where it is, or when nothing was left to do for the last time."""
-        seen = recall_seen(catalog.state_engine)
-        moved = seen is None or seen.last_processed_id != last or not has_unfinished
-        moved_at = now if moved or seen is None else min(seen.moved_at, now)
-        changed = seen is None or seen.last_processed_id != last
-        if changed or (moved and now - self._remembered_at >= _REMEMBER_EVERY_SECONDS):
-            with contextlib.suppress(ExtractionError):
-                remember_seen(catalog.state_engine, Seen(last, moved_at))
-                self._remembered_at = now
-        return moved_at
 
     def _mirror(self, catalog: Catalog, last_processed_id: int | None, parts: dict[str, bool]) -> MirrorFigures | None:
         mirror, found = make_mirror(self._settings, catalog.state_engine), None

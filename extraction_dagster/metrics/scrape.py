@@ -35,7 +35,7 @@ class Scrape:
         """
         # Two meters: what one thread closes after a fault must not be in another's hands.
         self._meter, self._counter = Meter(settings, read_instance), Meter(settings, read_instance)
-        self._watermark: int | None = None
+        self._after_id: int | None = None
         self._figures: Latest[Figures] = Latest(self._meter.measure, fresh_seconds=lambda _: _CACHE_SECONDS)
         self._census: Latest[Census] = Latest(self._count, fresh_seconds=census_seconds)
 
@@ -59,14 +59,15 @@ class Scrape:
         if not figures.parts["table"]:
             return Exposition(figures)
         if figures.table is not None:
-            self._watermark = figures.table.last_processed_id
+            bounds = (figures.table.last_processed_id, figures.table.floor_id)
+            self._after_id = max((bound for bound in bounds if bound is not None), default=None)
         known, _ = self._census.get(wait_seconds=0.0)
         census = known or self._census.get(wait_seconds=census_seconds)[0]
         return Exposition(figures, census)
 
     def _count(self) -> Census:
         try:
-            return self._counter.count(self._watermark)
+            return self._counter.count(self._after_id)
         except BaseException:
             self._counter.close()
             raise

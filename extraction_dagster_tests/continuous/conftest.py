@@ -191,6 +191,15 @@ class Site:
         with open_instance(load_settings()) as instance:
             return instance.get_runs_count(wanted)
 
+    def num_ticks(self, sensor, status=None):
+        """Ticks of a sensor, of one status or of any."""
+        with open_instance(load_settings()) as instance:
+            states = [state for state in instance.all_instigator_state() if state.instigator_name == sensor]
+            ticks = [
+                tick for state in states for tick in instance.get_ticks(state.instigator_origin_id, state.selector_id)
+            ]
+        return sum(status is None or tick.status.value == status for tick in ticks)
+
     def num_active_runs(self):
         return self.num_runs("NOT_STARTED", "QUEUED", "STARTING", "STARTED", "CANCELING")
 

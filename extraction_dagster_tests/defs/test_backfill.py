@@ -120,6 +120,7 @@ def test_a_backfill_is_dagsters_own_and_its_ranges_are_registered(instance, cata
     assert (backfill.backfill_id, backfill.status) == (backfill_id, BulkActionStatus.REQUESTED)
     assert backfill.tags == {"dagster/max_runtime_seconds": "77", "dagster/priority": "-1"}
     assert backfill.title == "extraction backfill 1-50000"
+    assert [key.to_user_string() for key in backfill.asset_selection] == ["frame_embeddings", "qdrant_points"]
     targets = backfill.asset_backfill_data.target_subset.partitions_subsets_by_asset_key
     assert {key.to_user_string(): set(subset.get_partition_keys()) for key, subset in targets.items()} == {
         "frame_embeddings": {"1-3", "4-6", "7-9", "10-12"},

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -19,7 +20,7 @@ VERSIONS = (
 ASSETS = {"video_frames", "frame_embeddings", "qdrant_points"}
 
 
-def run(*command, cwd, **environment):
+def run(*command, cwd, code=0, **environment):
     done = subprocess.run(
         command,
         cwd=cwd,
@@ -29,7 +30,7 @@ def run(*command, cwd, **environment):
         check=False,
         timeout=300,
     )
-    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
 
@@ -109,3 +110,43 @@ def test_a_range_is_embedded_anew_with_another_model_and_nothing_is_decoded(two_
 
     text = run(EXTRACTION, "search", "--text", "two cats", "--json", cwd=two_videos, **clip)
     assert {hit["record_id"] for hit in json.loads(text.stdout)["hits"]} == {1, 2}
+
+
+def pickle_only(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    return "a pickle, which can run code when it is read"
+
+
+def own_code(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModel": "evil.Model"}}))
+    (folder / "evil.py").write_text("from pathlib import Path\nPath('ran').touch()\n")
+    return "Python code of the model's own"
+
+
+def no_preprocessor(folder):
+    (folder / "preprocessor_config.json").unlink()
+    return "no such file"
+
+
+def wrong_dim(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"projection_dim": 8}))
+    return "got vectors of 8 numbers, expected 24"
+
+
+@pytest.mark.slow
+def test_a_hostile_model_is_refused_before_anything_is_written(two_videos, saved_models):
+    for number, breakage in enumerate([pickle_only, own_code, no_preprocessor, wrong_dim]):
+        model = two_videos / f"model{number}"
+        shutil.copytree(saved_models("clip"), model)
+        words = breakage(model)
+
+        refused = run(EXTRACTION, "launch", "1-2", cwd=two_videos, code=1, EXTRACTION_MODEL=str(model))
+
+        assert words in refused.stdout + refused.stderr
+        assert "Nothing was written." in refused.stdout + refused.stderr
+        assert shards(two_videos, "") == {}
+        assert ledger(two_videos) == []
+        assert not (two_videos / "ran").exists()
+        assert not (two_videos / ".extraction" / "points").exists()

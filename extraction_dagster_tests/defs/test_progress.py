@@ -148,7 +148,11 @@ def test_the_check_can_be_run_by_hand(instance):
         resources={"extraction": Extraction()},
     )
     (found,) = alone.resolve_job_def("look").execute_in_process(instance=instance).get_asset_check_evaluations()
-    assert (found.passed, found.metadata["pending_rows"].value) == (True, 4)
+    assert found.passed
+    assert {name: value.value for name, value in found.metadata.items()} == {
+        "pending_rows": 4,
+        "seconds_without_work": 0,
+    }
     assert defs.resolve_sensor_def("progress_sensor").default_status == dg.DefaultSensorStatus.RUNNING
 
 
@@ -173,5 +177,10 @@ def test_the_daemon_reports_it_and_says_whether_it_is_fresh(instance, world, mon
             later = get_current_timestamp() + seconds
             monkeypatch.setattr(freshness_evaluator, "get_current_timestamp", lambda later=later: later)
             assert state(context) == expected
+        (state_of_sensor,) = (
+            item for item in instance.all_instigator_state() if item.instigator_name == "progress_sensor"
+        )
+        (tick,) = instance.get_ticks(state_of_sensor.instigator_origin_id, state_of_sensor.selector_id)
+        assert tick.skip_reason.startswith("4 rows are due (no record is done yet)")
         code_servers = context._grpc_server_registry
     code_servers.wait_for_processes()

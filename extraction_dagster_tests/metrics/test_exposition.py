@@ -32,7 +32,9 @@ EVERYTHING = {
     ("extraction_frontier_id",): 13345,
     ("extraction_floor_id",): -1,
     ("extraction_lag_rows",): 6,
-    ("extraction_unfinished",): 1,
+    ("extraction_newest_id",): 13400,
+    ("extraction_due_rows",): 3,
+    ("extraction_waiting_rows",): 1,
     ("extraction_watermark_moved_timestamp_seconds",): 1_748_779_000,
     ("extraction_watermark_stalled_seconds",): 1000,
     ("extraction_runs", ("status", "queued")): 3,
@@ -102,7 +104,7 @@ def test_an_endpoint_speaks_as_it_is_asked(figures, census, accept, content_type
 
 
 def test_what_is_not_known_is_left_out_and_not_shown_as_zero(figures, census):
-    table = replace(figures.table, last_processed_id=None, frontier_id=None, floor_id=None)
+    table = replace(figures.table, last_processed_id=None, frontier_id=None, floor_id=None, newest_id=None)
     instance = replace(figures.instance, last_tick_at=None)
     shown = replace(figures, table=table, instance=instance, mirror=None)
     not_counted = replace(census, collection_points=None, collection_counted_at=None)
@@ -111,11 +113,20 @@ def test_what_is_not_known_is_left_out_and_not_shown_as_zero(figures, census):
         "extraction_watermark_id",
         "extraction_frontier_id",
         "extraction_floor_id",
+        "extraction_newest_id",
         "extraction_sensor_last_tick_timestamp_seconds",
         "extraction_mirror_state",
         "extraction_mirror_watermark_id",
         "extraction_collection_points",
         "extraction_collection_counted_timestamp_seconds",
+    }
+
+
+def test_failed_and_parked_rows_need_no_census(figures):
+    shown = samples(Exposition(figures).openmetrics())
+    assert {key[1][1]: value for key, value in shown.items() if key[0] == "extraction_rows"} == {
+        "failed": 2,
+        "parked": 4,
     }
 
 

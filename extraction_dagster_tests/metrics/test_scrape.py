@@ -73,7 +73,7 @@ def test_a_census_that_fails_costs_nothing_but_the_census(scrape):
     scrape.made["census"] = fail
     text = scrape.soon().openmetrics()
     assert "extraction_up 1.0" in text
-    assert "extraction_rows" not in text
+    assert 'extraction_rows{state="done"}' not in text
 
 
 def test_of_a_table_that_cannot_be_read_no_old_count_is_shown(scrape, figures):

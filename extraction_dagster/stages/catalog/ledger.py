@@ -174,6 +174,14 @@ class Ledger:
             rows = connection.execute(sa.select(*names, sa.func.count()).group_by(*names))
             return {(str(stage), str(kind)): int(number) for stage, kind, number in rows}
 
+    def num_failed(self, run_id: str, id_range: IdRange) -> int:
+        """How many records of a range failed in a run."""
+        table = ERRORS_TABLE.c
+        within = table.record_id.between(id_range.first_id, id_range.last_id)  # there is an index of records
+        query = sa.select(sa.func.count(sa.distinct(table.record_id))).where(within, table.run_id == run_id)
+        with reading(self.engine, what="read the errors") as connection:
+            return int(connection.execute(query).scalar_one())
+
     def upsert(self, connection: sa.Connection, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write entries; every row has the same keys, `record_id` among them. Other columns keep their values."""
         if not rows:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import struct
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from extraction_dagster.errors import ModelFilesError
+from extraction_dagster.stages.embed.safetensors_header import HeaderError, num_weights, tensor_shapes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -44,7 +44,13 @@ _MOST_LAYERS = 1024
 _LARGEST_NUMBER = 2**24
 _MOST_JSON_BYTES = 4 * 2**20
 _MOST_TOKENIZER_BYTES = 256 * 2**20
-_MOST_HEADER_BYTES = 64 * 2**20
+# The tensor whose first side is the length of a vector.
+_OUTPUTS: Final = {
+    "clip": "visual_projection.weight",
+    "siglip": "vision_model.embeddings.patch_embedding.weight",
+    "dinov2": "embeddings.patch_embeddings.projection.weight",
+    "dinov2_with_registers": "embeddings.patch_embeddings.projection.weight",
+}
 _PROJECTED: Final = {"clip": ("", "projection_dim", 512), "siglip": ("vision_config", "hidden_size", 768)}
 
 
@@ -134,8 +140,15 @@ class _Inspection:
         for name, path in files.items():
             self.check_text_file(name, path)
         weights = self.weights()
-        counted = sum(self.count_weights(path) for path in weights.values())
-        return ModelFolder(self.model, self.path, config, files | weights, counted)
+        shapes = {
+            name: shape
+            for file, path in weights.items()
+            if file != WEIGHTS_INDEX
+            for name, shape in self.shapes(path).items()
+        }
+        folder = ModelFolder(self.model, self.path, config, files | weights, num_weights(shapes))
+        self.check_dim(folder, shapes)
+        return folder
 
     def refuse(self, name: str, got: str, expected: str, fix: str = _FETCH_AGAIN) -> NoReturn:
         raise ModelFilesError(self.model, str(self.path / name), got, expected, fix)
@@ -213,24 +226,18 @@ class _Inspection:
         shards = {name: self.need(name, f"the part that {WEIGHTS_INDEX} names") for name in sorted(names)}
         return {WEIGHTS_INDEX: self.path / WEIGHTS_INDEX, **shards}
 
-    def count_weights(self, path: Path) -> int:
-        """Numbers in a safetensors file whose header agrees with its size: `length | header | tensors`."""
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0  # noqa: PLR2004 - 64 bits
-            if not 2 <= length <= min(size - 8, _MOST_HEADER_BYTES):  # noqa: PLR2004 - "{}"
-                self.refuse(path.name, f"a header of {length} bytes in a file of {size}", "a safetensors file")
-            header = file.read(length)
+    def shapes(self, path: Path) -> dict[str, tuple[int, ...]]:
         try:
-            tensors = {name: part for name, part in json.loads(header).items() if name != "__metadata__"}
-            end = max((part["data_offsets"][1] for part in tensors.values()), default=0)
-            numbers = sum(_product(part["shape"]) for part in tensors.values())
-        except (ValueError, RecursionError, AttributeError, KeyError, TypeError, IndexError) as error:
-            self.refuse(path.name, f"no readable header ({type(error).__name__})", "a safetensors file")
-        if end != size - 8 - length:
-            self.refuse(path.name, f"{size} bytes", f"{end + 8 + length}, as its header says")
-        return numbers
+            return tensor_shapes(path)
+        except HeaderError as error:
+            self.refuse(path.name, error.got, error.expected)
+
+    def check_dim(self, folder: ModelFolder, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """The tensor that makes vectors makes them as long as the configuration says."""
+        last = _OUTPUTS.get(folder.model_type, "-")
+        for name, shape in shapes.items():
+            if name.endswith(last) and shape[:1] != (folder.dim,):
+                self.refuse(CONFIG, f"vectors of {folder.dim} numbers", f"{shape[0]}, as {name} in the weights has")
 
 
 def _code_names(described: Mapping[str, Any]) -> str:
@@ -259,15 +266,6 @@ def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 def _is_shard(name: object) -> bool:
     return isinstance(name, str) and _SHARD.fullmatch(name) is not None
-
-
-def _product(shape: list[int]) -> int:
-    total = 1
-    for side in shape:
-        if not isinstance(side, int) or side < 0:
-            raise ValueError(shape)
-        total *= side
-    return total
 
 
 def _stamp(path: Path) -> tuple[int, int]:

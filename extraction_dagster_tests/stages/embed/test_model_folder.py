@@ -6,10 +6,11 @@ import json
 import pickle
 import struct
 
+import numpy as np
 import pytest
 import torch  # noqa: TID253 - weights are made with it
 from safetensors.torch import save_file
-from transformers import dynamic_module_utils  # noqa: TID253 - its cache is put into the test's folder
+from transformers import AutoModel, dynamic_module_utils  # noqa: TID253 - saves; its cache is put into the test's folder
 
 from extraction_dagster.errors import ModelFilesError
 from extraction_dagster.settings import Settings
@@ -100,6 +101,14 @@ def huge_number(folder):
     edit(folder / "config.json", projection_dim=10**400)
 
 
+def wrong_dim(folder):
+    edit(folder / "config.json", projection_dim=8)
+
+
+def far_too_large_dim(folder):
+    edit(folder / "config.json", projection_dim=2048)
+
+
 def text_for_a_part(folder):
     edit(folder / "config.json", vision_config="none")
 
@@ -150,6 +159,8 @@ HOSTILE = {
     naflex: r"got model_type 'siglip2', expected one of .* \(SigLIP 2 at a fixed resolution has the type siglip\)",
     endless_layers: r"got num_hidden_layers 1000000000, expected at most 1024",
     huge_number: r"got projection_dim 10000000000000000000, expected at most 16777216",
+    wrong_dim: r"config\.json: got vectors of 8 numbers, expected 24, as visual_projection\.weight in the weights has",
+    far_too_large_dim: r"config\.json: got vectors of 2048 numbers, expected 24, as visual_projection\.weight",
     text_for_a_part: r"got vision_config of type str, expected a JSON object",
     link_outside: r"preprocessor_config\.json: got a link that leads out of the folder",
     dangling_link: r"config\.json: got no regular file",
@@ -179,15 +190,25 @@ def test_no_folder_is_refused_with_how_to_write_one(tmp_path):
         embedding_fingerprint(Settings(model=str(tmp_path / "none")))
 
 
+SMALLER_IMAGES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "words"),
     [
         (
             "config.json",
-            {"projection_dim": 2048},
+            {"text_config": {"hidden_size": 512}},
             r"weights with \d+ numbers, expected \d+, as its config\.json asks for",
         ),
-        ("config.json", {"projection_dim": 8}, r"files that transformers can't use \(RuntimeError"),
+        ("config.json", {"vision_config": SMALLER_IMAGES}, r"files that transformers can't use \(RuntimeError"),
         ("config.json", {"vision_config": {"hidden_size": 33}}, r"as its config\.json asks for|can't use"),
         ("preprocessor_config.json", {"crop_size": {"height": 64, "width": 64}}, r"can't use \(ValueError"),
         ("preprocessor_config.json", {"size": {"shortest_edge": 10**9}}, r"shortest_edge of 1000000000 px"),
@@ -233,6 +254,33 @@ def test_code_of_a_model_that_was_named_may_run(copied_model, monkeypatch):
         load_model(Settings(model=name, device="cpu", trust_remote_code=("another/model",)))
     loaded = load_model(Settings(model=name, device="cpu", trust_remote_code=(name,)))
     assert (type(loaded.network).__name__, loaded.dim) == ("OwnModel", 5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"), [("siglip", {"vision_config": {"hidden_size": 48}}), ("dinov2", {"hidden_size": 48})]
+)
+def test_a_wrong_length_of_vectors_is_refused_of_every_architecture(copied_model, kind, change):
+    folder = copied_model(kind)
+    edit(folder / "config.json", **change)
+
+    with pytest.raises(ModelFilesError, match=r"got vectors of 48 numbers, expected 32, as .*embedding.*weight in the"):
+        embedding_fingerprint(Settings(model=str(folder)))
+
+
+def test_weights_in_several_files_are_taken_together(saved_models, tmp_path):
+    network = AutoModel.from_pretrained(saved_models("clip"))
+    network.save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
+    for name in ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "sharded" / name).write_bytes((saved_models("clip") / name).read_bytes())
+    parts = sorted(path.name for path in (tmp_path / "sharded").glob("*.safetensors"))
+    assert len(parts) > 1
+
+    whole, sharded = (inspect_folder("m", path) for path in (saved_models("clip"), tmp_path / "sharded"))
+    assert (sharded.num_weights, sharded.dim) == (whole.num_weights, 24)
+    assert {"model.safetensors.index.json", *parts} <= sharded.files.keys()
+    picture = [np.full((50, 60, 3), 99, np.uint8)]
+    vectors = [load_model(Settings(model=str(f.path), device="cpu")).embed_images(picture) for f in (whole, sharded)]
+    assert np.abs(vectors[0] - vectors[1]).max() < 1e-5
 
 
 def test_a_whole_folder_is_described(saved_models):
