@@ -16,6 +16,7 @@ BIN = Path(sys.executable).parent
 def check(*command, cwd, home):
     (home / "dagster.yaml").write_text(template("dagster.yaml"))
     quiet = {"DAGSTER_HOME": str(home), "DAGSTER_DG_UPDATE_CHECK_ENABLED": "0", "NO_COLOR": "1"}
+    quiet["VIRTUAL_ENV"] = sys.prefix  # as 'activate' sets it: dg warns when it is not the project's own
     done = subprocess.run(
         [BIN / command[0], *command[1:]],
         cwd=cwd,

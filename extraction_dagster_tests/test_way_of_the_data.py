@@ -190,6 +190,7 @@ def test_the_doctor_lists_every_setting_and_checks_what_a_run_needs(demo):
         "ok      Dagster's instance",
         "ok      embedding model",
         "ok      Qdrant",
+        "ok      notices",
     ]
 
 
