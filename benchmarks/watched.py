@@ -1,14 +1,16 @@
 """Run a command under strace and tell what its decoding workers asked the kernel for: files, sockets, programs.
 
-    python benchmarks/watched.py FOLDER COMMAND…      exit code 1 when a worker left its fence
+    python benchmarks/watched.py [--folder FOLDER] COMMAND…      exit code 1 when a worker left its fence
 
-FOLDER is where the videos lie. A worker may open a video there in one way only, by its own hand (relative to a folder
-that it holds, without following links), and otherwise what belongs to Python and its libraries. Anything else is
-printed: a socket, a program, any other file, or a video that a library opened by name.
+FOLDER is where the videos lie, the system's folder for temporary files by default. A worker may open a video there in
+one way only, by its own hand (relative to a folder that it holds, without following links), and otherwise what belongs
+to Python and its libraries. Anything else is printed: a socket, a program, any other file, or a video that a library
+opened by name.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import shutil
 import subprocess
@@ -34,8 +36,11 @@ SYSTEM = re.compile(
 
 def main() -> None:
     """Run, read the log, print."""
-    folder, command = Path(sys.argv[1]).resolve(), sys.argv[2:]
-    done, left, opened, workers = watch(command, folder)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("command", nargs=argparse.REMAINDER)
+    options = parser.parse_args()
+    done, left, opened, workers = watch(options.command, options.folder.resolve())
     print(f"workers {workers}, videos opened {opened}, out of the fence {len(left)}", file=sys.stderr)
     for line in left[:50]:
         print(line, file=sys.stderr)

@@ -284,6 +284,11 @@ class Settings(BaseSettings):
         description="auto, cpu, cuda, cuda:N or mps. auto is a CUDA device that no other process of this project uses, "
         "else the CPU.",
     )
+    resize_on: Literal["cpu", "device"] = Field(
+        "cpu",
+        description="Where frames are resized for the model: cpu, or the model's device, which spares the CPU where "
+        "that is a GPU. Vectors of the two differ a little and are kept apart.",
+    )
     compile: Literal["off", "on", "onnxruntime"] = Field(
         "off",
         description="Compile the model once for this machine's CPU and keep the result in home/cache/compiled; vectors "

@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 ONNX: Final = "onnxruntime"
 _PATIENCE_SECONDS: Final = 1800.0
 _WORKER: Final = "extraction_dagster.stages.embed.compile_worker"
-_MODEL_SETTINGS: Final = ("model", "trust_remote_code", "embed_dtype", "embed_threads")
+_MODEL_SETTINGS: Final = ("model", "trust_remote_code", "embed_dtype", "embed_threads", "resize_on")
 
 
 def find_compiler(kind: str, model: str) -> str:

@@ -15,8 +15,8 @@ from extraction_dagster.errors import ModelFilesError
 from extraction_dagster.stages.embed.gpu_lease import LEASES
 from extraction_dagster.stages.embed.lite0_network import checkpoint_shapes, fold
 from extraction_dagster.stages.embed.passes import ResidentModel
-from extraction_dagster.stages.embed.preprocess import SQUASH, squash
-from extraction_dagster.stages.embed.runtime import autocast, resolve_device, tune_process
+from extraction_dagster.stages.embed.preprocess import SQUASH, arithmetic, squash
+from extraction_dagster.stages.embed.runtime import autocast, resize_device, resolve_device, tune_process
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -44,7 +44,7 @@ def settings_identity(settings: Settings) -> dict[str, object]:
         "weights_file": _FILE,
         "feature": "pooled",
         "geometry_px": [SIDE_PX, SIDE_PX],
-        "resize": SQUASH,
+        "resize": f"{SQUASH}-{arithmetic(settings)}",
         "mean": MEAN,
         "std": STD,
         "padding": "same",
@@ -85,14 +85,14 @@ class EfficientNetLite0(ResidentModel):
     dim = DIM
     network: Lite0
 
-    def __init__(self, network: Lite0, *, device: str, fingerprint: str, dtype: str) -> None:
-        """Take a network that lies on the device, and the type that it computes in."""
+    def __init__(self, network: Lite0, *, device: str, fingerprint: str, settings: Settings) -> None:
+        """Take a network that lies on the device; of the settings, embed_dtype and resize_on."""
         super().__init__(NAME, network, device=device, fingerprint=fingerprint)
-        self._dtype = dtype
+        self._dtype, self._resize_device = settings.embed_dtype, resize_device(settings, device)
 
     def prepare(self, images: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
         """Squash whole images to uint8 (N, 224, 224, 3); safe in any thread."""
-        return squash(images, height_px=SIDE_PX, width_px=SIDE_PX)
+        return squash(images, height_px=SIDE_PX, width_px=SIDE_PX, device=self._resize_device)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 (N, 224, 224, 3) on the device to features (N, 1280) there."""
@@ -111,7 +111,7 @@ def load(settings: Settings, *, fingerprint: str) -> EfficientNetLite0:
     device = resolve_device(settings.device, settings.home / LEASES)
     tune_process(device, settings.embed_threads)
     network = fold(read_checkpoint(weights_path()), device=device)
-    return EfficientNetLite0(network, device=device, fingerprint=fingerprint, dtype=settings.embed_dtype)
+    return EfficientNetLite0(network, device=device, fingerprint=fingerprint, settings=settings)
 
 
 def read_checkpoint(path: Path) -> Mapping[str, torch.Tensor]:

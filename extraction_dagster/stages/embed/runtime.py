@@ -103,6 +103,11 @@ def autocast(device: str, dtype: str) -> AbstractContextManager[object]:
     return nullcontext() if dtype == "float32" else torch.autocast(device.partition(":")[0], getattr(torch, dtype))
 
 
+def resize_device(settings: Settings, device: str) -> str | None:
+    """Where frames are resized: on the model's device, or None for the CPU's way."""
+    return device if settings.resize_on == "device" else None
+
+
 def batch_size(settings: Settings, device: str) -> int:
     """Frames per forward pass on a device, default applied.
 

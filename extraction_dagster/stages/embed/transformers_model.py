@@ -18,7 +18,8 @@ from extraction_dagster.stages.embed import hub
 from extraction_dagster.stages.embed.gpu_lease import LEASES
 from extraction_dagster.stages.embed.model_folder import inspect_folder
 from extraction_dagster.stages.embed.passes import ResidentModel
-from extraction_dagster.stages.embed.runtime import autocast, resolve_device, tune_process
+from extraction_dagster.stages.embed.preprocess import arithmetic
+from extraction_dagster.stages.embed.runtime import autocast, resize_device, resolve_device, tune_process
 from extraction_dagster.stages.embed.transformers_pixels import AS_PROCESSOR, Pixels
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def settings_identity(settings: Settings) -> dict[str, object]:
     """What changes the vectors, as far as can be told without opening a file."""
     return {
         "model": str(_folder(settings)) if answers_for_folder(settings.model) else settings.model,
-        "pixels": AS_PROCESSOR,
+        "pixels": f"{AS_PROCESSOR}-{arithmetic(settings)}",
         "feature": "pooled",
         "compute_dtype": settings.embed_dtype,
     }
@@ -148,7 +149,8 @@ def load(settings: Settings, *, fingerprint: str) -> TransformersModel:
     where = {"device": device, "fingerprint": fingerprint, "dtype": settings.embed_dtype}
     options = {"trust_remote_code": is_trusted(settings), "local_files_only": True}
     with _as_refusal(folder), _quiet():
-        network, pixels = _read_network(folder, options).to(device), _read_pixels(folder, options)
+        network = _read_network(folder, options).to(device)
+        pixels = _read_pixels(folder, options, resize_device(settings, device))
         if not folder.has_text or not hasattr(network, "get_text_features"):
             return TransformersModel(settings.model, network, pixels, **where)
         tokenize = _Tokenize(folder, options)
@@ -197,10 +199,10 @@ def _read_network(folder: ModelFolder, options: Mapping[str, Any]) -> torch.nn.M
     return network.eval().requires_grad_(requires_grad=False)  # type: ignore[no-any-return] # AutoModel is untyped
 
 
-def _read_pixels(folder: ModelFolder, options: Mapping[str, Any]) -> Pixels:
+def _read_pixels(folder: ModelFolder, options: Mapping[str, Any], device: str | None) -> Pixels:
     import transformers
 
-    return Pixels(transformers.AutoImageProcessor.from_pretrained(folder.path, backend="pil", **options))
+    return Pixels(transformers.AutoImageProcessor.from_pretrained(folder.path, backend="pil", **options), device)
 
 
 def _features(network: Any, method: str, **inputs: torch.Tensor) -> torch.Tensor:  # noqa: ANN401 - any architecture

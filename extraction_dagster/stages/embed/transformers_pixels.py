@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from extraction_dagster.stages.embed.preprocess import resize
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # Names what `Pixels.prepare` does; part of every fingerprint, so change it whenever the pixels change.
-AS_PROCESSOR: Final = "as-processor-uint8"
+AS_PROCESSOR: Final = "as-processor"
 # Pillow's numbers for the filters that torch's uint8 kernel has too.
 _FILTERS: Final = {2: "bilinear", 3: "bicubic"}
 _MOST_SIDE_PX: Final = 4096
@@ -31,13 +33,17 @@ class Pixels:
         fast: Whether torch's kernel does the resizing.
     """
 
-    def __init__(self, processor: Any) -> None:  # noqa: ANN401 - transformers' processors share no typed base
+    def __init__(self, processor: Any, device: str | None = None) -> None:  # noqa: ANN401 - they share no typed base
         """Take a processor of transformers.
+
+        Args:
+            processor: An image processor of transformers.
+            device: Where images are resized, in float32; on the CPU in uint8 when unset.
 
         Raises:
             ValueError: Its images don't have one size, or its numbers are out of bounds.
         """
-        self._processor = processor
+        self._processor, self._device = processor, device
         factor = float(processor.rescale_factor) if processor.do_rescale else 1.0
         mean = np.array(processor.image_mean if processor.do_normalize else (0.0,), np.float64)
         std = np.array(processor.image_std if processor.do_normalize else (1.0,), np.float64)
@@ -89,16 +95,9 @@ class Pixels:
         return self._crop_px is not None and max(self._crop_px) <= self._edge_px and processor.size.longest_edge is None
 
     def _resize_and_crop(self, images: np.ndarray) -> np.ndarray:
-        import torch
-        from torch.nn.functional import interpolate
-
         height, width = self._resized_px(*images.shape[1:3])
-        if (height, width) != images.shape[1:3]:
-            how = _FILTERS[int(self._processor.resample or 2)]
-            with torch.inference_mode():
-                # NHWC seen as NCHW is torch's channels_last, for which the uint8 kernel is fastest.
-                pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
-                images = interpolate(pixels, (height, width), mode=how, antialias=True).permute(0, 2, 3, 1).numpy()
+        how = _FILTERS[int(self._processor.resample or 2)]
+        images = resize(images, height, width, mode=how, device=self._device)
         if self._crop_px is not None:
             top, left = (height - self._crop_px[0]) // 2, (width - self._crop_px[1]) // 2
             images = images[:, top : top + self._crop_px[0], left : left + self._crop_px[1]]

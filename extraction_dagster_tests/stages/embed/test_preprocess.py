@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch  # noqa: TID253 - says whether there is a GPU
 
 from extraction_dagster.stages.embed.preprocess import squash
 
@@ -26,13 +27,14 @@ def _resize_rows(image, size):
     return np.clip(np.round(np.array(rows)), 0, 255)
 
 
+@pytest.mark.parametrize("device", [None, "cpu"])
 @pytest.mark.parametrize(("width_px", "height_px"), [(398, 224), (224, 398), (90, 50), (1000, 61)])
-def test_squash_is_pillows_antialiased_bicubic_written_in_float64(width_px, height_px):
+def test_squash_is_pillows_antialiased_bicubic_written_in_float64(width_px, height_px, device):
     noise = np.random.default_rng(5).integers(0, 256, (height_px, width_px, 3), dtype=np.uint8)
     across = _resize_rows(noise.transpose(1, 0, 2).astype(np.float64), 224).transpose(1, 0, 2)
     expected = _resize_rows(across, 224)
 
-    got = squash([noise], height_px=224, width_px=224)
+    got = squash([noise], height_px=224, width_px=224, device=device)
 
     assert got.dtype == np.uint8
     assert got.shape == (1, 224, 224, 3)
@@ -64,3 +66,15 @@ def test_squash_leaves_an_image_of_the_right_size_alone_and_takes_none():
 
     assert np.array_equal(squash([image], height_px=224, width_px=224)[0], image)
     assert squash([], height_px=224, width_px=224).shape == (0, 224, 224, 3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_a_gpu_squashes_as_the_cpu_does_in_float32(make_picture):
+    images = [make_picture(n, 398, 224) for n in range(5)]
+
+    on_gpu = squash(images, height_px=224, width_px=224, device="cuda:0")
+
+    steps = np.abs(on_gpu.astype(int) - squash(images, height_px=224, width_px=224, device="cpu").astype(int))
+    assert steps.max() <= 1
+    assert (steps > 0).mean() < 1e-3

@@ -72,12 +72,13 @@ def test_image_vectors_are_those_of_transformers(load, saved_models, pictures, k
     assert cosines(vectors, np.roll(vectors, 1, 0)).max() < 0.999
 
 
+@pytest.mark.parametrize("where", ["cpu", "device"])
 @pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2"])
-def test_prepared_pixels_are_within_one_step_of_the_processor(load, saved_models, pictures, kind):
+def test_prepared_pixels_are_within_one_step_of_the_processor(load, saved_models, pictures, kind, where):
     processor = transformers.AutoImageProcessor.from_pretrained(saved_models(kind))
     expected = processor(images=pictures, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
 
-    got = load(kind).prepare(pictures)
+    got = load(kind, resize_on=where).prepare(pictures)
 
     assert got.dtype == np.uint8
     assert np.abs(got.transpose(0, 3, 1, 2).astype(int) - expected.astype(int)).max() <= 1
@@ -182,6 +183,17 @@ def test_the_type_that_it_computes_in_is_in_both_fingerprints(saved_models, load
     exact, short = load("dinov2").embed_images(pictures), load("dinov2", embed_dtype="bfloat16").embed_images(pictures)
     assert not np.array_equal(exact, short)
     assert cosines(exact, short).min() > 0.999
+
+
+def test_where_frames_are_resized_is_in_both_fingerprints(saved_models, load, pictures):
+    for named in ({}, {"model": str(saved_models("dinov2"))}):
+        there, here = Settings(resize_on="device", **named), Settings(**named)
+        assert embedding_fingerprint(there) != embedding_fingerprint(here)
+        assert embedding_settings_fingerprint(there) != embedding_settings_fingerprint(here)
+    assert (
+        cosines(load("dinov2").embed_images(pictures), load("dinov2", resize_on="device").embed_images(pictures)).min()
+        > 0.9999
+    )
 
 
 def test_fingerprints_of_a_folder_need_neither_torch_nor_transformers(saved_models):
