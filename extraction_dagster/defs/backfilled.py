@@ -6,7 +6,6 @@ import dagster as dg
 from dagster._core.definitions.assets.graph.asset_graph_subset import AssetGraphSubset
 from dagster._core.definitions.partitions.context import partition_loading_context
 from dagster._core.execution.backfill import BulkActionsFilter, BulkActionStatus, PartitionBackfill
-from dagster._daemon.controller import get_daemon_statuses
 
 from extraction_dagster.defs.partitions import valid_ranges
 from extraction_dagster.records import IdRange
@@ -18,6 +17,8 @@ _SILENCE_SECONDS = 150.0  # beside the 30 s between two signs of life: after thr
 
 def are_served(instance: dg.DagsterInstance) -> bool:
     """Whether daemons run that turn backfills into runs, and start them."""
+    from dagster._daemon.controller import get_daemon_statuses  # noqa: PLC0415 - half a CPU second, seldom needed
+
     statuses = get_daemon_statuses(instance, daemon_types=_DAEMONS, heartbeat_tolerance_seconds=_SILENCE_SECONDS)
     return all(status.healthy or not status.required for status in statuses.values())
 

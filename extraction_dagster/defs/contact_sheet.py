@@ -2,10 +2,13 @@
 
 import base64
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from extraction_dagster.stages.decode.jpeg import shrink_jpeg
 from extraction_dagster.stages.decode.sampling import evenly
-from extraction_dagster.stages.decode.stage import Preview
+
+if TYPE_CHECKING:
+    from extraction_dagster.stages.decode.stage import Preview
 
 _LONGEST_PX = 128
 _QUALITY = 70
@@ -23,7 +26,7 @@ class ContactSheet:
         self._kept: list[Preview] = []
         self._seen, self._stride = 0, 1
 
-    def add(self, previews: Iterable[Preview]) -> None:
+    def add(self, previews: "Iterable[Preview]") -> None:
         """Take in what landed; the more came before, the fewer of it are kept."""
         for preview in previews if self._limit else ():
             if self._seen % self._stride == 0:
@@ -45,7 +48,7 @@ class ContactSheet:
         return _table(cells) if cells else None
 
 
-def _cell(preview: Preview) -> tuple[str, str]:
+def _cell(preview: "Preview") -> tuple[str, str]:
     caption = f"{preview.record_id} at {preview.pts_seconds:.1f} s"
     small = shrink_jpeg(preview.jpeg, longest_px=_LONGEST_PX, quality=_QUALITY)
     if small is None:

@@ -10,7 +10,6 @@ from dagster._core.scheduler.instigation import (
     SensorInstigatorData,
 )
 from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
-from dagster._daemon.controller import get_daemon_statuses
 
 SENSOR_NAME = "extraction_sensor"
 LOCATION_NAME = "extraction_dagster"
@@ -58,6 +57,8 @@ class CursorStore:
         """Whether a daemon ticks the sensor now."""
         if not self.is_switched_on():
             return False
+        from dagster._daemon.controller import get_daemon_statuses  # noqa: PLC0415 - half a CPU second, seldom needed
+
         statuses = get_daemon_statuses(self._instance, daemon_types=["SENSOR"])
         return bool(statuses["SENSOR"].healthy)
 

@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 import dagster as dg
+from pydantic import Field
 
 from extraction_dagster.defs.assets import qdrant_points
 from extraction_dagster.defs.resources import Extraction, plain_failures
@@ -17,7 +18,11 @@ _MOST_RECORDS_SHOWN = 100
 class ReconcileConfig(dg.Config):
     """Whether to repair what is found."""
 
-    repair: bool = False
+    repair: bool = Field(
+        default=False,
+        description="Remove points of rows that are gone, and make records pending whose points are lost or too many. "
+        "Left out: only compare.",
+    )
 
 
 @dg.asset_check(
