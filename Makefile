@@ -21,10 +21,10 @@ ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
 .PHONY: $(STAMP)
 endif
 
-.PHONY: help demo test soak ui lint types check docs clean
+.PHONY: help demo test soak ui lint types check docs screenshots clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
 demo: $(STAMP) ## Make videos, process them through Dagster, search them by an image
 	@$(BIN)/extraction demo
@@ -53,6 +53,9 @@ docs: $(STAMP) ## Write the pages that are generated from the code
 	@$(BIN)/python -m extraction_dagster.settings_doc > docs/.settings.md
 	@mv docs/.settings.md docs/settings.md
 	@echo "Wrote docs/settings.md"
+
+screenshots: $(STAMP) ## Take the pictures in docs/screenshots anew, in headless Chromium, from the demo's data
+	@$(BIN)/python docs/take_screenshots.py
 
 clean: ## Remove the virtual environment, caches and builds; data (.extraction) stays
 	@rm -rf $(VENV) build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache

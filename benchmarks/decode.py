@@ -1,15 +1,14 @@
 """What a sampled frame costs: CPU milliseconds, JPEG included, of each decoder beside the codec library alone.
 
-    python benchmarks/decode.py [--seconds 10] [--rounds 3] [--videos 200] [--corpus FOLDER]
+    python benchmarks/decode.py [--seconds 10] [--rounds 3] [--corpus FOLDER]
 
 - `pyav`, `decord`: the whole of a worker's task, from the file to JPEGs.
 - `limit`: what the library itself needs for `pyav`'s own plan: libavformat opens the file and reads its packets once,
   libavcodec decodes those that the plan feeds. No planning, no scaling, no JPEG.
-- `codec`: libavcodec's share of it, on packets that lie in memory already.
+- `output`: what libswscale and libjpeg-turbo need to scale the sampled frames and to write them.
 
 All of them run in turn, on the same file, and the least of the rounds counts. Clips are rendered; a folder of real
-videos, with a MANIFEST.csv, is measured too where it is at hand. CPU is user and system time on one thread. Last, one
-worker process decodes `--videos` videos, and its memory is printed along the way.
+videos, with a MANIFEST.csv, is measured too where it is at hand. CPU is user and system time on one thread.
 """
 
 from __future__ import annotations
@@ -26,17 +25,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import psutil
+import simplejpeg
 
 from extraction_dagster.errors import ExtractionError
 from extraction_dagster.stages.decode.container import open_video
 from extraction_dagster.stages.decode.decoder import DecodeLimits
+from extraction_dagster.stages.decode.geometry import Geometry
+from extraction_dagster.stages.decode.jpeg import SUBSAMPLING
 from extraction_dagster.stages.decode.packets import read_packets
-from extraction_dagster.stages.decode.pool import PoolOptions, decode_all
 from extraction_dagster.stages.decode.pyav_decoder import _SKIPS_NONREF, PyAVDecoder, _display_order, _seconds
 from extraction_dagster.stages.decode.quality import Quality, refine
 from extraction_dagster.stages.decode.sampling import Sampling, select_frames
 from extraction_dagster.stages.decode.task import DecodeJob, decode_job
+from extraction_dagster.stages.decode.video_file import open_file
+from extraction_dagster.stages.decode.worker_process import ENVIRONMENT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,13 +53,13 @@ CLIPS: dict[str, tuple[str, str, dict[str, str]]] = {
 }
 SIZE, RATE, GOP = (1280, 720), 30, 60
 MOST_PIXELS = 200_000_000  # of a real file's frames together: seconds, not minutes
-MIB = 2**20
-Costs = tuple[float, float, float, float]  # of pyav, decord, limit, codec
+Costs = tuple[float, float, float, float]  # of pyav, decord, limit, output
 
 
 def main() -> None:
     """Run all and print a line each."""
     options = _options()
+    _as_in_a_worker()
     _silence()
     with tempfile.TemporaryDirectory() as folder:
         clips = {name: render(Path(folder) / f"{name}.{CLIPS[name][1]}", name, options.seconds) for name in CLIPS}
@@ -71,18 +73,21 @@ def main() -> None:
             _compare(_real(options.corpus), Sampling("fps", 1.0), options.rounds, each=False)
         print("\nquality steps, 16 frames of 398x224; CPU ms a frame")
         _steps(clips["h264"])
-        print(f"\nmemory of one worker over {options.videos} videos")
-        _memory(list(clips.values()), options.videos)
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=int, default=10, help="length of a rendered clip")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--videos", type=int, default=200, help="how many one worker decodes, for its memory")
     beside = Path(__file__).resolve().parents[1].parent / "shared" / "corpus"
     parser.add_argument("--corpus", type=Path, default=Path(os.environ.get("EXTRACTION_TEST_CORPUS") or beside))
     return parser.parse_args()
+
+
+def _as_in_a_worker() -> None:
+    """Start anew with a worker's environment, which counts for all that is measured."""
+    if not ENVIRONMENT.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ENVIRONMENT})  # noqa: S606 - ourselves
 
 
 def _silence() -> None:
@@ -129,8 +134,8 @@ def _real(corpus: Path) -> dict[str, Path]:
 
 
 def _compare(files: dict[str, Path], sampling: Sampling, rounds: int, *, each: bool = True) -> None:
-    columns = " ".join(f"{name:>8}" for name in ("pyav", "decord", "limit", "codec"))
-    print(f"{'':10} {'frames':>6} {columns}   pyav/limit  pyav/codec  decord/pyav")
+    columns = " ".join(f"{name:>8}" for name in ("pyav", "decord", "limit", "output"))
+    print(f"{'':10} {'frames':>6} {columns}   pyav/limit  pyav/(limit+output)  decord/pyav")
     found: dict[str, list[Costs]] = {}
     for name, path in files.items():
         try:
@@ -148,17 +153,17 @@ def _compare(files: dict[str, Path], sampling: Sampling, rounds: int, *, each: b
 
 
 def _print(name: str, count: int, costs: Costs, *, unit: str = "") -> None:
-    pyav, decord, limit, codec = costs
-    ratios = f"{pyav / limit:10.2f}  {pyav / codec:10.2f}  {decord / pyav:11.2f}"
+    pyav, decord, limit, output = costs
+    ratios = f"{pyav / limit:10.2f}  {pyav / (limit + output):19.2f}  {decord / pyav:11.2f}"
     print(f"{name:10} {count:6} " + " ".join(f"{cost:8.2f}" for cost in costs) + f"   {ratios}  {unit}", flush=True)
 
 
 def _means(rows: list[Costs]) -> Costs:
     """Geometric means: their ratios are the means of the ratios."""
-    pyav, decord, limit, codec = (
+    pyav, decord, limit, output = (
         math.exp(sum(map(math.log, column)) / len(rows)) for column in zip(*rows, strict=True)
     )
-    return pyav, decord, limit, codec
+    return pyav, decord, limit, output
 
 
 def _cost(path: Path, sampling: Sampling, rounds: int) -> tuple[int, Costs]:
@@ -174,19 +179,19 @@ def _cost(path: Path, sampling: Sampling, rounds: int) -> tuple[int, Costs]:
         )
         least = [min(pair) for pair in zip(least, seconds, strict=True)]
     counts = (frames["pyav"], frames["decord"], frames["pyav"], frames["pyav"])
-    pyav, decord, limit, codec = (1000 * max(one, 1e-6) / count for one, count in zip(least, counts, strict=True))
-    return frames["pyav"], (pyav, decord, limit, codec)
+    pyav, decord, limit, output = (1000 * max(one, 1e-6) / count for one, count in zip(least, counts, strict=True))
+    return frames["pyav"], (pyav, decord, limit, output)
 
 
 def _limit(path: Path, sampling: Sampling) -> tuple[float, float]:
-    """CPU seconds of opening, reading and decoding, and of decoding alone, the packets that the planner feeds."""
+    """CPU seconds of opening, reading and decoding the packets that the planner feeds; of scaling and writing."""
 
     def read() -> None:
-        with open_video(path, LIMITS) as video:
+        with open_file(path) as file, open_video(file, LIMITS) as video:
             for _ in video.container.demux(video.stream):
                 pass
 
-    with open_video(path, LIMITS) as video:
+    with open_file(path) as file, open_video(file, LIMITS) as video:
         index = read_packets(video, LIMITS)
         display = _display_order(video, index, LIMITS)
         ticks = index.pts[display]
@@ -194,17 +199,34 @@ def _limit(path: Path, sampling: Sampling) -> tuple[float, float]:
         targets = set(display[selection.frame_number].tolist())
         runs, packets, context = index.runs(sorted(targets)), index.kept or (), video.stream.codec_context
         skips = context.name in _SKIPS_NONREF
+        sampled = []
 
         def feed() -> None:
             for run in runs:
                 for number in range(run.first, run.last + 1):
                     context.skip_frame = "NONREF" if skips and number not in targets else "DEFAULT"
-                    context.decode(packets[number])
-                context.decode(None)
+                    sampled.extend(context.decode(packets[number])[:1] if number in targets else [])
+                    if number not in targets:
+                        context.decode(packets[number])
+                sampled.extend(context.decode(None)[:1])
                 context.flush_buffers()
 
         codec = _cpu_seconds(feed)
-    return _cpu_seconds(read) + codec, codec
+        return _cpu_seconds(read) + codec, _output(sampled[: len(targets)], video.sample_aspect) * len(targets)
+
+
+def _output(frames: list[Any], aspect: float) -> float:
+    """CPU seconds of one frame."""
+    from av.video.reformatter import VideoReformatter
+
+    def write() -> None:
+        reformatter = VideoReformatter()
+        geometry = Geometry.of(frames[0], sample_aspect=aspect, short_side_px=224)
+        for frame in frames:
+            picture = np.ascontiguousarray(geometry.show(frame, reformatter))
+            simplejpeg.encode_jpeg(picture, quality=95, colorspace="RGB", colorsubsampling=SUBSAMPLING)
+
+    return _cpu_seconds(write) / len(frames)
 
 
 def _steps(path: Path, rounds: int = 20) -> None:
@@ -224,22 +246,8 @@ def _steps(path: Path, rounds: int = 20) -> None:
 
 
 def _codec(path: Path) -> str:
-    with open_video(path, LIMITS) as video:
+    with open_file(path) as file, open_video(file, LIMITS) as video:
         return video.stream.codec_context.name
-
-
-def _memory(files: list[Path], videos: int) -> None:
-    """One worker that is never replaced; what it holds after each tenth of the videos."""
-    jobs = (DecodeJob(number, "", str(files[number % len(files)])) for number in range(videos))
-    options = PoolOptions(workers=1, timeout_seconds=300.0, memory_bytes=2**32, max_tasks=videos + 1)
-    held: list[int] = []
-    for _ in decode_all(jobs, options):
-        held += [child.memory_info().rss for child in psutil.Process().children()]
-    tenth = max(1, len(held) // 10)
-    print("after each tenth, MiB: " + " ".join(f"{rss / MIB:.0f}" for rss in held[tenth - 1 :: tenth]))
-    first, second = held[tenth : len(held) // 2], held[len(held) // 2 :]
-    if first and second:
-        print(f"largest in the first half {max(first) / MIB:.1f} MiB, in the second {max(second) / MIB:.1f} MiB")
 
 
 def _cpu_seconds(function: Callable[[], object]) -> float:

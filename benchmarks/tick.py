@@ -6,7 +6,8 @@ partitions, and four ranges in flight. Then, each in a process of its own, it me
 
 - `steady`: four ranges work, none is free;
 - `sweep`: the tick that looks through the rows below the watermark as well;
-- `late row`: a row far below the watermark is due, so that its partition is looked up among all.
+- `late row`: a row far below the watermark is due, so that its partition is looked up among all;
+- `progress`: a look of the progress sensor, every five minutes.
 
 Everything lies in a temporary folder, which is deleted; 100 million rows need 4 GB (SQLite) or 10 GB (PostgreSQL).
 """
@@ -24,7 +25,7 @@ import time
 import uuid
 import warnings
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,12 +35,15 @@ import sqlalchemy as sa
 from extraction_dagster.checkpoint.cursor import CursorState
 from extraction_dagster.checkpoint.memory import Memory, recall, remember
 from extraction_dagster.checkpoint.tick import Ticked, tick
+from extraction_dagster.defs.cursor_store import CursorStore
 from extraction_dagster.defs.launching import open_instance
 from extraction_dagster.defs.partitions import add_ranges
+from extraction_dagster.defs.progress import observe
 from extraction_dagster.defs.runs import PARTITION_TAG, InstanceRuns
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import load_settings
 from extraction_dagster.stages.catalog.catalog import open_catalog
+from extraction_dagster.stages.catalog.pending_index import pending_index
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000])
     parser.add_argument("--engine", choices=["sqlite", "postgresql"], default="sqlite")
-    parser.add_argument("--measure", choices=["steady", "sweep", "late row"], help=argparse.SUPPRESS)
+    parser.add_argument("--measure", choices=["steady", "sweep", "late row", "progress"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(_measure(options.measure, options.rows[0])))
@@ -85,7 +89,7 @@ def _benchmark(engine: str, rows: int, folder: Path, url: str) -> None:
         _add_runs(instance, rows)
         for wanted in _PARTITIONS:
             number = _add_partitions(instance, wanted, rows)
-            for kind in ("steady", "sweep", "late row"):
+            for kind in ("steady", "sweep", "late row", "progress"):
                 command = [sys.executable, __file__, "--rows", str(rows), "--measure", kind]
                 done = subprocess.run(command, check=True, capture_output=True, text=True)
                 cost = json.loads(done.stdout.splitlines()[-1])
@@ -127,7 +131,7 @@ def _fill(rows: int) -> None:
         )
         connection.execute(sa.text(f"INSERT INTO insta_content {numbers}"), {"rows": rows})
     with open_catalog(load_settings()) as catalog, engine.begin() as connection:
-        index = catalog.source.pending_index()
+        index = pending_index(catalog.source)
         if index is not None:
             index.create(connection)
     if name == "postgresql":
@@ -169,6 +173,8 @@ def _measure(kind: str, rows: int) -> dict[str, float]:
         source = catalog.source.identity
     now = datetime.now(UTC)
     stored = CursorState.first(source, now=now).moved(now=now, last_processed_id=watermark, frontier_id=frontier)
+    if kind == "progress":
+        return _measure_progress(stored)
     seconds = []
     with open_instance(settings) as instance:
         for _ in range(_TICKS):
@@ -185,6 +191,19 @@ def _measure(kind: str, rows: int) -> dict[str, float]:
         _set_mark(rows // 3, marked=True)
     later = sorted(seconds[1:])[len(seconds) // 2]
     return {"first": seconds[0], "later": later, "peak_mb": _peak_mb()}
+
+
+def _measure_progress(cursor: CursorState) -> dict[str, float]:
+    seconds = []
+    with open_instance(load_settings()) as instance:
+        CursorStore(instance).write(cursor.to_json())
+        for number in range(_TICKS):
+            before = time.process_time()
+            with open_catalog(load_settings()) as catalog:
+                for event in observe(instance, catalog, now=datetime.now(UTC) + timedelta(hours=number)):
+                    instance.report_runless_asset_event(event)
+            seconds.append(time.process_time() - before)
+    return {"first": seconds[0], "later": sorted(seconds[1:])[len(seconds) // 2], "peak_mb": _peak_mb()}
 
 
 def _peak_mb() -> float:

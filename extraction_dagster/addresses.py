@@ -6,6 +6,7 @@ import re
 
 _REMOTE = re.compile(r"(?!file://)([A-Za-z][A-Za-z0-9+.-]*://)", re.IGNORECASE)
 _PORT = re.compile(r":(\d*)$")
+_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
 
 
 def shown_address(address: str) -> str:
@@ -23,3 +24,14 @@ def shown_address(address: str) -> str:
     if "@" in authority or ("@" in rest and ":" in authority and not _PORT.search(authority)):
         rest = rest.rpartition("@")[2]
     return f"{scheme[1]}{rest}{'?…' if cut else ''}"
+
+
+def scrubbed(text: str) -> str:
+    """A text in which every address is shown without user, password, query and fragment.
+
+    A second net, for texts that go where everybody reads them: whoever writes a message shows its addresses so already.
+
+    Examples:
+        `Can't open 'https://me:secret@host/a.mp4'` becomes `Can't open 'https://host/a.mp4'`.
+    """
+    return _IN_TEXT.sub(lambda found: shown_address(found[0]), text)

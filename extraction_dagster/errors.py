@@ -935,6 +935,122 @@ class FramesExportError(ExtractionError):
         super().__init__(f"Frames can't be exported to {path!r}: {why}. {survives}")
 
 
+# Runs: their options, and what they can't do
+
+
+class RunOptionError(ExtractionError):
+    """An option in a run's config is wrong, or would change nothing."""
+
+    permanent = True
+
+    def __init__(self, name: str, got: str, expected: str) -> None:
+        """Name the option, what was got and what was expected."""
+        super().__init__(
+            f"Run option {name} is {got}, expected {expected}. Nothing was started. Correct it in the run's config, "
+            f"under resources: extraction: config; what is left out is as the settings say."
+        )
+
+
+class OtherModelError(ExtractionError):
+    """A run was given another model than the settings, and no collection waits for its vectors."""
+
+    permanent = True
+
+    def __init__(self, options: str, *, fingerprint: str, collection: str, there: str, environment: str) -> None:
+        """Name the run's options, what they give, the collection's name, what is there, and the settings that stage."""
+        super().__init__(
+            f"The run's config ({options}) gives vectors of fingerprint {fingerprint}, and no collection "
+            f"{collection!r} takes them (there: {there}). Nothing was started: vectors of two models never mix. "
+            f"Run '{environment} extraction collection stage' first, or leave the model out."
+        )
+
+
+class FramesMissingError(ExtractionError):
+    """Records are to be embedded anew, and their frames are not stored."""
+
+    permanent = True
+
+    def __init__(self, key: str, record_ids: list[int]) -> None:
+        """Name the range and the records."""
+        super().__init__(
+            f"Range {key}: {len(record_ids)} records have no stored frames of these settings ({_some(record_ids)}). "
+            f"The others were embedded; what these had stays. Launch extraction_job on the range: it decodes."
+        )
+
+
+class VectorsMissingError(ExtractionError):
+    """Records are to be indexed anew, and their vectors are not stored."""
+
+    permanent = True
+
+    def __init__(self, key: str, record_ids: list[int]) -> None:
+        """Name the range and the records."""
+        super().__init__(
+            f"Range {key}: {len(record_ids)} records have no stored vectors of these settings ({_some(record_ids)}). "
+            f"The others were indexed; what these had stays. Launch embedding_job on the range: it embeds."
+        )
+
+
+def _some(record_ids: list[int]) -> str:
+    shown = ", ".join(map(str, record_ids[:5]))
+    return f"records {shown}{', …' if len(record_ids) > 5 else ''}"  # noqa: PLR2004 - as many as shown
+
+
+class PointsChangedError(PointStoreError):
+    """Points that were verified when their rows were marked are not what is there at the end of the same run."""
+
+    def __init__(self, key: str, *, lost: int, surplus: int, record_ids: list[int]) -> None:
+        """Name the range, the points and the records."""
+        super().__init__(
+            f"Range {key}: {lost} verified points are gone and {surplus} are too many ({_some(record_ids)}): something "
+            f"else writes into the collection. These records were made pending, so their range is run again; "
+            f"'extraction reconcile' compares the whole collection."
+        )
+
+
+# Backfills
+
+
+_MOST_RANGES = 5  # named in one sentence
+
+
+class BackfillUnknownError(ExtractionError):
+    """A backfill was named that there is not."""
+
+    def __init__(self, backfill_id: str, why: str) -> None:
+        """Name the backfill and say what is wrong."""
+        super().__init__(
+            f"No backfill {backfill_id!r} can be shown or cancelled: {why}. Nothing was changed. Runs > Backfills in "
+            f"the UI lists them."
+        )
+
+
+class DaemonMissingError(ExtractionError):
+    """A command would wait for runs that nobody starts."""
+
+    def __init__(self) -> None:
+        """Say how to start one, and what works without."""
+        super().__init__(
+            "No Dagster daemon is running, which would start the runs: nothing was launched. Start it in the folder of "
+            "workspace.yaml with 'dagster dev -w workspace.yaml' (or 'dagster-daemon run -w workspace.yaml'), leave "
+            "out --wait, or process the ranges in this process with --here."
+        )
+
+
+class BackfillFailedError(ExtractionError):
+    """A backfill has ended, and not all of its ranges are done."""
+
+    def __init__(self, what: str, ranges: list[str], *, total: int, finished: int, reason: str = "") -> None:
+        """Name the backfill, the ranges that failed, and why the first of them did, as far as known."""
+        more = f" and {len(ranges) - _MOST_RANGES} more" if len(ranges) > _MOST_RANGES else ""
+        failed = f", {len(ranges)} failed ({', '.join(ranges[:_MOST_RANGES])}{more})" if ranges else ""
+        why = f"{reason.rstrip('. ')}. " if reason else ""
+        super().__init__(
+            f"{what}: {finished} of {total} ranges are done{failed}. {why}What was finished is kept: the same command "
+            f"goes on from there, with --stale-only on what is missing alone."
+        )
+
+
 # Compiling a model. None of these ends a run: the model runs as it is, and the sentence is a warning.
 
 
@@ -968,3 +1084,53 @@ class CompiledNetworkError(ExtractionError):
         """Name the file and what is wrong with it."""
         self.why = why
         super().__init__(f"The compiled network {path} can't be used: {why}. The model runs uncompiled.")
+
+
+# Metrics
+
+
+class MetricsAddressError(ExtractionError):
+    """The metrics can't be served at an address."""
+
+    def __init__(self, address: str, why: str) -> None:
+        """Name the address and the system's own words."""
+        super().__init__(
+            f"Metrics can't be served at {address}: {why}. Choose another one, for example --serve 127.0.0.1:9464."
+        )
+
+
+class MetricsFileError(ExtractionError):
+    """The metrics can't be written to a file."""
+
+    def __init__(self, path: str, why: str) -> None:
+        """Name the file and the system's own words."""
+        super().__init__(
+            f"Metrics can't be written to {path!r}: {why}. The file before, if any, is as it was. Choose a file in a "
+            f"folder that is there and may be written."
+        )
+
+
+# Notices
+
+
+class NoticeError(ExtractionError):
+    """A notice did not reach anybody; the address, which may be a secret, is not named."""
+
+    def __init__(self, why: str) -> None:
+        """Say why."""
+        self.why = why
+        super().__init__(
+            f"A notice was not delivered: {why}. Nothing else is affected. Correct EXTRACTION_NOTIFY and "
+            f"EXTRACTION_NOTIFY_URL, then try it with 'extraction notify'."
+        )
+
+
+class NotifierError(ExtractionError):
+    """EXTRACTION_NOTIFY names a function that can't be used."""
+
+    def __init__(self, path: str, why: str) -> None:
+        """Name the function and what is wrong with it."""
+        super().__init__(
+            f"Setting EXTRACTION_NOTIFY is {path!r}: {why}. Nobody is told of failed runs. Expected none, log, "
+            f"webhook, slack, or module:function of a function that takes one RunFailure."
+        )

@@ -44,6 +44,9 @@ _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?"
 _HOST = re.compile(rf"(?:\*\.{_LABEL}\.)?{_LABEL}(?:\.{_LABEL})*(?::\d{{1,5}})?|\[[0-9A-Fa-f:]+\](?::\d{{1,5}})?")
 _BUCKET = re.compile(r"(?:s3|gs)://[A-Za-z0-9][A-Za-z0-9._-]{1,221}")
 _SHORTEST_PREFIX = 8
+_NOTIFIERS = ("none", "log", "webhook", "slack")
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+_OWNER = re.compile(r"team:[A-Za-z0-9_.-]{1,100}|[A-Za-z0-9_.+-]{1,100}@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+")
 
 
 class Settings(BaseSettings):
@@ -337,6 +340,51 @@ class Settings(BaseSettings):
         "UTC; the schedule is off until it is switched on in the UI.",
     )
 
+    # What Dagster shows
+    owners: Names = Field(
+        ("team:extraction",),
+        description="Owners of the assets, separated by commas: team:names or e-mail addresses.",
+    )
+    contact_sheet_frames: int = Field(
+        12,
+        ge=0,
+        le=24,
+        description="Thumbnails that each materialization of video_frames keeps in Dagster's storage, for its contact "
+        "sheet; 0 for none.",
+    )
+    max_failure_rate: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="Share of a range's records that may be failed or parked before the check failure_rate warns.",
+    )
+    progress_interval_seconds: int = Field(
+        300,
+        ge=30,
+        le=86_400,
+        description="Time between two looks of progress_sensor, which charts extraction_progress.",
+    )
+    stuck_seconds: int = Field(
+        3600,
+        ge=600,
+        le=30 * 86_400,
+        description="Rows are due, and none was finished for so long: the check watermark_moves fails, and "
+        "extraction_progress counts as overdue.",
+    )
+
+    # Notices
+    notify: str = Field(
+        "none",
+        description="Who is told of failed runs: none; log; webhook (a JSON document is posted to notify_url); slack "
+        "(a text, for Slack and what takes its messages); or module:function, which is called with a RunFailure.",
+    )
+    notify_url: SecretStr | None = Field(
+        None, description="Where notices are posted to, for notify=webhook and slack; https, or http on this machine."
+    )
+    notify_allow_http: bool = Field(
+        default=False, description="Post notices to http:// addresses of other machines too, unencrypted."
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _empty_is_unset(cls, values: dict[str, object]) -> dict[str, object]:
@@ -351,6 +399,7 @@ class Settings(BaseSettings):
         "allowed_buckets",
         "allowed_networks",
         "trust_remote_code",
+        "owners",
         mode="before",
     )
     @classmethod
@@ -397,6 +446,14 @@ class Settings(BaseSettings):
                 raise ValueError(message)
         return value
 
+    @field_validator("owners", mode="after")
+    @classmethod
+    def _owners(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if wrong := [owner for owner in value if not _OWNER.fullmatch(owner)]:
+            message = f"owners such as team:video or someone@example.com (refused: {wrong[0]})"
+            raise ValueError(message)
+        return value
+
     @field_validator("qdrant_url", mode="after")
     @classmethod
     def _plain_server_url(cls, value: str | None) -> str | None:
@@ -408,6 +465,22 @@ class Settings(BaseSettings):
             raise ValueError(message)
         if parts.scheme not in {"http", "https"} or not parts.hostname:
             message = "an address such as http://localhost:6333 or https://qdrant.example.com:6333"
+            raise ValueError(message)
+        return value
+
+    @field_validator("notify", mode="after")
+    @classmethod
+    def _known_notifier(cls, value: str) -> str:
+        if value not in _NOTIFIERS and not _FUNCTION.fullmatch(value):
+            message = f"{', '.join(_NOTIFIERS)}, or module:function"
+            raise ValueError(message)
+        return value
+
+    @field_validator("notify_url", mode="after")
+    @classmethod
+    def _usable_address(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and _split_address(value.get_secret_value()) is None:
+            message = "an address such as https://hooks.example.com/services/…, without user and password"
             raise ValueError(message)
         return value
 
@@ -424,6 +497,19 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
+    def _notices_have_an_address(self) -> Self:
+        if self.notify not in {"webhook", "slack"}:
+            return self
+        parts = _split_address(self.notify_url.get_secret_value()) if self.notify_url else None
+        if parts is None:
+            message = f"notify={self.notify} needs notify_url"
+            raise ValueError(message)
+        if parts.scheme == "http" and not self.notify_allow_http and not _is_this_machine(parts.hostname or ""):
+            message = "notify_url must be https, unless it leads to this machine or notify_allow_http is true"
+            raise ValueError(message)
+        return self
+
+    @model_validator(mode="after")
     def _fewest_frames_are_no_more_than_most(self) -> Self:
         if self.min_frames > self.max_frames:
             message = f"min_frames ({self.min_frames}) must not be greater than max_frames ({self.max_frames})"
@@ -434,6 +520,12 @@ class Settings(BaseSettings):
     def resolved_source_url(self) -> str:
         """The source's SQLAlchemy URL, default applied; holds the password: never print it."""
         return self.source_url.get_secret_value() if self.source_url else f"sqlite:///{self.home / 'source.db'}"
+
+    @property
+    def source_kind(self) -> str:
+        """The source's kind of database, as the beginning of its URL says it: postgresql, sqlite."""
+        found = re.match(r"[A-Za-z0-9]{1,32}", self.resolved_source_url)
+        return found[0].lower() if found else "sql"
 
     @property
     def resolved_state_url(self) -> str:
@@ -454,6 +546,24 @@ class Settings(BaseSettings):
     def resolved_allowed_roots(self) -> tuple[Path, ...]:
         """Folders from which files may be read, default applied."""
         return tuple(Path(root).expanduser().absolute() for root in self.allowed_roots) or (self.home / "videos",)
+
+
+def _split_address(text: str) -> urllib.parse.SplitResult | None:
+    """The parts of an http or https address that can be posted to; None when it is none."""
+    try:
+        parts = urllib.parse.urlsplit(text)
+        usable = bool(parts.hostname) and parts.port != 0 and "@" not in parts.netloc
+    except ValueError:
+        return None
+    printable = all(" " < character < "\x7f" for character in text)
+    return parts if usable and printable and parts.scheme in {"http", "https"} else None
+
+
+def _is_this_machine(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def load_settings() -> Settings:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from extraction_dagster.addresses import shown_address
+from extraction_dagster.addresses import scrubbed, shown_address
 from extraction_dagster.errors import FileForbiddenError, FileUnavailableError, SchemeError
 
 
@@ -38,3 +38,16 @@ def test_errors_about_files_do_not_show_them_either():
     ):
         assert "canary" not in str(error)
         assert "ftp://host/a.mp4?…" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("no address: a/b.mp4, 3://x", "no address: a/b.mp4, 3://x"),
+        ("Can't open 'https://me:canary@host/a.mp4'.", "Can't open 'https://host/a.mp4'."),
+        ("(https://host/a?canary=1) and s3://b/c", "(https://host/a?… and s3://b/c"),
+        ("postgresql://u:canary@db/videos is down", "postgresql://db/videos is down"),
+    ],
+)
+def test_every_address_in_a_text_is_scrubbed(text, shown):
+    assert scrubbed(text) == shown

@@ -52,7 +52,7 @@ def test_help_is_the_default_and_lists_every_target(make):
     done, calls = make()
     assert (done.returncode, calls) == (0, [])
     targets = [line.split()[1] for line in done.stdout.splitlines()]
-    assert targets == ["help", "demo", "test", "soak", "ui", "lint", "types", "check", "docs", "clean"]
+    assert targets == ["help", "demo", "test", "soak", "ui", "lint", "types", "check", "docs", "screenshots", "clean"]
 
 
 def test_from_nothing_it_creates_installs_and_runs(make, checkout):

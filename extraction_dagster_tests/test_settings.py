@@ -174,3 +174,25 @@ def test_a_list_that_would_allow_everything_or_nothing_meant_is_refused(monkeypa
     monkeypatch.setenv(f"EXTRACTION_{name}", value)
     with pytest.raises(SettingsError, match=rf"^Setting EXTRACTION_{name} is .* such as .*\(refused: "):
         load_settings()
+
+
+def test_the_owners_are_teams_and_addresses(monkeypatch):
+    assert load_settings().owners == ("team:extraction",)
+    monkeypatch.setenv("EXTRACTION_OWNERS", "team:video, someone@example.com")
+    assert load_settings().owners == ("team:video", "someone@example.com")
+    monkeypatch.setenv("EXTRACTION_OWNERS", "team:video,somebody")
+    with pytest.raises(SettingsError, match=r"expected owners such as team:video .* \(refused: somebody\)"):
+        load_settings()
+
+
+@pytest.mark.parametrize(
+    ("url", "kind"),
+    [
+        (None, "sqlite"),
+        ("postgresql+psycopg2://u:p@h/d", "postgresql"),
+        ("PostgreSQL://h/d", "postgresql"),
+        ("://", "sql"),
+    ],
+)
+def test_the_kind_of_the_source_follows_from_its_url(settings, url, kind):
+    assert settings(source_url=url).source_kind == kind

@@ -1,14 +1,10 @@
-"""The whole way: the demo, Dagster's own ways in, and the obvious mistakes; all as a user would type them."""
+"""The whole way: the demo, and the obvious mistakes; all as a user would type them."""
 
 import json
 import os
-import signal
-import socket
 import sqlite3
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -230,127 +226,3 @@ def test_files_that_can_not_be_read_fail_their_records_alone(demo):
     assert "0 done, 0 pending, 1 failed, 1 parked" in printed.stdout
     with sqlite3.connect(folder / ".extraction" / "source.db") as connection:
         connection.execute("DELETE FROM insta_content WHERE id > 9000")
-
-
-# Dagster's own ways in, against a webserver and a daemon.
-
-
-def free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
-@pytest.fixture(scope="module")
-def dagster_dev(demo):
-    """`dagster dev` on the demo's data, as `make ui` starts it."""
-    folder, _ = demo
-    port = free_port()
-    with (folder / "dev.log").open("w") as log:
-        process = subprocess.Popen(
-            [BIN / "dagster", "dev", "-w", "workspace.yaml", "--host", "127.0.0.1", "--port", str(port)],
-            cwd=folder,
-            env={**os.environ, "DAGSTER_HOME": str(folder)},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        wait(lambda: urllib.request.urlopen(f"http://127.0.0.1:{port}/server_info", timeout=5), seconds=90)
-        yield folder, f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(process.pid, signal.SIGINT)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:  # it waits for calls that its code server still answers
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def wait(ready, *, seconds):
-    """The first true answer; errors on the way count as no."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            if answer := ready():
-                return answer
-        except OSError:
-            pass
-        time.sleep(0.5)
-    pytest.fail(f"not ready within {seconds} seconds")
-
-
-def finished_runs(folder, partition):
-    """The states of a partition's runs, read by another process as a user would."""
-    code = (
-        "import dagster as dg, json, sys\n"
-        "with dg.DagsterInstance.get() as instance:\n"
-        "    runs = instance.get_runs(dg.RunsFilter(tags={'dagster/partition': sys.argv[1]}))\n"
-        "    keys = ('video_frames', 'frame_embeddings', 'qdrant_points')\n"
-        "    made = [k for k in keys if sys.argv[1] in instance.get_materialized_partitions(dg.AssetKey(k))]\n"
-        "    print(json.dumps([[run.status.value for run in runs], made]))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, partition],
-        cwd=folder,
-        env={**os.environ, "DAGSTER_HOME": str(folder)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return json.loads(done.stdout)
-
-
-ALL_THREE = ["video_frames", "frame_embeddings", "qdrant_points"]
-
-
-@pytest.mark.slow
-def test_a_range_that_was_never_registered_can_be_launched(dagster_dev):
-    folder, _ = dagster_dev
-    tags = json.dumps({"dagster/partition": "2-7"})
-    run("dagster", "job", "launch", "-w", "workspace.yaml", "-j", "extraction_job", "--tags", tags, cwd=folder)
-    wait(lambda: finished_runs(folder, "2-7") == [["SUCCESS"], ALL_THREE], seconds=120)
-
-
-@pytest.mark.slow
-def test_a_malformed_range_fails_its_run_and_says_why(dagster_dev):
-    folder, _ = dagster_dev
-    tags = json.dumps({"dagster/partition": "seven"})
-    run("dagster", "job", "launch", "-w", "workspace.yaml", "-j", "extraction_job", "--tags", tags, cwd=folder)
-    wait(lambda: finished_runs(folder, "seven") == [["FAILURE"], []], seconds=120)
-    assert "'seven' is not a range of ids" in (folder / "dev.log").read_text()
-
-
-@pytest.mark.slow
-def test_a_backfill_of_two_ranges_from_the_command_line_succeeds(dagster_dev):
-    folder, _ = dagster_dev
-    command = ("dagster", "job", "backfill", "-w", "workspace.yaml", "-j", "extraction_job", "--noprompt")
-    before = [len(finished_runs(folder, key)[0]) for key in ("1-12", "13-112")]
-    run(*command, "--partitions", "1-12,13-112", cwd=folder)
-    for key, number in zip(("1-12", "13-112"), before, strict=True):
-        wait(lambda key=key, number=number: finished_runs(folder, key)[0] == ["SUCCESS"] * (number + 1), seconds=180)
-
-
-@pytest.mark.slow
-@pytest.mark.browser
-def test_a_backfill_of_two_ranges_from_the_browser_succeeds(dagster_dev, browser):
-    folder, url = dagster_dev
-    before = [len(finished_runs(folder, key)[0]) for key in ("13-112", "113-208")]
-    page = browser.new_page(viewport={"width": 1500, "height": 950})
-    page.goto(f"{url}/locations/extraction_dagster/jobs/extraction_job")
-    page.get_by_role("button", name="Materialize").first.click()
-    dialog = page.get_by_role("dialog")
-    dialog.get_by_text("Select a partition or create one").click()
-    for key in ("13-112", "113-208"):
-        page.get_by_role("menuitem").filter(has_text=key).get_by_text(key, exact=True).first.click()
-    page.keyboard.press("Escape")
-    dialog.get_by_role("button", name="Launch backfill").click()
-    page.get_by_text("Launch runs to materialize").wait_for(state="hidden")
-    page.close()  # an open page polls and draws: on a small machine it would starve the runs that it waits for
-    for key, number in zip(("13-112", "113-208"), before, strict=True):
-        wait(lambda key=key, number=number: finished_runs(folder, key)[0] == ["SUCCESS"] * (number + 1), seconds=180)
-    page = browser.new_page(viewport={"width": 1500, "height": 950})
-    page.goto(f"{url}/assets/qdrant_points?view=partitions")
-    page.get_by_text("113-208").first.wait_for()
-    assert page.get_by_text("Materialized").first.is_visible()
-    page.close()

@@ -11,12 +11,13 @@ from pathlib import Path
 _SUFFIX = ".tmp"
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     """Replace a file: temporary file beside it, everything on disk, rename, folder on disk.
 
     Args:
         path: Target; its folder exists. A symbolic link is replaced, never followed.
         data: The whole new content.
+        mode: Who may read the file; by default nobody else.
 
     Raises:
         OSError: It can't be written; the old file is untouched.
@@ -26,6 +27,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     try:
         with os.fdopen(handle, "wb") as file:
+            os.fchmod(file.fileno(), mode)  # whatever the umask
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -69,7 +69,7 @@ class CursorState:
         """The state as the cursor store keeps it."""
         values = asdict(self) | {"v": _VERSION, "updated_at": f"{self.updated_at.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"}
         ordered = {name: values[name] for name in ("v", *CursorState.__dataclass_fields__)}
-        return json.dumps(ordered, separators=(",", ":"))
+        return json.dumps(ordered)  # with spaces, so that the sensor's page can wrap it
 
     @classmethod
     def from_json(cls, text: str, *, source: str) -> CursorState:

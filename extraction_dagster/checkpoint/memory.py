@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from extraction_dagster.checkpoint.planner import Patience
 from extraction_dagster.stages.catalog.database import reading, writing
-from extraction_dagster.stages.catalog.ledger import META_TABLE
+from extraction_dagster.stages.catalog.state_tables import META_TABLE
 
 _KEY = "sensor_memory"
 
@@ -54,15 +54,25 @@ class Memory:
 
 def recall(engine: sa.Engine) -> Memory:
     """What the last tick left."""
-    query = sa.select(META_TABLE.c.value).where(META_TABLE.c.key == _KEY)
-    with reading(engine, what="read the state tables") as connection:
-        kept = connection.execute(query).scalar_one_or_none()
+    kept = recall_text(engine, _KEY)
     return Memory() if kept is None else Memory.from_json(kept)
 
 
 def remember(engine: sa.Engine, memory: Memory) -> None:
     """Keep it for the next tick."""
-    row = {"key": _KEY, "value": memory.to_json()}
+    remember_text(engine, _KEY, memory.to_json())
+
+
+def recall_text(engine: sa.Engine, key: str) -> str | None:
+    """What is kept under a key."""
+    query = sa.select(META_TABLE.c.value).where(META_TABLE.c.key == key)
+    with reading(engine, what="read the state tables") as connection:
+        kept: str | None = connection.execute(query).scalar_one_or_none()
+    return kept
+
+
+def remember_text(engine: sa.Engine, key: str, text: str) -> None:
+    """Keep a text under a key."""
     with writing(engine, what="write the state tables") as connection:
-        connection.execute(sa.delete(META_TABLE).where(META_TABLE.c.key == _KEY))
-        connection.execute(sa.insert(META_TABLE).values(**row))
+        connection.execute(sa.delete(META_TABLE).where(META_TABLE.c.key == key))
+        connection.execute(sa.insert(META_TABLE).values(key=key, value=text))

@@ -16,7 +16,7 @@ from extraction_dagster.checkpoint.atomic_file import read_small, write_atomical
 from extraction_dagster.checkpoint.strict_json import parse_strictly
 from extraction_dagster.errors import ExtractionError, MirrorError
 from extraction_dagster.stages.catalog.database import describe, reading, writing
-from extraction_dagster.stages.catalog.ledger import UtcDateTime
+from extraction_dagster.stages.catalog.state_tables import UtcDateTime
 
 if TYPE_CHECKING:
     from pathlib import Path

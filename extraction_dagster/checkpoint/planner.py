@@ -16,6 +16,7 @@ from itertools import groupby, takewhile
 from typing import TYPE_CHECKING
 
 from extraction_dagster.records import IdRange
+from extraction_dagster.stages.catalog.ranges import merge
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _MAX_ID = 2**63 - 1
 _LONGEST_DELAY_SECONDS = 3600.0
+_MOST_BATCHES = 2  # of due rows in a range that is asked for again as it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +86,15 @@ class Observed:
     """What a tick sees; active ranges are looked up before rows are, so that a run that ends in between is no loss.
 
     Attributes:
-        active: Ranges that have an active run, whoever launched it.
+        active: Ranges that have an active run, whoever launched it; those of backfills apart.
         window: Unfinished rows between the watermark and the frontier.
         ahead: Unfinished rows above the frontier.
         swept: Due rows at or below the watermark: late commits, cleared marks, changed versions.
         density: Ids to a record, over the newest records; asked for when the tail is cut.
-        partitions: Every range there is; asked for when a row below the frontier is due and no active run covers it.
+        partitions: The ranges that hold any of these ids, which ascend; asked for when a row below the frontier is due
+            and no active run covers it.
         history: The ended runs of a range; asked for when it is to be requested again.
+        backfilled: Ranges that backfills take care of, by a run or soon; they take no place among those in flight.
     """
 
     active: Sequence[IdRange]
@@ -98,8 +102,9 @@ class Observed:
     ahead: Scan
     swept: Sequence[int]
     density: Callable[[], float]
-    partitions: Callable[[], Iterable[IdRange]]
+    partitions: Callable[[Sequence[int]], Iterable[IdRange]]
     history: Callable[[IdRange], History]
+    backfilled: Sequence[IdRange] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +144,8 @@ class _Planner:
         self.cursor, self.requests = cursor, list[Request]()
         self._seen, self._rules, self._patience, self._now = seen, rules, patience, now
         self._held = 0
+        self._backfilled = merge(seen.backfilled)
+        self._taken = merge([*seen.active, *self._backfilled])
 
     def move_watermark(self) -> None:
         """Up to the greatest id below which every row is done or parked; above the frontier only once it is met."""
@@ -152,9 +159,9 @@ class _Planner:
 
     def request_again(self) -> None:
         """Ranges that still have a due row and no active run: late rows, failed runs, retries, the growing tail."""
-        due = [*self._seen.swept, *self._seen.window.due_ids]
-        uncovered = [record_id for record_id in due if not _covered(record_id, self._seen.active)]
-        partitions = set(self._seen.partitions()) if uncovered and self._slots() > 0 else set()
+        due = {*self._seen.swept, *self._seen.window.due_ids}
+        uncovered = sorted(record_id for record_id in due if not _within_any(self._taken, record_id))
+        partitions = set(self._seen.partitions(uncovered)) if uncovered and self._slots() > 0 else set()
         wanted = _assign(uncovered, partitions, self._rules.batch_size) if self._slots() > 0 else {}
         tail_waits = False
         for id_range, ids in wanted.items():
@@ -173,8 +180,9 @@ class _Planner:
     def cut_new_ranges(self) -> None:
         """Full batches of a backlog, each cut at its last record; then the tail, cut ahead."""
         rules, ahead = self._rules, self._seen.ahead
-        due = list(takewhile(lambda record_id: not _covered(record_id, self._seen.active), ahead.due_ids))
-        more_follows = ahead.reached_id is not None or len(due) < len(ahead.due_ids)
+        left = self._pass_backfilled(ahead.due_ids)
+        due = list(takewhile(lambda record_id: not _within_any(self._taken, record_id), left))
+        more_follows = ahead.reached_id is not None or len(due) < len(left)
         if not due:
             self._patience.end("ahead")
         while due and self._slots() > 0:
@@ -187,6 +195,17 @@ class _Planner:
             self._request(IdRange(first, last), is_new=True)
             self._move(frontier_id=last)
             self._patience.end("ahead")
+
+    def _pass_backfilled(self, due: Sequence[int]) -> Sequence[int]:
+        """Move the frontier over rows that a backfill has been handed, so that those behind them need not wait for it.
+
+        Returns:
+            The rows above the frontier as it is then.
+        """
+        while due and (within := _within_any(self._backfilled, due[0])):
+            self._move(frontier_id=within.last_id)
+            due = due[bisect_right(due, within.last_id) :]
+        return due
 
     def _ahead(self, first: int, last: int) -> int:
         """How far a batch will reach at the recent density of ids, so that a trickle of rows fills one range."""
@@ -228,26 +247,28 @@ class _Planner:
         self.cursor = self.cursor.moved(now=self._now, **changes)
 
 
-def _covered(record_id: int, ranges: Iterable[IdRange]) -> bool:
-    return any(record_id in id_range for id_range in ranges)
+def _within_any(merged: Sequence[IdRange], record_id: int) -> IdRange | None:
+    """Which of some ranges holds an id; they ascend and do not overlap."""
+    position = bisect_right(merged, record_id, key=lambda id_range: id_range.first_id) - 1
+    return merged[position] if position >= 0 and record_id in merged[position] else None
 
 
 def _assign(ids: Sequence[int], partitions: Iterable[IdRange], batch_size: int) -> dict[IdRange, list[int]]:
-    """Each id with the narrowest range that holds it; ids that none holds get ranges of their own, a batch to each.
+    """Each id, in ascending order, with the narrowest range that holds it.
 
-    Ranges may overlap: people launch what they like.
+    Ids that none holds get ranges of their own, a batch to each. So do ids that crowd a range: cut ahead where ids were
+    sparse, it may have been filled by a burst. Ranges may overlap: people launch what they like.
     """
-    wanted = sorted(set(ids))
     narrowest: dict[int, IdRange] = {}
     for id_range in partitions:
-        for record_id in _within(wanted, id_range):
+        for record_id in _within(ids, id_range):
             known = narrowest.get(record_id)
             if known is None or _width(id_range) < _width(known):
                 narrowest[record_id] = id_range
     assigned: dict[IdRange, list[int]] = {}
-    for known, group in groupby(wanted, narrowest.get):
+    for known, group in groupby(ids, narrowest.get):
         members = list(group)
-        if known is not None:
+        if known is not None and len(members) <= _MOST_BATCHES * batch_size:
             assigned.setdefault(known, []).extend(members)
             continue
         for start in range(0, len(members), batch_size):
@@ -257,7 +278,6 @@ def _assign(ids: Sequence[int], partitions: Iterable[IdRange], batch_size: int) 
 
 
 def _within(ids: Sequence[int], id_range: IdRange) -> Sequence[int]:
-
     return ids[bisect_left(ids, id_range.first_id) : bisect_right(ids, id_range.last_id)]
 
 

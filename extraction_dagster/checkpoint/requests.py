@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import sqlalchemy as sa
 
 from extraction_dagster.stages.catalog.database import reading, writing
-from extraction_dagster.stages.catalog.ledger import REQUESTS_TABLE
+from extraction_dagster.stages.catalog.state_tables import REQUESTS_TABLE
 
 if TYPE_CHECKING:
     from extraction_dagster.checkpoint.cursor import CursorState

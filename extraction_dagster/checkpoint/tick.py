@@ -33,11 +33,15 @@ class Runs(Protocol):
     """What a tick needs to know of runs and partitions; Dagster's instance answers."""
 
     def active(self) -> Sequence[IdRange]:
-        """Ranges that have an active run, whoever launched it."""
+        """Ranges that have an active run, whoever launched it; those of backfills apart."""
         ...
 
-    def partitions(self) -> Iterable[IdRange]:
-        """Every range there is."""
+    def backfilled(self) -> Sequence[IdRange]:
+        """Ranges that backfills take care of: an active run works on them, or will be asked for."""
+        ...
+
+    def partitions(self, record_ids: Sequence[int]) -> Iterable[IdRange]:
+        """At least the ranges that hold any of these ids, which ascend."""
         ...
 
     def history(self, id_range: IdRange) -> History:
@@ -88,11 +92,13 @@ def tick(  # noqa: PLR0913 - what it sees, and how it is asked
     Raises:
         CursorError: What is stored can't be used.
         LostCursorError: Nothing is stored, and the mirror is corrupt.
+        MirrorError: Nothing is stored, and the mirror can't be reached.
     """
     settings = catalog.settings
     mirror = make_mirror(settings, catalog.state_engine)
     before = _load(catalog, stored, mirror, now=now)
-    active = runs.active()  # before the rows: a run that ends in between is then looked at by the next tick
+    # Before the rows: a run that ends in between is then looked at by the next tick.
+    active, backfilled = runs.active(), runs.backfilled()
     window = _window(catalog, before)
     seen = Observed(
         active=active,
@@ -102,6 +108,7 @@ def tick(  # noqa: PLR0913 - what it sees, and how it is asked
         density=lambda: catalog.source.recent_density(settings.batch_size),
         partitions=runs.partitions,
         history=runs.history,
+        backfilled=backfilled,
     )
     wait = 0.0 if impatient else settings.max_wait_seconds
     rules = Rules(

@@ -69,9 +69,29 @@ def long_work() -> Iterator[None]:
 
 
 @contextmanager
-def counting(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Show how many of something are finished: a bar on a terminal, nothing elsewhere. Yields `show(number, total)`."""
+def warnings() -> Iterator[None]:
+    """Show warnings of this project, one line each, on stderr."""
+    logger, handler = logging.getLogger("extraction_dagster"), logging.StreamHandler(sys.stderr)
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+@contextmanager
+def counting(what: str) -> Iterator[Callable[..., None]]:
+    """Show how many of something are finished: a bar on a terminal, nothing elsewhere.
+
+    Yields `show(number, total, more="")`; what is more is shown beside the bar.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bars:
         task = bars.add_task(what, total=None)
-        yield lambda number, total: bars.update(task, completed=number, total=total)
+
+        def show(number: int, total: int, more: str = "") -> None:
+            bars.update(task, completed=number, total=total, description=f"{what} {more}".strip())
+
+        yield show

@@ -24,6 +24,7 @@ def command() -> None:
         "Dagster's instance": _instance,
         "embedding model": _model,
         "Qdrant": _store,
+        "notices": _notices,
     }
     passed = [_passes(name, check, settings) for name, check in checks.items()]
     if not all(passed):
@@ -76,3 +77,11 @@ def _store(settings: Settings) -> str:
         except CollectionMissingError:
             return f"collection {settings.collection_name} is made by the first run"
         return f"collection {settings.collection_name}, {store.count()} points"
+
+
+def _notices(settings: Settings) -> str:
+    from extraction_dagster.notify.notifiers import make_notifier
+
+    if make_notifier(settings) is None:
+        return "nobody is told of failed runs (EXTRACTION_NOTIFY)"
+    return f"{settings.notify}; 'extraction notify' sends a test"

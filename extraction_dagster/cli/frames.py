@@ -1,5 +1,6 @@
 """`extraction frames`: take stored frames elsewhere, and let those go that nobody needs."""
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,9 @@ from extraction_dagster.cli import console
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import load_settings
 
-app = typer.Typer(help="Take the stored frames elsewhere; remove what is not needed.", no_args_is_help=True)
+app = typer.Typer(
+    help="Take the stored frames elsewhere; merge small shards, remove needless ones.", no_args_is_help=True
+)
 
 _PACKED = {".gz", ".tgz", ".zip", ".zst", ".xz", ".bz2"}
 _MIB = 2**20
@@ -44,7 +47,7 @@ def prune(
 ) -> None:
     """Remove frame shards whose records are all done, when EXTRACTION_KEEP_FRAMES says that they go."""
     from extraction_dagster.stages.catalog.catalog import Fingerprints, open_catalog
-    from extraction_dagster.stages.decode.frame_lookup import overlapping
+    from extraction_dagster.stages.decode.frame_lookup import enclosed
     from extraction_dagster.stages.decode.frame_store import FrameStore, frames_fingerprint
     from extraction_dagster.stages.decode.retention import keep_time, prune_frames
     from extraction_dagster.stages.embed.model import embedding_fingerprint
@@ -56,12 +59,47 @@ def prune(
         return
     made_with = Fingerprints(frames=frames_fingerprint(settings), embedding=embedding_fingerprint(settings))
     store = FrameStore(settings.resolved_frames_uri, made_with.frames)
-    within = IdRange.parse(id_range) if id_range else IdRange(-(2**63), 2**63 - 1)
     shards = num_bytes = 0
     with open_catalog(settings) as catalog:
-        for partition in overlapping(store, within):
-            if partition.first_id not in within or partition.last_id not in within:
-                continue  # it holds records that were not named
+        for partition in enclosed(store.partition_keys(), _parsed(id_range)):  # another holds records not named
             removed = prune_frames(store, partition, catalog.ledger.entries(partition), made_with, keep=keep)
             shards, num_bytes = shards + removed.shards, num_bytes + removed.num_bytes
     console.out.print(f"Removed {shards} frame shards, {num_bytes / _MIB:.1f} MiB")
+
+
+@app.command()
+def compact(
+    id_range: Annotated[
+        str | None, typer.Argument(metavar="[FIRST-LAST]", help="Range of ids, both ends included; all when left out.")
+    ] = None,
+    *,
+    older_than: Annotated[
+        float,
+        typer.Option(min=0, metavar="MINUTES", help="Leave younger shards alone, which a run may be about to read."),
+    ] = 60.0,
+) -> None:
+    """Merge the small shards of frames and of vectors that killed runs and a slow trickle of rows leave behind."""
+    from extraction_dagster.stages.catalog.catalog import open_catalog
+    from extraction_dagster.stages.decode.compaction import Compacted, CompactionOptions, compact_frames
+    from extraction_dagster.stages.decode.frame_lookup import enclosed
+    from extraction_dagster.stages.decode.frame_store import FrameStore, frames_fingerprint
+    from extraction_dagster.stages.embed.compaction import compact_embeddings
+    from extraction_dagster.stages.embed.embedding_store import EmbeddingStore
+    from extraction_dagster.stages.embed.model import embedding_fingerprint
+
+    settings = load_settings()
+    made_with = frames_fingerprint(settings)
+    frames = FrameStore(settings.resolved_frames_uri, made_with)
+    vectors = EmbeddingStore(settings.resolved_embeddings_uri, f"{made_with}-{embedding_fingerprint(settings)}")
+    options = CompactionOptions(settings.shard_records, enough_shards=2, untouched=timedelta(minutes=older_than))
+    of_frames, of_vectors, within = Compacted(), Compacted(), _parsed(id_range)
+    with open_catalog(settings) as catalog:
+        for partition in enclosed({*frames.partition_keys(), *vectors.partition_keys()}, within):
+            of_frames += compact_frames(frames, partition, catalog.ledger.entries(partition), options)
+            of_vectors += compact_embeddings(vectors, partition, options)
+    for what, done in (("frame", of_frames), ("embedding", of_vectors)):
+        console.out.print(f"{done.removed} {what} shards became {done.written}")
+
+
+def _parsed(id_range: str | None) -> IdRange:
+    return IdRange.parse(id_range) if id_range else IdRange(-(2**63), 2**63 - 1)

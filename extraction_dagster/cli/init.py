@@ -5,6 +5,7 @@ from pathlib import Path
 from extraction_dagster.cli import console
 from extraction_dagster.settings import load_settings
 from extraction_dagster.stages.catalog.catalog import Catalog, open_catalog
+from extraction_dagster.stages.catalog.pending_index import make_pending_index
 
 
 def command() -> None:
@@ -30,7 +31,7 @@ def command() -> None:
 
 def _index_told(catalog: Catalog) -> str:
     """Make the partial index over pending rows, or say what a person with the rights should run."""
-    made = catalog.source.make_pending_index()
+    made = make_pending_index(catalog.source, catalog.source_engine)
     if made.state == "not needed":
         return "No index over pending rows: there is no mark column to index, or the source is read-only"
     if made.state == "refused":

@@ -12,6 +12,7 @@ import typer
 
 from extraction_dagster import __version__
 from extraction_dagster.cli import (
+    backfill,
     checkpoint,
     collection,
     console,
@@ -21,6 +22,8 @@ from extraction_dagster.cli import (
     frames,
     init,
     launch,
+    metrics,
+    notify,
     points,
     reconcile,
     retry,
@@ -53,12 +56,14 @@ def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-for module in (init, demo, run, status, launch, errors, retry, reconcile, search, doctor):
+for module in (init, demo, run, status, launch, errors, retry, reconcile, search, metrics, notify, doctor):
     app.command(name=module.__name__.rpartition(".")[2])(_interruptible(module.command))
-app.add_typer(checkpoint.app, name="checkpoint")
-app.add_typer(collection.app, name="collection")
-app.add_typer(frames.app, name="frames")
-app.add_typer(points.app, name="points")
+app.command(name="backfill", cls=backfill.TakesNegativeIds)(_interruptible(backfill.command))
+for group in (checkpoint, collection, frames, points):
+    for command in group.app.registered_commands:
+        if command.callback is not None:
+            command.callback = _interruptible(command.callback)
+    app.add_typer(group.app, name=group.__name__.rpartition(".")[2])
 
 
 def _show_version(value: bool) -> None:  # noqa: FBT001 - Typer calls it so

@@ -41,10 +41,22 @@ class CursorStore:
         )
         self._instance.update_instigator_state(state.with_data(known._replace(cursor=cursor)))
 
+    def last_tick_at(self) -> float | None:
+        """When a daemon last began a tick of the sensor, in seconds since the epoch; None before the first."""
+        state = self._state()
+        data = state.instigator_data if state else None
+        if not isinstance(data, SensorInstigatorData):
+            return None
+        return max(filter(None, (data.last_tick_start_timestamp, data.last_tick_timestamp)), default=None)
+
+    def is_switched_on(self) -> bool:
+        """Whether a daemon would tick the sensor: nobody has stopped it."""
+        state = self._state()
+        return state is None or state.status != InstigatorStatus.STOPPED
+
     def is_ticking(self) -> bool:
         """Whether a daemon ticks the sensor now."""
-        state = self._state()
-        if state is not None and state.status == InstigatorStatus.STOPPED:
+        if not self.is_switched_on():
             return False
         statuses = get_daemon_statuses(self._instance, daemon_types=["SENSOR"])
         return bool(statuses["SENSOR"].healthy)

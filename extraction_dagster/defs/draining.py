@@ -12,6 +12,7 @@ from extraction_dagster.checkpoint.memory import Memory
 from extraction_dagster.checkpoint.tick import Ticked, tick
 from extraction_dagster.defs.cursor_store import CursorStore
 from extraction_dagster.defs.launching import launch
+from extraction_dagster.defs.progress import report
 from extraction_dagster.defs.runs import InstanceRuns
 from extraction_dagster.errors import RunFailedError, SensorBusyError
 from extraction_dagster.records import IdRange
@@ -64,10 +65,12 @@ def drain(instance: dg.DagsterInstance, settings: Settings, *, follow: bool) -> 
                 _log.error("%s", error)
             processed += _num_finished(settings, id_range) - before
             _log.info("Total records processed so far: %d", processed)
+            report(instance, settings)
             idle = False
         elif follow:
             time.sleep(settings.sensor_interval_seconds)
         elif idle:
+            report(instance, settings, at_once=True)
             return Drained(processed, ticked.num_waiting, ticked.num_active)
         else:
             idle = True  # the last tick looks at every row below the watermark as well

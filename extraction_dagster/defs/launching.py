@@ -5,7 +5,7 @@ no daemon, and keeps the model resident from one range to the next.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -15,7 +15,7 @@ import dagster as dg
 from dagster._core.utils import make_new_run_id
 
 from extraction_dagster.defs.partitions import FLOOR_TAG, add_ranges, process_tags
-from extraction_dagster.defs.runs import PARTITION_TAG, active_runs, bury_dead_runs
+from extraction_dagster.defs.runs import PARTITION_TAG, active_runs, bury_dead_runs, why_failed
 from extraction_dagster.defs.storage import ExtractionComputeLogManager
 from extraction_dagster.errors import InstanceError, RangeBusyError
 from extraction_dagster.records import IdRange
@@ -67,13 +67,16 @@ def open_instance(settings: Settings) -> Iterator[dg.DagsterInstance]:
         yield instance
 
 
-def launch(instance: dg.DagsterInstance, id_range: IdRange, *, floor_id: int | None = None) -> FinishedRun:
-    """Materialize the three assets of a range, in this process.
+def launch(
+    instance: dg.DagsterInstance, id_range: IdRange, *, floor_id: int | None = None, assets: Sequence[str] = ()
+) -> FinishedRun:
+    """Materialize the assets of a range, in this process.
 
     Args:
         instance: The Dagster instance.
         id_range: The range.
         floor_id: Rows at or below are left alone.
+        assets: Names of those that are materialized; all three when empty.
 
     Raises:
         RangeBusyError: The range has an active run already.
@@ -93,27 +96,18 @@ def launch(instance: dg.DagsterInstance, id_range: IdRange, *, floor_id: int | N
         partition_key=id_range.partition_key,
         run_id=run_id,
         tags={**process_tags(run_id), **({} if floor_id is None else {FLOOR_TAG: str(floor_id)})},
+        asset_selection=[dg.AssetKey(name) for name in assets] or None,
         run_config=_QUIET,
         raise_on_error=False,
     )
     if not result.success and _was_interrupted(result):
         raise KeyboardInterrupt
-    return FinishedRun(run_id=result.run_id, success=result.success, error="" if result.success else _why(result))
+    return FinishedRun(
+        run_id=result.run_id, success=result.success, error="" if result.success else why_failed(result.all_events)[1]
+    )
 
 
 def _was_interrupted(result: dg.ExecuteInProcessResult) -> bool:
     """Whether Ctrl+C or SIGTERM ended the run; Dagster makes a failed step of either."""
     failures = [event.step_failure_data.error for event in result.all_events if event.is_step_failure]
     return any(error is not None and error.cls_name == "DagsterExecutionInterruptedError" for error in failures)
-
-
-def _why(result: dg.ExecuteInProcessResult) -> str:
-    """The failed step's own sentence."""
-    for event in result.all_events:
-        if event.is_step_failure:
-            data = event.step_failure_data
-            if data.user_failure_data and data.user_failure_data.description:
-                return data.user_failure_data.description
-            if data.error:
-                return f"{event.step_key}: {(data.error.cause or data.error).message.strip()}"
-    return "the run was stopped before it ended"

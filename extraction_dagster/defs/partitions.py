@@ -2,15 +2,19 @@
 
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import dagster as dg
 import psutil
 
+from extraction_dagster.errors import PartitionKeyError
 from extraction_dagster.records import IdRange
 
-PROCESS_TAG = "extraction/process"
-PROCESS_RUN_TAG = "extraction/process_run"  # a retry inherits its parent's tags: this one says whose process it is
+# Dagster's pages leave tags of this prefix out: they would be noise beside each run.
+PROCESS_TAG = ".dagster/extraction_process"
+PROCESS_RUN_TAG = (
+    ".dagster/extraction_process_run"  # a retry inherits its parent's tags: this one says whose process it is
+)
 FLOOR_TAG = "extraction/floor"
 id_ranges = dg.DynamicPartitionsDefinition(name="id_ranges")
 
@@ -40,6 +44,15 @@ def above_floor(context: dg.AssetExecutionContext, id_range: IdRange) -> IdRange
 def add_ranges(instance: dg.DagsterInstance, ranges: Iterable[IdRange]) -> None:
     """Register ranges; those that are known already stay."""
     instance.add_dynamic_partitions("id_ranges", [id_range.partition_key for id_range in ranges])
+
+
+def valid_ranges(keys: Iterable[str]) -> Iterator[IdRange]:
+    """Keys that are ranges; somebody may have added another by hand."""
+    for key in keys:
+        try:
+            yield IdRange.parse(key)
+        except PartitionKeyError:
+            continue
 
 
 def this_process() -> str:

@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 
 import dagster as dg
@@ -10,11 +11,12 @@ import psutil
 from dagster._core.storage.tags import GRPC_INFO_TAG
 
 from extraction_dagster.checkpoint.planner import History
-from extraction_dagster.defs.partitions import PROCESS_RUN_TAG, PROCESS_TAG, is_dead
-from extraction_dagster.errors import PartitionKeyError
+from extraction_dagster.defs.backfilled import are_served, requested_backfills, waiting_ranges
+from extraction_dagster.defs.partitions import PROCESS_RUN_TAG, PROCESS_TAG, is_dead, valid_ranges
 from extraction_dagster.records import IdRange
 
 PARTITION_TAG = "dagster/partition"
+BACKFILL_TAG = "dagster/backfill"
 _RANGE_TAGS = ("dagster/asset_partition_range_start", "dagster/asset_partition_range_end")
 _ACTIVE = [
     dg.DagsterRunStatus.NOT_STARTED,
@@ -83,18 +85,36 @@ def _has_lived_since(process_id: int, moment: float) -> bool:
 class InstanceRuns:
     """Answers a tick from a Dagster instance."""
 
-    def __init__(self, instance: dg.DagsterInstance) -> None:
-        """Ask this instance."""
-        self._instance = instance
+    def __init__(self, instance: dg.DagsterInstance, *, under_daemon: bool = False) -> None:
+        """Ask this instance.
+
+        Args:
+            instance: The instance.
+            under_daemon: Whether a daemon asks, so that it need not be looked whether one lives.
+        """
+        self._instance, self._under_daemon = instance, under_daemon
 
     def active(self) -> list[IdRange]:
-        """Ranges that have an active run, whoever launched it."""
+        """Ranges that have an active run, whoever launched it; those of backfills apart."""
         bury_dead_runs(self._instance)
-        return [id_range for run in active_runs(self._instance) if (id_range := range_of(run)) is not None]
+        return [
+            found for run in active_runs(self._instance) if BACKFILL_TAG not in run.tags and (found := range_of(run))
+        ]
 
-    def partitions(self) -> Iterator[IdRange]:
-        """Every range there is."""
-        return _valid(self._instance.get_dynamic_partitions("id_ranges"))
+    def backfilled(self) -> list[IdRange]:
+        """Ranges that backfills take care of: an active run works on them, or a daemon will ask for one."""
+        # Those that wait come first: a run that is asked for in between is seen twice, not overlooked.
+        backfills = requested_backfills(self._instance)
+        served = self._under_daemon or (bool(backfills) and are_served(self._instance))
+        waiting = [
+            id_range for backfill in backfills if served for id_range in waiting_ranges(self._instance, backfill)
+        ]
+        at_work = (range_of(run) for run in active_runs(self._instance) if BACKFILL_TAG in run.tags)
+        return [*waiting, *filter(None, at_work)]
+
+    def partitions(self, record_ids: Sequence[int]) -> Iterator[IdRange]:
+        """The ranges that hold any of these ids, which ascend; a range of negative ids is always among them."""
+        return valid_ranges(_near(record_ids, self._instance.get_dynamic_partitions("id_ranges")))
 
     def history(self, id_range: IdRange) -> History:
         """The ended runs of a range."""
@@ -114,19 +134,35 @@ class InstanceRuns:
 def range_of(run: dg.DagsterRun) -> IdRange | None:
     """The range that a run works on; of a run over several partitions, from the first id to the last."""
     keys = [run.tags[tag] for tag in (PARTITION_TAG, *_RANGE_TAGS) if tag in run.tags]
-    ranges = list(_valid(keys))
+    ranges = list(valid_ranges(keys))
     if not ranges:
         return None
     return IdRange(min(item.first_id for item in ranges), max(item.last_id for item in ranges))
 
 
-def _valid(keys: Sequence[str]) -> Iterator[IdRange]:
-    """Keys that are ranges; somebody may have added another by hand."""
+def _near(record_ids: Sequence[int], keys: Iterable[str]) -> Iterator[str]:
+    """Keys that may hold an id: of 100,000 keys, few are left that have to be parsed with care."""
     for key in keys:
+        first, _, last = key.partition("-")
         try:
-            yield IdRange.parse(key)
-        except PartitionKeyError:
-            continue
+            index = bisect_left(record_ids, int(first))
+            if index == len(record_ids) or record_ids[index] > int(last):
+                continue
+        except ValueError:  # of negative ids, or no range at all
+            pass
+        yield key
+
+
+def why_failed(events: Iterable[dg.DagsterEvent]) -> tuple[str, str]:
+    """The step that failed first, and its own sentence; no step when the run was stopped before one failed."""
+    for event in events:
+        if event.is_step_failure:
+            data = event.step_failure_data
+            if data.user_failure_data and data.user_failure_data.description:
+                return str(event.step_key), data.user_failure_data.description
+            if data.error:
+                return str(event.step_key), f"{event.step_key}: {(data.error.cause or data.error).message.strip()}"
+    return "", "the run was stopped before it ended"
 
 
 def recent_rate(instance: dg.DagsterInstance) -> float | None:

@@ -23,7 +23,7 @@ from extraction_dagster.settings import load_settings
 )
 def extraction_sensor(context: dg.SensorEvaluationContext, extraction: Extraction) -> dg.SensorResult:
     """Tick once."""
-    runs = InstanceRuns(context.instance)
+    runs = InstanceRuns(context.instance, under_daemon=True)
     with extraction.catalog() as catalog:
         memory = recall(catalog.state_engine)
         ticked = tick(catalog, runs, context.cursor, memory, now=datetime.now(UTC))

@@ -37,8 +37,8 @@ def refused(stored, match):
 def test_a_state_is_written_as_documented():
     state = CursorState(SOURCE, 12345, 16345, None, 17, 2, datetime(2025, 1, 31, 12, tzinfo=UTC))
     assert state.to_json() == (
-        '{"v":1,"source":"0123456789abcdef","last_processed_id":12345,"frontier_id":16345,"floor_id":null,"seq":17,'
-        '"reset_epoch":2,"updated_at":"2025-01-31T12:00:00Z"}'
+        '{"v": 1, "source": "0123456789abcdef", "last_processed_id": 12345, "frontier_id": 16345, "floor_id": null, '
+        '"seq": 17, "reset_epoch": 2, "updated_at": "2025-01-31T12:00:00Z"}'
     )
     assert CursorState.from_json(text(), source=SOURCE) == state
 

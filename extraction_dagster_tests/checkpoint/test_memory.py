@@ -7,7 +7,7 @@ import sqlalchemy as sa
 
 from extraction_dagster.checkpoint.memory import Memory, recall, remember
 from extraction_dagster.checkpoint.planner import Patience
-from extraction_dagster.stages.catalog.ledger import METADATA
+from extraction_dagster.stages.catalog.state_tables import METADATA
 
 MEMORY = Memory(
     patience=Patience({"tail": datetime(2025, 1, 31, 12, 0, 1, 500, UTC)}),

@@ -46,7 +46,7 @@ def asked(tick):
 
 
 def ranges(*keys):
-    return lambda: [IdRange.parse(key) for key in keys]
+    return lambda _ids: [IdRange.parse(key) for key in keys]
 
 
 def ended(seconds_ago=1000, failures=0):
@@ -148,6 +148,18 @@ def test_due_rows_that_no_range_holds_get_ranges_of_their_own_a_batch_to_each():
     assert asked(tick) == [("1-9", "1-9#101", True), ("10-20", "10-20#102", False), ("50-50", "50-50#103", True)]
 
 
+def test_a_range_that_a_burst_has_crowded_is_cut_into_batches():
+    burst = [*range(4, 8), 500, 501, 777]
+    tick = plan(state(last=3, frontier=2000), window=found(*burst), partitions=ranges("1-1000"), history=ended())
+    assert asked(tick) == [("4-6", "4-6#101", True), ("7-501", "7-501#102", True), ("777-777", "777-777#103", True)]
+    known = ranges("1-1000", "4-6", "7-501")
+    tick = plan(state(last=3, frontier=2000), window=found(*burst), partitions=known, history=ended())
+    assert [(key, is_new) for key, _, is_new in asked(tick)] == [("4-6", False), ("7-501", False), ("1-1000", False)]
+    full = found(4, 5, 6, 7, 8, 9)
+    tick = plan(state(last=3, frontier=2000), window=full, partitions=ranges("1-1000"), history=ended())
+    assert asked(tick) == [("1-1000", "1-1000#101", False)]
+
+
 @pytest.mark.parametrize(
     ("failures", "waits_seconds"), [(1, 30), (2, 60), (3, 120), (7, 1920), (8, 3600), (40, 3600), (2000, 3600)]
 )
@@ -212,3 +224,25 @@ def test_no_partition_is_read_while_every_place_is_taken():
 def test_a_record_brought_back_in_the_last_range_is_not_kept_waiting_for_the_range_to_fill():
     tick = plan(state(last=9, frontier=9), swept=[5], partitions=ranges("1-9"), history=ended())
     assert asked(tick) == [("1-9", "1-9#101", False)]
+
+
+def test_rows_that_a_backfill_takes_care_of_are_not_asked_for_and_those_behind_them_are():
+    backfilled = [IdRange(4, 6), IdRange(7, 9), IdRange(30, 40)]
+    tick = plan(state(last=3, frontier=3), ahead=found(4, 8, 10, 11, 12, 31, 50, 51, 52), backfilled=backfilled)
+    assert asked(tick) == [("10-12", "10-12#101", True)]
+    assert (tick.cursor.frontier_id, tick.cursor.last_processed_id) == (12, 3)
+    later = plan(tick.cursor, ahead=found(31, 50, 51, 52), backfilled=backfilled)
+    assert asked(later) == [("41-52", "41-52#102", True)]
+
+
+def test_late_rows_that_a_backfill_takes_care_of_wait_for_it():
+    seen = {"swept": [2, 8], "window": found(12, 15, finished=11), "history": ended(), "wait": 0}
+    there = ranges("1-3", "4-11", "12-14", "15-20")
+    tick = plan(state(last=11, frontier=20), backfilled=[IdRange(1, 3), IdRange(12, 14)], partitions=there, **seen)
+    assert asked(tick) == [("4-11", "4-11#101", False), ("15-20", "15-20#102", False)]
+
+
+def test_ranges_of_a_backfill_take_no_place_among_those_in_flight():
+    ahead, backfilled = found(4, 5, 6), [IdRange(900 + n, 900 + n) for n in range(10)]
+    tick = plan(state(last=3, frontier=3), in_flight=1, ahead=ahead, backfilled=backfilled)
+    assert asked(tick) == [("4-6", "4-6#101", True)]

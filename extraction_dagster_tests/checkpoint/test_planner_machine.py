@@ -44,6 +44,7 @@ class World:
         self.now = datetime(2025, 6, 1, tzinfo=UTC)
         self.rows, self.retry_at = {}, {}
         self.partitions, self.active, self.histories = set(), {}, {}
+        self.promised, self.of_backfill = set(), set()  # ranges that backfills wait to launch, and those they launched
         self.cursor, self.mirror, self.patience = None, MemoryMirror(), Patience()
         self.keys, self.launched, self.seq = set(), set(), 0
 
@@ -90,14 +91,15 @@ class World:
         ]
         newest = sorted(self.rows)[-self.rules.batch_size :]
         return Observed(
-            active=list(self.active),
+            active=[id_range for id_range in self.active if id_range not in self.of_backfill],
+            backfilled=[*self.promised, *self.of_backfill],
             window=Scan((), None, None)
             if cursor.frontier_id is None
             else self.scan(after, cursor.frontier_id, self.budget),
             ahead=self.scan(cursor.frontier_id, None, self.budget),
             swept=swept,
             density=lambda: 1.0 if len(newest) < 2 else (newest[-1] - newest[0]) / (len(newest) - 1),
-            partitions=lambda: set(self.partitions),
+            partitions=lambda _ids: set(self.partitions),
             history=lambda id_range: self.histories.get(id_range, History()),
         )
 
@@ -127,17 +129,33 @@ class World:
         after, old = decided.cursor, before.last_processed_id
         if old is not None:
             assert after.last_processed_id >= old, "the watermark must not go back"
-        passed = LEAST if old is None else old
+        low = LEAST if old is None else old
         reached = LEAST if after.last_processed_id is None else after.last_processed_id
-        skipped = [number for number in sorted(self.unfinished()) if passed < number <= reached]
+        skipped = [number for number in sorted(self.unfinished()) if low < number <= reached]
         assert skipped == [], "the watermark passed rows that are not finished"
         frontier = before.frontier_id
         for request in decided.requests:
             assert request.run_key not in self.keys, "a run key must be new"
             if request.is_new and frontier is not None and request.id_range.first_id > max(frontier, reached):
-                assert request.id_range.first_id == max(frontier, reached) + 1, "ranges must touch"
+                between = range(max(frontier, reached) + 1, request.id_range.first_id)
+                assert not between or self.is_backfilled(between.stop - 1), "ranges must touch"
+                passed = [number for number in self.rows if number in between and self.is_due(number)]
+                assert all(self.is_backfilled(number) for number in passed), "rows were left behind"
                 frontier = request.id_range.last_id
-        assert len(decided.requests) <= max(self.rules.max_in_flight - len(self.active), 0)
+        for given in self.promised | self.of_backfill:
+            twice = [r for r in decided.requests if r.id_range.first_id in given and r.id_range.last_id in given]
+            assert twice == [], "a range must not have two active runs"
+        num_active = len(self.active.keys() - self.of_backfill)
+        assert len(decided.requests) <= max(self.rules.max_in_flight - num_active, 0)
+
+    def is_backfilled(self, number):
+        return any(number in id_range for id_range in self.promised | self.of_backfill)
+
+    def launch_promised(self, id_range):
+        self.promised.remove(id_range)
+        if id_range not in self.active:
+            self.launch(id_range)
+            self.of_backfill.add(id_range)
 
     def launch(self, id_range, floor=None):
         self.partitions.add(id_range)
@@ -149,6 +167,7 @@ class World:
             if number in self.rows and self.is_due(number) and became is not None:
                 self.rows[number] = became
                 self.retry_at[number] = self.now + timedelta(seconds=60)
+        self.of_backfill.discard(id_range)
         before = self.histories.get(id_range, History())
         self.histories[id_range] = History(0 if success else before.failures_in_a_row + 1, self.now)
 
@@ -156,6 +175,8 @@ class World:
         """Whatever happened before: with runs that succeed from now on, every row above the floor is finished."""
         idle = 0
         for _ in range(200):
+            for id_range in list(self.promised):
+                self.launch_promised(id_range)
             for id_range in list(self.active):
                 self.end(id_range, ["done"] * len(self.active[id_range]), success=True)
             self.now += timedelta(hours=2)
@@ -248,12 +269,35 @@ class Ticks(RuleBasedStateMachine):
             self.world.drain()
 
 
+class TicksBesideBackfills(Ticks):
+    """The same, and backfills that promise ranges, launch them one by one, or are cancelled."""
+
+    @rule(first=ids, widths=st.lists(st.integers(0, 8), min_size=1, max_size=4))
+    def somebody_backfills_ranges(self, first, widths):
+        for width in widths:
+            if IdRange(first, first + width) not in self.world.active:
+                self.world.promised.add(IdRange(first, first + width))
+                self.world.partitions.add(IdRange(first, first + width))
+            first += width + 1
+
+    @precondition(lambda self: self.world.promised)
+    @rule(data=st.data())
+    def a_backfill_launches_a_range(self, data):
+        self.world.launch_promised(data.draw(st.sampled_from(sorted(self.world.promised))))
+
+    @precondition(lambda self: self.world.promised)
+    @rule()
+    def a_backfill_is_cancelled(self):
+        self.world.promised.clear()
+
+
 QUIET = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
 
 
-def test_no_order_of_events_loses_a_row_or_moves_the_watermark_over_one():
+@pytest.mark.parametrize("machine", [Ticks, TicksBesideBackfills])
+def test_no_order_of_events_loses_a_row_or_moves_the_watermark_over_one(machine):
     run_state_machine_as_test(
-        Ticks, settings=settings(max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=QUIET)
+        machine, settings=settings(max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=QUIET)
     )
 
 
@@ -342,6 +386,14 @@ class AsksTwice(World):
         return plan_tick(cursor, replace(seen, active=()), rules, patience, now=now)
 
 
+class OverlooksBackfills(World):
+    """Does not look at the ranges that backfills take care of."""
+
+    @staticmethod
+    def plan(cursor, seen, rules, patience, *, now):
+        return plan_tick(cursor, replace(seen, backfilled=()), rules, patience, now=now)
+
+
 @pytest.mark.parametrize(
     ("mutant", "caught"),
     [
@@ -350,10 +402,12 @@ class AsksTwice(World):
         (BelievesTheMirror, "the watermark"),
         (ForgetsRowsThatWait, "the watermark passed"),
         (AsksTwice, "two active runs|assert"),
+        (OverlooksBackfills, "two active runs"),
     ],
 )
 def test_a_planted_mistake_is_found(mutant, caught):
-    machine = type(f"Ticks{mutant.__name__}", (Ticks,), {"world_class": mutant})
+    base = TicksBesideBackfills if mutant is OverlooksBackfills else Ticks
+    machine = type(f"Ticks{mutant.__name__}", (base,), {"world_class": mutant})
     with pytest.raises(AssertionError, match=caught):
         run_state_machine_as_test(
             machine,

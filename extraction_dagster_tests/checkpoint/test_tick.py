@@ -32,7 +32,10 @@ class Sensor:
     def active(self):
         return list(self.running)
 
-    def partitions(self):
+    def backfilled(self):
+        return []
+
+    def partitions(self, _record_ids):
         return set(self.known)
 
     def history(self, _range):

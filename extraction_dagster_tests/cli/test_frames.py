@@ -7,6 +7,8 @@ from typer.testing import CliRunner
 from extraction_dagster.cli.main import app
 from extraction_dagster.records import EncodedFrames, IdRange
 from extraction_dagster.settings import load_settings
+from extraction_dagster.stages.catalog.catalog import open_catalog
+from extraction_dagster.stages.catalog.database import make_engine, writing
 from extraction_dagster.stages.decode.frame_store import FrameStore, frames_fingerprint
 
 
@@ -37,3 +39,47 @@ def test_prune_leaves_everything_unless_the_settings_say_otherwise(stored):
     done = CliRunner().invoke(app, ["frames", "prune"])
     assert (done.exit_code, done.output.partition(":")[0]) == (0, "EXTRACTION_KEEP_FRAMES is 'all'")
     assert stored.path
+
+
+@pytest.fixture
+def trickled():
+    """Five shards of one record each, all done; a sixth whose record is under way."""
+    settings = load_settings()
+    store = FrameStore(settings.resolved_frames_uri, frames_fingerprint(settings))
+    zero = np.zeros(1)
+    for number in range(1, 7):
+        frames = EncodedFrames(number, "", [b"jpeg"], zero, zero, np.zeros(1, np.int64), 8, 8)
+        store.write_shard(IdRange(1, 10), [frames])
+    engine = make_engine(settings.resolved_source_url, setting="EXTRACTION_SOURCE_URL")
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            "CREATE TABLE insta_content (id INTEGER PRIMARY KEY, platform TEXT, code TEXT, path TEXT, "
+            "is_extracted BOOLEAN, is_embedded BOOLEAN)"
+        )
+    engine.dispose()
+    with open_catalog(settings) as catalog, writing(catalog.state_engine, what="write the ledger") as connection:
+        catalog.ledger.upsert(
+            connection,
+            [
+                {"record_id": number, "state": "done" if number < 6 else "extracted", "content_version": ""}
+                for number in range(1, 7)
+            ],
+        )
+    return store
+
+
+def test_compact_merges_what_is_done_and_old_enough(trickled):
+    young = CliRunner().invoke(app, ["frames", "compact"])
+    assert (young.exit_code, young.output) == (0, "0 frame shards became 0\n0 embedding shards became 0\n")
+    done = CliRunner().invoke(app, ["frames", "compact", "1-10", "--older-than", "0"])
+    assert (done.exit_code, done.output) == (0, "5 frame shards became 1\n0 embedding shards became 0\n")
+    assert [[record.record_id for record in shard.records] for shard in trickled.shards(IdRange(1, 10))] == [
+        [1, 2, 3, 4, 5],
+        [6],
+    ]
+
+
+def test_compact_leaves_ranges_alone_that_reach_beyond_the_named_one(trickled):
+    done = CliRunner().invoke(app, ["frames", "compact", "1-9", "--older-than", "0"])
+    assert done.output.startswith("0 frame shards became 0")
+    assert len(trickled.shards(IdRange(1, 10))) == 6

@@ -19,6 +19,7 @@ from extraction_dagster.defs.launching import open_instance
 from extraction_dagster.settings import load_settings
 from extraction_dagster.stages.catalog.catalog import open_catalog
 from extraction_dagster.stages.catalog.database import make_engine
+from extraction_dagster.stages.catalog.pending_index import pending_index
 
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -72,7 +73,7 @@ class Site:
         self.engine = make_engine(url, setting="EXTRACTION_SOURCE_URL")
         self.create_table()
         with open_catalog(load_settings()) as catalog, catalog.source_engine.begin() as connection:
-            catalog.source.pending_index().create(connection)
+            pending_index(catalog.source).create(connection)
         with open_instance(load_settings()):
             pass  # created once, before many processes open it
         for statement in POSTGRESQL_LOG if self.is_postgresql else SQLITE_LOG:
@@ -190,6 +191,15 @@ class Site:
         with open_instance(load_settings()) as instance:
             return instance.get_runs_count(wanted)
 
+    def num_ticks(self, sensor, status=None):
+        """Ticks of a sensor, of one status or of any."""
+        with open_instance(load_settings()) as instance:
+            states = [state for state in instance.all_instigator_state() if state.instigator_name == sensor]
+            ticks = [
+                tick for state in states for tick in instance.get_ticks(state.instigator_origin_id, state.selector_id)
+            ]
+        return sum(status is None or tick.status.value == status for tick in ticks)
+
     def num_active_runs(self):
         return self.num_runs("NOT_STARTED", "QUEUED", "STARTING", "STARTED", "CANCELING")
 
@@ -218,9 +228,18 @@ class Site:
         """Run a `dagster` command on this site's workspace."""
         return self._run("dagster", *arguments, "-w", self.folder / "workspace.yaml")
 
+    def command(self, name):
+        """How a command of this environment is started."""
+        return [BIN / name]
+
     def _run(self, command, *arguments):
         done = subprocess.run(
-            [BIN / command, *arguments], cwd=self.folder, capture_output=True, text=True, check=False, timeout=180
+            [*self.command(command), *arguments],
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=180,
         )
         assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout

@@ -13,7 +13,9 @@ import numpy as np
 
 from extraction_dagster.defs.assets import qdrant_points
 from extraction_dagster.defs.jobs import extraction_job
+from extraction_dagster.defs.notify import run_failure_notices
 from extraction_dagster.defs.partitions import above_floor, id_ranges, register
+from extraction_dagster.defs.reconcile import points_agree_with_table
 from extraction_dagster.defs.resources import Extraction, plain_failures
 from extraction_dagster.defs.sensors import extraction_sensor
 from extraction_dagster.records import EmbeddingBatch, Failure
@@ -92,7 +94,9 @@ def _write(store, id_range, rows, run_id):
 
 defs = dg.Definitions(
     assets=[video_frames, frame_embeddings, qdrant_points],
+    asset_checks=[points_agree_with_table],
     jobs=[extraction_job],
-    sensors=[extraction_sensor],
+    sensors=[extraction_sensor, run_failure_notices],
     resources={"extraction": Extraction()},
+    executor=dg.in_process_executor,
 )

@@ -12,23 +12,35 @@ import itertools
 import random
 import threading
 import time
+from dataclasses import dataclass
 
+import psutil
 import pytest
 
 from extraction_dagster.settings import load_settings
 from extraction_dagster.stages.catalog.database import make_engine
 
-NUM_ROWS = 20_000
 NUM_WRITERS = 8
-WRITING_SECONDS = 45
-POISONED = (17, 9_001)
+POISONED = (17, 901)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How many rows are written in how many seconds, and the fewest kills meanwhile."""
+
+    rows: int
+    seconds: float
+    kills: int
+
+
+SMALL, LARGE = Scale(rows=2_000, seconds=10, kills=3), Scale(rows=20_000, seconds=45, kills=10)
 
 
 class Writers:
     """Eight threads that insert rows with ids taken beforehand, so that ids commit out of order on every database."""
 
-    def __init__(self, site, seed):
-        self._site, self._seed = site, seed
+    def __init__(self, site, seed, scale):
+        self._site, self._seed, self._scale = site, seed, scale
         self._ids, self._lock = itertools.count(1), threading.Lock()
         self.committed_at, self.rolled_back, self.num_late, self.errors = {}, set(), 0, []
         self._greatest = 0
@@ -52,7 +64,9 @@ class Writers:
         try:
             while ids := self._take(chance.randint(5, 120)):
                 self._transaction(engine, ids, chance)
-                ahead = len(self.committed_at) / NUM_ROWS * WRITING_SECONDS - (time.monotonic() - self._started)
+                ahead = len(self.committed_at) / self._scale.rows * self._scale.seconds - (
+                    time.monotonic() - self._started
+                )
                 time.sleep(max(ahead, 0))
         except Exception as error:
             self.errors.append(error)
@@ -62,7 +76,7 @@ class Writers:
 
     def _take(self, number):
         with self._lock:
-            if len(self.committed_at) >= NUM_ROWS:
+            if len(self.committed_at) >= self._scale.rows:
                 return []
             return [next(self._ids) for _ in range(number)]
 
@@ -115,20 +129,20 @@ class Sampler:
 class Killer:
     """SIGKILLs run workers, the daemon, or all at once; starts the daemon again each time."""
 
-    def __init__(self, site, seed):
-        self._site, self._chance = site, random.Random(seed)
+    def __init__(self, site, seed, num_kills):
+        self._site, self._chance, self._num_kills = site, random.Random(seed), num_kills
         self.killed = collections.Counter()
         self._daemon = site.start_daemon()
 
     def strike(self):
         kind = self._chance.choices(["worker", "daemon", "everything"], [7, 2, 1])[0]
-        if self.killed["worker"] >= 4:  # what has not been killed yet comes first
+        if self.killed["worker"] >= 0.4 * self._num_kills:  # what has not been killed yet comes first
             kind = next((name for name in ("daemon", "everything") if not self.killed[name]), kind)
         if kind == "worker":
-            workers = self._site.run_workers()
+            workers = self._wait_for_workers()
             if not workers:
                 return
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(psutil.NoSuchProcess):
                 self._chance.choice(workers).kill()
         else:
             if kind == "daemon":
@@ -138,16 +152,36 @@ class Killer:
             self._daemon = self._site.start_daemon()
         self.killed[kind] += 1
 
+    def _wait_for_workers(self):
+        """The run workers; a daemon that was just started has none for a while."""
+        end = time.monotonic() + 60
+        while not (workers := self._site.run_workers()) and time.monotonic() < end:
+            time.sleep(0.2)
+        if workers:
+            time.sleep(self._chance.uniform(0, 8))  # they are killed at any point of their work
+        return self._site.run_workers()
+
 
 @pytest.mark.soak
 def test_no_row_is_lost_or_marked_twice_while_workers_and_daemons_are_killed(site, capsys):
+    _run_under_fire(site, LARGE, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("site", ["sqlite"], indirect=True)
+def test_no_row_of_a_small_table_is_lost_while_workers_and_daemons_are_killed(site, capsys, monkeypatch):
+    monkeypatch.setenv("EXTRACTION_BATCH_SIZE", "200")
+    _run_under_fire(site, SMALL, capsys)
+
+
+def _run_under_fire(site, scale, capsys):
     seed = random.randrange(10**6)
     chance = random.Random(seed)
     site.poison(*POISONED)
-    sampler, killer = Sampler(site), Killer(site, seed)
-    writers = Writers(site, seed)
+    sampler, killer = Sampler(site), Killer(site, seed, scale.kills)
+    writers = Writers(site, seed, scale)
     try:
-        while writers.are_writing or killer.killed.total() < 10 or len(killer.killed) < 3:
+        while writers.are_writing or killer.killed.total() < scale.kills or len(killer.killed) < 3:
             time.sleep(chance.uniform(2, 6))
             killer.strike()
             if _num_finished(site) == len(writers.committed_at) and not writers.are_writing:
@@ -184,8 +218,8 @@ def test_no_row_is_lost_or_marked_twice_while_workers_and_daemons_are_killed(sit
     with capsys.disabled():
         counts = ", ".join(f"{name} {value}" for name, value in figures.items())
         print(f"\n{site.engine.dialect.name}: {counts}")
-    assert killer.killed["worker"] >= 3, "too few kills to show anything: the killer did not find the workers"
-    assert writers.num_late > 10, "too few late commits to show anything"
+    assert killer.killed["worker"] >= 0.3 * scale.kills, "too few kills: the killer did not find the workers"
+    assert writers.num_late > scale.rows / 2000, "too few late commits to show anything"
     _check_rows(site, writers, marks)
     _check_watermark(sampler.samples, writers.committed_at, marks)
 

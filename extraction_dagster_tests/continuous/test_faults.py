@@ -15,6 +15,7 @@ pytestmark = pytest.mark.soak
 
 def test_a_store_that_is_down_holds_the_checkpoint_and_drains_by_itself_when_it_returns(site, monkeypatch):
     monkeypatch.setenv("EXTRACTION_BATCH_SIZE", "200")
+    monkeypatch.setenv("EXTRACTION_QDRANT_TIMEOUT_SECONDS", "5")  # a run gives up soon
     site.add_rows(*range(1, 501))
     settings = load_settings()
     with open_point_store(settings) as held:  # the embedded engine serves one process at a time

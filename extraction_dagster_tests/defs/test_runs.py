@@ -43,7 +43,7 @@ def killed():
 
 def test_a_run_whose_process_was_killed_is_ended_and_its_range_is_free(instance, killed):
     run_id = str(uuid.uuid4())
-    tags = {"extraction__process": killed, "extraction__process_run": run_id}
+    tags = {".dagster__extraction_process": killed, ".dagster__extraction_process_run": run_id}
     make_run(instance, run_id=run_id, dagster__partition="1-9", **tags)
     assert InstanceRuns(instance).active() == []
     assert instance.get_run_by_id(run_id).status == FAILURE
@@ -60,7 +60,7 @@ def test_a_run_that_works_is_left_alone(instance):
 
 @pytest.mark.parametrize("status", [dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTING, STARTED])
 def test_a_retry_that_inherited_the_tags_of_its_dead_parent_is_left_alone(instance, killed, status):
-    tags = {"extraction__process": killed, "extraction__process_run": str(uuid.uuid4())}
+    tags = {".dagster__extraction_process": killed, ".dagster__extraction_process_run": str(uuid.uuid4())}
     retry = make_run(instance, status=status, dagster__partition="1-9", **tags)
     bury_dead_runs(instance)
     assert instance.get_run_by_id(retry.run_id).status == status
@@ -123,7 +123,12 @@ def test_the_history_counts_failures_since_the_last_success(instance):
     assert runs.history(id_range).failures_in_a_row == 0
 
 
-def test_the_partitions_are_those_that_are_ranges(instance):
-    add_ranges(instance, [IdRange(1, 9), IdRange(-5, -1)])
-    instance.add_dynamic_partitions("id_ranges", ["by hand"])
-    assert set(InstanceRuns(instance).partitions()) == {IdRange(1, 9), IdRange(-5, -1)}
+def test_the_partitions_looked_up_are_ranges_that_hold_an_id(instance):
+    known = ["-5--1", "0-0", "1-9", "5-60", "50-59", "61-70"]
+    add_ranges(instance, [IdRange.parse(key) for key in known])
+    instance.add_dynamic_partitions("id_ranges", ["by hand", "1-", "9" * 5000 + "-1", "5-1"])
+    runs = InstanceRuns(instance)
+    assert set(runs.partitions([-7, -3])) == {IdRange(-5, -1)}
+    found = {str(id_range) for id_range in runs.partitions([0, 9, 61]) if id_range.last_id >= 0}
+    assert found == {"0-0", "1-9", "5-60", "61-70"}
+    assert {str(id_range) for id_range in runs.partitions([71]) if id_range.last_id >= 0} == set()

@@ -20,6 +20,7 @@ from extraction_dagster.errors import (
     FileUnavailableError,
 )
 from extraction_dagster.stages.catalog.download import FileVersion, PassingFaultError
+from extraction_dagster.stages.catalog.network_guard import is_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -124,8 +125,10 @@ class BucketDownload:
         if f"{scheme}://{bucket}" not in self._buckets:
             fix = "Correct the row, or add the bucket to EXTRACTION_ALLOWED_BUCKETS."
             raise AddressForbiddenError(uri, "its bucket is not an allowed one", fix)
-        if not key or any(character < " " for character in key):
+        if not key or any(character < " " for character in key) or not is_text(key):
             raise AddressForbiddenError(uri, "its key is empty or holds a control character", "Correct the row.")
+        if not {".", ".."}.isdisjoint(key.split("/")):  # a server or a proxy may take it for a step into another bucket
+            raise AddressForbiddenError(uri, "its key holds '.' or '..' between slashes", "Correct the row.")
         if scheme not in self._open:
             make = self._make.get(scheme) or (lambda: open_store(scheme, stall_seconds=self._stall_seconds))
             self._open[scheme] = make()

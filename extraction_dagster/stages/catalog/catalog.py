@@ -153,10 +153,13 @@ class Catalog:
             )
         return plan
 
-    def begin(self, id_range: IdRange, fingerprints: Fingerprints) -> dict[int, PlannedRow]:
-        """Plan a range; rows whose mark was cleared get a new revision, so that they are decoded afresh."""
+    def begin(self, id_range: IdRange, fingerprints: Fingerprints, *, force: bool = False) -> dict[int, PlannedRow]:
+        """Plan a range; rows whose mark was cleared get a new revision, so that they are decoded afresh.
+
+        With `force`, so does every row that was finished or has failed before.
+        """
         plan = self.plan(id_range, fingerprints)
-        again = [planned for planned in plan.values() if planned.status == "again"]
+        again = [item for item in plan.values() if item.status == "again" or (force and item.status != "todo")]
         if not again:
             return plan
         with writing(self.state_engine, what="write the ledger") as connection:

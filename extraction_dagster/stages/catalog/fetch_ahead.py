@@ -7,7 +7,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from extraction_dagster.errors import ExtractionError, FetchSetupError
+from extraction_dagster.errors import FetchSetupError
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable
@@ -25,7 +25,7 @@ class Fetched:
 
     row: VideoRow
     path: Path | None = None
-    error: ExtractionError | OSError | None = None
+    error: Exception | None = None
 
 
 def fetch_ahead(rows: Iterable[VideoRow], fetcher: Fetcher, *, threads: int) -> Generator[Fetched | None, None, None]:
@@ -99,9 +99,9 @@ class _Downloads:
 def _try(fetcher: Fetcher, row: VideoRow) -> Fetched | tuple[VideoRow, BaseException]:
     try:
         return Fetched(row, fetcher.fetch(row))
-    except FetchSetupError as error:
+    except (FetchSetupError, MemoryError) as error:
         return row, error
-    except (ExtractionError, OSError) as error:
+    except Exception as error:  # noqa: BLE001 - whatever a row's address provokes is that row's failure
         return Fetched(row, error=error)
     except BaseException as error:  # noqa: BLE001 - raised where the rows are drawn
         return row, error

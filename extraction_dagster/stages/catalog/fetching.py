@@ -87,7 +87,7 @@ def _resolve(uri: str, roots: Sequence[Path], allowed: str) -> Path:
     try:
         resolved = (roots[0] / path).resolve()
         inside = any(resolved.is_relative_to(root.resolve()) for root in roots)
-    except (OSError, RuntimeError) as error:  # a loop of links, a name that is too long
+    except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a name that is too long or no text
         raise FileForbiddenError(uri, str(error), roots=allowed) from error
     if not inside:
         raise FileForbiddenError(uri, "it leads out of the folders that may be read", roots=allowed)
@@ -100,9 +100,12 @@ def _path_of(uri: str, allowed: str) -> str:
         return uri
     if scheme[1].lower() != "file":
         raise SchemeError(uri, scheme[1])
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+    except ValueError as error:
+        raise FileForbiddenError(uri, str(error), roots=allowed) from error
     if parts.netloc not in {"", "localhost"}:
-        raise FileForbiddenError(uri, f"it names another machine ({parts.netloc})", roots=allowed)
+        raise FileForbiddenError(uri, f"it names another machine ({parts.netloc!r})", roots=allowed)
     return unquote(parts.path)
 
 
@@ -161,7 +164,7 @@ class Fetcher:
         return cls(
             roots=settings.resolved_allowed_roots,
             cache=DownloadCache(
-                settings.home / "cache" / "videos",
+                (settings.home / "cache" / "videos").resolve(),  # no link leads to a file that is decoded
                 max_bytes=settings.cache_bytes,
                 max_idle_seconds=settings.cache_seconds,
                 patience_seconds=settings.fetch_timeout_seconds,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import io
 import re
 import socket
 import ssl
@@ -11,7 +10,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urljoin
 
 from extraction_dagster import __version__
@@ -23,6 +22,7 @@ from extraction_dagster.errors import (
     FileUnavailableError,
 )
 from extraction_dagster.stages.catalog.download import FileVersion, PassingFaultError
+from extraction_dagster.stages.catalog.timed_socket import TimedSocket
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from extraction_dagster.stages.catalog.network_guard import NetworkGuard, Target
 
 _CHUNK_BYTES = 2**16
-_SLICE_SECONDS = 0.5  # after which a silent connection looks whether anybody still waits
 _MAX_REDIRECTS = 5
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _PASSING = frozenset({408, 421, 425, 429})
@@ -162,7 +161,7 @@ class HttpsDownload:
             wire = self._connect(target, deadline)
             connection = http.client.HTTPConnection(target.host, target.port)
             connection.default_port = 443 if target.scheme == "https" else 80  # decides whether Host names the port
-            connection.sock = _TimedSocket(wire, deadline, self._stall_seconds)
+            connection.sock = TimedSocket(wire, deadline, self._stall_seconds)
             connection.request("GET", target.path, headers={**_HEADERS, **headers})
             yield connection.getresponse()
         except ssl.SSLCertVerificationError as error:
@@ -212,44 +211,6 @@ _HEADERS = {
     "Connection": "close",
     "User-Agent": f"extraction-dagster/{__version__}",
 }
-
-
-class _TimedSocket:
-    """What http.client needs of a socket; each wait ends with the stall limit, the deadline or a stop."""
-
-    def __init__(self, wire: socket.socket, deadline: Deadline, stall_seconds: float) -> None:
-        self._wire, self._deadline, self._stall_seconds = wire, deadline, stall_seconds
-
-    def sendall(self, data: bytes) -> None:
-        self._wire.settimeout(self._deadline.remaining(self._stall_seconds))
-        self._wire.sendall(data)
-
-    def makefile(self, _mode: str) -> io.BufferedReader:
-        return io.BufferedReader(_TimedReader(self._wire, self._deadline, self._stall_seconds))
-
-    def close(self) -> None:
-        """Whoever made the connection closes it."""
-
-
-class _TimedReader(io.RawIOBase):
-    def __init__(self, wire: socket.socket, deadline: Deadline, stall_seconds: float) -> None:
-        super().__init__()
-        self._wire, self._deadline, self._stall_seconds = wire, deadline, stall_seconds
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:  # noqa: ANN401 - a writable buffer has no type in Python 3.11
-        silent = 0.0
-        while True:
-            seconds = self._deadline.remaining(min(_SLICE_SECONDS, max(self._stall_seconds - silent, 0.001)))
-            self._wire.settimeout(seconds)
-            try:
-                return self._wire.recv_into(buffer)
-            except TimeoutError:
-                silent += seconds
-                if silent >= self._stall_seconds:
-                    raise
 
 
 def _conditions(entry: CacheEntry) -> dict[str, str]:

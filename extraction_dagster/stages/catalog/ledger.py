@@ -17,6 +17,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from extraction_dagster.errors import StateError
 from extraction_dagster.stages.catalog.database import describe, reading, writing
 from extraction_dagster.stages.catalog.source_table import chunks
+from extraction_dagster.stages.catalog.state_tables import ERRORS_TABLE, LEDGER_TABLE, META_TABLE, METADATA, STOPPED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -25,79 +26,6 @@ if TYPE_CHECKING:
 
 State = Literal["todo", "extracted", "embedded", "done", "failed", "parked"]
 _LONGEST_DELAY_SECONDS = 86_400.0
-
-
-class UtcDateTime(sa.types.TypeDecorator[datetime]):
-    """A point in time: TIMESTAMPTZ where there is one, UTC text on SQLite; always timezone-aware in Python."""
-
-    impl = sa.DateTime(timezone=True)
-    cache_ok = True
-
-    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:  # noqa: ARG002
-        """Store UTC."""
-        return None if value is None else value.astimezone(UTC)
-
-    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:  # noqa: ARG002
-        """Read UTC."""
-        if value is None:
-            return None
-        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
-
-
-# Literal text: databases use a partial index only for a query that repeats its condition to the letter.
-UNFINISHED = sa.text("state <> 'done' AND state <> 'parked'")
-METADATA = sa.MetaData()
-META_TABLE = sa.Table(
-    "extraction_meta",
-    METADATA,
-    sa.Column("key", sa.String(64), primary_key=True),
-    sa.Column("value", sa.Text, nullable=False),
-)
-LEDGER_TABLE = sa.Table(
-    "extraction_ledger",
-    METADATA,
-    sa.Column("record_id", sa.BigInteger, primary_key=True, autoincrement=False),
-    sa.Column("state", sa.String(16), nullable=False),
-    sa.Column("source_version", sa.Text, nullable=False, server_default=""),
-    sa.Column("content_version", sa.Text, nullable=False, server_default=""),
-    sa.Column("revision", sa.Integer, nullable=False, server_default="0"),
-    sa.Column("frames_fingerprint", sa.String(64)),
-    sa.Column("embedding_fingerprint", sa.String(64)),
-    sa.Column("num_frames", sa.Integer),
-    sa.Column("num_points", sa.Integer),
-    sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),
-    sa.Column("not_before", UtcDateTime),
-    sa.Column("last_error", sa.Text),
-    sa.Column("updated_at", UtcDateTime, nullable=False),
-    # Few records are begun or wait: this index stays small whatever the ledger's size.
-    sa.Index("extraction_ledger_unfinished", "record_id", postgresql_where=UNFINISHED, sqlite_where=UNFINISHED),
-)
-ERRORS_TABLE = sa.Table(
-    "extraction_errors",
-    METADATA,
-    sa.Column(
-        "id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), sa.Identity(), primary_key=True, autoincrement=True
-    ),
-    sa.Column("record_id", sa.BigInteger, nullable=False, index=True),
-    sa.Column("stage", sa.String(16), nullable=False),
-    sa.Column("error_type", sa.String(128), nullable=False),
-    sa.Column("error_message", sa.Text, nullable=False),
-    sa.Column("error_details", sa.Text, nullable=False, server_default=""),
-    sa.Column("occurred_at", UtcDateTime, nullable=False),
-    sa.Column("run_id", sa.String(64), nullable=False, server_default=""),
-)
-REQUESTS_TABLE = sa.Table(
-    "extraction_requests",
-    METADATA,
-    sa.Column(
-        "id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), sa.Identity(), primary_key=True, autoincrement=True
-    ),
-    sa.Column("kind", sa.String(16), nullable=False),
-    sa.Column("value", sa.BigInteger),
-    sa.Column("requested_at", UtcDateTime, nullable=False),
-    sa.Column("applied_epoch", sa.Integer),
-    sa.Column("consumed_at", UtcDateTime),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,11 +136,51 @@ class Ledger:
         with reading(self.engine, what="read the ledger") as connection:
             return {state: int(number) for state, number in connection.execute(query)}
 
+    def count_stopped(self) -> dict[str, int]:
+        """The number of failed and of parked records, through the index over them."""
+        query = sa.select(LEDGER_TABLE.c.state, sa.func.count()).where(STOPPED).group_by(LEDGER_TABLE.c.state)
+        with reading(self.engine, what="read the ledger") as connection:
+            found = {state: int(number) for state, number in connection.execute(query)}
+        return {"failed": 0, "parked": 0} | found
+
+    def last_change(self, id_range: IdRange, most: int) -> datetime | None:
+        """When an entry of a range was last written, by the clocks of those who write; looks at the last `most`."""
+        table = LEDGER_TABLE.c
+        entries = sa.select(table.updated_at).where(table.record_id.between(id_range.first_id, id_range.last_id))
+        newest = sa.select(sa.func.max(entries.order_by(table.record_id.desc()).limit(most).subquery().c.updated_at))
+        with reading(self.engine, what="read the ledger") as connection:
+            found: datetime | None = connection.execute(newest).scalar_one_or_none()
+        return found
+
     def num_frames(self) -> int:
         """The number of stored frames of the records that are done."""
         query = sa.select(sa.func.coalesce(sa.func.sum(LEDGER_TABLE.c.num_frames), 0))
         with reading(self.engine, what="read the ledger") as connection:
             return int(connection.execute(query.where(LEDGER_TABLE.c.state == "done")).scalar_one())
+
+    def totals(self) -> tuple[int, int]:
+        """The stored frames and the verified points of the records that are done."""
+        frames, points = (
+            sa.func.coalesce(sa.func.sum(LEDGER_TABLE.c[name]), 0) for name in ("num_frames", "num_points")
+        )
+        with reading(self.engine, what="read the ledger") as connection:
+            found = connection.execute(sa.select(frames, points).where(LEDGER_TABLE.c.state == "done")).one()
+        return int(found[0]), int(found[1])
+
+    def error_counts(self) -> dict[tuple[str, str], int]:
+        """How many errors were ever written, by stage and type."""
+        names = (ERRORS_TABLE.c.stage, ERRORS_TABLE.c.error_type)
+        with reading(self.engine, what="read the errors") as connection:
+            rows = connection.execute(sa.select(*names, sa.func.count()).group_by(*names))
+            return {(str(stage), str(kind)): int(number) for stage, kind, number in rows}
+
+    def num_failed(self, run_id: str, id_range: IdRange) -> int:
+        """How many records of a range failed in a run."""
+        table = ERRORS_TABLE.c
+        within = table.record_id.between(id_range.first_id, id_range.last_id)  # there is an index of records
+        query = sa.select(sa.func.count(sa.distinct(table.record_id))).where(within, table.run_id == run_id)
+        with reading(self.engine, what="read the errors") as connection:
+            return int(connection.execute(query).scalar_one())
 
     def upsert(self, connection: sa.Connection, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write entries; every row has the same keys, `record_id` among them. Other columns keep their values."""
@@ -264,7 +232,7 @@ class Ledger:
                         "content_version": failure.content_version,
                         "attempts": tries,
                         "not_before": None if parked else now + timedelta(seconds=delay),
-                        "last_error": f"{failure.error_type}: {failure.message}",
+                        "last_error": _storable(f"{failure.error_type}: {failure.message}"),
                     }
                 )
             self.upsert(connection, entries)
@@ -302,7 +270,7 @@ class Ledger:
             The records that were brought back, in ascending order.
         """
         table = LEDGER_TABLE.c
-        query = sa.select(table.record_id).where(table.state.in_(("failed", "parked")))
+        query = sa.select(table.record_id).where(STOPPED)
         if error_type is not None:
             query = query.where(table.last_error.startswith(f"{error_type}:", autoescape=True))
         with writing(self.engine, what="write the ledger") as connection:
@@ -352,13 +320,18 @@ def _back_off(delay_seconds: float, tries: int) -> float:
     return delay * random.uniform(1.0, 1.25)  # noqa: S311 - no secret
 
 
+def _storable(text: str) -> str:
+    """What a codec library or a hostile file made us say, without what no database takes as text."""
+    return text.replace("\0", "\\0").encode(errors="backslashreplace").decode()
+
+
 def _error_values(failure: Failure, now: datetime, run_id: str) -> dict[str, Any]:
     return {
         "record_id": failure.record_id,
         "stage": failure.stage,
         "error_type": failure.error_type,
-        "error_message": failure.message,
-        "error_details": failure.details,
+        "error_message": _storable(failure.message),
+        "error_details": _storable(failure.details),
         "occurred_at": now,
         "run_id": run_id,
     }

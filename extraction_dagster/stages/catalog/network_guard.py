@@ -87,6 +87,15 @@ def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     return address in _PUBLIC_V6 and address.is_global and not any(address in net for net in _SPECIAL_V6)
 
 
+def is_text(address: str) -> bool:
+    """Whether an address can be written down: half a surrogate pair can't."""
+    try:
+        address.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class NetworkGuard:
     """Judges addresses before anything is sent to them."""
 
@@ -176,6 +185,8 @@ class _Refusal:
 def _split(url: str, refuse: _Refusal) -> SplitResult:
     if any(character <= " " or character in "\x7f\\" for character in url):  # urlsplit would drop some in silence
         raise refuse("it holds a blank, a control character or a backslash", "Correct the row.")
+    if not is_text(url):
+        raise refuse("it is no text", "Correct the row.")
     try:
         parts = urlsplit(url)
         usable = bool(parts.hostname) and parts.port != 0

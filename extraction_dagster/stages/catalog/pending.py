@@ -15,8 +15,9 @@ import sqlalchemy as sa
 
 from extraction_dagster.stages.catalog.catalog import status_of
 from extraction_dagster.stages.catalog.database import reading
-from extraction_dagster.stages.catalog.ledger import LEDGER_TABLE, UNFINISHED, LedgerEntry
+from extraction_dagster.stages.catalog.ledger import LedgerEntry
 from extraction_dagster.stages.catalog.source_table import chunks
+from extraction_dagster.stages.catalog.state_tables import LEDGER_TABLE, UNFINISHED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

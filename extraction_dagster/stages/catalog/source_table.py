@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.schema import CreateIndex
 
-from extraction_dagster.errors import SourceUnreachableError
 from extraction_dagster.records import IdRange, VideoRow, fingerprint
-from extraction_dagster.stages.catalog.database import describe, parse_url, reading, writing
+from extraction_dagster.stages.catalog.database import describe, parse_url, reading
 from extraction_dagster.stages.catalog.predicate import build_predicate
 from extraction_dagster.stages.catalog.source_columns import SourceColumns
 
@@ -20,7 +18,9 @@ if TYPE_CHECKING:
     from extraction_dagster.settings import Settings
 
 Step = Literal["extracted", "embedded"]
+_Item = TypeVar("_Item")
 _CHUNK = 500
+_CHUNK_OF_RANGES = 100  # parts of one query: SQLite takes no more than 500, and few keep its planner quick
 _MAX_ID = 2**63 - 1
 _VERSION_LABEL = "extraction_version"
 
@@ -44,14 +44,6 @@ class SourceRow:
         """Whether every mark column says done; None when the table has none."""
         marks = [mark for mark in (self.extracted, self.embedded) if mark is not None]
         return all(marks) if marks else None
-
-
-@dataclass(frozen=True, slots=True)
-class PendingIndex:
-    """What became of the partial index over pending rows, and the statement that makes it."""
-
-    state: Literal["made", "there", "refused", "not needed"]
-    sql: str
 
 
 class SourceTable:
@@ -100,37 +92,6 @@ class SourceTable:
         return (
             sa.or_(*(column.op("IS NOT", is_comparison=True)(sa.text("TRUE")) for column in marks)) if marks else None
         )
-
-    def pending_index(self) -> sa.Index | None:
-        """The partial index over the rows that are not done: finding them costs the same in a table of any size."""
-        if self.unmarked is None:
-            return None
-        name = f"extraction_pending_{self.table.name}"[:63]
-        table = self.table.to_metadata(sa.MetaData())  # an index belongs to a table; the reflected one stays as it is
-        return sa.Index(name, table.c[self.id.name], postgresql_where=self.unmarked, sqlite_where=self.unmarked)
-
-    def make_pending_index(self) -> PendingIndex:
-        """Create the partial index unless it is there; PostgreSQL builds it without blocking writers."""
-        index = self.pending_index()
-        if index is None:
-            return PendingIndex("not needed", "")
-        sql = " ".join(str(CreateIndex(index).compile(dialect=self._engine.dialect)).split())
-        with reading(self._engine, what=f"read source table {self.name!r}") as connection:
-            known = sa.inspect(connection).get_indexes(self.table.name, self.table.schema)
-        if any(item["name"] == index.name for item in known):
-            return PendingIndex("there", sql)
-        if self._engine.dialect.name == "postgresql":
-            sql = sql.replace("CREATE INDEX", "CREATE INDEX CONCURRENTLY", 1)
-        try:
-            if self._engine.dialect.name == "postgresql":  # not inside a transaction
-                with self._engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-                    connection.exec_driver_sql(sql)
-            else:
-                with writing(self._engine, what=f"index source table {self.name!r}") as connection:
-                    connection.exec_driver_sql(sql)
-        except (sa.exc.ProgrammingError, sa.exc.OperationalError, SourceUnreachableError):
-            return PendingIndex("refused", sql)
-        return PendingIndex("made", sql)
 
     def heads(self, *, only: sa.ColumnElement[bool] | None = None) -> sa.Select[int, str, bool | None]:
         """A query of (id, version, marked done) of the eligible rows, in ascending order of ids."""
@@ -214,6 +175,19 @@ class SourceTable:
         """The number of eligible rows above an id; of all for None."""
         return self.count(None if record_id is None else IdRange(min(record_id + 1, _MAX_ID), _MAX_ID))
 
+    def count_next(self, record_id: int | None, most: int) -> int:
+        """The number of eligible rows among the next `most` rows above an id, so that counting never takes long."""
+        rows = sa.select(sa.case((self.eligible, 1), else_=0)).select_from(self.table).order_by(self.id).limit(most)
+        looked_at = (rows if record_id is None else rows.where(self.id > record_id)).subquery()
+        with reading(self._engine, what=f"read source table {self.name!r}") as connection:
+            return int(connection.execute(sa.select(sa.func.coalesce(sa.func.sum(looked_at.c[0]), 0))).scalar_one())
+
+    def newest_id(self) -> int | None:
+        """The greatest id of the eligible rows; None when there is none."""
+        newest = sa.select(self.id).where(self.eligible).order_by(self.id.desc()).limit(1)
+        with reading(self._engine, what=f"read source table {self.name!r}") as connection:
+            return connection.execute(newest).scalar_one_or_none()
+
     def count_unmarked(self) -> int | None:
         """The number of eligible rows that are not marked as done; None without mark columns."""
         if self.unmarked is None:
@@ -222,11 +196,30 @@ class SourceTable:
         with reading(self._engine, what=f"read source table {self.name!r}") as connection:
             return int(connection.execute(query).scalar_one())
 
-    def batch_end(self, after_id: int | None, batch_size: int) -> tuple[int, int, bool] | None:
+    def counts(self, ranges: Sequence[IdRange], *, at_most: int) -> list[int]:
+        """The number of eligible rows of each range; of one that holds more than `at_most`, `at_most`."""
+        counts: list[int] = []
+        with reading(self._engine, what=f"read source table {self.name!r}") as connection:
+            for chunk in chunks(ranges, _CHUNK_OF_RANGES):
+                parts = []
+                for position, id_range in enumerate(chunk):
+                    within = self.id.between(id_range.first_id, id_range.last_id)
+                    rows = sa.select(self.id).where(within, self.eligible).limit(at_most).subquery()
+                    number = sa.func.count(rows.c[0]).label("number")
+                    parts.append(sa.select(sa.literal(position).label("position"), number))
+                counted = {row.position: int(row.number) for row in connection.execute(sa.union_all(*parts))}
+                counts += (counted[position] for position in range(len(chunk)))
+        return counts
+
+    def batch_end(
+        self, after_id: int | None, batch_size: int, *, up_to_id: int | None = None
+    ) -> tuple[int, int, bool] | None:
         """The ids of the first and the last record of the batch after an id, and whether it is a full batch."""
         query = sa.select(self.id).where(self.eligible).order_by(self.id).limit(batch_size)
         if after_id is not None:
             query = query.where(self.id > after_id)
+        if up_to_id is not None:
+            query = query.where(self.id <= up_to_id)
         batch = query.subquery()
         bounds = sa.select(sa.func.min(batch.c[0]), sa.func.max(batch.c[0]), sa.func.count())
         with reading(self._engine, what=f"read source table {self.name!r}") as connection:
@@ -310,6 +303,6 @@ def _text(value: object) -> str | None:
     return None if value is None else str(value)
 
 
-def chunks(items: Sequence[int]) -> Iterable[Sequence[int]]:
-    """The ids in pieces that fit every database's limit of bound parameters."""
-    return (items[start : start + _CHUNK] for start in range(0, len(items), _CHUNK))
+def chunks(items: Sequence[_Item], size: int = _CHUNK) -> Iterable[Sequence[_Item]]:
+    """Ids, or what else a query names, in pieces that fit every database's limit of bound parameters."""
+    return (items[start : start + size] for start in range(0, len(items), size))

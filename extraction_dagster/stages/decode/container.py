@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
     from extraction_dagster.stages.decode.decoder import DecodeLimits
+    from extraction_dagster.stages.decode.video_file import VideoFile
 
 CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif,mxf"
 _MICROSECONDS = 1_000_000
@@ -38,23 +39,28 @@ class OpenVideo:
     """A file that is open, and its moving pictures.
 
     Attributes:
-        path: The file.
+        file: The file.
         container: The open container.
         stream: The chosen stream; its codec context is set to one thread.
         claimed_seconds: The duration that the container claims for the stream; None when it claims nothing.
         sample_aspect: Width of a pixel over its height, as shown.
     """
 
-    path: Path
+    file: VideoFile
     container: InputContainer
     stream: VideoStream
     claimed_seconds: float | None
     sample_aspect: float
 
+    @property
+    def path(self) -> Path:
+        """The file's name."""
+        return self.file.path
+
 
 @contextmanager
-def open_video(path: Path, limits: DecodeLimits) -> Iterator[OpenVideo]:
-    """Open a file and choose its video stream.
+def open_video(file: VideoFile, limits: DecodeLimits) -> Iterator[OpenVideo]:
+    """Take an open file for a video and choose its stream.
 
     Raises:
         VideoOpenError: The file is no complete video.
@@ -65,10 +71,11 @@ def open_video(path: Path, limits: DecodeLimits) -> Iterator[OpenVideo]:
     """
     import av
 
+    path = file.path
     # The pixel limit reaches the codecs too, which are run to find out a stream's parameters.
     options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS, "max_pixels": str(limits.max_pixels)}
     try:
-        container = av.open(f"file:{path}", "r", options=options, metadata_errors="replace")
+        container = av.open(file.reading(), "r", options=options, metadata_errors="replace")
     except av.error.FFmpegError as error:
         raise_out_of_memory(error)
         if error.errno == errno.EINVAL:
@@ -80,7 +87,7 @@ def open_video(path: Path, limits: DecodeLimits) -> Iterator[OpenVideo]:
         context = stream.codec_context
         context.thread_count = 1
         context.options = {"max_pixels": str(limits.max_pixels)}
-        yield OpenVideo(path, container, stream, _claimed_seconds(container, stream), _sample_aspect(stream))
+        yield OpenVideo(file, container, stream, _claimed_seconds(container, stream), _sample_aspect(stream))
 
 
 def raise_out_of_memory(error: Exception) -> None:

@@ -77,7 +77,7 @@ class Decoder(Protocol):
         """Decode the frames shown at the sampled times.
 
         Args:
-            video: Local file.
+            video: Local file, without a link in its path.
             sampling: How frames are chosen.
             short_side_px: Short side of the frames; a smaller video is not scaled up.
             limits: What the video may cost.

@@ -17,6 +17,7 @@ from extraction_dagster.stages.decode.container import open_video, raise_out_of_
 from extraction_dagster.stages.decode.decoder import DecodedVideo, shortfall
 from extraction_dagster.stages.decode.geometry import Geometry
 from extraction_dagster.stages.decode.sampling import select_frames
+from extraction_dagster.stages.decode.video_file import open_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from extraction_dagster.stages.decode.container import OpenVideo
     from extraction_dagster.stages.decode.decoder import DecodeLimits
     from extraction_dagster.stages.decode.sampling import Sampling
+    from extraction_dagster.stages.decode.video_file import VideoFile
 
 _SOURCE_LINE = re.compile(r"^(\[[0-9:]+\] \S+: )+")
 
@@ -36,25 +38,36 @@ class DecordDecoder:
     def decode(self, video: Path, *, sampling: Sampling, short_side_px: int, limits: DecodeLimits) -> DecodedVideo:
         """Decode the frames that decord takes for those shown at the sampled times; see `Decoder.decode`."""
         decord = _import_decord()
-        with open_video(video, limits) as opened:
-            claimed = opened.claimed_seconds
-            width, height = _shown_size(opened, short_side_px)
-        try:
-            reader = decord.VideoReader(
-                str(video), ctx=decord.cpu(0), width=width, height=height, num_threads=1, fault_tol=-1
-            )
-            spans = np.asarray(reader.get_frame_timestamp(np.arange(len(reader))), np.float64)
-            pts_seconds = np.maximum.accumulate(spans[:, 0] - spans[0, 0])
-            _check_length(video, float(pts_seconds[-1]), claimed, limits)
-            keyframe = np.isin(np.arange(len(reader)), reader.get_key_indices()) if sampling.needs_keyframes else None
-            selection = select_frames(pts_seconds, sampling, keyframe)
-            limits.check_batch(video, num_frames=len(selection), width_px=width, height_px=height)
-            data = reader.get_batch(selection.frame_number).asnumpy()
-        except (decord.DECORDError, RuntimeError, AssertionError) as error:
-            raise VideoDecodeError(str(video), listed_frames=0, why=_first_line(error)) from error
-        frames = FrameBatch(data, pts_seconds[selection.frame_number], selection.target_seconds, selection.frame_number)
-        covered = float(spans[:, 1].max() - spans[0, 0])
-        return DecodedVideo(frames, claimed, shortfall(covered_seconds=covered, claimed_seconds=claimed))
+        with open_file(video) as file:
+            return _decode(decord, file, sampling, short_side_px, limits)
+
+
+def _decode(
+    decord: Any,  # noqa: ANN401 - decord has no types
+    file: VideoFile,
+    sampling: Sampling,
+    short_side_px: int,
+    limits: DecodeLimits,
+) -> DecodedVideo:
+    with open_video(file, limits) as opened:
+        claimed = opened.claimed_seconds
+        width, height = _shown_size(opened, short_side_px)
+    try:
+        reader = decord.VideoReader(
+            file.alias, ctx=decord.cpu(0), width=width, height=height, num_threads=1, fault_tol=-1
+        )
+        spans = np.asarray(reader.get_frame_timestamp(np.arange(len(reader))), np.float64)
+        pts_seconds = np.maximum.accumulate(spans[:, 0] - spans[0, 0])
+        _check_length(file.path, float(pts_seconds[-1]), claimed, limits)
+        keyframe = np.isin(np.arange(len(reader)), reader.get_key_indices()) if sampling.needs_keyframes else None
+        selection = select_frames(pts_seconds, sampling, keyframe)
+        limits.check_batch(file.path, num_frames=len(selection), width_px=width, height_px=height)
+        data = reader.get_batch(selection.frame_number).asnumpy()
+    except (decord.DECORDError, RuntimeError, AssertionError) as error:
+        raise VideoDecodeError(str(file.path), listed_frames=0, why=_first_line(error)) from error
+    frames = FrameBatch(data, pts_seconds[selection.frame_number], selection.target_seconds, selection.frame_number)
+    covered = float(spans[:, 1].max() - spans[0, 0])
+    return DecodedVideo(frames, claimed, shortfall(covered_seconds=covered, claimed_seconds=claimed))
 
 
 def _import_decord() -> Any:  # noqa: ANN401 - decord has no types

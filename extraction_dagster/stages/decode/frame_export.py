@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from extraction_dagster.records import EncodedFrames, IdRange
-    from extraction_dagster.stages.decode.frame_store import FrameShard, FrameStore
+    from extraction_dagster.stages.decode.frame_shard import FrameShard
+    from extraction_dagster.stages.decode.frame_store import FrameStore
 
 _NOTHING = "No file was left behind."
 

@@ -13,9 +13,10 @@ from extraction_dagster.errors import PartitionKeyError
 from extraction_dagster.records import IdRange
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterable
 
-    from extraction_dagster.stages.decode.frame_store import FrameShard, FrameStore
+    from extraction_dagster.stages.decode.frame_shard import FrameShard
+    from extraction_dagster.stages.decode.frame_store import FrameStore
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +60,19 @@ def overlapping(store: FrameStore, within: IdRange) -> list[IdRange]:
     )
 
 
+def enclosed(keys: Iterable[str], within: IdRange) -> list[IdRange]:
+    """The ranges of which every id lies in `within`, in ascending order; what is no range's name is left out."""
+    ranges = _ranges(keys)
+    return sorted(partition for partition in ranges if partition.first_id in within and partition.last_id in within)
+
+
 def _partitions(store: FrameStore) -> list[IdRange]:
+    return _ranges(store.partition_keys())
+
+
+def _ranges(keys: Iterable[str]) -> list[IdRange]:
     ranges = []
-    for name in store.partition_keys():
+    for name in keys:
         try:
             ranges.append(IdRange.parse(name))
         except PartitionKeyError:

@@ -57,3 +57,17 @@ def decode_frames(encoded: EncodedFrames) -> FrameBatch:
     """
     data = np.stack([simplejpeg.decode_jpeg(jpeg, colorspace="RGB") for jpeg in encoded.jpegs])
     return FrameBatch(data, encoded.pts_seconds, encoded.target_seconds, encoded.frame_number)
+
+
+def shrink_jpeg(jpeg: bytes, *, longest_px: int, quality: int) -> bytes | None:
+    """A picture scaled down and encoded anew, so that nothing but pixels is left of it; None if it is damaged."""
+    import cv2
+
+    picture = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR)
+    if picture is None:
+        return None
+    scale = min(1.0, longest_px / max(picture.shape[:2]))
+    size = (max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale)))
+    small = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+    _, encoded = cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, quality])
+    return bytes(encoded)

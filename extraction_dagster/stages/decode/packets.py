@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 
 # What a kept packet costs beside its own bytes.
 _PACKET_OVERHEAD_BYTES = 1024
+_BEFORE_ALL = -(2**63)
+_VP9_FRAME, _VP9_PROFILE, _VP9_PACK = 0b10_00_0000, 0b00_11_0000, 0b110_00_000
+# An MPEG-4 packet of so few bytes may say that the picture before it stays: it gives no frame. (In a small picture it
+# may also be a frame, and then nothing is lost but time.)
+_NOT_CODED_BYTES = {"mpeg4": 19}
 # A decoder that starts at a keyframe gives, for these, exactly what it gives when it starts at the file's beginning.
 _KEYFRAMES_ARE_CLEAN = frozenset(
     {"h264", "hevc", "vp8", "vp9", "libdav1d", "av1", "mpeg1video", "mpeg2video", "mpeg4", "mjpeg", "prores", "dnxhd"}
@@ -52,6 +57,7 @@ class PacketIndex:
         shown: bool, shape (P,): false for packets outside of the edit list and for frames that are never displayed.
         last_duration: How long the last shown frame stays, in ticks; 0 when unknown.
         kept: The packets themselves, or None when they were too many to keep.
+        clean: Whether a decoder that starts at a keyframe gives what it gives when it starts at the beginning.
         irregular: Why the times can't be read off the packets, or None.
         stopped: Why reading ended before the file's end, or None.
     """
@@ -61,6 +67,7 @@ class PacketIndex:
     shown: np.ndarray
     last_duration: int
     kept: Sequence[Packet[VideoStream]] | None
+    clean: bool
     irregular: str | None
     stopped: str | None
 
@@ -81,7 +88,12 @@ class PacketIndex:
         return Run(0, end) if first_key > 0 or before_key.any() else None
 
     def runs(self, targets: Sequence[int]) -> list[Run]:
-        """The runs that decode the packets at `targets`, in decode order, overlapping ones joined."""
+        """The runs that decode the packets at `targets`, in decode order, overlapping ones joined.
+
+        Where keyframes are not clean, or not known, it is all of the stream in one.
+        """
+        if not self.clean:
+            return [Run(0, len(self) - 1)]
         keys = np.flatnonzero(self.keyframe).tolist()
         runs: list[Run] = []
         for start, target in sorted((self._start(keys, target), target) for target in targets):
@@ -126,7 +138,7 @@ def fed_packets(video: OpenVideo, index: PacketIndex, limits: DecodeLimits) -> I
     if index.kept is not None:
         yield from index.kept
         return
-    with open_video(video.path, limits) as again:
+    with open_video(video.file, limits) as again:
         yield from read_again(again, len(index))
 
 
@@ -141,30 +153,40 @@ def read_again(video: OpenVideo, count: int) -> Iterator[Packet[VideoStream]]:
 
 
 class _Builder:
-    """Collects packets into an index."""
+    """Collects packets into an index; each costs a few microseconds, which count where decoding is cheap."""
 
     def __init__(self, video: OpenVideo, limits: DecodeLimits) -> None:
         self._video, self._limits = video, limits
         self._codec = video.stream.codec_context.name
+        self._is_hidden = _HIDES_FRAMES.get(self._codec)
+        self._not_coded_bytes = _NOT_CODED_BYTES.get(self._codec, 0)
         self._pts: list[int] = []
         self._keyframe: list[bool] = []
         self._shown: list[bool] = []
         self._kept: list[Packet[VideoStream]] | None = []
         self._kept_bytes = 0
-        self._last_dts: int | None = None
-        self._end: tuple[int, int] | None = None
-        self._start = 0
-        self._irregular = None if self._codec in _KEYFRAMES_ARE_CLEAN else f"codec {self._codec}"
+        self._last_dts = _BEFORE_ALL
+        self._start, self._end, self._last_duration = 0, _BEFORE_ALL, 0
+        self._irregular: str | None = None
 
     def add(self, packet: Packet[VideoStream]) -> None:
         if packet.has_sidedata("encryption_info"):
             raise VideoEncryptedError(str(self._video.path))
-        self._note_order(packet)
-        pts = packet.pts if packet.pts is not None else packet.dts
-        self._note_span(pts if pts is not None else 0, packet)
-        self._pts.append(pts if pts is not None else 0)
+        pts, dts = packet.pts, packet.dts
+        if dts is not None:
+            if dts < self._last_dts:
+                self._irregular = self._irregular or "time runs backwards"
+            self._last_dts = dts
+        if pts is None:
+            self._irregular = self._irregular or "packets without pts"
+            pts = dts if dts is not None else 0
+        if packet.size <= self._not_coded_bytes:
+            self._irregular = self._irregular or "packets that may give no frame"
+        if not self._start <= pts < self._end:
+            self._widen(pts, packet)
+        self._pts.append(pts)
         self._keyframe.append(packet.is_keyframe)
-        self._shown.append(self._is_shown(packet))
+        self._shown.append(not (packet.is_discard or (self._is_hidden is not None and self._is_hidden(packet))))
         self._keep(packet)
 
     def build(self, stopped: str | None) -> PacketIndex:
@@ -173,38 +195,57 @@ class _Builder:
             self._irregular = "several frames with the same pts"
         if self._irregular is None and not any(self._keyframe):
             self._irregular = "no keyframe"
-        last_duration = self._end[1] if self._end else 0
         return PacketIndex(
-            pts, np.array(self._keyframe, bool), shown, last_duration, self._kept, self._irregular, stopped
+            pts=pts,
+            keyframe=np.array(self._keyframe, bool),
+            shown=shown,
+            last_duration=self._last_duration,
+            kept=self._kept,
+            clean=self._codec in _KEYFRAMES_ARE_CLEAN,
+            irregular=self._irregular,
+            stopped=stopped,
         )
 
-    def _is_shown(self, packet: Packet[VideoStream]) -> bool:
-        """A VP8 packet's bit 4 says whether its frame is displayed; other codecs pack hidden frames with shown ones."""
-        return not packet.is_discard and not (self._codec == "vp8" and not memoryview(packet)[0] & 0x10)
-
-    def _note_order(self, packet: Packet[VideoStream]) -> None:
-        if self._irregular is None and packet.pts is None:
-            self._irregular = "packets without pts"
-        if packet.dts is not None:
-            if self._irregular is None and self._last_dts is not None and packet.dts < self._last_dts:
-                self._irregular = "time runs backwards"
-            self._last_dts = packet.dts
-
-    def _note_span(self, pts: int, packet: Packet[VideoStream]) -> None:
-        if self._end is None:
-            self._start, self._end = pts, (pts, 0)
-        if pts >= self._end[0]:
-            self._end = (pts, packet.duration or 0)
-        self._start = min(self._start, pts)
-        seconds = float((self._end[0] - self._start) * packet.time_base)
+    def _widen(self, pts: int, packet: Packet[VideoStream]) -> None:
+        """Note how long the frames last, and refuse a video of which they last too long."""
+        self._start = min(self._start, pts) if self._pts else pts
+        if pts >= self._end:
+            self._end, self._last_duration = pts, packet.duration or 0
+        seconds = float((self._end - self._start) * packet.time_base)
         if seconds > self._limits.max_duration_seconds:
             raise VideoTooLongError(
                 str(self._video.path), seconds=seconds, max_seconds=self._limits.max_duration_seconds
             )
 
     def _keep(self, packet: Packet[VideoStream]) -> None:
+        if self._kept is None:
+            return
         self._kept_bytes += packet.size + _PACKET_OVERHEAD_BYTES
-        if self._kept is not None and self._kept_bytes > self._limits.max_packet_bytes:
+        if self._kept_bytes > self._limits.max_packet_bytes:
             self._kept = None
-        if self._kept is not None:
+        else:
             self._kept.append(packet)
+
+
+def _is_hidden_vp8(packet: Packet[VideoStream]) -> bool:
+    """A packet's bit 4 says whether its frame is displayed."""
+    return not memoryview(packet)[0] & 0x10
+
+
+def _is_hidden_vp9(packet: Packet[VideoStream]) -> bool:
+    """Whether a packet's frame is for reference only; such frames are packed with a shown one, as a rule.
+
+    The first byte: 10, profile (2 bits, and a third where both are set), shows an older frame, type, is displayed. A
+    pack ends with an index, whose first and last byte are the same: 110, bytes of a size - 1 (2), frames - 1 (3).
+    """
+    content = memoryview(packet)
+    mark, head = content[-1], content[0]
+    index_bytes = 2 + ((mark >> 3 & 3) + 1) * ((mark & 7) + 1)
+    if mark & 0xE0 == _VP9_PACK and len(content) >= index_bytes and content[-index_bytes] == mark:
+        return False
+    later = 1 if head & _VP9_PROFILE == _VP9_PROFILE else 0
+    return head & 0xC0 == _VP9_FRAME and not head >> (3 - later) & 1 and not head >> (1 - later) & 1
+
+
+# Codecs that keep frames for reference alone in packets of their own; others pack them with shown ones.
+_HIDES_FRAMES = {"vp8": _is_hidden_vp8, "vp9": _is_hidden_vp9}

@@ -7,18 +7,11 @@ run can all be the parent. Killing a worker is always safe: it shares no lock wi
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
-import subprocess
-import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from enum import Enum
-from multiprocessing import Pipe
 from multiprocessing.connection import wait
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from extraction_dagster.errors import (
     DecodeMemoryError,
@@ -28,23 +21,15 @@ from extraction_dagster.errors import (
 )
 from extraction_dagster.records import Failure, Outcome
 from extraction_dagster.stages.decode.worker import TAKEN, Fault, Report
+from extraction_dagster.stages.decode.worker_process import WorkerProcess
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator
-    from multiprocessing.connection import Connection
 
     from extraction_dagster.errors import ExtractionError
     from extraction_dagster.settings import Settings
     from extraction_dagster.stages.decode.task import DecodeJob
 
-_BOOT = (
-    "import sys; fd, task, memory = sys.argv[1:4]; sys.path[:] = sys.argv[4:]; "
-    "from extraction_dagster.stages.decode.worker import serve; serve(int(fd), task, int(memory))"
-)
-_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-_START_SECONDS = 120.0
-_REAP_SECONDS = 2.0
-_DETAILS_BYTES = 2000
 _TURN_SECONDS = 0.05
 
 
@@ -104,72 +89,12 @@ def decode_all(jobs: Iterable[DecodeJob | None], options: PoolOptions) -> Genera
         pool.stop()
 
 
-class _Worker:
-    """One worker process and the video that it has."""
-
-    def __init__(self, options: PoolOptions) -> None:
-        self.connection, theirs = Pipe()
-        self.log: IO[bytes] = tempfile.TemporaryFile(prefix="extraction-worker-")  # noqa: SIM115 - closed by stop()
-        paths = [entry or os.getcwd() for entry in sys.path]  # noqa: PTH109 - what '' means in sys.path
-        with theirs:
-            arguments = (str(theirs.fileno()), options.task, str(options.memory_bytes), *paths)
-            self.process = subprocess.Popen(  # noqa: S603 - our own interpreter
-                (sys.executable, "-c", _BOOT, *arguments),
-                stdin=subprocess.PIPE,
-                stdout=self.log,
-                stderr=self.log,
-                pass_fds=(theirs.fileno(),),
-                env={**os.environ, **_ONE_THREAD},
-                process_group=0,
-            )
-        self.ready = False
-        self.taken = False
-        self.tasks = 0
-        self.job: DecodeJob | None = None
-        self.deadline = 0.0
-
-    def give(self, job: DecodeJob, timeout_seconds: float) -> None:
-        self.connection.send(job)
-        self.job = job
-        self.taken = False
-        self.tasks += 1
-        self.deadline = time.monotonic() + (timeout_seconds if self.ready else _START_SECONDS)
-
-    def last_words(self) -> str:
-        """The end of what the worker and its codec library wrote."""
-        with contextlib.suppress(OSError, ValueError):
-            size = os.fstat(self.log.fileno()).st_size
-            said = os.pread(self.log.fileno(), _DETAILS_BYTES, max(0, size - _DETAILS_BYTES))
-            return said.decode(errors="replace").strip()
-        return ""
-
-    def stop(self) -> str:
-        """Kill the process, wait for its end, and say how it ended."""
-        self.process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(_REAP_SECONDS)
-        self.connection.close()
-        self.log.close()
-        if self.process.stdin is not None:
-            self.process.stdin.close()
-        return self.how()
-
-    def how(self) -> str:
-        """How the process ended, in words."""
-        code = self.process.returncode
-        if code is None or code >= 0:
-            return f"exit code {code}"
-        with contextlib.suppress(ValueError):
-            return f"killed by {signal.Signals(-code).name}"
-        return f"killed by signal {-code}"
-
-
 class _Pool:
     """The workers and who has what."""
 
     def __init__(self, options: PoolOptions) -> None:
         self._options = options
-        self._workers: list[_Worker] = []
+        self._workers: list[WorkerProcess] = []
         self._returned: list[DecodeJob] = []
 
     def run(self, jobs: Iterator[DecodeJob | None]) -> Iterator[Decoded]:
@@ -202,7 +127,7 @@ class _Pool:
         while True:
             worker = next((worker for worker in self._workers if worker.job is None), None)
             if worker is None:
-                worker = _Worker(self._options)
+                worker = WorkerProcess(task=self._options.task, memory_bytes=self._options.memory_bytes)
                 self._workers.append(worker)
             try:
                 worker.give(job, self._options.timeout_seconds)
@@ -213,21 +138,23 @@ class _Pool:
             else:
                 return
 
-    def _collect(self, busy: list[_Worker], *, at_most: float | None) -> Iterator[Decoded]:
+    def _collect(self, busy: list[WorkerProcess], *, at_most: float | None) -> Iterator[Decoded]:
         """Wait for the next report, death or deadline, or until a job may be ready."""
         left = min(worker.deadline for worker in busy) - time.monotonic()
         left = left if at_most is None else min(left, at_most)
         heard: set[object] = set(wait([worker.connection for worker in busy], timeout=max(0.0, left)))
         for worker in busy:
             if worker.connection in heard:
-                yield from self._hear(worker, worker.connection)
+                yield from self._hear(worker)
             elif time.monotonic() >= worker.deadline:
                 yield self._time_out(worker)
 
-    def _hear(self, worker: _Worker, connection: Connection) -> Iterator[Decoded]:
+    def _hear(self, worker: WorkerProcess) -> Iterator[Decoded]:
         try:
-            message = connection.recv()
-        except (EOFError, OSError):
+            message = worker.receive()
+        except MemoryError:
+            raise
+        except Exception:  # noqa: BLE001 - it hung up, or sent what it should not: either is its end
             yield from self._bury(worker)
             return
         if isinstance(message, Report):
@@ -236,7 +163,7 @@ class _Pool:
             worker.ready, worker.taken = True, message == TAKEN
             worker.deadline = time.monotonic() + self._options.timeout_seconds
 
-    def _finish(self, worker: _Worker, report: Report) -> Decoded:
+    def _finish(self, worker: WorkerProcess, report: Report) -> Decoded:
         job, worker.job = _job_of(worker), None
         fault = report.fault
         if fault is None:
@@ -250,7 +177,7 @@ class _Pool:
             self._drop(worker)
         return Decoded(outcome, report.cpu_seconds, report.wall_seconds)
 
-    def _time_out(self, worker: _Worker) -> Decoded:
+    def _time_out(self, worker: WorkerProcess) -> Decoded:
         if not worker.ready:
             raise self._no_start(worker)
         job, said = _job_of(worker), worker.last_words()
@@ -258,10 +185,9 @@ class _Pool:
         error = DecodeTimeoutError(job.path, seconds=self._options.timeout_seconds)
         return Decoded(_failed(job, _fault_of(error), said), wall_seconds=self._options.timeout_seconds)
 
-    def _bury(self, worker: _Worker) -> Iterator[Decoded]:
+    def _bury(self, worker: WorkerProcess) -> Iterator[Decoded]:
         """Blame a worker's death on its video, unless it died before it took it."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            worker.process.wait(_REAP_SECONDS)
+        worker.reap()
         if not worker.ready:
             raise self._no_start(worker)
         job, said = _job_of(worker), worker.last_words()
@@ -271,16 +197,16 @@ class _Pool:
         else:
             self._returned.append(job)
 
-    def _no_start(self, worker: _Worker) -> DecodeWorkerStartError:
+    def _no_start(self, worker: WorkerProcess) -> DecodeWorkerStartError:
         said = worker.last_words().splitlines()[-1:]
         return DecodeWorkerStartError(self._drop(worker), "".join(said))
 
-    def _drop(self, worker: _Worker) -> str:
+    def _drop(self, worker: WorkerProcess) -> str:
         self._workers.remove(worker)
         return worker.stop()
 
 
-def _job_of(worker: _Worker) -> DecodeJob:
+def _job_of(worker: WorkerProcess) -> DecodeJob:
     if worker.job is None:
         message = "a worker reported on a video that it was not given"
         raise RuntimeError(message)

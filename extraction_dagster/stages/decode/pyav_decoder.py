@@ -20,6 +20,7 @@ from extraction_dagster.stages.decode.geometry import Geometry
 from extraction_dagster.stages.decode.packets import fed_packets, read_packets
 from extraction_dagster.stages.decode.sampling import select_frames
 from extraction_dagster.stages.decode.sequential import decode_sequentially
+from extraction_dagster.stages.decode.video_file import open_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -31,11 +32,12 @@ if TYPE_CHECKING:
     from extraction_dagster.stages.decode.decoder import DecodeLimits
     from extraction_dagster.stages.decode.packets import PacketIndex, Run
     from extraction_dagster.stages.decode.sampling import Sampling, Selection
+    from extraction_dagster.stages.decode.video_file import VideoFile
 
 logger = logging.getLogger(__name__)
 
-# libdav1d loses targets when told to skip; the others gain little.
-_SKIPS_NONREF = frozenset({"h264", "hevc"})
+# libdav1d loses targets when told to skip; vp8 and vp9 gain nothing.
+_SKIPS_NONREF = frozenset({"h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4"})
 
 
 class UnplannedError(Exception):
@@ -49,20 +51,24 @@ class PyAVDecoder:
 
     def decode(self, video: Path, *, sampling: Sampling, short_side_px: int, limits: DecodeLimits) -> DecodedVideo:
         """Decode the frames shown at the sampled times; see `Decoder.decode`."""
-        try:
-            return _decode_planned(video, sampling, short_side_px, limits)
-        except UnplannedError as unplanned:
-            logger.debug("Decoding %s from its beginning: %s.", video, unplanned)
-            return decode_sequentially(video, sampling, short_side_px, limits)
+        with open_file(video) as file:
+            try:
+                return _decode_planned(file, sampling, short_side_px, limits)
+            except UnplannedError as unplanned:
+                logger.debug("Decoding %r from its beginning: %s.", str(video), unplanned)
+                return decode_sequentially(file, sampling, short_side_px, limits)
 
 
-def _decode_planned(path: Path, sampling: Sampling, short_side_px: int, limits: DecodeLimits) -> DecodedVideo:
-    with open_video(path, limits) as video:
+def _decode_planned(file: VideoFile, sampling: Sampling, short_side_px: int, limits: DecodeLimits) -> DecodedVideo:
+    with open_video(file, limits) as video:
         index = read_packets(video, limits)
         if len(index) == 0:
-            raise VideoDecodeError(str(path), listed_frames=video.stream.frames, why=index.stopped or "no packet")
+            raise VideoDecodeError(str(file.path), listed_frames=video.stream.frames, why=index.stopped or "no packet")
         if index.irregular is not None:
             raise UnplannedError(index.irregular)
+        if sampling.needs_keyframes and not index.clean:
+            reason = f"codec {video.stream.codec_context.name} knows its keyframes only once they are decoded"
+            raise UnplannedError(reason)
         display = _display_order(video, index, limits)
         ticks = index.pts[display]
         seconds = _seconds(ticks - ticks[0], video)
@@ -87,7 +93,7 @@ def _seconds(ticks: np.ndarray, video: OpenVideo) -> np.ndarray:
 def _display_order(video: OpenVideo, index: PacketIndex, limits: DecodeLimits) -> np.ndarray:
     """The packets whose frames are shown, in the order in which they are shown."""
     shown = index.shown.copy()
-    head = index.head()
+    head = index.head() if index.clean else None  # else the check of the whole run sees to it
     if head is not None:
         decoded = {frame.pts for frame in _decode_runs(video, index, [head], limits, targets=None)}
         positions = np.arange(head.last + 1)
@@ -143,6 +149,8 @@ def _decode_runs(
                 if number == run.last:
                     break
             yield from _checked(context.decode(None), check)
+            if check is not None:
+                check.at_end()
         except av.error.FFmpegError as error:
             raise_out_of_memory(error)
             raise UnplannedError(str(error)) from error
@@ -156,22 +164,41 @@ class _Check:
         fed = slice(run.first, run.last + 1)
         self._promised = set(index.pts[fed][index.shown[fed]].tolist())
         self._first = int(index.pts[run.first])
+        self._clean = index.clean
 
-    def broken(self, frame: VideoFrame) -> str | None:
+    def look(self, frame: VideoFrame) -> None:
+        """Take in a frame.
+
+        Raises:
+            UnplannedError: It is not as promised.
+        """
+        reason = None
         if frame.pts not in self._promised:
-            return f"a frame at {frame.pts} that no packet announced"
-        if frame.is_corrupt:
-            return f"a damaged frame at {frame.pts}"
-        if frame.pts == self._first and not frame.key_frame:
-            return f"the frame at {frame.pts} is no keyframe, against what the container says"
-        return None
+            reason = f"a frame at {frame.pts} that no packet announced"
+        elif frame.is_corrupt:
+            reason = f"a damaged frame at {frame.pts}"
+        elif self._clean and frame.pts == self._first and not frame.key_frame:
+            reason = f"the frame at {frame.pts} is no keyframe, against what the container says"
+        elif not self._clean:
+            self._promised.remove(frame.pts)
+        if reason is not None:
+            raise UnplannedError(reason)
+
+    def at_end(self) -> None:
+        """All of the run came out.
+
+        Raises:
+            UnplannedError: Of a run over the whole stream, where every frame counts, one did not.
+        """
+        if not self._clean and self._promised:
+            reason = f"{len(self._promised)} packets gave no frame"
+            raise UnplannedError(reason)
 
 
 def _checked(frames: Sequence[VideoFrame], check: _Check | None) -> Sequence[VideoFrame]:
     for frame in frames if check is not None else ():
-        reason = check.broken(frame) if check is not None else None
-        if reason is not None:
-            raise UnplannedError(reason)
+        if check is not None:
+            check.look(frame)
     return frames
 
 

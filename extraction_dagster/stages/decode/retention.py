@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
+from extraction_dagster.stages.decode.shard_names import written_at
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
     from extraction_dagster.records import IdRange
     from extraction_dagster.stages.catalog.catalog import Fingerprints
     from extraction_dagster.stages.catalog.ledger import LedgerEntry
-    from extraction_dagster.stages.decode.frame_store import FrameShard, FrameStore, ShardRecord
+    from extraction_dagster.stages.decode.frame_shard import FrameShard, ShardRecord
+    from extraction_dagster.stages.decode.frame_store import FrameStore
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +69,7 @@ def prune_frames(  # noqa: PLR0913 - each is a different part of the question
     """
     moment = now or datetime.now(UTC)
     finished = _finished(store.shards(partition), entries, made_with, now=moment)
-    old = [shard for shard in finished if moment - written_at(shard) >= keep]
+    old = [shard for shard in finished if moment - written_at(shard.name) >= keep]
     for shard in old:
         store.remove(shard)
     removed = Removed(len(old), sum(len(shard.records) for shard in old), sum(shard.size_bytes for shard in old))
@@ -82,7 +85,7 @@ def _finished(
     newer: set[int] = set()
     finished = []
     for shard in sorted(shards, key=lambda shard: shard.name, reverse=True):
-        unknown_goes = now - written_at(shard) >= _UNKNOWN
+        unknown_goes = now - written_at(shard.name) >= _UNKNOWN
         if all(_needless(record, newer, entries, made_with, unknown_goes=unknown_goes) for record in shard.records):
             finished.append(shard)
         newer.update(record.record_id for record in shard.records)
@@ -106,8 +109,3 @@ def _needless(
         return True
     today = (entry.frames_fingerprint, entry.embedding_fingerprint) == (made_with.frames, made_with.embedding)
     return entry.state == "done" and today
-
-
-def written_at(shard: FrameShard) -> datetime:
-    """When a shard was written, as its name says: 20260102T030405000006Z-… ."""
-    return datetime.strptime(shard.name.partition("Z-")[0], "%Y%m%dT%H%M%S%f").replace(tzinfo=UTC)

@@ -21,13 +21,13 @@ from extraction_dagster.stages.decode.sampling import select_frames
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from av.video.frame import VideoFrame
 
     from extraction_dagster.stages.decode.container import OpenVideo
     from extraction_dagster.stages.decode.decoder import DecodeLimits
     from extraction_dagster.stages.decode.sampling import Sampling, Selection
+    from extraction_dagster.stages.decode.video_file import VideoFile
 
 # A step back further than this is a new clock (two recordings joined); a smaller one is frames out of order.
 _NEW_CLOCK_SECONDS = 1.0
@@ -56,10 +56,10 @@ class _Tally:
         return self.last_words or f"{self.packets} packets gave no frame"
 
 
-def decode_sequentially(path: Path, sampling: Sampling, short_side_px: int, limits: DecodeLimits) -> DecodedVideo:
+def decode_sequentially(file: VideoFile, sampling: Sampling, short_side_px: int, limits: DecodeLimits) -> DecodedVideo:
     """Decode every frame and keep the sampled ones; see `Decoder.decode`."""
-    tally = _Tally()
-    with open_video(path, limits) as video:
+    path, tally = file.path, _Tally()
+    with open_video(file, limits) as video:
         seen = [
             (frame.pts if frame.pts is not None else frame.dts, frame.key_frame) for frame in _decode_all(video, tally)
         ]
@@ -74,7 +74,7 @@ def decode_sequentially(path: Path, sampling: Sampling, short_side_px: int, limi
     if seconds[-1] > limits.max_duration_seconds:
         raise VideoTooLongError(str(path), seconds=float(seconds[-1]), max_seconds=limits.max_duration_seconds)
     selection = select_frames(seconds, sampling, keyframe[order])
-    with open_video(path, limits) as video:
+    with open_video(file, limits) as video:
         frames, damaged = _keep(video, order, seconds, selection, short_side_px=short_side_px, limits=limits)
     complete = tally.errors == 0 and 0 < listed <= tally.packets
     covered = float((ticks[-1] + gap) * base)
@@ -96,19 +96,25 @@ def display_times(times: list[int | None], *, gap_ticks: int, new_clock_ticks: i
     Examples:
         A clock that starts anew goes on: 50, 55, 0, 5 with gap 5 is 0, 5, 10, 15.
         Frames out of order are sorted: 0, 2, 1 is the order 0, 2, 1.
+        Frames without a time come one gap after the other, at the beginning one before the other.
     """
     shown = np.empty(len(times), np.int64)
-    latest: int | None = None
-    offset = 0
+    latest, offset = _before_the_first(times, gap_ticks), 0
     for number, time in enumerate(times):
-        following = 0 if latest is None else latest + gap_ticks
-        if time is not None and latest is not None and time + offset < latest - new_clock_ticks:
+        following = latest + gap_ticks
+        if time is not None and time + offset < latest - new_clock_ticks:
             offset = following - time
         at = time + offset if time is not None else following
         shown[number] = at
-        latest = at if latest is None else max(latest, at)
+        latest = max(latest, at)
     order = np.argsort(shown, kind="stable")
     return order, shown[order] - shown[order[0]]
+
+
+def _before_the_first(times: list[int | None], gap_ticks: int) -> int:
+    """One gap before the first frame; the first time that the stream says tells how far it goes back."""
+    unknown, known = next(((number, time) for number, time in enumerate(times) if time is not None), (0, 0))
+    return known - (unknown + 1) * gap_ticks
 
 
 def _decode_all(video: OpenVideo, tally: _Tally) -> Iterator[VideoFrame]:

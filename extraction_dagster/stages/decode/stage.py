@@ -10,8 +10,10 @@ dropped.
 from __future__ import annotations
 
 import time
+import traceback
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from extraction_dagster.errors import ExtractionError, FetchSetupError
@@ -19,6 +21,7 @@ from extraction_dagster.records import Failure
 from extraction_dagster.stages.catalog.fetch_ahead import Fetched, fetch_ahead
 from extraction_dagster.stages.catalog.fetching import Fetcher
 from extraction_dagster.stages.decode.pool import PoolOptions, decode_all
+from extraction_dagster.stages.decode.sampling import evenly
 from extraction_dagster.stages.decode.task import DecodeJob
 
 if TYPE_CHECKING:
@@ -27,11 +30,30 @@ if TYPE_CHECKING:
 
     from extraction_dagster.records import EncodedFrames, IdRange, VideoRow
     from extraction_dagster.settings import Settings
-    from extraction_dagster.stages.decode.frame_store import FrameShard, FrameStore
+    from extraction_dagster.stages.decode.frame_shard import FrameShard
+    from extraction_dagster.stages.decode.frame_store import FrameStore
     from extraction_dagster.stages.decode.pool import Decoded
+    from extraction_dagster.stages.decode.quality import Quality
+    from extraction_dagster.stages.decode.sampling import Sampling
 
 # A shard is held in memory twice while it is written.
 _MAX_SHARD_BYTES = 2**27
+_PREVIEWS_PER_SHARD = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """A frame to show a person what was decoded.
+
+    Attributes:
+        record_id: Its video.
+        pts_seconds: When it is shown.
+        jpeg: As it is stored.
+    """
+
+    record_id: int
+    pts_seconds: float
+    jpeg: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +68,7 @@ class LandedShard:
         num_videos: Videos in the shard.
         num_frames: Frames in the shard.
         num_bytes: Size of the shard.
+        previews: The middle frame of a few of its videos.
     """
 
     shard: FrameShard | None
@@ -55,15 +78,18 @@ class LandedShard:
     num_videos: int
     num_frames: int
     num_bytes: int
+    previews: tuple[Preview, ...] = ()
 
 
-def decode_rows(
+def decode_rows(  # noqa: PLR0913 - the rows and what is done with them, each by name
     rows: Iterable[VideoRow],
     *,
     store: FrameStore,
     partition: IdRange,
     settings: Settings,
     fetch: Callable[[VideoRow], Path] | None = None,
+    sampling: Sampling | None = None,
+    quality: Quality | None = None,
 ) -> Generator[LandedShard, None, None]:
     """Decode rows into frame shards.
 
@@ -71,8 +97,10 @@ def decode_rows(
         rows: The rows to decode, drawn as workers become free.
         store: Where the shards go.
         partition: The range that the rows belong to.
-        settings: Decoder, sampling, limits, workers, shard size.
+        settings: Decoder, sampling, steps, limits, workers, shard size.
         fetch: Gives a row's local file; by default a `Fetcher` as the settings say, whose downloads run ahead.
+        sampling: How frames are chosen, where it is not as the settings say.
+        quality: Which of them are kept, likewise. Both belong into the store's fingerprint.
 
     Yields:
         LandedShard: once its shard is stored; every row is in exactly one, with frames or a failure.
@@ -84,7 +112,8 @@ def decode_rows(
     batch = _Batch(store, partition, settings)
     fetcher = Fetcher.from_settings(settings)
     fetched = _fetched(rows, fetch) if fetch else fetch_ahead(rows, fetcher, threads=settings.fetch_threads)
-    jobs = _jobs(fetched, settings, batch)
+    make_job = partial(DecodeJob.of, settings=settings, sampling=sampling, quality=quality)
+    jobs = _jobs(fetched, make_job, batch)
     with closing(fetched), closing(decode_all(jobs, PoolOptions.from_settings(settings))) as decoded:
         try:
             for item in decoded:
@@ -101,13 +130,15 @@ def decode_rows(
         yield batch.land()
 
 
-def _jobs(fetched: Iterable[Fetched | None], settings: Settings, batch: _Batch) -> Iterator[DecodeJob | None]:
+def _jobs(
+    fetched: Iterable[Fetched | None], make_job: Callable[[VideoRow, Path], DecodeJob], batch: _Batch
+) -> Iterator[DecodeJob | None]:
     """A job for each row whose file was fetched; the others are failures."""
     for item in fetched:
         if item is None:
             yield None
         elif item.path is not None:
-            yield DecodeJob.of(item.row, item.path, settings)
+            yield make_job(item.row, item.path)
         elif item.error is not None:
             batch.failures.append(_not_fetched(item.row, item.error))
 
@@ -116,18 +147,25 @@ def _fetched(rows: Iterable[VideoRow], fetch: Callable[[VideoRow], Path]) -> Gen
     """Rows whose file a caller's own function gives, one at a time."""
     for row in rows:
         try:
-            found = Fetched(row, fetch(row))
-        except FetchSetupError:
+            found = Fetched(row, fetch(row).resolve())
+        except (FetchSetupError, MemoryError):
             raise
-        except (ExtractionError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever a row's address provokes is that row's failure
             found = Fetched(row, error=error)
         yield found
 
 
-def _not_fetched(row: VideoRow, error: ExtractionError | OSError) -> Failure:
-    permanent = isinstance(error, ExtractionError) and error.permanent
-    message = f"Record {row.record_id}: {error}"
-    return Failure(row.record_id, row.content_version, "fetch", type(error).__name__, message, permanent)
+def _not_fetched(row: VideoRow, error: Exception) -> Failure:
+    expected = isinstance(error, ExtractionError | OSError)
+    return Failure(
+        row.record_id,
+        row.content_version,
+        "fetch",
+        type(error).__name__,
+        f"Record {row.record_id}: {error}",
+        permanent=isinstance(error, ExtractionError) and error.permanent,
+        details="" if expected else "".join(traceback.format_exception(error)),
+    )
 
 
 class _Batch:
@@ -178,6 +216,7 @@ class _Batch:
             num_videos=len(self._videos),
             num_frames=shard.num_frames if shard else 0,
             num_bytes=shard.size_bytes if shard else 0,
+            previews=tuple(_preview(self._videos[index]) for index in _some(len(self._videos))),
         )
         self._clear()
         return landed
@@ -187,3 +226,14 @@ class _Batch:
         self._videos.clear()
         self._bytes, self._cpu_seconds, self._oldest = 0, 0.0, None
         self._last_landing = time.monotonic()
+
+
+def _some(count: int) -> list[int]:
+    """Indexes of a few of `count` things, evenly spread."""
+    chosen: list[int] = evenly(count, min(count, _PREVIEWS_PER_SHARD)).tolist()
+    return chosen
+
+
+def _preview(video: EncodedFrames) -> Preview:
+    middle = len(video) // 2
+    return Preview(video.record_id, float(video.pts_seconds[middle]), bytes(video.jpegs[middle]))

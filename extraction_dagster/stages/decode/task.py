@@ -24,7 +24,7 @@ class DecodeJob:
     Attributes:
         record_id: The row's id.
         content_version: The version of the row.
-        path: The local file.
+        path: The local file, without a link in its path.
         decoder: The decoder's name.
         sampling: How frames are chosen.
         limits: What the video may cost.
@@ -44,18 +44,26 @@ class DecodeJob:
     quality: Quality = Quality()  # noqa: RUF009 - frozen
 
     @classmethod
-    def of(cls, row: VideoRow, path: Path, settings: Settings) -> DecodeJob:
-        """The job of a row whose file lies at `path`."""
+    def of(
+        cls,
+        row: VideoRow,
+        path: Path,
+        settings: Settings,
+        *,
+        sampling: Sampling | None = None,
+        quality: Quality | None = None,
+    ) -> DecodeJob:
+        """The job of a row whose file lies at `path`; what is not given is as the settings say."""
         return cls(
             row.record_id,
             row.content_version,
             str(path),
             settings.decoder,
-            Sampling.from_settings(settings),
+            sampling or Sampling.from_settings(settings),
             DecodeLimits.from_settings(settings),
             settings.short_side_px,
             settings.jpeg_quality,
-            Quality.from_settings(settings),
+            quality or Quality.from_settings(settings),
         )
 
 

@@ -1,4 +1,4 @@
-"""The inside of a worker process: single-threaded, killable, limited, and never alive without its parent.
+"""The inside of a worker process: single-threaded, killable, limited, confined, never alive without its parent.
 
 Started by `pool` with file descriptor 0 as a lifeline (a pipe that only the parent holds open) and 2 as its log.
 """
@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from extraction_dagster.stages.decode.confinement import confine
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,6 +73,7 @@ def serve(connection_fd: int, task: str, memory_bytes: int) -> None:
     connection = Connection(connection_fd)
     run = _load(task)
     _limit(memory_bytes)
+    confine()
     with contextlib.suppress(EOFError, OSError):
         connection.send(READY)
         while True:

@@ -8,6 +8,7 @@ listing reads footers only; a file without that footer (torn, foreign, of anothe
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -62,6 +63,11 @@ class EmbeddingShard:
         """Vectors in the file."""
         return sum(record.num_frames for record in self.records)
 
+    @property
+    def size_bytes(self) -> int:
+        """Size of the vectors, uncompressed."""
+        return self.num_frames * self.dim * 2
+
 
 class EmbeddingStore:
     """The embedding shards of one fingerprint under a root.
@@ -78,6 +84,10 @@ class EmbeddingStore:
         """Every whole shard of a partition, by name; reads footers only."""
         found = (self._described(path, partition) for path in self._files.paths(partition.partition_key, _SUFFIX))
         return sorted((shard for shard in found if shard is not None), key=lambda shard: shard.name)
+
+    def partition_keys(self) -> list[str]:
+        """The names of the partitions that have a folder."""
+        return self._files.folders()
 
     def has(self, partition: IdRange, name: str) -> bool:
         """Whether the frame shard of that name has its embedding shard."""
@@ -136,6 +146,11 @@ class EmbeddingStore:
             },
         )
         return shard
+
+    def remove(self, shard: EmbeddingShard) -> None:
+        """Remove a shard; one that is gone already is no matter."""
+        with contextlib.suppress(FileNotFoundError):
+            self._files.delete(shard.path)
 
     def prune(self, partition: IdRange, keep: Collection[str]) -> int:
         """Delete a partition's shards whose frame shard is no more, and leftovers of killed writers.

@@ -54,7 +54,7 @@ def embed_query_video(
     shown, file = str(path), Path(path).absolute()
     if not file.is_file():
         raise QueryVideoError(shown, "there is no such file.")
-    frames = _decode(file, settings, shown)
+    frames = _decode(file.resolve(), settings, shown)
     chosen = np.unique(np.linspace(0, len(frames) - 1, min(max_frames, len(frames))).round().astype(int))
     pictures = decode_frames(frames).data[chosen]
     size = batch_size(settings, model.device)

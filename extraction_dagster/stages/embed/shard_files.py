@@ -51,6 +51,10 @@ class ShardFiles:
         """The folder's files with that suffix; none when there is no such folder."""
         return [path for path in self._listed(folder) if path.endswith(suffix) and not _is_temporary(path)]
 
+    def folders(self) -> list[str]:
+        """The names of the folders there are."""
+        return sorted(posixpath.basename(path.rstrip("/")) for path in self._listed(""))
+
     def footer(self, path: str) -> dict[str, Any] | None:
         """The description in a file's footer, or None when it is no whole file of ours; costs one short read."""
         try:

@@ -128,11 +128,12 @@ def embed_shards(  # noqa: PLR0913 - the shards and what handles them, each by n
     model: EmbeddingModel,
     partition: IdRange,
     settings: Settings,
+    reuse: bool = True,
 ) -> Iterator[EmbeddedShard]:
     """Embed the frame shards of a partition.
 
     A shard whose embedding shard is there, of the same records and versions and without a failure worth another try,
-    is not read again; so an interrupted run goes on at its first unfinished shard.
+    is not read again; so an interrupted run goes on at its first unfinished shard. Without `reuse` it is embedded anew.
 
     Args:
         shards: Frame shards.
@@ -141,6 +142,7 @@ def embed_shards(  # noqa: PLR0913 - the shards and what handles them, each by n
         model: The resident model.
         partition: The partition that the shards belong to.
         settings: embed_batch_size, embed_readers.
+        reuse: Whether vectors that are there already will do.
 
     Yields:
         One result per shard: first those that were there, then the others in the order given, each once it is stored.
@@ -153,7 +155,7 @@ def embed_shards(  # noqa: PLR0913 - the shards and what handles them, each by n
     todo: list[S] = []
     for shard in shards:
         there = stored.get(shard.name)
-        if there is not None and _is_current(there, shard):
+        if reuse and there is not None and _is_current(there, shard):
             yield EmbeddedShard(there, there.failures, there.num_frames, 0.0, 0.0, reused=True)
         else:
             todo.append(shard)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 _SHORTEST = 1e-12
+# float16 moves the length of a vector by about 0.0005.
+_LENGTH_TOLERANCE = 0.01
 
 
 def normalise(raw: np.ndarray) -> tuple[np.ndarray, list[str | None]]:
@@ -31,3 +33,10 @@ def _fault(row: np.ndarray) -> str:
     if bool(np.isnan(row).any()):
         return "NaN"
     return "an infinite value" if bool(np.isinf(row).any()) else "length zero"
+
+
+def count_unnormalised(vectors: np.ndarray) -> int:
+    """The number of stored vectors, float16 (N, dim), whose length is not 1 up to float16's rounding."""
+    wide = vectors.astype(np.float32)
+    lengths = np.sqrt(np.einsum("nd,nd->n", wide, wide))
+    return int(np.count_nonzero(~(np.abs(lengths - 1.0) <= _LENGTH_TOLERANCE)))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from extraction_dagster.errors import GalleryError
+from extraction_dagster.stages.decode.jpeg import shrink_jpeg
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -90,23 +91,8 @@ def _card(card: Card) -> str:
 
 
 def _image(jpeg: bytes | None, alt: str) -> str:
-    small = _thumbnail(jpeg) if jpeg is not None else None
+    small = shrink_jpeg(jpeg, longest_px=_THUMBNAIL_PX, quality=_THUMBNAIL_QUALITY) if jpeg is not None else None
     if small is None:
         return '<div class="none">no stored frame</div>'
     data = base64.b64encode(small).decode("ascii")
     return f'<img alt="{html.escape(alt)}" src="data:image/jpeg;base64,{data}">'
-
-
-def _thumbnail(jpeg: bytes) -> bytes | None:
-    """A picture scaled down and encoded anew, so that nothing but pixels gets into the page; None if it is damaged."""
-    import cv2
-    import numpy as np  # noqa: PLC0415 - only a picture needs it
-
-    picture = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR)
-    if picture is None:
-        return None
-    scale = min(1.0, _THUMBNAIL_PX / max(picture.shape[:2]))
-    size = (max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale)))
-    small = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
-    _, encoded = cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, _THUMBNAIL_QUALITY])
-    return bytes(encoded)

@@ -225,17 +225,19 @@ class PointStore(Protocol):
         ...
 
 
-def open_point_store(settings: Settings, *, wait_seconds: float = 0.0) -> PointStore:
+def open_point_store(settings: Settings, *, wait_seconds: float = 0.0, attempts: int | None = None) -> PointStore:
     """The store that the settings choose: a server when `qdrant_url` is set, else the embedded engine.
 
     Args:
         settings: Which one, and where.
         wait_seconds: How long to wait for another process to let go of the embedded store.
+        attempts: Tries of each call to a server; as many as a write takes when None.
     """
     if settings.qdrant_url is None:
         from extraction_dagster.stages.index.edge_store import EdgeStore  # noqa: PLC0415 - one engine is loaded
 
         return EdgeStore(settings.home / "qdrant", wait_seconds=wait_seconds)
-    from extraction_dagster.stages.index.server_store import ServerStore  # noqa: PLC0415 - one engine is loaded
+    from extraction_dagster.stages.index.server_retry import RetryPolicy  # noqa: PLC0415 - one engine is loaded
+    from extraction_dagster.stages.index.server_store import ServerStore  # noqa: PLC0415
 
-    return ServerStore.connect(settings)
+    return ServerStore.connect(settings, retry=RetryPolicy(attempts=attempts) if attempts else None)

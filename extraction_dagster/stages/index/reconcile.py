@@ -166,8 +166,8 @@ def reconcile(  # noqa: PLR0913 - what is compared with what
         catalog: The source table and the ledger.
         open_store: Opens the store; called again after every `hold_seconds`, so that runs get their turn.
         collection_name: The collection's name.
-        embedding: The fingerprint of today's settings; its collection is compared as well while it is being loaded
-            beside the one in use.
+        embedding: The fingerprint of today's settings; while its collection is being loaded beside the one in use,
+            records that are in it need not be in the one in use.
         within: Only these records.
         repair: Remove, forget and make pending.
         window_records: Ledger entries compared at once.
@@ -193,10 +193,17 @@ def reconcile(  # noqa: PLR0913 - what is compared with what
 
 @dataclass(frozen=True, slots=True)
 class _Home:
-    """A collection in which points should be: the one in use, one being loaded beside it, or none at all."""
+    """A collection in which points should be: the one in use, one beside it, or none at all.
+
+    Attributes:
+        fingerprint: Of its vectors; None when there is no collection.
+        in_use: Whether searches use it.
+        of_today: Whether the settings of today write into it.
+    """
 
     fingerprint: str | None
     in_use: bool
+    of_today: bool = False
 
 
 def _collections(open_store: Callable[[], PointStore], name: str, embedding: str) -> list[_Home]:
@@ -205,9 +212,10 @@ def _collections(open_store: Callable[[], PointStore], name: str, embedding: str
     with open_store() as store:
         there = store.collections(name)
         with contextlib.suppress(CollectionMissingError):
-            homes.append(_Home(store.open_collection(name).fingerprint, in_use=True))
-    if embedding in there and embedding not in {home.fingerprint for home in homes}:
-        homes.append(_Home(embedding, in_use=False))
+            in_use = store.open_collection(name).fingerprint
+            homes.append(_Home(in_use, in_use=True, of_today=in_use == embedding))
+    beside = sorted(fingerprint for fingerprint in there if fingerprint not in {home.fingerprint for home in homes})
+    homes += [_Home(fingerprint, in_use=False, of_today=fingerprint == embedding) for fingerprint in beside]
     return homes or [_Home(None, in_use=False)]
 
 
@@ -264,11 +272,16 @@ class _View:
             if self._is_here(entries[record_id])
         }
         found = _all_lost(expected) if store is None else compare_points(store, expected, within=window)
+        unseen = {
+            record_id: entries[record_id].num_points or 0
+            for record_id in finished(rows, entries)
+            if self._should_be_seen(entries[record_id]) and record_id not in found.orphans
+        }
         return Differences(
             within=window,
             compared=len(expected),
             held=sum(item.num_points for item in expected.values()),
-            lost=found.lost,
+            lost={**found.lost, **unseen},
             stale=found.stale,
             gone=self._gone(found.orphans, entries, rows.keys()),
         )
@@ -279,6 +292,16 @@ class _View:
         if entry.embedding_fingerprint in known:
             return entry.embedding_fingerprint == self.home.fingerprint
         return self.home == self.homes[0]
+
+    def _should_be_seen(self, entry: LedgerEntry) -> bool:
+        """Whether searches should find points of a record in this collection, whatever they are made from.
+
+        A record that a run has written into another collection, of another model, keeps its points in the one in use.
+        """
+        if not self.home.in_use:
+            return False
+        others = {home.fingerprint for home in self.homes if not home.in_use and not home.of_today}
+        return entry.embedding_fingerprint in others
 
     def _gone(
         self, orphans: Mapping[int, int], entries: Mapping[int, LedgerEntry], eligible: Iterable[int]
@@ -291,6 +314,27 @@ class _View:
         there = self.catalog.source.existing(silent)
         forgotten = [key for key in silent if key not in there or entries[key].state == "done"]
         return dict(sorted({**gone, **dict.fromkeys(forgotten, 0)}.items()))
+
+
+def compare_range(catalog: Catalog, store: PointStore, *, within: IdRange, fingerprint: str) -> Differences:
+    """Hold the open collection against what was verified for the records of a range; a difference is seen twice.
+
+    Only records that are done, and whose vectors are of this fingerprint, are compared; `gone` stays empty.
+    """
+    found = Differences(within)
+    for _ in range(2):
+        entries = catalog.ledger.entries(within)
+        expected = {
+            key: expected_points(entry)
+            for key, entry in entries.items()
+            if entry.state == "done" and entry.embedding_fingerprint == fingerprint
+        }
+        held = compare_points(store, expected, within=within)
+        points = sum(item.num_points for item in expected.values())
+        found = Differences(within, len(expected), points, lost=held.lost, stale=held.stale)
+        if found.agrees:
+            break
+    return found
 
 
 def finished(rows: Mapping[int, SourceRow], entries: Mapping[int, LedgerEntry]) -> list[int]:

@@ -103,6 +103,25 @@ def test_a_bucket_that_is_not_listed_is_not_asked(s3, make_fetcher, row):
         make_fetcher(allowed_buckets=()).fetch(row("s3://videos/a.mp4"))
 
 
+@pytest.mark.parametrize(
+    ("key", "why"),
+    [
+        ("../secret/a.mp4", r"its key holds '\.' or '\.\.'"),
+        ("folder/../../secret/a.mp4", r"its key holds '\.' or '\.\.'"),
+        ("./a.mp4", r"its key holds '\.' or '\.\.'"),
+        ("", "its key is empty"),
+        ("a\n.mp4", "its key is empty or holds a control character"),
+        ("\ud800.mp4", "its key is empty or holds a control character"),
+    ],
+)
+def test_a_key_that_could_lead_out_of_its_bucket_is_refused_for_good(key, why, s3, make_fetcher, row):
+    store = Faulty(s3, 0, None)
+    with pytest.raises(AddressForbiddenError, match=why) as raised:
+        make_fetcher(store=store).fetch(row(f"s3://videos/{key}"))
+    assert raised.value.permanent
+    assert store.asked == []
+
+
 def test_a_download_that_fails_in_the_middle_goes_on_there(s3, make_fetcher, row):
     def fail():
         raise OSError(5, "the store coughed")
@@ -128,11 +147,11 @@ def test_an_object_that_shrinks_while_it_is_read_is_read_anew(s3, make_fetcher, 
 
 
 def test_an_object_that_is_there_already_is_only_looked_at(s3, make_fetcher, row):
-    s3.pipe_file("videos/a.mp4", b"first")
     store = Faulty(s3, 0, None)
     fetcher = make_fetcher(store=store)
-    for body, reads in ((b"first", 1), (b"first", 1), (b"second", 2)):
-        s3.pipe_file("videos/a.mp4", body)
+    for body, is_new, reads in ((b"first", True, 1), (b"first", False, 1), (b"second", True, 2)):
+        if is_new:  # written again, it would have another time of change, a second later
+            s3.pipe_file("videos/a.mp4", body)
         assert fetcher.fetch(row("s3://videos/a.mp4")).read_bytes() == body
         fetcher.release(1, keep=True)
         assert len(store.asked) == reads

@@ -9,6 +9,7 @@ from extraction_dagster.errors import StateError
 from extraction_dagster.records import Failure, IdRange, VideoRow
 from extraction_dagster.stages.catalog.catalog import Fingerprints, status_of
 from extraction_dagster.stages.catalog.ledger import LedgerEntry
+from extraction_dagster.stages.catalog.pending_index import make_pending_index
 from extraction_dagster.stages.catalog.source_table import SourceRow
 
 TODAY = Fingerprints(frames="f1", embedding="e1")
@@ -128,6 +129,17 @@ def test_each_further_try_waits_twice_as_long(database):
     catalog.close()
 
 
+def test_words_that_no_database_takes_are_written_down_all_the_same(database):
+    database.create(ids=(1,))
+    catalog = database.catalog()
+    said = Failure(1, "", "decode", "VideoOpenError", "odd \0 name \udcff", details="bytes\0\0 and \ud800")
+    fail(catalog, [said])
+    (error,) = catalog.ledger.errors(limit=9)
+    assert (error.error_message, error.error_details) == ("odd \\0 name \\udcff", "bytes\\0\\0 and \\ud800")
+    assert catalog.ledger.entries(ALL)[1].last_error == "VideoOpenError: odd \\0 name \\udcff"
+    catalog.close()
+
+
 def test_a_permanent_failure_parks_at_once(database):
     database.create(ids=(1,))
     catalog = database.catalog()
@@ -229,9 +241,27 @@ def test_the_summary_counts_records_by_what_became_of_them(database):
 def test_init_makes_the_partial_index_once(database):
     database.create(ids=(1,))
     catalog = database.catalog()
-    first = catalog.source.make_pending_index()
-    assert [first.state, catalog.source.make_pending_index().state] == ["made", "there"]
+    first = make_pending_index(catalog.source, catalog.source_engine)
+    assert [first.state, make_pending_index(catalog.source, catalog.source_engine).state] == ["made", "there"]
     assert "WHERE (is_extracted IS NOT TRUE) OR (is_embedded IS NOT TRUE)" in first.sql
+    catalog.close()
+
+
+def test_an_index_that_a_cut_off_build_left_is_made_anew(database):
+    database.create(ids=(1,))
+    catalog = database.catalog()
+    assert make_pending_index(catalog.source, catalog.source_engine).state == "made"
+    if catalog.source_engine.dialect.name != "postgresql":  # builds there are one transaction
+        catalog.close()
+        return
+    validity = "SELECT indisvalid FROM pg_index WHERE indexrelid = 'extraction_pending_insta_content'::regclass"
+    database.execute(
+        "UPDATE pg_index SET indisvalid = FALSE WHERE indexrelid IN ('extraction_pending_insta_content'::regclass)"
+    )
+    assert database.rows(validity) == [(False,)]
+    assert make_pending_index(catalog.source, catalog.source_engine).state == "made"
+    assert database.rows(validity) == [(True,)]
+    assert make_pending_index(catalog.source, catalog.source_engine).state == "there"
     catalog.close()
 
 
@@ -239,7 +269,37 @@ def test_without_the_right_to_alter_the_table_its_statement_is_told(database):
     database.create(ids=(1,))
     database.execute("CREATE VIEW good AS SELECT * FROM insta_content")
     catalog = database.catalog(source_table="good")  # nobody can index a view
-    made = catalog.source.make_pending_index()
+    made = make_pending_index(catalog.source, catalog.source_engine)
     assert made.state == "refused"
     assert made.sql.startswith("CREATE INDEX")
+    catalog.close()
+
+
+def test_a_forced_beginning_gives_every_finished_row_a_new_revision_and_leaves_the_others(sqlite_database):
+    sqlite_database.create(ids=(1, 2, 3, 4, 5))
+    catalog = sqlite_database.catalog()
+    finish(catalog, 1)
+    sqlite_database.execute("UPDATE insta_content SET is_extracted = true, is_embedded = true WHERE id = 5")
+    fail(catalog, [failure(2), failure(3, permanent=True)])
+    assert statuses(catalog) == {1: "done", 2: "waiting", 3: "parked", 4: "todo", 5: "done"}
+
+    plan = catalog.begin(ALL, TODAY, force=True)
+
+    assert {key: (item.status, item.video.content_version) for key, item in plan.items()} == {
+        1: ("todo", "~1"),
+        2: ("todo", "~1"),
+        3: ("todo", "~1"),
+        4: ("todo", ""),
+        5: ("todo", "~1"),
+    }
+    assert statuses(catalog, TODAY)[1] == "todo"
+    catalog.close()
+
+
+def test_a_beginning_that_is_not_forced_leaves_finished_rows_alone(sqlite_database):
+    sqlite_database.create(ids=(1, 2))
+    catalog = sqlite_database.catalog()
+    finish(catalog, 1)
+    fail(catalog, [failure(2)])
+    assert {key: item.status for key, item in catalog.begin(ALL, TODAY).items()} == {1: "done", 2: "waiting"}
     catalog.close()

@@ -90,13 +90,23 @@ def test_a_failed_download_is_its_rows_and_the_others_go_on():
     assert [(item.row.record_id, item.path) for item in items[1:]] == [(2, None), (3, Path("/3"))]
 
 
-@pytest.mark.parametrize("fault", [DownloadCacheError("/cache", "No space left"), ZeroDivisionError("a bug")])
+@pytest.mark.parametrize("fault", [DownloadCacheError("/cache", "No space left"), MemoryError(), KeyboardInterrupt()])
 def test_a_fault_that_is_no_rows_ends_it_all(fault):
     fetcher = ScriptedFetcher({1: fault})
     fetcher.permitted[1].set()
-    with pytest.raises(type(fault), match=r"No space left|a bug"):
+    with pytest.raises(type(fault), match=r"No space left|^$"):
         list(fetch_ahead(remote(1, 2), fetcher, threads=2))
     assert fetcher.closed
+
+
+def test_what_nobody_thought_of_is_its_rows_failure_and_the_others_go_on():
+    fetcher = ScriptedFetcher({1: ZeroDivisionError("a bug")})
+    fetcher.close()
+    items = [item for item in fetch_ahead(remote(1, 2), fetcher, threads=1) if item is not None]
+    assert [(item.path, repr(item.error)) for item in items] == [
+        (None, "ZeroDivisionError('a bug')"),
+        (Path("/2"), "None"),
+    ]
 
 
 def test_a_stop_does_not_wait_for_a_silent_server(server, make_fetcher, row):

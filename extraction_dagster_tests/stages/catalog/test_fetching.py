@@ -1,11 +1,14 @@
 import os
 import socket
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 
-from extraction_dagster.errors import FileForbiddenError, FileUnavailableError, SchemeError
+from extraction_dagster.errors import ExtractionError, FileForbiddenError, FileUnavailableError, SchemeError
 from extraction_dagster.records import VideoRow
-from extraction_dagster.stages.catalog.fetching import fetch_local
+from extraction_dagster.settings import Settings
+from extraction_dagster.stages.catalog.fetching import Fetcher, fetch_local
 
 
 @pytest.fixture
@@ -66,7 +69,14 @@ def test_other_schemes_are_refused_for_good_by_name(scheme, roots):
         ("/etc/passwd", "it leads out of the folders that may be read"),
         ("video.mp4\0.jpg", "it holds a NUL byte"),
         ("file:///video%00.mp4", "it holds a NUL byte"),
-        ("file://elsewhere/share/video.mp4", r"it names another machine \(elsewhere\)"),
+        ("file://elsewhere/share/video.mp4", r"it names another machine \('elsewhere'\)"),
+        ("file://else\x1bwhere/video.mp4", r"it names another machine \('else\\x1bwhere'\)"),
+        ("file://[elsewhere/video.mp4", "Invalid IPv6 URL"),
+        ("half a surrogate \ud800.mp4", ".*surrogates not allowed"),
+        ("file:///proc/self/environ", "it leads out of the folders that may be read"),
+        ("/proc/self/fd/0", "it leads out of the folders that may be read"),
+        ("FILE:///%2e%2e%2f%2e%2e/secret.mp4", r"it holds '\.\.'"),
+        ("~/video.mp4/../../secret.mp4", r"it holds '\.\.'"),
     ],
 )
 def test_addresses_that_lead_elsewhere_are_refused_for_good(uri, why, roots):
@@ -134,3 +144,55 @@ def test_a_file_without_permission_is_tried_again(roots, monkeypatch):
 def test_a_name_that_is_too_long_is_an_error_that_names_it(roots):
     with pytest.raises((FileForbiddenError, FileUnavailableError), match=r"[Ff]ile name too long"):
         fetch("x" * 5000, roots)
+
+
+def test_a_message_stays_one_line_whatever_the_address_holds(roots):
+    for uri in ("missing\nMarked 9 records as embedded.mp4", "/outside\r\n\x1b[31m.mp4"):
+        with pytest.raises((FileForbiddenError, FileUnavailableError), match=r"is refused|is not available") as raised:
+            fetch(uri, roots)
+        assert str(raised.value).isprintable()
+
+
+@pytest.fixture(scope="module")
+def any_fetcher(tmp_path_factory):
+    """A fetcher with everything on its lists, whose hosts have no address and whose bucket has no object."""
+
+    class Empty:
+        def info(self, path, **_options):
+            raise FileNotFoundError(path)
+
+        cat_file = info
+
+    settings = Settings(
+        home=tmp_path_factory.mktemp("home"),
+        allowed_hosts=("host", "*.a.example"),
+        allowed_buckets=("s3://videos",),
+        allow_http=True,
+        fetch_attempts=1,
+    )
+    fetcher = Fetcher.from_settings(settings, resolve=lambda _host, _port: [], wait_seconds=0.001)
+    fetcher._buckets._make["s3"] = Empty
+    yield fetcher
+    fetcher.close()
+
+
+ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=30)
+STARTS = (
+    "",
+    "/",
+    "file://",
+    "file:///",
+    "FILE://localhost/",
+    "https://",
+    "https://host/",
+    "http://b.a.example:80/",
+    "s3://videos/",
+)
+
+
+@hypothesis.settings(max_examples=300)
+@hypothesis.given(st.sampled_from(STARTS), ANY_TEXT)
+def test_whatever_a_row_holds_is_that_rows_error_in_one_line(any_fetcher, start, text):
+    with pytest.raises(ExtractionError, match=r"^(Address|File) ['\"]") as raised:
+        any_fetcher.fetch(VideoRow(1, start + text))
+    assert str(raised.value).isprintable()

@@ -175,6 +175,20 @@ def test_an_answer_for_good_is_not_asked_for_again(status, answer, server, make_
     assert len(server.requests) == 1
 
 
+def test_a_signature_is_in_no_log_line_however_much_is_logged(server, make_fetcher, row, caplog):
+    caplog.set_level(1)
+    led_to = server.url("/b.mp4?sig=canary-4712")
+    server.scripts |= {
+        "/a.mp4": in_turn(
+            lambda handler, _nth: handler.answer(503), lambda handler, _nth: handler.answer(302, Location=led_to)
+        ),
+        "/b.mp4": in_turn(cut_after(1000), whole()),
+    }
+    make_fetcher().fetch(row(server.url("/a.mp4?sig=canary-4711")))
+    assert len(server.requests) == 5
+    assert "canary" not in caplog.text
+
+
 @pytest.mark.parametrize("status", [500, 502, 503, 504, 429, 408])
 def test_an_answer_that_may_pass_is_asked_for_again(status, server, make_fetcher, row):
     server.scripts["/v.mp4"] = in_turn(lambda handler, _nth: handler.answer(status), whole())

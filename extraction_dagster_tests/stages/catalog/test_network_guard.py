@@ -111,6 +111,8 @@ def test_a_request_says_all_that_is_sent():
         ("[2606:2800:21f::1]", "[2606:2800:21f::1]", True),
         ("media.example.com", "93.184.215.14", False),
         ("media.example.com", "0x5db8d70e", False),
+        ("media.example.com", "1572395790", False),
+        ("media.example.com", "0135.0270.0327.016", False),
     ],
 )
 def test_only_hosts_on_the_list_are_asked(entry, host, allowed):
@@ -119,6 +121,19 @@ def test_only_hosts_on_the_list_are_asked(entry, host, allowed):
     else:
         with pytest.raises(AddressForbiddenError, match=r"is not an allowed host.*EXTRACTION_ALLOWED_HOSTS"):
             guard(entry).vet(f"https://{host}/")
+
+
+@pytest.mark.parametrize(
+    "host", ["2130706433", "0x7f000001", "0177.0.0.1", "127.1", "0", "[::1]", "[::]", "[::ffff:127.0.0.1]", "localhost"]
+)
+def test_every_spelling_of_this_machine_is_judged_by_where_it_leads(host):
+    with pytest.raises((AddressForbiddenError, PassingFaultError), match=r"which is not public|has no address"):
+        NetworkGuard((host,)).vet(f"https://{host}/")
+
+
+def test_half_a_surrogate_pair_is_no_address():
+    with pytest.raises(AddressForbiddenError, match="it is no text"):
+        guard().vet("https://media.example.com/\ud800.mp4")
 
 
 def test_no_host_is_allowed_unless_it_is_listed():

@@ -8,8 +8,9 @@ from pydantic import SecretStr
 
 from extraction_dagster.records import Failure, IdRange
 from extraction_dagster.stages.catalog.catalog import Fingerprints
-from extraction_dagster.stages.catalog.ledger import LEDGER_TABLE
 from extraction_dagster.stages.catalog.pending import Scan, Unfinished, scan
+from extraction_dagster.stages.catalog.pending_index import pending_index
+from extraction_dagster.stages.catalog.state_tables import LEDGER_TABLE
 
 TODAY = Fingerprints(frames="f1", embedding="e1")
 ALL = IdRange(1, 100_000)
@@ -261,19 +262,19 @@ def large(database, opened):
         "WHEN id % 5000 = 1 THEN 'embedded' ELSE 'done' END, '2025-01-01' FROM insta_content"
     )
     with database.engine.begin() as connection:
-        catalog.source.pending_index().create(connection)
+        pending_index(catalog.source).create(connection)
     return catalog
 
 
-def plans_of(catalog, engine, **window):
-    """What EXPLAIN says to each query of a scan, in order."""
+def plans_of(catalog, engine, do, *arguments, **options):
+    """What EXPLAIN says to each query of a call, in order."""
     queries = []
 
     def keep(_connection, _cursor, statement, parameters, _context, _many):
         queries.append((statement, parameters))
 
     sa.event.listen(catalog.source_engine, "before_cursor_execute", keep)
-    look(catalog, **window)
+    do(*arguments, **options)
     sa.event.remove(catalog.source_engine, "before_cursor_execute", keep)
     explain = "EXPLAIN " if engine.dialect.name == "postgresql" else "EXPLAIN QUERY PLAN "
     with engine.connect() as connection:
@@ -297,7 +298,7 @@ def test_unfinished_rows_are_found_through_the_partial_indexes(database, large, 
         with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             connection.exec_driver_sql("ANALYZE")
     wanted = ["extraction_pending_insta_content", "extraction_ledger_unfinished", SOURCE_KEY[dialect]]
-    plans = plans_of(large, database.engine, **window)
+    plans = plans_of(large, database.engine, look, large, **window)
     found = [next((name for name in (*wanted, LEDGER_KEY[dialect]) if name in plan), plan) for plan in plans]
     # Unmarked rows; entries that are not done; the rows of those; all their entries; the greatest finished id.
     assert found == [wanted[0], wanted[1], wanted[2], LEDGER_KEY[dialect], wanted[2]]
@@ -306,9 +307,31 @@ def test_unfinished_rows_are_found_through_the_partial_indexes(database, large, 
 
 def test_a_look_at_every_row_goes_along_the_keys(database, large):
     dialect = database.engine.dialect.name
-    plans = plans_of(large, database.engine, up_to_id=19_000, budget=500, every_row=True)
+    plans = plans_of(large, database.engine, look, large, up_to_id=19_000, budget=500, every_row=True)
     found = [
         next((name for name in (LEDGER_KEY[dialect], SOURCE_KEY[dialect]) if name in plan), plan) for plan in plans
     ]
     assert found == [SOURCE_KEY[dialect], LEDGER_KEY[dialect], SOURCE_KEY[dialect]]
     assert not any("Seq Scan" in plan or "SCAN " in plan for plan in plans)
+
+
+def test_records_that_failed_are_found_through_their_index(database, large):
+    (plan,) = plans_of(large, database.engine, large.ledger.retry, record_ids=None, error_type="SomeError")
+    assert "extraction_ledger_stopped" in plan
+    assert "Seq Scan" not in plan
+
+
+def test_the_figures_of_progress_are_counted_through_indexes(database, large):
+    dialect, engine = database.engine.dialect.name, database.engine
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql("ANALYZE")
+    (stopped,) = plans_of(large, engine, large.ledger.count_stopped)
+    assert "extraction_ledger_stopped" in stopped
+    (changed,) = plans_of(large, engine, large.ledger.last_change, IdRange(19_000, 19_500), 1000)
+    assert LEDGER_KEY[dialect] in changed
+    (newest,) = plans_of(large, engine, large.source.newest_id)
+    (ahead,) = plans_of(large, engine, large.source.count_next, 19_000, 1000)
+    assert SOURCE_KEY[dialect] in ahead
+    if dialect == "postgresql":  # SQLite walks the table itself backwards, and says SCAN to that
+        assert SOURCE_KEY[dialect] in newest
+        assert "Backward" in newest

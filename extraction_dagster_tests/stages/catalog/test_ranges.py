@@ -15,8 +15,9 @@ class Source:
     def __init__(self, ids):
         self._ids = sorted(ids)
 
-    def batch_end(self, after_id, batch_size):
-        batch = [number for number in self._ids if after_id is None or number > after_id][:batch_size]
+    def batch_end(self, after_id, batch_size, *, up_to_id=None):
+        ids = [number for number in self._ids if up_to_id is None or number <= up_to_id]
+        batch = [number for number in ids if after_id is None or number > after_id][:batch_size]
         return (batch[0], batch[-1], len(batch) == batch_size) if batch else None
 
 

@@ -45,10 +45,12 @@ class Clip:
     drop: int = 0  # packets left out at the beginning
     from_keyframe: int = 0  # keyframe before which every packet is left out
     hidden: int = 0  # before every such packet, a copy of it that is never displayed (VP8)
+    not_coded: int = 0  # every such packet says that the picture before it stays (MPEG-4)
     matrix: tuple[int, int, int, int] | None = None
     aspect: Fraction | None = None
 
 
+CLOCK_WRAPS = 24 * 2**33 // 90_000 - 20  # in the middle of the clip, at 33 bits of MPEG-TS's 90 kHz
 UNEVEN = tuple(int(1000 * (i * 0.02 + (i // 7) * 0.11 + (i % 3) * 0.005)) for i in range(48))
 CLIPS = {
     "h264": Clip(options={"bf": "0"}),
@@ -62,6 +64,10 @@ CLIPS = {
     "h264 4:4:4 odd size": Clip(name="clip.mkv", pix_fmt="yuv444p", size=(161, 97), options={"bf": "2"}),
     "h264 variable frame rate": Clip(ticks=UNEVEN, options={"bf": "2"}),
     "h264 edit list": Clip(options={"bf": "2"}, shift=-17, container={"avoid_negative_ts": "disabled"}),
+    "h264 negative start in TS": Clip(name="clip.ts", shift=CLOCK_WRAPS, options={"bf": "2"}),
+    "h264 without times at first": Clip(
+        name="clip.mkv", shift=-5, options={"bf": "0"}, container={"avoid_negative_ts": "disabled"}
+    ),
     "h264 late start": Clip(name="clip.mkv", shift=240, options={"bf": "2"}),
     "h264 cut out of a longer video": Clip(from_keyframe=1, options=OPEN_GOP),
     "h264 cut out of a longer TS": Clip(name="clip.ts", from_keyframe=1, options=OPEN_GOP),
@@ -71,16 +77,21 @@ CLIPS = {
     "h264 turned by 270": Clip(matrix=(0, -1, 1, 0)),
     "h264 one frame": Clip(frames=1),
     "h264 in AVI": Clip(name="clip.avi", options={"bf": "0"}),
+    "hevc 10-bit": Clip(codec="libx265", pix_fmt="yuv420p10le", options=HEVC),
     "hevc open GOP": Clip(codec="libx265", options=HEVC),
     "hevc open GOP in TS": Clip(codec="libx265", name="clip.ts", options=HEVC),
     "hevc cut out of a longer video": Clip(codec="libx265", from_keyframe=1, options=HEVC),
     "vp8 with hidden frames": Clip(codec="libvpx", name="clip.webm", options=ALT_REF, hidden=5),
     "vp9": Clip(codec="libvpx-vp9", name="clip.webm", options=ALT_REF),
+    "vp9 4:4:4": Clip(codec="libvpx-vp9", name="clip.webm", pix_fmt="yuv444p", options=ALT_REF),
+    "vp9 odd size": Clip(codec="libvpx-vp9", name="clip.webm", size=(161, 97), options=ALT_REF),
     "av1": Clip(codec="libsvtav1", options=AV1),
     "mpeg2 with B-frames in TS": Clip(codec="mpeg2video", name="clip.ts", options={"bf": "2", "b": "2M"}),
     "mpeg2 in a program stream": Clip(codec="mpeg2video", name="clip.mpg", options={"bf": "2", "b": "2M"}),
     "mpeg4 with B-frames": Clip(codec="mpeg4", options={"bf": "2", "b": "2M"}),
     "mpeg4 with B-frames in AVI": Clip(codec="mpeg4", name="clip.avi", options={"bf": "2", "b": "2M"}),
+    "mpeg4 odd size": Clip(codec="mpeg4", size=(161, 97), options={"bf": "2", "b": "2M"}),
+    "mpeg4 with frames not coded": Clip(codec="mpeg4", name="clip.avi", options={"b": "2M"}, not_coded=7),
     "mjpeg in AVI": Clip(codec="mjpeg", name="clip.avi", pix_fmt="yuvj420p", options={"b": "8M"}),
     "prores": Clip(codec="prores_ks", name="clip.mov", pix_fmt="yuv422p10le"),
     "ffv1 in Matroska": Clip(codec="ffv1", name="clip.mkv"),
@@ -122,7 +133,10 @@ def render_clip(path: Path, clip: Clip) -> Path:
             packets += stream.encode(frame)
         packets += stream.encode(None)
         keyframes = [place for place, packet in enumerate(packets) if packet.is_keyframe]
-        for packet in packets[max(clip.drop, keyframes[clip.from_keyframe]) :]:
+        for number, packet in enumerate(packets[max(clip.drop, keyframes[clip.from_keyframe]) :]):
+            if clip.not_coded and number % clip.not_coded == clip.not_coded - 1 and not packet.is_keyframe:
+                container.mux(not_coded(packet))
+                continue
             if clip.shift:
                 moved = round(clip.shift / clip.rate / packet.time_base)
                 packet.pts, packet.dts = packet.pts + moved, packet.dts + moved
@@ -143,6 +157,21 @@ def hide(packet: Any) -> Any:
     copy = av.Packet(bytes(content))
     copy.stream, copy.time_base = packet.stream, packet.time_base
     copy.pts = copy.dts = packet.pts - 1
+    return copy
+
+
+def not_coded(packet: Any) -> Any:
+    """An MPEG-4 packet in place of another: after type, seconds, marker, 5 bits of time and marker, one bit is 0."""
+    import av
+
+    content = bytes(packet)
+    head = content.index(b"\0\0\1\xb6") + 4
+    bits = f"{int.from_bytes(content[head : head + 8]):064b}"
+    at = bits.index("0", 2) + 1 + 1 + 5 + 1
+    kept = bits[:at] + "0" + "0"
+    kept += "1" * (-len(kept) % 8)
+    copy = av.Packet(content[:head] + int(kept, 2).to_bytes(len(kept) // 8))
+    copy.stream, copy.time_base, copy.pts, copy.dts = packet.stream, packet.time_base, packet.pts, packet.dts
     return copy
 
 
@@ -189,8 +218,9 @@ def decode_everything(path: Path) -> Truth:
             image = scaler.reformat(frame, format="rgb24", interpolation=Interpolation.AREA, threads=1).to_ndarray()
             ticks = frame.pts if frame.pts is not None else frame.dts
             shown.append((None if ticks is None else ticks * stream.time_base, image, frame.key_frame))
-        rate = stream.average_rate
-    known = [at if at is not None else number / rate for number, (at, _, _) in enumerate(shown)]
+        gap = round(1 / stream.average_rate / stream.time_base) * stream.time_base
+    first = next(number for number, (at, _, _) in enumerate(shown) if at is not None)
+    known = [shown[first][0] + (number - first) * gap if at is None else at for number, (at, _, _) in enumerate(shown)]
     order = sorted(range(len(shown)), key=known.__getitem__)
     seconds = np.array([float(known[number] - known[order[0]]) for number in order])
     keyframes = [place for place, number in enumerate(order) if shown[number][2]]

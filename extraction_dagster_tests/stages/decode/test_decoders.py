@@ -31,10 +31,13 @@ DECORD_IS_WRONG = {
     "h264 open GOP in Matroska": SEEKS_WRONG,
     "h264 intra refresh in TS": SEEKS_TS,
     "h264 edit list": COUNTS_HIDDEN,
+    "h264 negative start in TS": SEEKS_TS,
+    "h264 without times at first": NO_PTS,
     "h264 cut out of a longer video": COUNTS_HIDDEN,
     "h264 cut out of a longer TS": COUNTS_HIDDEN,
     "h264 begins without a keyframe": COUNTS_HIDDEN,
     "h264 in AVI": NO_PTS,
+    "hevc 10-bit": SEEKS_WRONG,
     "hevc open GOP": SEEKS_WRONG,
     "hevc open GOP in TS": SEEKS_TS,
     "hevc cut out of a longer video": COUNTS_HIDDEN,
@@ -43,6 +46,8 @@ DECORD_IS_WRONG = {
     "mpeg2 in a program stream": NO_PTS,
     "mpeg4 with B-frames": SEEKS_WRONG,
     "mpeg4 with B-frames in AVI": NO_PTS,
+    "mpeg4 odd size": SEEKS_WRONG,
+    "mpeg4 with frames not coded": COUNTS_HIDDEN,
 }
 KEYFRAMES_BY_PACKET = "decord takes a packet's place in the file for its frame's place in time"
 DECORD_MISNAMES_KEYFRAMES = {
@@ -51,11 +56,14 @@ DECORD_MISNAMES_KEYFRAMES = {
     "h264 open GOP in Matroska": KEYFRAMES_BY_PACKET,
     "h264 intra refresh in TS": "decord calls frames keyframes that do not decode alone",
     "h264 edit list": COUNTS_HIDDEN,
+    "h264 negative start in TS": KEYFRAMES_BY_PACKET,
+    "h264 without times at first": NO_PTS,
     "h264 cut out of a longer video": COUNTS_HIDDEN,
     "h264 cut out of a longer TS": COUNTS_HIDDEN,
     "h264 begins without a keyframe": COUNTS_HIDDEN,
     "h264 in AVI": NO_PTS,
     "hevc cut out of a longer video": COUNTS_HIDDEN,
+    "hevc 10-bit": KEYFRAMES_BY_PACKET,
     "hevc open GOP": KEYFRAMES_BY_PACKET,
     "hevc open GOP in TS": KEYFRAMES_BY_PACKET,
     "vp8 with hidden frames": COUNTS_HIDDEN,
@@ -63,6 +71,8 @@ DECORD_MISNAMES_KEYFRAMES = {
     "mpeg2 in a program stream": NO_PTS,
     "mpeg4 with B-frames": KEYFRAMES_BY_PACKET,
     "mpeg4 with B-frames in AVI": NO_PTS,
+    "mpeg4 odd size": KEYFRAMES_BY_PACKET,
+    "mpeg4 with frames not coded": COUNTS_HIDDEN,
 }
 
 

@@ -10,7 +10,10 @@ import pytest
 from extraction_dagster.errors import FrameShardError
 from extraction_dagster.records import EncodedFrames, IdRange
 from extraction_dagster.settings import Settings
-from extraction_dagster.stages.decode.frame_store import FrameStore, ShardRecord, frames_fingerprint
+from extraction_dagster.stages.decode.frame_shard import ShardRecord
+from extraction_dagster.stages.decode.frame_store import FrameStore, frames_fingerprint
+from extraction_dagster.stages.decode.quality import Quality
+from extraction_dagster.stages.decode.sampling import Sampling
 
 RANGE = IdRange(1, 1000)
 
@@ -167,3 +170,11 @@ def test_the_fingerprint_follows_whatever_changes_pixels_or_frames():
         Settings(jpeg_quality=90),
     ]
     assert len({frames_fingerprint(settings) for settings in changed}) == len(changed)
+
+
+def test_what_a_job_chooses_itself_counts_as_if_the_settings_said_so():
+    chosen = frames_fingerprint(
+        Settings(), sampling=Sampling("uniform", num_frames=3), quality=Quality(solid_deviation=6.0)
+    )
+    assert chosen == frames_fingerprint(Settings(sampling="uniform", num_frames=3, reject_solid=True))
+    assert chosen != frames_fingerprint(Settings())

@@ -3,7 +3,7 @@ import simplejpeg
 
 from extraction_dagster.records import FrameBatch
 from extraction_dagster.stages.decode.decoder import DecodedVideo
-from extraction_dagster.stages.decode.jpeg import decode_frames, encode_frames
+from extraction_dagster.stages.decode.jpeg import decode_frames, encode_frames, shrink_jpeg
 
 
 def video(partial=None):
@@ -30,3 +30,15 @@ def test_a_lower_quality_is_smaller():
     high = encode_frames(video(), record_id=7, content_version="", quality=95)
     low = encode_frames(video(), record_id=7, content_version="", quality=40)
     assert sum(map(len, low.jpegs)) < sum(map(len, high.jpegs))
+
+
+def test_a_shrunk_picture_keeps_its_shape_and_is_never_enlarged():
+    (jpeg, *_) = encode_frames(video(), record_id=7, content_version="", quality=95).jpegs
+    small = shrink_jpeg(jpeg, longest_px=32, quality=70)
+    assert simplejpeg.decode_jpeg_header(small)[:2] == (24, 32)
+    assert len(small) < len(jpeg)
+    assert simplejpeg.decode_jpeg_header(shrink_jpeg(jpeg, longest_px=500, quality=70))[:2] == (48, 64)
+
+
+def test_what_is_no_picture_can_not_be_shrunk():
+    assert shrink_jpeg(b"no jpeg", longest_px=32, quality=70) is None

@@ -12,14 +12,27 @@ from extraction_dagster.stages.decode.task import DecodeJob
 
 # What a job does is its path; a hang keeps the interpreter's lock, as a codec may.
 FAULTS = """
-import ctypes, os, pathlib, signal, sys, time
+import ctypes, dataclasses, os, pathlib, signal, socket, subprocess, sys, time
 import numpy as np
 from extraction_dagster.errors import NoVideoStreamError
 from extraction_dagster.records import EncodedFrames
 
+class Trick:
+    # What it becomes in whoever reads it: a program.
+
+    def __reduce__(self):
+        return os.system, ("touch tricked",)
+
+OUTSIDE = {
+    "socket": lambda: socket.socket(socket.AF_INET),
+    "unix": lambda: socket.socket(socket.AF_UNIX),
+    "program": lambda: subprocess.run([sys.executable, "-c", ""]),
+    "replace": lambda: os.execv(sys.executable, [sys.executable, "-c", ""]),
+}
+
 def run(job):
     what, _, value = job.path.partition(" ")
-    if value and what != "modules":
+    if value and what not in {"modules", "environment", *OUTSIDE}:
         pathlib.Path(value).write_text(str(os.getpid()))
     if what == "segfault":
         print("libcodec: bad pointer", file=sys.stderr, flush=True)
@@ -32,6 +45,19 @@ def run(job):
         time.sleep(0.5)
     if what == "fill":
         bytearray(8 << 30)
+    if what in OUTSIDE:
+        try:
+            OUTSIDE[what]()
+        except OSError as error:
+            value = type(error).__name__
+    if what == "trick":
+        return Trick()
+    if what == "stranger":
+        job = dataclasses.replace(job, record_id=99)
+    if what == "nothing":
+        return None
+    if what == "environment":
+        value = " ".join(sorted(os.environ))
     if what == "refuse":
         raise NoVideoStreamError(job.path, "audio")
     if what == "bug":
@@ -39,6 +65,8 @@ def run(job):
     said = str(os.getpid())
     if what == "modules":
         said = " ".join(sorted(sys.modules))
+    if what == "environment" or what in OUTSIDE:
+        said = value
     return EncodedFrames(job.record_id, said, [b"jpeg"], np.zeros(1), np.zeros(1), np.zeros(1, np.int64), 1, 1)
 """
 
@@ -171,6 +199,32 @@ def test_workers_load_neither_dagster_nor_their_parents_main():
     assert not names & {"dagster", "torch", "pytest", "pydantic", "qdrant_client"}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's fence is Linux's")
+def test_a_worker_reaches_no_network_and_starts_no_program():
+    outcomes = run("socket x", "unix x", "program x", "replace x", "ok")
+    said = [outcomes[number].frames.content_version for number in range(4)]
+    assert said == ["PermissionError"] * 4
+    assert outcomes[4].failure is None
+
+
+@pytest.mark.parametrize("what", ["trick", "stranger", "nothing"])
+def test_a_worker_that_sends_what_it_should_not_is_not_believed(what, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outcomes = run("ok", what, "ok")
+    assert [outcomes[number].failure for number in (0, 2)] == [None, None]
+    assert failure(outcomes[1]).error_type == "DecodeWorkerDiedError"
+    assert not (tmp_path / "tricked").exists()
+
+
+def test_a_worker_is_given_no_key_and_no_setting(monkeypatch):
+    for name in ("EXTRACTION_QDRANT_API_KEY", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "DATABASE_URL"):
+        monkeypatch.setenv(name, "canary-4711")
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/somewhere")
+    names = set(run("environment x")[0].frames.content_version.split())
+    assert {"PATH", "LD_LIBRARY_PATH", "OMP_NUM_THREADS"} <= names
+    assert not {"EXTRACTION_QDRANT_API_KEY", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "DATABASE_URL"} & names
+
+
 def test_costs_are_measured():
     decoded = list(decode_all(jobs("nap"), options()))
     assert decoded[0].wall_seconds >= 0.5
@@ -205,6 +259,19 @@ def test_killing_the_parent_leaves_no_orphan_even_in_a_codec_that_hangs(tmp_path
         assert all(is_alive(int(pid.read_text())) for pid in pids)
         parent.kill()
     wait_until(lambda: not any(is_alive(int(pid.read_text())) for pid in pids))
+
+
+def test_ctrl_c_waits_for_no_codec_that_hangs(tmp_path, wait_until, is_alive):
+    code = PARENT.format(paths=[f"hang {tmp_path / 'one'}", f"hang {tmp_path / 'two'}"])
+    pids = [tmp_path / "one", tmp_path / "two"]
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=tmp_path, env=_env(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    ) as parent:
+        wait_until(lambda: all(pid.exists() and pid.read_text() for pid in pids))
+        parent.send_signal(signal.SIGINT)
+        _, said = parent.communicate(timeout=60)  # the workers would hang for ten minutes
+    assert said.decode().splitlines()[-1] == "KeyboardInterrupt"
+    assert not any(is_alive(int(pid.read_text())) for pid in pids)
 
 
 def _env():

@@ -10,9 +10,15 @@ from extraction_dagster.stages.decode.packets import read_packets
 from extraction_dagster.stages.decode.pyav_decoder import PyAVDecoder
 from extraction_dagster.stages.decode.sampling import Sampling
 from extraction_dagster.stages.decode.sequential import decode_sequentially, display_times
+from extraction_dagster.stages.decode.video_file import open_file
 
 UPRIGHT = {"h264 turned by 90": -1, "h264 turned by 180": 2, "h264 turned by 270": 1}
-FROM_THE_BEGINNING = {"h264 intra refresh in TS", "ffv1 in Matroska", "gif"}
+FROM_THE_BEGINNING = {
+    "h264 intra refresh in TS",
+    "h264 without times at first",
+    "mpeg4 with frames not coded",
+}
+KEYFRAMES_ONLY_ONCE_DECODED = {"ffv1 in Matroska", "gif"}
 
 
 def decode(path, *, sampling=None, short_side_px=500, **limits):
@@ -45,7 +51,8 @@ def test_pixels_and_times_equal_those_of_a_full_decode(sampling, clip_name, clip
 
 def test_decoding_from_the_beginning_gives_the_same_frames(clip_name, clip_path, truth_of):
     sampling = Sampling("uniform", num_frames=16)
-    video = decode_sequentially(clip_path(clip_name), sampling, 500, DecodeLimits())
+    with open_file(clip_path(clip_name)) as file:
+        video = decode_sequentially(file, sampling, 500, DecodeLimits())
     assert_exact(video, truth_of(clip_name), UPRIGHT.get(clip_name, 0))
 
 
@@ -77,6 +84,38 @@ def test_ordinary_videos_are_planned_and_odd_ones_decoded_from_their_beginning(c
     assert bool(caplog.messages) is (clip_name in FROM_THE_BEGINNING)
 
 
+def test_streams_that_only_decode_from_their_beginning_are_decoded_twice_for_their_keyframes_alone(
+    clip_name, clip_path, caplog
+):
+    caplog.set_level(logging.DEBUG, logger="extraction_dagster")
+    decode(clip_path(clip_name), sampling=Sampling("keyframes"))
+    assert bool(caplog.messages) is (clip_name in FROM_THE_BEGINNING | KEYFRAMES_ONLY_ONCE_DECODED)
+
+
+@pytest.mark.parametrize(("clip", "name"), [("ffv1 in Matroska", "torn.mkv"), ("gif", "torn.gif")])
+def test_a_stream_decoded_as_a_whole_of_which_a_packet_is_no_frame_is_that_of_a_full_decode(
+    clip, name, clip_path, tmp_path
+):
+    import av
+
+    with av.open(str(clip_path(clip))) as source, av.open(str(tmp_path / name), "w") as sink:
+        stream = sink.add_stream_from_template(source.streams.video[0])
+        for number, packet in enumerate(packet for packet in source.demux(video=0) if packet.size):
+            empty = av.Packet(b"\x3b")
+            empty.pts, empty.dts, empty.time_base = packet.pts, packet.dts, packet.time_base
+            written = empty if number == 20 else packet
+            written.stream = stream
+            sink.mux(written)
+    sampling = Sampling("fps", fps=24.0)
+    video = decode(tmp_path / name, sampling=sampling)
+    with open_file(tmp_path / name) as file:
+        full = decode_sequentially(file, sampling, 500, DecodeLimits())
+    assert len(full.frames) < 48
+    assert video.partial == full.partial
+    assert video.frames.frame_number.tolist() == full.frames.frame_number.tolist()
+    assert np.array_equal(video.frames.data, full.frames.data)
+
+
 def test_a_file_too_large_to_keep_is_read_twice_with_the_same_result(clip_name, clip_path):
     kept, reread = decode(clip_path(clip_name)), decode(clip_path(clip_name), max_packet_bytes=1)
     assert np.array_equal(kept.frames.data, reread.frames.data)
@@ -87,7 +126,7 @@ def test_packets_past_the_limit_are_not_kept(clip_path):
     size = clip_path("h264").stat().st_size
     for max_bytes, kept in ((size + 48 * 2048, 48), (size // 2, None)):
         limits = DecodeLimits(max_packet_bytes=max_bytes)
-        with open_video(clip_path("h264"), limits) as video:
+        with open_file(clip_path("h264")) as file, open_video(file, limits) as video:
             index = read_packets(video, limits)
         assert len(index) == 48
         assert (None if index.kept is None else len(index.kept)) == kept
@@ -202,3 +241,8 @@ def test_frames_slightly_out_of_order_are_sorted():
 
 def test_frames_without_a_time_follow_at_the_streams_rate():
     assert times(None, None, 10, None) == ([0, 1, 2, 3], [0, 5, 10, 15])
+    assert times(None, None) == ([0, 1], [0, 5])
+
+
+def test_frames_without_a_time_at_the_beginning_come_before_the_first_that_has_one():
+    assert times(None, None, None, 0, 5) == ([0, 1, 2, 3, 4], [0, 5, 10, 15, 20])

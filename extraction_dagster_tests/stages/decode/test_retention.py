@@ -10,7 +10,8 @@ from extraction_dagster.settings import Settings
 from extraction_dagster.stages.catalog.catalog import Fingerprints
 from extraction_dagster.stages.catalog.ledger import LedgerEntry
 from extraction_dagster.stages.decode.frame_store import FrameStore
-from extraction_dagster.stages.decode.retention import Removed, keep_time, prune_frames, written_at
+from extraction_dagster.stages.decode.retention import Removed, keep_time, prune_frames
+from extraction_dagster.stages.decode.shard_names import written_at
 
 RANGE, TODAY = IdRange(1, 10), Fingerprints(frames="f1", embedding="e1")
 DAY = timedelta(days=1)
@@ -86,7 +87,7 @@ def test_what_a_newer_shard_holds_goes_and_the_newer_one_stays(store):
 
 def test_the_time_is_read_off_the_name(store):
     shard = store.write_shard(RANGE, [video(1)])
-    assert abs(written_at(shard) - datetime.now(UTC)) < timedelta(minutes=5)
+    assert abs(written_at(shard.name) - datetime.now(UTC)) < timedelta(minutes=5)
 
 
 @pytest.mark.parametrize(("setting", "time"), [("all", None), ("none", AT_ONCE), ("30", 30 * DAY)])

@@ -9,6 +9,8 @@ import pytest
 from extraction_dagster.records import IdRange, VideoRow
 from extraction_dagster.settings import Settings
 from extraction_dagster.stages.decode.frame_store import FrameStore
+from extraction_dagster.stages.decode.quality import Quality
+from extraction_dagster.stages.decode.sampling import Sampling
 from extraction_dagster.stages.decode.stage import decode_rows
 
 RANGE = IdRange(1, 100)
@@ -67,6 +69,22 @@ def test_the_stored_frames_are_those_shown_at_the_sampled_times(clip_path, setti
     assert stored.target_seconds.tolist() == [0.0, 0.5, 1.0, 1.5]
     assert stored.frame_number.tolist() == [0, 12, 24, 36]
     assert (stored.width_px, stored.height_px, stored.duration_seconds, stored.partial) == (160, 112, 2.0, None)
+
+
+def test_a_job_may_choose_its_own_sampling_and_steps(clip_path, settings, store):
+    landed = list(
+        decode_rows(
+            rows(clip_path, 1),
+            store=store,
+            partition=RANGE,
+            settings=settings,
+            sampling=Sampling("uniform", num_frames=8),
+            quality=Quality(solid_deviation=200.0, min_frames=3),
+        )
+    )
+    stored = next(store.read(landed[0].shard))
+    assert len(stored.frame_number) == 3  # of eight; the rest is taken for solid
+    assert set(stored.frame_number.tolist()) < {3, 9, 15, 21, 27, 33, 39, 45}
 
 
 def test_a_shard_lands_once_it_holds_its_share_of_videos(clip_path, settings, store):
@@ -148,6 +166,8 @@ from pathlib import Path
 from extraction_dagster.records import IdRange, VideoRow
 from extraction_dagster.settings import Settings
 from extraction_dagster.stages.decode.frame_store import FrameStore
+from extraction_dagster.stages.decode.quality import Quality
+from extraction_dagster.stages.decode.sampling import Sampling
 from extraction_dagster.stages.decode.stage import decode_rows
 home, clip = sys.argv[1:]
 settings = Settings(home=home, allowed_roots=(str(Path(clip).parent),), decode_workers=2, shard_records=2)
@@ -169,3 +189,10 @@ def test_a_kill_leaves_whole_shards_only(clip_path, tmp_path, store):
     assert len(reported) >= 6
     assert reported <= set(landed_ids(store))
     assert all(len(list(store.read(shard))) == 2 for shard in store.shards(RANGE))
+
+
+def test_a_landed_shard_carries_the_middle_frame_of_its_videos(clip_path, settings, store):
+    (landed,) = decode_rows(rows(clip_path, 2), store=store, partition=RANGE, settings=settings)
+    middles = {video.record_id: (float(video.pts_seconds[2]), video.jpegs[2]) for video in store.read(landed.shard)}
+    assert {item.record_id: (item.pts_seconds, item.jpeg) for item in landed.previews} == middles
+    assert landed.num_frames == 8

@@ -39,7 +39,9 @@ def test_vp8_hides_frames_in_packets_of_their_own_whose_bit_4_says_so(clip_path)
     assert sum(memoryview(packet)[0] >> 4 & 1 for packet in found) == 48
 
 
-@pytest.mark.parametrize("clip", ["h264 with B-frames", "hevc open GOP"])
+@pytest.mark.parametrize(
+    "clip", ["h264 with B-frames", "hevc open GOP", "mpeg2 with B-frames in TS", "mpeg4 with B-frames"]
+)
 def test_libavcodec_skips_frames_without_referrers_and_gives_the_others_unchanged(clip, clip_path):
     import av
 

@@ -59,9 +59,11 @@ def store(tmp_path):
 
 @pytest.fixture
 def run(model, cpu_settings, frames, store):
-    def run(shards, *, model=model, batch_size=4, store=store):
+    def run(shards, *, model=model, batch_size=4, store=store, **options):
         settings = cpu_settings.model_copy(update={"embed_batch_size": batch_size})
-        return list(embed_shards(shards, frames=frames, store=store, model=model, partition=RANGE, settings=settings))
+        return list(
+            embed_shards(shards, frames=frames, store=store, model=model, partition=RANGE, settings=settings, **options)
+        )
 
     return run
 
@@ -154,6 +156,15 @@ def test_a_second_run_reads_and_embeds_nothing(run, shards, frames, model):
 
     assert [(e.shard, e.reused, e.cpu_seconds) for e in second] == [(e.shard, True, 0.0) for e in first]
     assert (frames.asked, faulty.batches) == ([], [])
+
+
+def test_without_reuse_every_shard_is_embedded_anew_and_its_file_replaced(run, shards, model):
+    first = {e.shard.path: e.shard for e in run(shards)}
+    other = Faulty(model)
+    again = run(shards, model=other, reuse=False)
+    assert [e.reused for e in again] == [False, False, False]
+    assert sum(other.batches) == 19
+    assert {e.shard.path: e.shard for e in again} == first
 
 
 def test_only_shards_that_are_missing_or_changed_are_embedded(run, shards, frames, make_shard, make_video, store):

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from extraction_dagster.stages.embed.vectors import normalise
+from extraction_dagster.stages.embed.vectors import count_unnormalised, normalise
 
 
 def test_vectors_are_scaled_to_length_one():
@@ -34,3 +34,11 @@ def test_no_vectors_are_no_fault():
 
     assert unit.shape == (0, 5)
     assert faults == []
+
+
+def test_stored_vectors_of_another_length_than_one_are_counted():
+    unit = np.array([[0.6, 0.8], [1, 0]], np.float16)
+    assert count_unnormalised(unit) == 0
+    assert count_unnormalised(unit * np.array([[1.005], [0.995]], np.float16)) == 0
+    assert count_unnormalised(np.array([[0.6, 0.8], [0, 0], [2, 0], [np.nan, 1]], np.float16)) == 3
+    assert count_unnormalised(np.empty((0, 2), np.float16)) == 0

@@ -5,7 +5,7 @@ from extraction_dagster.stages.catalog.catalog import Fingerprints
 from extraction_dagster.stages.index.edge_store import EdgeStore
 from extraction_dagster.stages.index.filters import PointFilter
 from extraction_dagster.stages.index.points import generation, point_id
-from extraction_dagster.stages.index.reconcile import Differences
+from extraction_dagster.stages.index.reconcile import Differences, compare_range
 from extraction_dagster.stages.index.replace import delete_records, replace_records
 
 TODAY = Fingerprints(frames="f1", embedding="e1")
@@ -169,6 +169,44 @@ def test_a_collection_being_loaded_beside_is_compared_for_its_own_records(done, 
     assert done.points() == FRAMES
 
 
+def test_records_that_one_run_wrote_for_another_model_keep_their_points_in_both_collections(done, catalog):
+    other = Fingerprints(frames="f1", embedding="e2")
+    assert done.process(catalog, IdRange(1, 3), made_with=other, staged=True) == [1, 2, 3]
+    assert done.reconcile(catalog, embedding="e1").differences == []
+    with done.store() as store:
+        delete_records(store, [2])
+    with EdgeStore(done.home) as store:
+        store.open_collection("video_frames", fingerprint="e2")
+        delete_records(store, [3])
+    assert [item.lost for item in done.reconcile(catalog, embedding="e1").differences] == [{2: 3}, {3: 1}]
+
+
+def test_new_records_need_only_be_in_the_collection_that_is_being_loaded(done, catalog):
+    done.add(50)
+    other = Fingerprints(frames="f1", embedding="e2")
+    assert done.process(catalog, IdRange(50, 50), frames={50: 2}, made_with=other, staged=True) == [50]
+    assert done.reconcile(catalog, embedding="e2").differences == []
+    assert [item.lost for item in done.reconcile(catalog, embedding="e1").differences] == [{50: 2}]
+
+
+def test_records_that_only_a_collection_no_longer_in_use_holds_are_written_again(done, catalog):
+    with done.store("e2", staged=True) as store:
+        store.publish()  # by force: none of the records is in it
+    found = done.reconcile(catalog, embedding="e2", repair=True)
+    assert [item.lost for item in found.differences] == [FRAMES]
+    assert done.process(catalog, made_with=Fingerprints(frames="f1", embedding="e2")) == [1, 2, 3, 40, 41]
+    assert done.points() == FRAMES
+
+
+def test_points_of_deleted_rows_are_removed_from_every_collection(done, catalog):
+    other = Fingerprints(frames="f1", embedding="e2")
+    assert done.process(catalog, made_with=other, staged=True) == [1, 2, 3, 40, 41]
+    done.execute("DELETE FROM insta_content WHERE id = 40")
+    assert done.reconcile(catalog, embedding="e1", repair=True).removed_points == 4
+    assert 40 not in done.points("e1")
+    assert 40 not in done.points("e2")
+
+
 def test_records_of_a_dropped_collection_are_written_again(done, catalog):
     other = Fingerprints(frames="f1", embedding="e2")
     assert done.process(catalog, IdRange(1, 3), made_with=other, staged=True) == [1, 2, 3]
@@ -222,3 +260,22 @@ def test_room_is_given_back_when_much_was_removed(done, catalog, monkeypatch):
     done.execute("DELETE FROM insta_content WHERE id = 40")
     done.reconcile(catalog, repair=True)
     assert len(calls) == 1
+
+
+def test_a_range_is_compared_within_its_bounds_and_for_its_own_fingerprint(done, catalog):
+    lose(done, point_id(2, 0), point_id(40, 0))
+    with done.store() as store:
+        store.open_collection("video_frames")
+        assert compare_range(catalog, store, within=IdRange(1, 3), fingerprint="e1") == Differences(
+            IdRange(1, 3), compared=3, held=6, lost={2: 1}
+        )
+        assert compare_range(catalog, store, within=IdRange(3, 3), fingerprint="e1").agrees
+        assert compare_range(catalog, store, within=ALL, fingerprint="e2") == Differences(ALL)
+
+
+def test_a_row_that_waits_for_another_try_is_no_difference_of_its_range(done, catalog):
+    catalog.request_again([2])
+    with done.store() as store:
+        store.open_collection("video_frames")
+        found = compare_range(catalog, store, within=ALL, fingerprint="e1")
+    assert (found.agrees, found.compared, found.held) == (True, 4, 9)

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from extraction_dagster.stages.index.point_store import CollectionSpec
 from extraction_dagster.stages.index.points import point_id
 from extraction_dagster.stages.index.replace import count_by_record, delete_records, replace_records
 from extraction_dagster.stages.index.search import search_images
+from extraction_dagster.stages.index.server_retry import RetryPolicy
 from extraction_dagster.stages.index.server_store import ServerStore
 
 OLD = {7: [0, 30, 60], 8: [0], 9: [0, 15]}
@@ -168,17 +170,24 @@ def test_records_that_were_not_removed_are_noticed(filled, monkeypatch):
 SPEC = CollectionSpec("frames", dim=32, fingerprint="abc123")
 _REPLACE_FOR_EVER = """
 import sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[2])
+sys.path.insert(0, sys.argv[1])
 import test_replace
-from extraction_dagster.stages.index.edge_store import EdgeStore
-with EdgeStore(Path(sys.argv[1])) as store:
+with test_replace.open_store(*sys.argv[3:]) as store:
     store.ensure_collection(test_replace.SPEC)
     print("go", flush=True)
-    for round_number in range(int(sys.argv[3]), 10**6):
+    for round_number in range(int(sys.argv[2]), 10**6):
         test_replace.replace_round(store, round_number)
         print("done", round_number, flush=True)
 """
+_FAULTS = ("exhausted", "unavailable", "internal", "aborted", "lost", "acknowledged", "reset", "reset_after", "slow")
+
+
+def open_store(home, url="", port="0"):
+    """The embedded engine, or the server at an address."""
+    if not url:
+        return EdgeStore(Path(home))
+    settings = Settings(home=Path(home), qdrant_url=url, qdrant_grpc_port=int(port))
+    return ServerStore.connect(settings, retry=RetryPolicy(8, 0.001, 0.01, 0.01))
 
 
 def replace_round(store, round_number):
@@ -197,12 +206,11 @@ def replace_round(store, round_number):
     return {record_id: [(number, f"g{round_number}") for number in part] for record_id, part in frames.items()}
 
 
-def _kill_somewhere(home, round_number, delay):
+def _kill_somewhere(place, round_number, delay):
     """Start the process and kill it `delay` seconds after its first round; the number of rounds it finished."""
+    folder = str(Path(__file__).parent)
     process = subprocess.Popen(
-        [sys.executable, "-c", _REPLACE_FOR_EVER, str(home), str(__file__).rpartition("/")[0], str(round_number)],
-        stdout=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-c", _REPLACE_FOR_EVER, folder, str(round_number), *place], stdout=subprocess.PIPE, text=True
     )
     with process, process.stdout as lines:
         assert next(lines) == "go\n"
@@ -214,16 +222,39 @@ def _kill_somewhere(home, round_number, delay):
 
 
 @pytest.mark.slow
-def test_a_killed_process_loses_nothing_and_the_next_one_arrives(tmp_path):
-    home, kills, seed = tmp_path / "qdrant", 25, 20260102
-    delays = random.Random(seed)
-    with EdgeStore(home) as store:
+@pytest.mark.parametrize("kills", [25, pytest.param(100, marks=pytest.mark.soak)])
+def test_a_killed_process_loses_nothing_and_the_next_one_arrives(tmp_path, kills):
+    _kill_again_and_again((str(tmp_path / "qdrant"),), kills, most_seconds=0.12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [5, pytest.param(100, marks=pytest.mark.soak)])
+def test_a_process_killed_beside_a_faulty_server_loses_nothing(tmp_path, stand_in, wire, kills):
+    chance = random.Random(20260103)
+
+    def make_faults():
+        stand_in.faults[:] = [wire.Fault("*", chance.choice(_FAULTS), 0.02) for _ in range(3)]
+
+    def end_faults():
+        stand_in.faults.clear()
+        while stand_in.num_at_work:  # what the killed process has asked for is still applied
+            time.sleep(0.01)
+
+    place = (str(tmp_path), stand_in.url, str(stand_in.port))
+    _kill_again_and_again(place, kills, most_seconds=0.6, before=make_faults, after=end_faults)
+
+
+def _kill_again_and_again(place, kills, *, most_seconds, before=lambda: None, after=lambda: None):
+    chance = random.Random(20260102)
+    with open_store(*place) as store:
         store.ensure_collection(SPEC)
         replace_round(store, 0)
     round_number, states = 1, {"one generation": 0, "mixed": 0}
     for _ in range(kills):
-        round_number += _kill_somewhere(home, round_number, delays.uniform(0, 0.12))
-        with EdgeStore(home) as store:
+        before()
+        round_number += _kill_somewhere(place, round_number, chance.uniform(0, most_seconds))
+        after()
+        with open_store(*place) as store:
             store.ensure_collection(SPEC)
             held = _held(store)
             generations = {generation for frames in held.values() for _, generation in frames}

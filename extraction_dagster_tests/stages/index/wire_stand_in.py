@@ -48,6 +48,7 @@ class StandIn:
         self.lock = threading.Lock()
         self.faults: list[Fault] = []
         self.calls: list[str] = []
+        self.num_at_work = 0
         self.keys: set[str] = set()
         self.indexes: dict[str, dict[str, int]] = {}
         self._server = grpc.server(ThreadPoolExecutor(8))
@@ -70,6 +71,20 @@ class StandIn:
     def answer(self, method, context, apply, acknowledged=None):
         """Apply a call, or do to it what the next fault for it says."""
         self.calls.append(method)
+        with self._working():
+            return self._answer(method, context, apply, acknowledged)
+
+    @contextlib.contextmanager
+    def _working(self):
+        with self.lock:
+            self.num_at_work += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.num_at_work -= 1
+
+    def _answer(self, method, context, apply, acknowledged):
         self.keys |= {value for key, value in context.invocation_metadata() if key == "api-key"}
         fault = next((fault for fault in self.faults if fault.method in (method, "*")), None)
         if fault is None:

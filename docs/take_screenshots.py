@@ -1,0 +1,149 @@
+"""Take the pictures of docs/dagster.md from the demo's data, in a real browser: `make screenshots`.
+
+Makes the demo in a temporary folder, starts `dagster dev` there, opens each page in headless Chromium, waits until it
+shows what it is about, and writes docs/screenshots/NAME.png. Needs a Chromium; reads none of your own data.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from playwright.sync_api import sync_playwright
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_BIN = Path(sys.executable).parent
+_TARGET = Path(__file__).with_name("screenshots")
+_BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+_LOCATION = "locations/extraction_dagster"
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A page: where it is, what it has to show before the picture is taken, what is clicked first."""
+
+    name: str
+    path: str
+    shows: tuple[str, ...]
+    clicks: tuple[str, ...] = ()
+    size: tuple[int, int] = field(default=(1400, 900))
+
+
+PICTURES = (
+    Picture("lineage", "asset-groups", ("source_table", "qdrant_points")),
+    Picture("overview", "assets/video_frames", ("Latest check results", "cpu_seconds_decode")),
+    Picture("range", "assets/video_frames?view=partitions&partition=13-112", ("113-208", "VideoOpenError")),
+    Picture("thumbnails", "assets/video_frames?view=partitions&partition=113-208", ("208 at",), ("[Show Markdown]",)),
+    Picture("checks", "assets/qdrant_points?view=checks&checkDetail=points_verified", ("Passed",)),
+    Picture("progress", "assets/extraction_progress", ("Description",)),
+    Picture("sensor", f"{_LOCATION}/sensors/extraction_sensor", ("last_processed_id", "0 runs requested")),
+    Picture("runs", "runs", ("Success",)),
+)
+
+
+def main() -> None:
+    """Make the demo, take every picture."""
+    with tempfile.TemporaryDirectory(prefix="screenshots") as name:
+        folder = Path(name)
+        _run("extraction", "demo", cwd=folder)
+        _run("extraction", "init", cwd=folder)
+        with _dagster_dev(folder) as url, _browser() as browser:
+            _TARGET.mkdir(exist_ok=True)
+            for picture in PICTURES:
+                _take(browser, url, picture)
+
+
+def _run(command: str, *arguments: str, cwd: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "DAGSTER_HOME"}
+    subprocess.run([_BIN / command, *arguments], cwd=cwd, env=environment, check=True)
+
+
+@contextmanager
+def _dagster_dev(folder: Path) -> Iterator[str]:
+    """The webserver and the daemon, until they are not needed any more."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [_BIN / "dagster", "dev", "-w", "workspace.yaml", "--host", "127.0.0.1", "--port", str(port)],
+        cwd=folder,
+        env={**os.environ, "DAGSTER_HOME": str(folder)},
+        start_new_session=True,
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _wait_for_ticks(url)
+        yield url
+    finally:
+        os.killpg(process.pid, signal.SIGINT)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _wait_for_ticks(url: str) -> None:
+    """Until the webserver answers and the sensor has ticked."""
+    query = """{ sensorOrError(sensorSelector: {repositoryName: "__repository__", sensorName: "extraction_sensor",
+                 repositoryLocationName: "extraction_dagster"}) {
+                 ... on Sensor { sensorState { ticks(limit: 2) { id } } } } }"""
+    for _ in range(180):
+        try:
+            ticks = _ask(url, query)["sensorOrError"].get("sensorState", {}).get("ticks", [])
+        except OSError:
+            ticks = []
+        if len(ticks) > 1:
+            return
+        time.sleep(1)
+    sys.exit("dagster dev did not get ready within three minutes.")
+
+
+def _ask(url: str, query: str) -> Any:  # noqa: ANN401 - GraphQL's answer
+    body = json.dumps({"query": query}).encode()
+    request = urllib.request.Request(f"{url}/graphql", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        return json.load(answer)["data"]
+
+
+@contextmanager
+def _browser() -> Iterator[Any]:
+    executable = next(filter(None, map(shutil.which, _BROWSERS)), None)
+    if executable is None:
+        sys.exit(f"No Chromium was found; install one of {', '.join(_BROWSERS)}.")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+def _take(browser: Any, url: str, picture: Picture) -> None:  # noqa: ANN401 - Playwright's browser
+    width, height = picture.size
+    page = browser.new_page(viewport={"width": width, "height": height})
+    page.goto(f"{url}/{picture.path}")
+    for words in picture.clicks:
+        page.get_by_text(words, exact=True).first.click()
+    for words in picture.shows:
+        page.get_by_text(words).first.wait_for(timeout=60_000)
+    page.wait_for_timeout(2500)  # drawings that move into place
+    page.screenshot(path=_TARGET / f"{picture.name}.png")
+    page.close()
+    print(f"Wrote docs/screenshots/{picture.name}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""`dagster dev` on the demo's data, as `make ui` starts it, and a browser that looks at it."""
+
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing, contextmanager
+from http.client import HTTPConnection
+from pathlib import Path
+
+import pytest
+
+BIN = Path(sys.executable).parent
+RUNS_QUERY = """query ($tags: [ExecutionTag!]) { runsOrError(filter: {tags: $tags}) { ... on Runs { results {
+    runId status assetMaterializations { assetKey { path } } } } } }"""
+QUICK = {
+    "EXTRACTION_SENSOR_INTERVAL_SECONDS": "2",
+    "EXTRACTION_MAX_WAIT_SECONDS": "1",
+    "EXTRACTION_RUN_RETRY_DELAY_SECONDS": "2",
+}
+
+
+class DagsterDev:
+    """A folder with the demo's data, and `dagster dev` at work there."""
+
+    def __init__(self, folder, get_browser):
+        self.folder, self.url, self._get_browser = folder, "", get_browser
+
+    def run(self, *command):
+        """Run a command as a user would type it."""
+        done = subprocess.run(
+            [BIN / command[0], *command[1:]],
+            cwd=self.folder,
+            env={**os.environ, **QUICK, "DAGSTER_HOME": str(self.folder), "NO_COLOR": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def rows(self, sql):
+        with closing(sqlite3.connect(self.folder / ".extraction" / "source.db", timeout=60)) as connection, connection:
+            return connection.execute(sql).fetchall()
+
+    def ask(self, query, **variables):
+        body = json.dumps({"query": query, "variables": variables}).encode()
+        connection = HTTPConnection(self.url.removeprefix("http://"), timeout=30)
+        with closing(connection):
+            connection.request("POST", "/graphql", body, {"Content-Type": "application/json"})
+            return json.load(connection.getresponse())["data"]
+
+    def runs(self, partition):
+        """A partition's runs, the newest first: (state, the assets that it materialized)."""
+        found = self.ask(RUNS_QUERY, tags=[{"key": "dagster/partition", "value": partition}])
+        return [
+            (run["status"], [event["assetKey"]["path"][-1] for event in run["assetMaterializations"]])
+            for run in found["runsOrError"]["results"]
+        ]
+
+    @contextmanager
+    def page(self, path):
+        """An open page. It polls and draws: close it before waiting for runs, which it would starve."""
+        page = self._get_browser().new_page(viewport={"width": 1500, "height": 950})
+        try:
+            page.goto(f"{self.url}/{path}")
+            yield page
+        finally:
+            page.close()
+
+    def wait(self, ready, *, seconds, what):
+        """Wait for the first true answer; errors on the way count as no."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            try:
+                if answer := ready():
+                    return answer
+            except OSError:
+                pass
+            time.sleep(0.3)
+        log = "\n".join((self.folder / "dev.log").read_text().splitlines()[-40:])
+        pytest.fail(f"waited {seconds} s in vain until {what}\n{log}")
+
+
+@pytest.fixture(scope="module")
+def dagster_dev(request, tmp_path_factory, demo_folder):
+    folder = tmp_path_factory.mktemp("dev")
+    (folder / ".extraction").mkdir()
+    (folder / ".extraction" / "videos").symlink_to(demo_folder)
+    for name in ("dagster.yaml", "workspace.yaml"):
+        (folder / name).write_text((Path(__file__).parents[2] / name).read_text())
+    dev = DagsterDev(folder, lambda: request.getfixturevalue("browser"))
+    dev.run("extraction", "demo")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with (folder / "dev.log").open("w") as log:
+        process = subprocess.Popen(
+            [BIN / "dagster", "dev", "-w", "workspace.yaml", "--host", "127.0.0.1", "--port", str(port)],
+            cwd=folder,
+            env={**os.environ, **QUICK, "DAGSTER_HOME": str(folder)},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    dev.url = f"http://127.0.0.1:{port}"
+    try:
+        dev.wait(lambda: dev.ask("{ version }"), seconds=90, what="the webserver answers")
+        yield dev
+    finally:
+        os.killpg(process.pid, signal.SIGINT)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:  # it waits for calls that its code server still answers
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()

@@ -1,0 +1,142 @@
+"""What a person sees and clicks in Dagster's pages, in a real browser, and Dagster's own commands beside it."""
+
+import json
+
+import pytest
+
+pytestmark = pytest.mark.slow
+ALL_THREE = ["video_frames", "frame_embeddings", "qdrant_points"]
+SUCCESS = ("SUCCESS", ALL_THREE)
+COPIES = """WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < 39)
+            INSERT INTO insta_content (id, platform, code, path)
+            SELECT 300 + 4 * i + id - 201, platform, code, path FROM insta_content, n WHERE id BETWEEN 201 AND 204"""
+NEWEST_RUN = "{ runsOrError(limit: 1) { ... on Runs { results { runId } } } }"
+# Dagster's own words at its first start in a folder.
+FIRST_START = ("Function `dev_command` is superseded", "No cursor for event type DagsterEventType.RUN_")
+
+
+def test_dagster_dev_starts_without_a_warning(dagster_dev):
+    said = (dagster_dev.folder / "dev.log").read_text()
+    assert "Serving dagster-webserver" in said
+    ours = [line for line in said.splitlines() if not any(words in line for words in FIRST_START)]
+    assert [line for line in ours if "warning" in line.lower() or "error" in line.lower()] == []
+
+
+def test_a_range_that_was_never_registered_can_be_launched(dagster_dev):
+    tags = json.dumps({"dagster/partition": "2-7"})
+    dagster_dev.run("dagster", "job", "launch", "-w", "workspace.yaml", "-j", "extraction_job", "--tags", tags)
+    dagster_dev.wait(lambda: dagster_dev.runs("2-7") == [SUCCESS], seconds=120, what="the run has succeeded")
+
+
+def test_a_malformed_range_fails_its_run_and_says_why(dagster_dev):
+    tags = json.dumps({"dagster/partition": "seven"})
+    dagster_dev.run("dagster", "job", "launch", "-w", "workspace.yaml", "-j", "extraction_job", "--tags", tags)
+    dagster_dev.wait(lambda: dagster_dev.runs("seven") == [("FAILURE", [])], seconds=120, what="the run has failed")
+    assert "'seven' is not a range of ids" in (dagster_dev.folder / "dev.log").read_text()
+
+
+def test_a_backfill_of_two_ranges_from_the_command_line_succeeds(dagster_dev):
+    before = {key: len(dagster_dev.runs(key)) for key in ("1-12", "13-112")}
+    command = ("dagster", "job", "backfill", "-w", "workspace.yaml", "-j", "extraction_job", "--noprompt")
+    dagster_dev.run(*command, "--partitions", ",".join(before))
+    for key, number in before.items():
+        wait_for_successes(dagster_dev, key, number + 1)
+
+
+def wait_for_successes(dagster_dev, key, number):
+    dagster_dev.wait(
+        lambda: dagster_dev.runs(key) == [SUCCESS] * number, seconds=180, what=f"{number} runs of {key} have succeeded"
+    )
+
+
+@pytest.mark.browser
+def test_the_lineage_reads_from_the_table_to_the_points(dagster_dev):
+    with dagster_dev.page("asset-groups") as page:
+        boxes = [page.locator("foreignObject").filter(has_text=name).first for name in ("source_table", *ALL_THREE)]
+        for box in boxes:
+            box.wait_for()
+        lefts = [box.bounding_box()["x"] for box in boxes]
+        assert lefts == sorted(lefts)
+        assert len(set(lefts)) == 4
+
+
+@pytest.mark.browser
+def test_the_partitions_show_what_is_covered_and_what_failed_in_a_range(dagster_dev):
+    with dagster_dev.page("assets/video_frames?view=partitions&partition=13-112") as page:
+        for key in ("1-12", "13-112", "113-208"):
+            page.get_by_text(key, exact=True).first.wait_for()
+        page.get_by_text("Materialized", exact=True).first.wait_for()
+        table = page.get_by_role("table").filter(has_text="VideoOpenError").last
+        table.wait_for()
+        cells = [cell.inner_text() for cell in table.get_by_role("cell").all()]
+        assert cells[:4] == ["108", "parked", "1", "VideoOpenError"]  # since an earlier run
+
+
+@pytest.mark.browser
+def test_a_materialization_shows_numbers_and_thumbnails(dagster_dev):
+    with dagster_dev.page("assets/video_frames?view=partitions&partition=113-208") as page:
+        for name in ("frames_per_second", "cpu_seconds_decode", "bytes"):
+            page.get_by_text(name, exact=True).first.wait_for()
+        page.get_by_text("[Show Markdown]").first.click()
+        pictures = page.get_by_role("dialog").locator("img")
+        pictures.first.wait_for()
+        sizes = pictures.evaluate_all("images => images.map(image => [image.complete, image.naturalWidth > 20])")
+        assert sizes == [[True, True]] * 8
+
+
+@pytest.mark.browser
+def test_the_checks_say_that_the_points_are_right(dagster_dev):
+    with dagster_dev.page("assets/qdrant_points?view=checks&checkDetail=points_verified") as page:
+        page.get_by_text("This is a blocking asset check").first.wait_for()
+        page.get_by_text("Passed", exact=True).first.wait_for()
+
+
+@pytest.mark.browser
+def test_the_sensors_page_shows_its_cursor(dagster_dev):
+    with dagster_dev.page("locations/extraction_dagster/sensors/extraction_sensor") as page:
+        page.get_by_text('"last_processed_id": 208').first.wait_for()
+        page.get_by_text("0 runs requested").first.wait_for()
+
+
+@pytest.mark.browser
+def test_a_backfill_of_two_ranges_from_the_browser_succeeds(dagster_dev):
+    before = {key: len(dagster_dev.runs(key)) for key in ("13-112", "113-208")}
+    with dagster_dev.page("locations/extraction_dagster/jobs/extraction_job") as page:
+        page.get_by_role("button", name="Materialize").first.click()
+        dialog = page.get_by_role("dialog")
+        dialog.get_by_text("Select a partition or create one").click()
+        for key in before:
+            page.get_by_role("menuitem").filter(has_text=key).get_by_text(key, exact=True).first.click()
+        page.keyboard.press("Escape")
+        dialog.get_by_role("button", name="Launch backfill").click()
+        page.get_by_text("Launch runs to materialize").wait_for(state="hidden")
+    for key, number in before.items():
+        wait_for_successes(dagster_dev, key, number + 1)
+    with dagster_dev.page("assets/qdrant_points?view=partitions&partition=113-208") as page:
+        page.get_by_text("Materialized", exact=True).first.wait_for()
+
+
+@pytest.mark.browser
+def test_a_terminated_run_leaves_what_is_done_and_its_range_goes_on(dagster_dev):
+    dagster_dev.rows(COPIES)  # 160 further videos: work for a while
+    (key,) = dagster_dev.wait(
+        lambda: [key for key in partitions(dagster_dev) if key.startswith("209-")], seconds=60, what="a range was cut"
+    )
+    begun = "SELECT count(*) FROM insta_content WHERE id >= 300 AND is_extracted"
+    dagster_dev.wait(lambda: dagster_dev.rows(begun)[0][0] > 0, seconds=90, what="its run has marked a row")
+    (run,) = dagster_dev.ask(NEWEST_RUN)["runsOrError"]["results"]
+    with dagster_dev.page(f"runs/{run['runId']}") as page:
+        page.get_by_role("button", name="Terminate").click()
+        page.get_by_role("dialog").get_by_role("button", name="Terminate").click()
+        page.get_by_role("dialog").get_by_text("1 run").first.wait_for()
+    dagster_dev.wait(lambda: dagster_dev.runs(key)[-1][0] == "CANCELED", seconds=60, what="the run was terminated")
+    left = "SELECT count(*) FROM insta_content WHERE id >= 300 AND NOT is_embedded"
+    dagster_dev.wait(lambda: dagster_dev.rows(left) == [(0,)], seconds=240, what="every row is done")
+    dagster_dev.wait(lambda: dagster_dev.runs(key)[0] == SUCCESS, seconds=60, what="the next run has succeeded")
+    done = dagster_dev.rows("SELECT state, count(*) FROM extraction_ledger WHERE record_id >= 300 GROUP BY 1")
+    assert done == [("done", 160)]
+
+
+def partitions(dagster_dev):
+    query = """{ assetNodeOrError(assetKey: {path: ["qdrant_points"]}) { ... on AssetNode { partitionKeys } } }"""
+    return dagster_dev.ask(query)["assetNodeOrError"]["partitionKeys"]
