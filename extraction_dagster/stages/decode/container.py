@@ -30,8 +30,16 @@ if TYPE_CHECKING:
     from extraction_dagster.stages.decode.video_file import VideoFile
 
 CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif,mxf"
+# Codecs whose parameters an MP4 has beside its packets, where decoding begins without a look at any of them.
+_CARRIED = frozenset({"h264", "hevc", "mpeg4"})
+_FTYP = slice(4, 8)
+_MOST_STREAMS = 16  # whose packets are left alone while they are opened; of more, the others' are looked at
 _MICROSECONDS = 1_000_000
 _MAX_ASPECT = 8.0
+
+
+class ProbeNeededError(Exception):
+    """What the container says is not enough: its packets must be looked at; caught here, never seen outside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,26 +51,42 @@ class OpenVideo:
         container: The open container.
         stream: The chosen stream; its codec context is set to one thread.
         claimed_seconds: The duration that the container claims for the stream; None when it claims nothing.
-        sample_aspect: Width of a pixel over its height, as shown.
     """
 
     file: VideoFile
     container: InputContainer
     stream: VideoStream
     claimed_seconds: float | None
-    sample_aspect: float
 
     @property
     def path(self) -> Path:
         """The file's name."""
         return self.file.path
 
+    @property
+    def sample_aspect(self) -> float:
+        """Width of a pixel over its height, as shown, once a frame was decoded; 1 when it is unset or nonsense."""
+        ratio = self.stream.sample_aspect_ratio or self.stream.codec_context.sample_aspect_ratio
+        aspect = float(ratio) if ratio else 1.0
+        return aspect if 1 / _MAX_ASPECT <= aspect <= _MAX_ASPECT else 1.0
+
+
+def may_do_without_probe(file: VideoFile) -> bool:
+    """Whether it is an MP4 or a QuickTime file, by its first bytes."""
+    return file.reading().read(_FTYP.stop)[_FTYP] == b"ftyp"
+
 
 @contextmanager
-def open_video(file: VideoFile, limits: DecodeLimits) -> Iterator[OpenVideo]:
+def open_video(file: VideoFile, limits: DecodeLimits, *, probe: bool = True) -> Iterator[OpenVideo]:
     """Take an open file for a video and choose its stream.
 
+    Args:
+        file: The file.
+        limits: What it may need.
+        probe: Decode the first frames to find out what the container does not say, which costs a keyframe at least.
+
     Raises:
+        ProbeNeededError: Without `probe`, it has several video streams, or one whose codec may want it.
         VideoOpenError: The file is no complete video.
         VideoFormatError: The file is of a kind that is never opened.
         NoVideoStreamError: It holds no moving pictures.
@@ -74,20 +98,29 @@ def open_video(file: VideoFile, limits: DecodeLimits) -> Iterator[OpenVideo]:
     path = file.path
     # The pixel limit reaches the codecs too, which are run to find out a stream's parameters.
     options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS, "max_pixels": str(limits.max_pixels)}
+    unprobed = {"options": options | {"probesize": "32"}, "stream_options": [{"skip_frame": "all"}] * _MOST_STREAMS}
     try:
-        container = av.open(file.reading(), "r", options=options, metadata_errors="replace")
+        container = av.open(
+            file.reading(), "r", metadata_errors="replace", **({"options": options} if probe else unprobed)
+        )
     except av.error.FFmpegError as error:
         raise_out_of_memory(error)
         if error.errno == errno.EINVAL:
             raise VideoFormatError(str(path), CONTAINERS) from error
         raise VideoOpenError(str(path), error.strerror or type(error).__name__) from error
+    except ValueError as error:  # streams that show themselves only by their packets
+        if probe:
+            raise
+        raise ProbeNeededError from error
     with container:
+        if not (probe or _says_enough(container)):
+            raise ProbeNeededError
         stream = _choose_stream(path, container)
         _check_stream(path, stream, limits)
         context = stream.codec_context
         context.thread_count = 1
         context.options = {"max_pixels": str(limits.max_pixels)}
-        yield OpenVideo(file, container, stream, _claimed_seconds(container, stream), _sample_aspect(stream))
+        yield OpenVideo(file, container, stream, _claimed_seconds(container, stream))
 
 
 def raise_out_of_memory(error: Exception) -> None:
@@ -98,6 +131,11 @@ def raise_out_of_memory(error: Exception) -> None:
     """
     if getattr(error, "errno", None) == errno.ENOMEM:
         raise MemoryError from error
+
+
+def _says_enough(container: InputContainer) -> bool:
+    streams = container.streams.video
+    return len(streams) == 1 and streams[0].codec_context is not None and streams[0].codec_context.name in _CARRIED
 
 
 def _choose_stream(path: Path, container: InputContainer) -> VideoStream:
@@ -153,10 +191,3 @@ def _clock_seconds(clock: str) -> float:
         return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
     except ValueError:
         return 0.0
-
-
-def _sample_aspect(stream: VideoStream) -> float:
-    """The pixel's aspect; 1 when it is unset or nonsense."""
-    ratio = stream.sample_aspect_ratio
-    aspect = float(ratio) if ratio else 1.0
-    return aspect if 1 / _MAX_ASPECT <= aspect <= _MAX_ASPECT else 1.0

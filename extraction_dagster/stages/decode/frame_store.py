@@ -32,6 +32,7 @@ from extraction_dagster.stages.decode.frame_shard import (
     record_of,
     to_parquet,
 )
+from extraction_dagster.stages.decode.geometry import SCALING
 from extraction_dagster.stages.decode.jpeg import SUBSAMPLING
 from extraction_dagster.stages.decode.quality import Quality
 from extraction_dagster.stages.decode.sampling import Sampling
@@ -62,6 +63,7 @@ def frames_fingerprint(settings: Settings, *, sampling: Sampling | None = None, 
         decoder=settings.decoder,
         sampling=(sampling or Sampling.from_settings(settings)).identity,
         short_side_px=settings.short_side_px,
+        scaling=SCALING,
         jpeg_quality=settings.jpeg_quality,
         jpeg_subsampling=SUBSAMPLING,
         **({"quality": steps} if steps else {}),  # without a step, nothing that could differ

@@ -8,13 +8,19 @@ the frames are those of a full sequential decode, always.
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from extraction_dagster.errors import VideoDecodeError
+from extraction_dagster.errors import ExtractionError, VideoDecodeError
 from extraction_dagster.records import FrameBatch
-from extraction_dagster.stages.decode.container import open_video, raise_out_of_memory
+from extraction_dagster.stages.decode.container import (
+    ProbeNeededError,
+    may_do_without_probe,
+    open_video,
+    raise_out_of_memory,
+)
 from extraction_dagster.stages.decode.decoder import DecodedVideo, shortfall
 from extraction_dagster.stages.decode.geometry import Geometry
 from extraction_dagster.stages.decode.packets import fed_packets, read_packets
@@ -52,15 +58,20 @@ class PyAVDecoder:
     def decode(self, video: Path, *, sampling: Sampling, short_side_px: int, limits: DecodeLimits) -> DecodedVideo:
         """Decode the frames shown at the sampled times; see `Decoder.decode`."""
         with open_file(video) as file:
+            if may_do_without_probe(file):
+                with suppress(UnplannedError, ProbeNeededError, ExtractionError):  # the next attempt finds it as well
+                    return _decode_planned(file, sampling, short_side_px, limits, probe=False)
             try:
-                return _decode_planned(file, sampling, short_side_px, limits)
+                return _decode_planned(file, sampling, short_side_px, limits, probe=True)
             except UnplannedError as unplanned:
                 logger.debug("Decoding %r from its beginning: %s.", str(video), unplanned)
                 return decode_sequentially(file, sampling, short_side_px, limits)
 
 
-def _decode_planned(file: VideoFile, sampling: Sampling, short_side_px: int, limits: DecodeLimits) -> DecodedVideo:
-    with open_video(file, limits) as video:
+def _decode_planned(
+    file: VideoFile, sampling: Sampling, short_side_px: int, limits: DecodeLimits, *, probe: bool
+) -> DecodedVideo:
+    with open_video(file, limits, probe=probe) as video:
         index = read_packets(video, limits)
         if len(index) == 0:
             raise VideoDecodeError(str(file.path), listed_frames=video.stream.frames, why=index.stopped or "no packet")

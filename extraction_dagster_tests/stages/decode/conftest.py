@@ -205,17 +205,24 @@ class Truth:
         return max([number for number, at in enumerate(self.seconds) if at <= target + 1e-6], default=0)
 
 
+def own_picture(frame, width=None, height=None):
+    """The library's own picture of a frame, RGB."""
+    from av.video.reformatter import Interpolation
+
+    area = Interpolation.AREA | Interpolation.ACCURATE_RND
+    return frame.reformat(width, height, format="gbrp", interpolation=area, threads=1).to_ndarray()
+
+
 def decode_everything(path: Path) -> Truth:
     """Decode the first video stream from beginning to end with the library's own loop."""
     import av
-    from av.video.reformatter import Interpolation, VideoReformatter
 
-    shown, scaler = [], VideoReformatter()
+    shown = []
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
         for frame in container.decode(stream):
-            image = scaler.reformat(frame, format="rgb24", interpolation=Interpolation.AREA, threads=1).to_ndarray()
+            image = own_picture(frame)
             ticks = frame.pts if frame.pts is not None else frame.dts
             shown.append((None if ticks is None else ticks * stream.time_base, image, frame.key_frame))
         gap = round(1 / stream.average_rate / stream.time_base) * stream.time_base
@@ -225,6 +232,12 @@ def decode_everything(path: Path) -> Truth:
     seconds = np.array([float(known[number] - known[order[0]]) for number in order])
     keyframes = [place for place, number in enumerate(order) if shown[number][2]]
     return Truth(seconds, [shown[number][1] for number in order], keyframes)
+
+
+@pytest.fixture(scope="session")
+def picture_of() -> Callable[..., np.ndarray]:
+    """Gives the library's own picture of a frame, at a size or at its own."""
+    return own_picture
 
 
 @pytest.fixture(scope="session")

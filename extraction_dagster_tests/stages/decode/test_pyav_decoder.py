@@ -1,9 +1,11 @@
 import logging
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 
 from extraction_dagster.errors import VideoTooLargeError
+from extraction_dagster.stages.decode import pyav_decoder
 from extraction_dagster.stages.decode.container import open_video
 from extraction_dagster.stages.decode.decoder import DecodeLimits
 from extraction_dagster.stages.decode.packets import read_packets
@@ -65,17 +67,55 @@ def test_every_single_frame_can_be_had_alone(clip_name, clip_path, truth_of, num
         assert numbers == [number_in(image) for image in truth.pictures]
 
 
-def test_scaling_is_by_area_in_one_step(clip_path):
+def test_scaling_is_by_area_in_one_step(clip_path, picture_of):
     import av
-    from av.video.reformatter import Interpolation
 
     path = clip_path("h264 wide pixels")
     video = decode(path, sampling=Sampling("uniform", num_frames=1), short_side_px=56)
     with av.open(str(path)) as container:
         frames = list(container.decode(video=0))
     number = int(video.frames.frame_number[0])
-    expected = frames[number].reformat(160, 56, "rgb24", interpolation=Interpolation.AREA).to_ndarray()
-    assert np.array_equal(video.frames.data[0], expected)
+    assert np.array_equal(video.frames.data[0], picture_of(frames[number], 160, 56))
+
+
+def test_an_mp4_of_a_common_codec_is_opened_without_decoding_its_first_frames(clip_path, monkeypatch):
+    probed = []
+
+    @contextmanager
+    def noting(file, limits, *, probe=True):
+        probed.append(probe)
+        with open_video(file, limits, probe=probe) as video:
+            yield video
+
+    monkeypatch.setattr(pyav_decoder, "open_video", noting)
+    for name in ("h264", "h264 fragmented", "hevc 10-bit", "mpeg4 odd size"):
+        decode(clip_path(name))
+    assert probed == [False] * 4
+    decode(clip_path("vp9"))
+    assert probed[4:] == [True]
+
+
+def test_the_pixel_aspect_is_found_where_the_codec_alone_knows_it(clip_path, tmp_path):
+    content = clip_path("h264 wide pixels").read_bytes()
+    assert content.count(b"pasp") == 1
+    path = tmp_path / "no_pasp.mp4"
+    path.write_bytes(content.replace(b"pasp", b"free"))
+    sampling = Sampling("uniform", num_frames=3)
+    expected = decode(clip_path("h264 wide pixels"), sampling=sampling).frames.data
+    assert np.array_equal(decode(path, sampling=sampling).frames.data, expected)
+
+
+def test_a_size_that_the_container_gets_wrong_is_the_codecs(clip_path, tmp_path):
+    content = bytearray(clip_path("h264").read_bytes())
+    at = content.index(b"avc1", content.index(b"stsd")) + 28  # width and height of the sample entry
+    content[at : at + 4] = (16).to_bytes(2, "big") * 2
+    path = tmp_path / "small.mp4"
+    path.write_bytes(content)
+    with open_file(path) as file:
+        expected = decode_sequentially(file, Sampling("uniform", num_frames=16), 500, DecodeLimits())
+    assert np.array_equal(decode(path).frames.data, expected.frames.data)
+    with pytest.raises(VideoTooLargeError):
+        decode(path, max_pixels=5_000)
 
 
 def test_ordinary_videos_are_planned_and_odd_ones_decoded_from_their_beginning(clip_name, clip_path, caplog):
@@ -132,7 +172,7 @@ def test_packets_past_the_limit_are_not_kept(clip_path):
         assert (None if index.kept is None else len(index.kept)) == kept
 
 
-def test_damaged_frames_are_those_of_a_full_decode_and_flagged(clip_path, tmp_path):
+def test_damaged_frames_are_those_of_a_full_decode_and_flagged(clip_path, tmp_path, picture_of):
     import av
 
     content = bytearray(clip_path("h264").read_bytes())
@@ -147,13 +187,13 @@ def test_damaged_frames_are_those_of_a_full_decode_and_flagged(clip_path, tmp_pa
         context.thread_count = 1
         for packet in container.demux(video=0):
             try:
-                shown += [frame.reformat(format="rgb24", interpolation="AREA") for frame in context.decode(packet)]
+                shown += [picture_of(frame) for frame in context.decode(packet)]
             except av.error.InvalidDataError:
                 continue
     video = decode(path, sampling=Sampling("fps", fps=24.0))
     assert video.partial is not None
     assert "damaged" in video.partial
-    assert np.array_equal(video.frames.data, np.stack([frame.to_ndarray() for frame in shown]))
+    assert np.array_equal(video.frames.data, np.stack(shown))
 
 
 def test_cover_art_is_no_video_and_the_largest_track_is_the_video(tmp_path, clip_path, number_in):

@@ -245,6 +245,10 @@ def slideshow(tmp_path_factory):
     return path
 
 
+# Colours have half the rows: interpolated, they reach a row into each bar; decord repeats them instead.
+REACHED_ROWS = {"pyav": 2, "decord": 0}
+
+
 @pytest.mark.parametrize("decoder", ["pyav", "decord"])
 @pytest.mark.parametrize(
     ("sampling", "quality", "numbers", "height"),
@@ -260,6 +264,7 @@ def slideshow(tmp_path_factory):
 def test_a_job_applies_the_steps_to_what_its_decoder_gives(slideshow, decoder, sampling, quality, numbers, height):  # noqa: PLR0913, PLR0917 - a table
     job = DecodeJob(7, "v1", str(slideshow), decoder=decoder, sampling=sampling, quality=quality)
     frames = decode_job(job)
+    height += REACHED_ROWS[decoder] if quality.crop_bars else 0
     assert frames.frame_number.tolist() == numbers
     assert frames.pts_seconds.tolist() == [number / 4 for number in numbers]
     assert (frames.width_px, frames.height_px) == (160, height)
