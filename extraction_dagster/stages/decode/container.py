@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from av.container import InputContainer
+    from av.packet import Packet
     from av.video.stream import VideoStream
 
     from extraction_dagster.stages.decode.decoder import DecodeLimits
@@ -121,6 +122,18 @@ def open_video(file: VideoFile, limits: DecodeLimits, *, probe: bool = True) -> 
         context.thread_count = 1
         context.options = {"max_pixels": str(limits.max_pixels)}
         yield OpenVideo(file, container, stream, _claimed_seconds(container, stream))
+
+
+def packets_of(video: OpenVideo) -> Iterator[Packet[VideoStream]]:
+    """The packets of the stream that have content, in decode order, from where reading stands.
+
+    Raises:
+        av.error.FFmpegError: The file can't be read on.
+    """
+    try:
+        yield from (packet for packet in video.container.demux(video.stream) if packet.size)
+    except IndexError:  # PyAV 18, at the end, where a stream turned up in mid-file: nothing is left to read
+        return
 
 
 def raise_out_of_memory(error: Exception) -> None:

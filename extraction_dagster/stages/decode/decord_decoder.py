@@ -6,6 +6,7 @@ docs/adr/0001. The container's whitelist and the limits are the same as for the 
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from extraction_dagster.errors import DecoderMissingError, VideoDecodeError, VideoTooLongError
 from extraction_dagster.records import FrameBatch
-from extraction_dagster.stages.decode.container import open_video, raise_out_of_memory
+from extraction_dagster.stages.decode.container import open_video, packets_of, raise_out_of_memory
 from extraction_dagster.stages.decode.decoder import DecodedVideo, shortfall
 from extraction_dagster.stages.decode.geometry import Geometry
 from extraction_dagster.stages.decode.sampling import select_frames
@@ -85,7 +86,8 @@ def _shown_size(video: OpenVideo, short_side_px: int) -> tuple[int, int]:
     import av
 
     try:
-        for frame in video.container.decode(video.stream):
+        decode = video.stream.codec_context.decode
+        for frame in itertools.chain.from_iterable(map(decode, itertools.chain(packets_of(video), [None]))):
             geometry = Geometry.of(frame, sample_aspect=video.sample_aspect, short_side_px=short_side_px)
             return geometry.shown_size
         why = "no packet gave a frame"

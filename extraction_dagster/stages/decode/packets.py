@@ -9,13 +9,14 @@ to show 2: feed I0 P3 B1 B2;  to show 6: feed I6 alone;  to show 5: start at I0,
 from __future__ import annotations
 
 import bisect
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from extraction_dagster.errors import VideoEncryptedError, VideoTooLongError
-from extraction_dagster.stages.decode.container import open_video, raise_out_of_memory
+from extraction_dagster.stages.decode.container import open_video, packets_of, raise_out_of_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -124,9 +125,8 @@ def read_packets(video: OpenVideo, limits: DecodeLimits) -> PacketIndex:
     import av
 
     try:
-        for packet in video.container.demux(video.stream):
-            if packet.size:
-                builder.add(packet)
+        for packet in packets_of(video):
+            builder.add(packet)
     except av.error.FFmpegError as error:
         raise_out_of_memory(error)
         stopped = error.strerror or type(error).__name__
@@ -144,12 +144,7 @@ def fed_packets(video: OpenVideo, index: PacketIndex, limits: DecodeLimits) -> I
 
 def read_again(video: OpenVideo, count: int) -> Iterator[Packet[VideoStream]]:
     """The first `count` packets of a freshly opened video: those that the first reading saw."""
-    for packet in video.container.demux(video.stream):
-        if packet.size:
-            yield packet
-            count -= 1
-            if count == 0:
-                return
+    return itertools.islice(packets_of(video), count)
 
 
 class _Builder:

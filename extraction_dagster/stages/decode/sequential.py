@@ -14,7 +14,7 @@ import numpy as np
 
 from extraction_dagster.errors import VideoDecodeError, VideoTooLongError
 from extraction_dagster.records import FrameBatch
-from extraction_dagster.stages.decode.container import open_video, raise_out_of_memory
+from extraction_dagster.stages.decode.container import open_video, packets_of, raise_out_of_memory
 from extraction_dagster.stages.decode.decoder import DecodedVideo, shortfall
 from extraction_dagster.stages.decode.geometry import Geometry
 from extraction_dagster.stages.decode.sampling import select_frames
@@ -122,11 +122,11 @@ def _decode_all(video: OpenVideo, tally: _Tally) -> Iterator[VideoFrame]:
     import av
 
     context = video.stream.codec_context
-    packets = video.container.demux(video.stream)
+    packets = packets_of(video)
     draining = False
     while not draining:
         try:
-            packet = next((packet for packet in packets if packet.size), None)
+            packet = next(packets, None)
         except av.error.FFmpegError as error:
             raise_out_of_memory(error)
             packet, tally.stopped = None, error.strerror or type(error).__name__

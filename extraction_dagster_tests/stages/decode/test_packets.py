@@ -1,7 +1,10 @@
-"""What a packet's own bytes say of its frame."""
+"""What a packet's own bytes say of its frame, and where packets end."""
+
+from types import SimpleNamespace
 
 import pytest
 
+from extraction_dagster.stages.decode.container import packets_of
 from extraction_dagster.stages.decode.packets import _is_hidden_vp9
 
 
@@ -32,3 +35,14 @@ def test_a_vp9_frame_for_reference_alone_is_known_by_its_first_byte(content, hid
     import av
 
     assert _is_hidden_vp9(av.Packet(content)) is hidden
+
+
+def test_a_stream_that_turns_up_in_mid_file_ends_the_reading_and_nothing_else():
+    """PyAV asks for that stream, which it does not know, when all packets have been read."""
+
+    def demux(_stream):
+        yield from [SimpleNamespace(size=size, number=number) for number, size in enumerate([7, 0, 9])]
+        [].pop()
+
+    video = SimpleNamespace(container=SimpleNamespace(demux=demux), stream=None)
+    assert [packet.number for packet in packets_of(video)] == [0, 2]
