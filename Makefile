@@ -7,8 +7,9 @@ MAKEFLAGS += --no-print-directory
 
 PYTHON ?= python3
 PORT ?= 3000
-# In CI the branch coverage is printed too. A file's tests stay in one worker, so that its fixtures are made once.
-PYTEST_ARGS ?= -n logical --dist loadfile $(if $(CI),--cov --cov-report=term)
+# In CI the branch coverage is printed too. A file's tests stay in one worker, so that its fixtures are made once; files go in
+# their order, for else those of few tests, the slowest, would all come last.
+PYTEST_ARGS ?= -n logical --dist loadfile --no-loadscope-reorder $(if $(CI),--cov --cov-report=term)
 
 VENV := .venv
 STAMP := $(VENV)/.installed

@@ -17,7 +17,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,14 +45,14 @@ class Picture:
 
 
 PICTURES = (
-    Picture("lineage", "asset-groups", ("source_table", "qdrant_points")),
+    Picture("lineage", "asset-groups", ("source_table", "qdrant_points"), size=(2000, 760)),
     Picture("overview", "assets/video_frames", ("Latest check results", "cpu_seconds_decode")),
     Picture("range", "assets/video_frames?view=partitions&partition=13-112", ("113-208", "VideoOpenError")),
     Picture("thumbnails", "assets/video_frames?view=partitions&partition=113-208", ("208 at",), ("[Show Markdown]",)),
     Picture("checks", "assets/qdrant_points?view=checks&checkDetail=points_verified", ("Passed",)),
-    Picture("progress", "assets/extraction_progress", ("Description",)),
     Picture("sensor", f"{_LOCATION}/sensors/extraction_sensor", ("last_processed_id", "0 runs requested")),
     Picture("runs", "runs", ("Success",)),
+    Picture("progress", "assets/extraction_progress", ("lag_rows",), ("Plots",)),
 )
 
 
@@ -82,7 +82,7 @@ def _dagster_dev(folder: Path) -> Iterator[str]:
     process = subprocess.Popen(
         [_BIN / "dagster", "dev", "-w", "workspace.yaml", "--host", "127.0.0.1", "--port", str(port)],
         cwd=folder,
-        env={**os.environ, "DAGSTER_HOME": str(folder)},
+        env={**os.environ, "DAGSTER_HOME": str(folder), "EXTRACTION_PROGRESS_INTERVAL_SECONDS": "30"},
         start_new_session=True,
     )
     url = f"http://127.0.0.1:{port}"
@@ -98,17 +98,21 @@ def _dagster_dev(folder: Path) -> Iterator[str]:
 
 
 def _wait_for_ticks(url: str) -> None:
-    """Until the webserver answers and the sensor has ticked."""
+    """Until the webserver answers, the sensor has ticked, and progress says that nothing is left."""
     query = """{ sensorOrError(sensorSelector: {repositoryName: "__repository__", sensorName: "extraction_sensor",
                  repositoryLocationName: "extraction_dagster"}) {
-                 ... on Sensor { sensorState { ticks(limit: 2) { id } } } } }"""
+                 ... on Sensor { sensorState { ticks(limit: 2) { id } } } }
+                 assetOrError(assetKey: {path: ["extraction_progress"]}) { ... on Asset {
+                 assetMaterializations(limit: 1) {
+                 metadataEntries { label ... on IntMetadataEntry { intValue } } } } } }"""
     for _ in range(180):
-        try:
-            ticks = _ask(url, query)["sensorOrError"].get("sensorState", {}).get("ticks", [])
-        except OSError:
-            ticks = []
-        if len(ticks) > 1:
-            return
+        with suppress(OSError):
+            found = _ask(url, query)
+            ticks = found["sensorOrError"].get("sensorState", {}).get("ticks", [])
+            reports = found["assetOrError"].get("assetMaterializations", [])
+            numbers = [(entry["label"], entry.get("intValue")) for one in reports for entry in one["metadataEntries"]]
+            if len(ticks) > 1 and ("lag_rows", 0) in numbers:
+                return
         time.sleep(1)
     sys.exit("dagster dev did not get ready within three minutes.")
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from extraction_dagster.stages.catalog.ledger import LedgerEntry
 
 MOST_FAILURES_SHOWN = 100
-_LONGEST_MESSAGE = 200
+_LONGEST_MESSAGE = 400
 # The UI breaks lines between words only: a path would push the table out of the page.
 _LONG_WORD = re.compile(r"[^\s'\"]{20,}")
 _WORD_END = 18

@@ -16,7 +16,6 @@ SECRET = "T0B0canary"  # noqa: S105 - it must not be seen anywhere
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     monkeypatch.setattr(post, "_WAIT_SECONDS", 0.01)
-    monkeypatch.setattr(post, "_SILENT_SECONDS", 0.3)
 
 
 def send(server, seconds=20.0, **options):
@@ -80,7 +79,8 @@ def test_a_reset_is_tried_again(hook):
     assert len(hook.requests) == 3
 
 
-def test_a_server_that_says_nothing_is_given_up(hook):
+def test_a_server_that_says_nothing_is_given_up(hook, monkeypatch):
+    monkeypatch.setattr(post, "_SILENT_SECONDS", 0.3)
     go_on = threading.Event()
     hook.scripts["/hook"] = lambda *_: go_on.wait(30)
     refused(hook, "the server did not answer in time")
@@ -88,7 +88,7 @@ def test_a_server_that_says_nothing_is_given_up(hook):
 
 
 def test_a_server_that_drips_is_cut_at_the_end_of_the_time(hook, monkeypatch):
-    monkeypatch.setattr(post, "_SILENT_SECONDS", 30.0)  # it is never silent
+    monkeypatch.setattr(post, "_SILENT_SECONDS", 30.0)  # nor is it ever silent
     go_on, to_the_end = threading.Event(), threading.Event()
 
     def drip(handler, _):

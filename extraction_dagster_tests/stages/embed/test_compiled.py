@@ -153,14 +153,18 @@ def test_other_threads_run_while_a_compiled_pass_does(load, pixels):
 
     thread = threading.Thread(target=nap)
     thread.start()
-    before = len(naps)
-    fast.embed_prepared(np.concatenate([pixels, pixels]))
-    during = len(naps) - before
+    most = 0
+    for _ in range(50):  # on a busy machine the other thread may not get its turn in the first
+        before = len(naps)
+        fast.embed_prepared(np.concatenate([pixels, pixels]))
+        most = max(most, len(naps) - before)
+        if most > 10:
+            break
     over.set()
     thread.join()
 
     # A pass that kept Python's lock would let the other thread nap twice at most.
-    assert during > 10
+    assert most > 10
 
 
 @pytest.mark.slow
