@@ -52,7 +52,7 @@ PICTURES = (
     Picture("checks", "assets/qdrant_points?view=checks&checkDetail=points_verified", ("Passed",)),
     Picture("sensor", f"{_LOCATION}/sensors/extraction_sensor", ("last_processed_id", "0 runs requested")),
     Picture("runs", "runs", ("Success",)),
-    Picture("progress", "assets/extraction_progress", ("lag_rows",), ("Plots",)),
+    Picture("progress", "assets/extraction_progress", ("lag_rows",), ("Plots",), size=(1400, 1560)),
 )
 
 

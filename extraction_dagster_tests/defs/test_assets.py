@@ -84,7 +84,7 @@ def test_numbers_plot_and_failures_are_a_table(world):
         }
     ]
     assert "can't be opened" in table[0].data["message"]
-    assert len(table[0].data["message"]) <= 201
+    assert len(table[0].data["message"]) <= 401
 
 
 def test_the_second_run_of_a_range_finds_nothing_to_do_and_says_so(world):
