@@ -4,6 +4,7 @@ import fcntl
 import importlib.util
 import os
 import shutil
+import signal
 import tempfile
 import uuid
 import warnings
@@ -36,6 +37,8 @@ def _required(config: pytest.Config) -> set[str]:
 
 
 def pytest_configure(config):
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background job; children of tests obey it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     _required(config)
 
 
