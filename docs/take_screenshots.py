@@ -11,13 +11,14 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _BIN = Path(sys.executable).parent
 _TARGET = Path(__file__).with_name("screenshots")
 _BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+_QUICK = {"EXTRACTION_PROGRESS_INTERVAL_SECONDS": "30", "EXTRACTION_MAX_WAIT_SECONDS": "1"}
 _LOCATION = "locations/extraction_dagster"
 
 
@@ -82,12 +84,13 @@ def _dagster_dev(folder: Path) -> Iterator[str]:
     process = subprocess.Popen(
         [_BIN / "dagster", "dev", "-w", "workspace.yaml", "--host", "127.0.0.1", "--port", str(port)],
         cwd=folder,
-        env={**os.environ, "DAGSTER_HOME": str(folder), "EXTRACTION_PROGRESS_INTERVAL_SECONDS": "30"},
+        env={**os.environ, **_QUICK, "DAGSTER_HOME": str(folder)},
         start_new_session=True,
     )
     url = f"http://127.0.0.1:{port}"
     try:
-        _wait_for_ticks(url)
+        _wait_for_progress(url, 208)
+        _grow(folder, url)
         yield url
     finally:
         os.killpg(process.pid, signal.SIGINT)
@@ -97,24 +100,28 @@ def _dagster_dev(folder: Path) -> Iterator[str]:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def _wait_for_ticks(url: str) -> None:
-    """Until the webserver answers, the sensor has ticked, and progress says that nothing is left."""
-    query = """{ sensorOrError(sensorSelector: {repositoryName: "__repository__", sensorName: "extraction_sensor",
-                 repositoryLocationName: "extraction_dagster"}) {
-                 ... on Sensor { sensorState { ticks(limit: 2) { id } } } }
-                 assetOrError(assetKey: {path: ["extraction_progress"]}) { ... on Asset {
+def _wait_for_progress(url: str, last_processed_id: int) -> None:
+    """Until the webserver answers and progress says that all is done up to this id."""
+    query = """{ assetOrError(assetKey: {path: ["extraction_progress"]}) { ... on Asset {
                  assetMaterializations(limit: 1) {
                  metadataEntries { label ... on IntMetadataEntry { intValue } } } } } }"""
     for _ in range(180):
         with suppress(OSError):
-            found = _ask(url, query)
-            ticks = found["sensorOrError"].get("sensorState", {}).get("ticks", [])
-            reports = found["assetOrError"].get("assetMaterializations", [])
-            numbers = [(entry["label"], entry.get("intValue")) for one in reports for entry in one["metadataEntries"]]
-            if len(ticks) > 1 and ("lag_rows", 0) in numbers:
+            reports = _ask(url, query)["assetOrError"].get("assetMaterializations", [])
+            numbers = {entry["label"]: entry.get("intValue") for one in reports for entry in one["metadataEntries"]}
+            if numbers.get("last_processed_id") == last_processed_id and numbers["lag_rows"] == 0:
                 return
         time.sleep(1)
-    sys.exit("dagster dev did not get ready within three minutes.")
+    sys.exit(f"The watermark did not reach {last_processed_id} within three minutes.")
+
+
+def _grow(folder: Path, url: str) -> None:
+    """Let rows come in while the daemon runs, so that charts and runs have something to show."""
+    rows = "SELECT id + ?, platform, code || '_again', path FROM insta_content WHERE id BETWEEN 201 AND 208"
+    for shift in (8, 16, 24):
+        with closing(sqlite3.connect(folder / ".extraction" / "source.db")) as connection, connection:
+            connection.execute(f"INSERT INTO insta_content (id, platform, code, path) {rows}", [shift])
+        _wait_for_progress(url, 208 + shift)
 
 
 def _ask(url: str, query: str) -> Any:  # noqa: ANN401 - GraphQL's answer
