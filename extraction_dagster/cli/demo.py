@@ -119,8 +119,8 @@ def _next_steps(settings: Settings, videos: list[DemoVideo]) -> None:
         console.out.print(hint, markup=False)
     console.out.print(
         "\nNext:\n"
-        "  extraction status                       how far things are\n"
-        "  extraction errors                       which records failed, and why\n"
+        "  extraction status                         how far things are\n"
+        "  extraction errors                         which records failed, and why\n"
         f"  extraction search --image {settings.home / 'query.jpg'}\n"
-        f"  {_UI:<40}the same data in Dagster's UI"
+        f"  {_UI:<40}  the same data in Dagster's UI"
     )
