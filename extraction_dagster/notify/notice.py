@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 from pydantic import SecretStr
+
+from extraction_dagster.addresses import scrubbed
 
 if TYPE_CHECKING:
     from extraction_dagster.settings import Settings
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
 _LONGEST_ERROR = 600
 _SHORTEST_SECRET = 4
 _HIDDEN = "(hidden)"
-_CREDENTIALS = re.compile(r"(?<=://)[^/\s@'\"]+@")
-_QUERY = re.compile(r"([a-z][a-z0-9+.-]*://[^\s?'\"]+)\?[^\s'\"]+", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +78,7 @@ def redact(text: str, settings: Settings) -> str:
     """A text in one paragraph, not too long, without any secret of the settings, credentials or signatures."""
     for secret in _secrets(settings):
         text = text.replace(secret, _HIDDEN)
-    text = _QUERY.sub(r"\1?…", _CREDENTIALS.sub("", text))
-    text = " ".join(text.split())
+    text = " ".join(scrubbed(text).split())
     return text if len(text) <= _LONGEST_ERROR else f"{text[: _LONGEST_ERROR - 1]}…"
 
 

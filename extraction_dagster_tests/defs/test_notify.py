@@ -192,15 +192,13 @@ def test_a_server_that_is_slow_does_not_hold_up_the_tick(daemon, instance, hook,
     go_on.set()
 
 
-def test_a_notifier_that_cannot_be_had_fails_no_tick(daemon, instance, hook, monkeypatch):
-    monkeypatch.setenv("EXTRACTION_NOTIFY", "no_such_module:say")
-    fail(instance)
-    daemon.tick()
-    assert hook.posted == []
-
-
-def test_settings_that_are_wrong_fail_no_tick(daemon, instance, hook, monkeypatch):
-    monkeypatch.setenv("EXTRACTION_NOTIFY_URL", "http://10.0.0.1/x")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("EXTRACTION_NOTIFY", "no_such_module:say"), ("EXTRACTION_NOTIFY_URL", "http://10.0.0.1/x")],
+    ids=["a notifier that can't be had", "an address that is refused"],
+)
+def test_settings_that_are_wrong_fail_no_tick(daemon, instance, hook, monkeypatch, name, value):  # noqa: PLR0913, PLR0917
+    monkeypatch.setenv(name, value)
     fail(instance)
     daemon.tick()
     assert hook.posted == []
