@@ -96,5 +96,6 @@ def test_decord_turns_and_scales_to_the_size_as_shown(clip_path):
 def test_decord_refuses_some_narrow_frames(clip_path):
     import decord
 
+    # Where a line of pixels fills no whole vector registers; up to which width depends on the CPU.
     with pytest.raises(decord.DECORDError, match="size must exactly match"):
-        reader(clip_path("h264"), width=96, height=64).get_batch([0])
+        reader(clip_path("h264"), width=16, height=64).get_batch([0])
