@@ -32,6 +32,7 @@ from extraction_dagster.cli import (
     status,
 )
 from extraction_dagster.errors import ExtractionError
+from extraction_dagster.interrupts import delivered_again_when_dropped
 
 app = typer.Typer(
     name="extraction",
@@ -84,7 +85,8 @@ def run_app() -> None:
     """Run the command; a known error ends in one line on stderr, never in a traceback."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        app()
+        with delivered_again_when_dropped(KeyboardInterrupt):
+            app()
     except ExtractionError as error:
         console.err.print(f"error: {error}", style="red", markup=False)
         sys.exit(1)

@@ -11,6 +11,7 @@ import dagster as dg
 from extraction_dagster.defs.partitions import above_floor, register
 from extraction_dagster.defs.resources import Extraction, plain_failures
 from extraction_dagster.errors import EmptyRangeError
+from extraction_dagster.interrupts import delivered_again_when_dropped
 from extraction_dagster.records import Failure, IdRange
 from extraction_dagster.run_options import in_words
 from extraction_dagster.settings import Settings
@@ -100,7 +101,7 @@ def work_on(context: dg.AssetExecutionContext, extraction: Extraction, *, begins
         extraction: The run's settings.
         begins: It is the first asset: rows that are asked for again get their new revision.
     """
-    with plain_failures():
+    with plain_failures(), delivered_again_when_dropped(dg.DagsterExecutionInterruptedError):
         settings, made_with = extraction.settings, extraction.fingerprints
         id_range = register(context)
         extraction.refuse_what_no_collection_takes()

@@ -2,6 +2,10 @@
 
 import base64
 import re
+import signal
+import threading
+import time
+import weakref
 
 import dagster as dg
 import pytest
@@ -235,3 +239,21 @@ def test_a_run_that_only_tries_again_while_the_store_is_down_is_no_sign_of_work(
     assert [state for state, _ in before] == ["embedded", "embedded", "embedded", "parked"]
     assert not world.run().success
     assert world.ledger("state, updated_at") == before
+
+
+def test_a_run_that_is_told_to_stop_while_python_cleans_up_stops(world, monkeypatch):
+    from extraction_dagster.stages.embed import stage  # noqa: PLC0415 - beside the fault
+
+    def clean_up(_raw):
+        thing = threading.Event()
+        reference = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGINT))  # dropped: nobody called this
+        del thing
+        assert reference() is None
+        time.sleep(60)
+        pytest.fail("the run went on")
+
+    monkeypatch.setattr(stage, "normalise", clean_up)
+    result = world.run()
+    (failure,) = [event.step_failure_data for event in result.all_events if event.is_step_failure]
+    assert (result.success, failure.error.cls_name) == (False, "DagsterExecutionInterruptedError")
+    assert [state for _, state in world.ledger()] == ["extracted", "extracted", "extracted", "parked"]
