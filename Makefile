@@ -9,7 +9,7 @@ PYTHON ?= python3
 PORT ?= 3000
 # In CI the branch coverage is printed too. A file's tests stay in one worker, so that its fixtures are made once; files go in
 # their order, for else those of few tests, the slowest, would all come last.
-PYTEST_ARGS ?= -n logical --dist loadfile --no-loadscope-reorder $(if $(CI),--cov --cov-report=term)
+PYTEST_ARGS ?= -n logical --dist loadfile --no-loadscope-reorder $(if $(CI),--cov --cov-report=term --durations=25)
 
 VENV := .venv
 STAMP := $(VENV)/.installed
@@ -34,7 +34,7 @@ test: $(STAMP) ## Run the whole suite; narrow it with PYTEST_ARGS="-k words"
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 soak: $(STAMP) ## Run what 'make test' leaves out: real daemons under fire, about half an hour
-	@$(BIN)/python -m pytest -m soak -s
+	@$(BIN)/python -m pytest -m soak -s -o timeout=2400 -o faulthandler_timeout=2700
 
 ui: $(STAMP) ## Open Dagster's UI and daemon on the demo's data, at PORT (3000), for this machine only
 	@$(BIN)/extraction init
