@@ -8,6 +8,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, cast
 
 from extraction_dagster.demo.canvas import Canvas
+from extraction_dagster.demo.priority import take_ordinary_priority
 from extraction_dagster.demo.scenes import SCENES
 from extraction_dagster.errors import DemoEncoderError
 
@@ -156,6 +157,8 @@ def write_clip(clip: Clip, path: Path) -> None:
     # bitexact: no random ids and dates in the file.
     with av.open(str(path), "w", format=muxer, options={"fflags": "+bitexact"}) as file:
         stream = _stream(file, clip)
+        file.start_encoding()  # the encoder's threads are there from now on
+        take_ordinary_priority()
         seed = CLIPS.index(clip) if clip in CLIPS else 0
         canvas = Canvas(clip.width_px, clip.height_px, clip.palette.split(), seed)
         for start in _starts(clip):

@@ -2,10 +2,12 @@
 
 import hashlib
 import itertools
+import os
 import resource
 import sys
 from collections import Counter
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 
 import av  # noqa: TID253 - what this file is about
 import numpy as np
@@ -127,6 +129,20 @@ def test_finished_videos_are_not_written_again(tmp_path):
     after = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in tmp_path.glob("videos/*/*")}
     assert {path.name for path in before if before[path] != after[path]} == {"mountains.mov"}
     assert seen == [(1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="lists threads as Linux does")
+def test_no_encoder_takes_real_time_priority(monkeypatch, tmp_path):
+    policies = []
+
+    def draw(canvas, t):
+        policies.extend(os.sched_getscheduler(int(thread.name)) for thread in Path("/proc/self/task").iterdir())
+        return clips.SCENES["rings"](canvas, t)
+
+    monkeypatch.setitem(clips.SCENES, "radar", draw)
+    write_clip(Clip("radar", "av1", 64, 64, 2, 5, "000000 ffffff"), tmp_path / "radar.mp4")
+    assert len(policies) > 10 * 5  # the encoder has threads of its own
+    assert set(policies) == {os.SCHED_OTHER}
 
 
 @pytest.mark.usefixtures("tiny")

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from extraction_dagster.demo.priority import take_ordinary_priority
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -126,6 +128,8 @@ def render_clip(path: Path, clip: Clip) -> Path:
             stream.codec_context.sample_aspect_ratio = clip.aspect
         base = Fraction(1, 1000) if clip.ticks else Fraction(1, clip.rate)
         stream.codec_context.time_base = base
+        container.start_encoding()
+        take_ordinary_priority()
         packets = []
         for number, image in enumerate(pictures):
             frame = av.VideoFrame.from_ndarray(image, format="rgb24")
