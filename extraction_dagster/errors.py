@@ -155,8 +155,9 @@ class SensorBusyError(ExtractionError):
     def __init__(self) -> None:
         """Say what to do instead."""
         super().__init__(
-            "A Dagster daemon is running the sensor, and processes new rows already: nothing was started. "
-            "Watch it with 'extraction status' or in the UI, or stop the sensor there first."
+            "A Dagster daemon is running the sensor, and processes new rows itself: nothing is started beside it. "
+            "Watch it with 'extraction status' or in the UI, or stop the sensor there first. A daemon that was stopped "
+            "counts as running for three minutes more."
         )
 
 

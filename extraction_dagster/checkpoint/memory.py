@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 
 from extraction_dagster.checkpoint.planner import Patience
 from extraction_dagster.stages.catalog.database import reading, writing
@@ -73,6 +74,7 @@ def recall_text(engine: sa.Engine, key: str) -> str | None:
 
 def remember_text(engine: sa.Engine, key: str, text: str) -> None:
     """Keep a text under a key."""
-    with writing(engine, what="write the state tables") as connection:
-        connection.execute(sa.delete(META_TABLE).where(META_TABLE.c.key == key))
-        connection.execute(sa.insert(META_TABLE).values(key=key, value=text))
+    insert = postgresql.insert if engine.dialect.name == "postgresql" else sqlite.insert
+    kept = insert(META_TABLE).values(key=key, value=text)
+    with writing(engine, what="write the state tables") as connection:  # two daemons may do so at once
+        connection.execute(kept.on_conflict_do_update(index_elements=["key"], set_={"value": kept.excluded.value}))

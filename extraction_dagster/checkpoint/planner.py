@@ -3,7 +3,8 @@
 It reads nothing and writes nothing, so that it can be tested against every order of events. What it must hold:
 
 - the watermark moves over rows that are done or parked, never over an unfinished one, and never back;
-- each range handed out starts right after the frontier, so that no id falls between two ranges;
+- each range handed out starts right after the frontier, so that no id falls between two ranges; but rows that were done
+  before there were ranges, more than a run can look through, are in none;
 - a row that is due is in a range that has an active run, or gets one, or waits for its turn: none is forgotten.
 """
 
@@ -19,7 +20,7 @@ from extraction_dagster.records import IdRange
 from extraction_dagster.stages.catalog.ranges import merge
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from datetime import datetime
 
     from extraction_dagster.checkpoint.cursor import CursorState
@@ -40,6 +41,7 @@ class Rules:
         max_wait_seconds: Longest wait of a row for its range to fill.
         backs_off: Whether a range whose runs failed waits before the next one.
         retry_delay_seconds: The wait after the first failed run; doubles at each further one.
+        most_rows: Of a new range, done ones too: a run looks at each of them, and holds them in memory.
     """
 
     batch_size: int
@@ -47,6 +49,7 @@ class Rules:
     max_wait_seconds: float
     backs_off: bool = True
     retry_delay_seconds: float = 30.0
+    most_rows: int = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,8 @@ class Observed:
             and no active run covers it.
         history: The ended runs of a range; asked for when it is to be requested again.
         backfilled: Ranges that backfills take care of, by a run or soon; they take no place among those in flight.
+        room: How far a range between two ids reaches before it holds a number of rows, done ones too; asked for when
+            a new range would be wide enough for as many as the rules allow.
     """
 
     active: Sequence[IdRange]
@@ -105,6 +110,7 @@ class Observed:
     partitions: Callable[[Sequence[int]], Iterable[IdRange]]
     history: Callable[[IdRange], History]
     backfilled: Sequence[IdRange] = ()
+    room: Callable[[int, int, int], int] = lambda _first, last, _most: last
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,9 +168,9 @@ class _Planner:
         due = {*self._seen.swept, *self._seen.window.due_ids}
         uncovered = sorted(record_id for record_id in due if not _within_any(self._taken, record_id))
         partitions = set(self._seen.partitions(uncovered)) if uncovered and self._slots() > 0 else set()
-        wanted = _assign(uncovered, partitions, self._rules.batch_size) if self._slots() > 0 else {}
+        wanted = _assign(uncovered, partitions, self._rules.batch_size) if self._slots() > 0 else []
         tail_waits = False
-        for id_range, ids in wanted.items():
+        for id_range, ids in self._cut_where_needed(wanted):
             if self._slots() <= 0:
                 break
             history = self._seen.history(id_range)
@@ -186,15 +192,43 @@ class _Planner:
         if not due:
             self._patience.end("ahead")
         while due and self._slots() > 0:
-            batch, due = due[: rules.batch_size], due[rules.batch_size :]
-            whole = len(batch) == rules.batch_size or more_follows
+            first = due[0] if self.cursor.frontier_id is None else self.cursor.frontier_id + 1
+            number = self._num_with_room(first, due)
+            if not number:  # so many rows in between are done that no range is to hold them
+                first = due[0]
+                number = self._num_with_room(first, due)
+            batch, due = due[:number], due[number:]
+            whole = len(batch) == rules.batch_size or bool(due) or more_follows
             if not whole and not self._patience.is_over("ahead", now=self._now, seconds=rules.max_wait_seconds):
                 return
-            first = batch[0] if self.cursor.frontier_id is None else self.cursor.frontier_id + 1
             last = batch[-1] if whole else self._ahead(first, batch[-1])
             self._request(IdRange(first, last), is_new=True)
             self._move(frontier_id=last)
             self._patience.end("ahead")
+
+    def _cut_where_needed(
+        self, wanted: Iterable[tuple[IdRange | None, Sequence[int]]]
+    ) -> Iterator[tuple[IdRange, Sequence[int]]]:
+        """Ranges with their due rows; rows that have no range yet get ranges of their own, one by one as asked for."""
+        for known, members in wanted:
+            if known is not None:
+                yield known, members
+                continue
+            left = members
+            while left:
+                number = self._num_with_room(left[0], left)
+                part, left = left[:number], left[number:]
+                yield IdRange(part[0], part[-1]), part
+
+    def _num_with_room(self, first: int, due: Sequence[int]) -> int:
+        """How many of these rows, a batch at most, a range that begins at an id has room for."""
+        number = min(len(due), self._rules.batch_size)
+        return bisect_right(due, self._room(first, due[number - 1]), hi=number)
+
+    def _room(self, first: int, last: int) -> int:
+        """How far a range between two ids may reach; fewer ids than a range may hold rows need no question."""
+        most = self._rules.most_rows
+        return last if last - first < most else self._seen.room(first, last, most)
 
     def _pass_backfilled(self, due: Sequence[int]) -> Sequence[int]:
         """Move the frontier over rows that a backfill has been handed, so that those behind them need not wait for it.
@@ -210,7 +244,8 @@ class _Planner:
     def _ahead(self, first: int, last: int) -> int:
         """How far a batch will reach at the recent density of ids, so that a trickle of rows fills one range."""
         reach = first + math.ceil(self._rules.batch_size * max(self._seen.density(), 1.0)) - 1
-        return min(max(reach, last), _MAX_ID)
+        reach = min(max(reach, last), _MAX_ID)
+        return max(self._room(first, reach), last)
 
     def _backs_off(self, history: History) -> bool:
         """Whether a range whose last runs failed has to wait: 1, 2, 4, … times the delay, an hour at most."""
@@ -253,11 +288,13 @@ def _within_any(merged: Sequence[IdRange], record_id: int) -> IdRange | None:
     return merged[position] if position >= 0 and record_id in merged[position] else None
 
 
-def _assign(ids: Sequence[int], partitions: Iterable[IdRange], batch_size: int) -> dict[IdRange, list[int]]:
+def _assign(
+    ids: Sequence[int], partitions: Iterable[IdRange], batch_size: int
+) -> list[tuple[IdRange | None, list[int]]]:
     """Each id, in ascending order, with the narrowest range that holds it.
 
-    Ids that none holds get ranges of their own, a batch to each. So do ids that crowd a range: cut ahead where ids were
-    sparse, it may have been filled by a burst. Ranges may overlap: people launch what they like.
+    Ids that none holds are to get ranges of their own, and stand with None. So do ids that crowd a range: cut ahead
+    where ids were sparse, it may have been filled by a burst. Ranges may overlap: people launch what they like.
     """
     narrowest: dict[int, IdRange] = {}
     for id_range in partitions:
@@ -265,15 +302,17 @@ def _assign(ids: Sequence[int], partitions: Iterable[IdRange], batch_size: int) 
             known = narrowest.get(record_id)
             if known is None or _width(id_range) < _width(known):
                 narrowest[record_id] = id_range
-    assigned: dict[IdRange, list[int]] = {}
+    assigned: list[tuple[IdRange | None, list[int]]] = []
+    places: dict[IdRange, list[int]] = {}
     for known, group in groupby(ids, narrowest.get):
         members = list(group)
-        if known is not None and len(members) <= _MOST_BATCHES * batch_size:
-            assigned.setdefault(known, []).extend(members)
-            continue
-        for start in range(0, len(members), batch_size):
-            part = members[start : start + batch_size]
-            assigned[IdRange(part[0], part[-1])] = part
+        if known is None or len(members) > _MOST_BATCHES * batch_size:
+            assigned.append((None, members))
+        elif known in places:
+            places[known].extend(members)
+        else:
+            places[known] = members
+            assigned.append((known, members))
     return assigned
 
 

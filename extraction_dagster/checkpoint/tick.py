@@ -11,6 +11,7 @@ from extraction_dagster.checkpoint.mirroring import Notice, adopt, follow
 from extraction_dagster.checkpoint.mirrors import make_mirror
 from extraction_dagster.checkpoint.planner import History, Observed, Request, Rules, plan_tick
 from extraction_dagster.checkpoint.requests import Requests
+from extraction_dagster.errors import CursorError
 from extraction_dagster.stages.catalog.pending import Scan, scan
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def tick(  # noqa: PLR0913 - what it sees, and how it is asked
         sweep_all: Look at every row below the watermark, not at a part of them.
 
     Raises:
-        CursorError: What is stored can't be used.
+        CursorError: What is stored can't be used, and no operator says where to start.
         LostCursorError: Nothing is stored, and the mirror is corrupt.
         MirrorError: Nothing is stored, and the mirror can't be reached.
     """
@@ -109,6 +110,7 @@ def tick(  # noqa: PLR0913 - what it sees, and how it is asked
         partitions=runs.partitions,
         history=runs.history,
         backfilled=backfilled,
+        room=catalog.source.reach,
     )
     wait = 0.0 if impatient else settings.max_wait_seconds
     rules = Rules(
@@ -131,8 +133,12 @@ def tick(  # noqa: PLR0913 - what it sees, and how it is asked
 def _load(catalog: Catalog, stored: str | None, mirror: Mirror | None, *, now: datetime) -> CursorState:
     """The cursor that this tick starts from: stored, then changed by the operator, or adopted from the mirror."""
     source, requests = catalog.source.identity, Requests(catalog.state_engine)
-    if stored:
-        return requests.apply(CursorState.from_json(stored, source=source), now=now)
+    try:
+        if stored:
+            return requests.apply(CursorState.from_json(stored, source=source), now=now)
+    except CursorError:
+        if not requests.waiting():  # else it is replaced: somebody says where to start
+            raise
     first = CursorState.first(source, now=now)
     if mirror is not None and not requests.waiting():  # an operator's word counts more than a mirror's
         watermark = adopt(mirror)

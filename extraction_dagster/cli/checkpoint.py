@@ -59,6 +59,7 @@ def _document(settings: Settings, catalog: Catalog, stored: str | None) -> dict[
         "requests_waiting": [
             f"set {request.value}" if request.kind == "set" else "reset"
             for request in Requests(catalog.state_engine).waiting()
+            if request.applied_epoch is None or request.applied_epoch > (document["reset_epoch"] or 0)
         ],
     }
     return document
@@ -107,7 +108,8 @@ def import_(
     """Start where the earlier script stopped: read its checkpoint file or table, and set it."""
     settings = load_settings()
     with open_catalog(settings) as catalog:
-        last_processed_id = read_legacy_checkpoint(source, catalog.state_engine)
+        # Where the state is kept elsewhere, a table of that name there is our own mirror.
+        last_processed_id = read_legacy_checkpoint(source, catalog.source_engine, catalog.state_engine)
         _ask(settings, catalog, "set", last_processed_id)
 
 
@@ -127,8 +129,7 @@ def _ask(settings: Settings, catalog: Catalog, kind: Literal["set", "reset"], va
         now, source = datetime.now(UTC), catalog.source.identity
         state = _usable(store.read(), source) or CursorState.first(source, now=now)
         state = requests.apply(state, now=now)
-        store.write(state.to_json())
-        requests.apply(state, now=now)  # it is stored: the request is consumed
+        store.write(state.to_json())  # the next tick consumes the request, or applies it to what was stored meanwhile
     console.out.print(f"Processing starts {what}.")
     console.out.print(json.dumps({"last_processed_id": state.last_processed_id, "floor_id": state.floor_id}))
 

@@ -12,14 +12,14 @@ from extraction_dagster.records import IdRange
 
 ASSETS = ("video_frames", "frame_embeddings", "qdrant_points")  # in data order
 _DAEMONS = ("BACKFILL", "QUEUED_RUN_COORDINATOR")
-_SILENCE_SECONDS = 150.0  # beside the 30 s between two signs of life: after three minutes a daemon is gone
+SILENCE_SECONDS = 150.0  # beside the 30 s between two signs of life: after three minutes a daemon is gone
 
 
 def are_served(instance: dg.DagsterInstance) -> bool:
     """Whether daemons run that turn backfills into runs, and start them."""
     from dagster._daemon.controller import get_daemon_statuses  # noqa: PLC0415 - half a CPU second, seldom needed
 
-    statuses = get_daemon_statuses(instance, daemon_types=_DAEMONS, heartbeat_tolerance_seconds=_SILENCE_SECONDS)
+    statuses = get_daemon_statuses(instance, daemon_types=_DAEMONS, heartbeat_tolerance_seconds=SILENCE_SECONDS)
     return all(status.healthy or not status.required for status in statuses.values())
 
 

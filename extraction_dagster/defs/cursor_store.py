@@ -11,6 +11,8 @@ from dagster._core.scheduler.instigation import (
 )
 from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
 
+from extraction_dagster.defs.backfilled import SILENCE_SECONDS
+
 SENSOR_NAME = "extraction_sensor"
 LOCATION_NAME = "extraction_dagster"
 
@@ -54,12 +56,14 @@ class CursorStore:
         return state is None or state.status != InstigatorStatus.STOPPED
 
     def is_ticking(self) -> bool:
-        """Whether a daemon ticks the sensor now."""
+        """Whether a daemon ticks the sensor: it gave a sign of life within three minutes, be it of an error."""
         if not self.is_switched_on():
             return False
         from dagster._daemon.controller import get_daemon_statuses  # noqa: PLC0415 - half a CPU second, seldom needed
 
-        statuses = get_daemon_statuses(self._instance, daemon_types=["SENSOR"])
+        statuses = get_daemon_statuses(
+            self._instance, daemon_types=["SENSOR"], ignore_errors=True, heartbeat_tolerance_seconds=SILENCE_SECONDS
+        )
         return bool(statuses["SENSOR"].healthy)
 
     def _state(self) -> InstigatorState | None:

@@ -48,11 +48,11 @@ def drain(instance: dg.DagsterInstance, settings: Settings, *, follow: bool) -> 
         KeyboardInterrupt: Ctrl+C; finished shards are kept.
     """
     store = CursorStore(instance)
-    if store.is_ticking():
-        raise SensorBusyError
     _say_where(store, settings)
     memory, processed, idle = Memory(), 0, False
     while True:
+        if store.is_ticking():  # with `follow`, a daemon may be started days later
+            raise SensorBusyError
         ticked = _tick(instance, settings, store, memory, follow=follow, sweep_all=idle and not follow)
         if ticked.requests:
             id_range = ticked.requests[0].id_range

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
+from dagster._core.errors import DagsterExecutionInterruptedError
 
 from extraction_dagster.defs.partitions import above_floor, register
 from extraction_dagster.defs.resources import Extraction, plain_failures
@@ -101,7 +102,11 @@ def work_on(context: dg.AssetExecutionContext, extraction: Extraction, *, begins
         extraction: The run's settings.
         begins: It is the first asset: rows that are asked for again get their new revision.
     """
-    with plain_failures(), delivered_again_when_dropped(dg.DagsterExecutionInterruptedError):
+    with (
+        plain_failures(),
+        _saying_how_to_go_on(context.partition_key),
+        delivered_again_when_dropped(DagsterExecutionInterruptedError),
+    ):
         settings, made_with = extraction.settings, extraction.fingerprints
         id_range = register(context)
         extraction.refuse_what_no_collection_takes()
@@ -117,6 +122,21 @@ def work_on(context: dg.AssetExecutionContext, extraction: Extraction, *, begins
             else:
                 plan = catalog.plan(within, made_with)
             yield RangeWork(extraction, settings, catalog, id_range, plan, made_with, context.run.run_id)
+
+
+@contextmanager
+def _saying_how_to_go_on(key: str) -> Iterator[None]:
+    """Tell whoever stopped a run (Ctrl+C, SIGTERM, *Terminate*) what it left."""
+    try:
+        yield
+    except (DagsterExecutionInterruptedError, KeyboardInterrupt):
+        _log.info(
+            "Range %s was stopped. What was finished is kept and marked, and its next run goes on from there: the "
+            "sensor asks for one by itself, 'extraction launch %s' is one at once.",
+            key,
+            key,
+        )
+        raise
 
 
 def stored(shards: Iterable[Any], due: Mapping[int, "PlannedRow"]) -> dict[int, int]:

@@ -48,18 +48,38 @@ def bury_dead_runs(instance: dg.DagsterInstance) -> None:
                 run, "Its process is gone. Its range is asked for again and goes on where it was."
             )
             instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+    _free_slots_of_ended_runs(instance)
+
+
+def _free_slots_of_ended_runs(instance: dg.DagsterInstance) -> None:
+    """Free the pool slots of runs that were ended because their process was killed: nobody gave them back.
+
+    The code server ends such a run within a second; Dagster itself frees its slots minutes later, and a pool of one
+    would stand still until then.
+    """
+    if not instance.event_log_storage.supports_global_concurrency_limits:
+        return
+    if holders := instance.event_log_storage.get_concurrency_run_ids():
+        for run in instance.get_runs(dg.RunsFilter(run_ids=list(holders), statuses=_ENDED)):
+            if _has_lost_its_process(instance, run):
+                instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
 
 
 def _is_gone(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
     """Whether the process that works on a run is gone; a run that waits in the queue has none."""
-    tag = run.tags.get(PROCESS_TAG, "") if run.tags.get(PROCESS_RUN_TAG, run.run_id) == run.run_id else ""
     if run.status == dg.DagsterRunStatus.NOT_STARTED:  # a command's own run, made and stopped before its first step
-        return is_dead(tag)
-    if run.status not in _AT_WORK:
-        return False
-    if tag:
-        return is_dead(tag)
-    return _died_early(instance, run)
+        return is_dead(_process_of(run))
+    return run.status in _AT_WORK and _has_lost_its_process(instance, run)
+
+
+def _has_lost_its_process(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
+    tag = _process_of(run)
+    return is_dead(tag) if tag else _died_early(instance, run)
+
+
+def _process_of(run: dg.DagsterRun) -> str:
+    """The tag that names a run's process; empty before its first step."""
+    return run.tags.get(PROCESS_TAG, "") if run.tags.get(PROCESS_RUN_TAG, run.run_id) == run.run_id else ""
 
 
 def _died_early(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:

@@ -22,6 +22,17 @@ while True:
     print(number, flush=True)
 """
 
+KILLED_WITHIN_ITS_WRITE = """
+import resource, signal, sys
+from pathlib import Path
+from extraction_dagster.checkpoint.atomic_file import write_atomically
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel kills whoever writes more, in the middle of the write
+write = {"atomically": write_atomically, "in place": Path.write_bytes}[sys.argv[1]]
+write(Path(sys.argv[2]), b"new\\n" * 2000)
+"""
+
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
@@ -51,6 +62,16 @@ def test_a_writer_that_is_killed_leaves_a_whole_file_that_never_goes_back(tmp_pa
     assert last > 30
     write_atomically(path, b"end")
     assert names(tmp_path) == ["state"]
+
+
+@pytest.mark.parametrize(("how", "left"), [("atomically", b"old"), ("in place", b"new\n" * 250)])
+def test_a_kill_within_a_write_keeps_the_old_file_and_a_writer_in_place_is_told_apart(tmp_path, how, left):
+    path = tmp_path / "state"
+    path.write_bytes(b"old")
+    killed = subprocess.run([sys.executable, "-c", KILLED_WITHIN_ITS_WRITE, how, str(path)], check=False, timeout=60)
+    assert (killed.returncode, path.read_bytes()) == (-signal.SIGXFSZ, left)
+    write_atomically(path, b"newer")
+    assert (path.read_bytes(), names(tmp_path)) == (b"newer", ["state"])
 
 
 def test_temporaries_of_the_dead_are_swept_and_those_of_the_living_are_not(tmp_path):

@@ -37,6 +37,10 @@ def test_a_file_holds_a_number_or_an_object_with_one(tmp_path, sqlite_database, 
         (b'{"last_processed_id": "7"}', "no last_processed_id that is an integer"),
         (b'{"last_processed_id": null}', "no last_processed_id that is an integer"),
         (b'{"other": 7}', "no last_processed_id that is an integer"),
+        (b'{"id": 7, "id": 9}', "neither JSON nor a number"),
+        (b"9" * 5_000, "neither JSON nor a number"),
+        (b"1e3", "no last_processed_id that is an integer"),
+        (b"NaN", "neither JSON nor a number"),
         (b"7" + b" " * 65_536, "more than 65536 bytes"),
     ],
 )
@@ -65,3 +69,20 @@ def test_a_missing_and_an_empty_table_are_refused(database):
     database.execute("CREATE TABLE extraction_checkpoint (id BIGINT PRIMARY KEY, updated_at TIMESTAMP)")
     with pytest.raises(LegacyCheckpointError, match="it has no row"):
         read_legacy_checkpoint(None, database.engine)
+
+
+def test_a_table_whose_ids_are_texts_is_refused(database):
+    database.execute("CREATE TABLE extraction_checkpoint (id TEXT PRIMARY KEY, updated_at TIMESTAMP)")
+    database.execute("INSERT INTO extraction_checkpoint (id) VALUES ('video_12'), ('7')")
+    with pytest.raises(LegacyCheckpointError, match="it holds an id that is no integer"):
+        read_legacy_checkpoint(None, database.engine)
+
+
+def test_the_first_database_that_has_the_table_counts(database, make_database, settings, tmp_path):
+    state = make_database(f"sqlite:///{tmp_path}/state.db", settings)
+    state.execute("CREATE TABLE extraction_checkpoint (id BIGINT PRIMARY KEY, updated_at TIMESTAMP)")
+    state.execute("INSERT INTO extraction_checkpoint (id) VALUES (3)")
+    assert read_legacy_checkpoint(None, database.engine, state.engine) == 3
+    database.execute("CREATE TABLE extraction_checkpoint (id BIGINT PRIMARY KEY, updated_at TIMESTAMP)")
+    database.execute("INSERT INTO extraction_checkpoint (id) VALUES (5)")
+    assert read_legacy_checkpoint(None, database.engine, state.engine) == 5

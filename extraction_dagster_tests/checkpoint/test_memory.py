@@ -1,5 +1,6 @@
 """What ticks remember survives the process: a daemon loads its code anew each minute."""
 
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
 import pytest
@@ -29,6 +30,18 @@ def test_a_new_process_remembers_what_the_last_tick_left(engine):
     remember(engine, Memory(ticks=1))
     remember(engine, MEMORY)
     assert recall(engine) == MEMORY
+
+
+def test_two_daemons_that_keep_something_at_once_do_not_disturb_each_other(database):
+    METADATA.create_all(database.engine)
+
+    def keep(number):
+        for ticks in range(50):
+            remember(database.engine, Memory(ticks=100 * number + ticks))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(keep, range(4))) == [None] * 4
+    assert recall(database.engine).ticks in {49, 149, 249, 349}
 
 
 @pytest.mark.parametrize(

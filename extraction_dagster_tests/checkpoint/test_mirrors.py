@@ -252,19 +252,19 @@ def test_many_writers_at_once_leave_exactly_one_row(database):
 
     def write(first):
         mirror = TableMirror(database.engine)
-        start.wait()
+        start.wait(timeout=60)
         for number in range(first, first + 15):
             try:
                 mirror.write(number, now=NOW)
             except MirrorError as error:
                 errors.append(error)
 
-    threads = [threading.Thread(target=write, args=(1000 * number,)) for number in range(6)]
+    threads = [threading.Thread(target=write, args=(1000 * number,), daemon=True) for number in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
-    assert errors == []
+        thread.join(timeout=240)
+    assert (errors, any(thread.is_alive() for thread in threads)) == ([], False)
     ((last,),) = database.rows("SELECT id FROM extraction_checkpoint")
     assert last % 1000 == 14
 

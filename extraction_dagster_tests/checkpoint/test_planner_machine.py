@@ -101,7 +101,12 @@ class World:
             density=lambda: 1.0 if len(newest) < 2 else (newest[-1] - newest[0]) / (len(newest) - 1),
             partitions=lambda _ids: set(self.partitions),
             history=lambda id_range: self.histories.get(id_range, History()),
+            room=self.room,
         )
+
+    def room(self, first, last, most):
+        inside = sorted(number for number in self.rows if first <= number <= last)
+        return inside[most - 1] if len(inside) >= most else last
 
     def tick(self, *, sweeps=True, crash=None):
         """A tick; a crash keeps only what was done before it: nothing, the partitions, the partitions and the runs."""
@@ -138,10 +143,14 @@ class World:
             assert request.run_key not in self.keys, "a run key must be new"
             if request.is_new and frontier is not None and request.id_range.first_id > max(frontier, reached):
                 between = range(max(frontier, reached) + 1, request.id_range.first_id)
-                assert not between or self.is_backfilled(between.stop - 1), "ranges must touch"
+                is_crowded = sum(number in between for number in self.rows) >= self.rules.most_rows
+                assert not between or is_crowded or self.is_backfilled(between.stop - 1), "ranges must touch"
                 passed = [number for number in self.rows if number in between and self.is_due(number)]
                 assert all(self.is_backfilled(number) for number in passed), "rows were left behind"
                 frontier = request.id_range.last_id
+            if request.is_new:
+                held = sum(number in request.id_range for number in self.rows)
+                assert held <= max(self.rules.most_rows, self.rules.batch_size), "a range must not hold too many rows"
         for given in self.promised | self.of_backfill:
             twice = [r for r in decided.requests if r.id_range.first_id in given and r.id_range.last_id in given]
             assert twice == [], "a range must not have two active runs"
@@ -291,10 +300,19 @@ class TicksBesideBackfills(Ticks):
         self.world.promised.clear()
 
 
+class TicksOverManyDoneRows(Ticks):
+    """Rows that were done before anybody cut ranges, more than a range may hold."""
+
+    @initialize(numbers=st.sets(ids, max_size=40), budget=st.integers(4, 30), pending=st.sets(ids, max_size=6))
+    def begin(self, numbers, budget, pending):
+        self.world = self.world_class(rules=replace(RULES, most_rows=7), budget=budget)
+        self.world.rows = dict.fromkeys(numbers, "done") | dict.fromkeys(pending, "todo")
+
+
 QUIET = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
 
 
-@pytest.mark.parametrize("machine", [Ticks, TicksBesideBackfills])
+@pytest.mark.parametrize("machine", [Ticks, TicksBesideBackfills, TicksOverManyDoneRows])
 def test_no_order_of_events_loses_a_row_or_moves_the_watermark_over_one(machine):
     run_state_machine_as_test(
         machine, settings=settings(max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=QUIET)

@@ -1,8 +1,10 @@
 """A tick over real databases: operators, mirrors, lost cursors, late rows."""
 
+import functools
 from datetime import UTC, datetime, timedelta
 
 import pytest
+import sqlalchemy as sa
 from pydantic import SecretStr
 
 from extraction_dagster.checkpoint import tick as tick_module
@@ -10,7 +12,7 @@ from extraction_dagster.checkpoint.cursor import CursorState
 from extraction_dagster.checkpoint.memory import Memory
 from extraction_dagster.checkpoint.mirroring import Notice
 from extraction_dagster.checkpoint.mirrors import Reading, TableMirror, make_mirror
-from extraction_dagster.checkpoint.planner import History
+from extraction_dagster.checkpoint.planner import History, Rules
 from extraction_dagster.checkpoint.requests import Requests
 from extraction_dagster.checkpoint.tick import tick
 from extraction_dagster.errors import CursorError, LostCursorError, MirrorError
@@ -110,6 +112,39 @@ def test_a_backlog_is_handed_out_done_and_passed(start):
     sensor.finish()
     sensor.tick()
     assert sensor.marks == (20, 26, None, 0)
+
+
+def test_a_run_that_ends_between_two_looks_of_a_tick_is_not_asked_for_again(start):
+    looked_at_rows = []
+
+    class EndsWithinTheTick(Sensor):
+        def active(self):
+            at_work = [] if looked_at_rows else super().active()
+            self.finish()
+            return at_work
+
+    def note(_connection, _cursor, statement, *_):
+        looked_at_rows.extend([statement] if statement.startswith("SELECT insta_content.id") else [])
+
+    sensor = EndsWithinTheTick(start(1, 2, 3).catalog)
+    assert asked(sensor.tick()) == ["1-3"]
+    sa.event.listen(sensor.catalog.source_engine, "before_cursor_execute", note)
+    assert asked(sensor.tick()) == []
+    assert looked_at_rows != []
+
+
+def test_few_rows_among_very_many_that_are_done_make_no_range_that_a_run_can_not_hold(start, database, monkeypatch):
+    monkeypatch.setattr(tick_module, "Rules", functools.partial(Rules, most_rows=5))
+    sensor = start(*range(1, 41))
+    database.execute("UPDATE insta_content SET is_extracted = true, is_embedded = true WHERE id NOT IN (3, 30, 31)")
+    assert asked(sensor.tick()) == ["3-3", "30-32"]
+    sensor.finish()
+    assert asked(sensor.tick()) == []
+    assert sensor.marks[:2] == (40, 40)
+    database.execute("UPDATE insta_content SET is_embedded = false WHERE id IN (10, 12, 20)")
+    assert asked(sensor.tick(sweep_all=True)) == ["10-12", "20-20"]
+    sensor.finish()
+    assert sensor.drain() == []
 
 
 def test_a_row_that_commits_late_is_found_below_the_watermark(start, database):
@@ -275,6 +310,16 @@ def test_a_cursor_that_can_not_be_used_starts_nothing(start):
     sensor.stored = CursorState("f" * 16).to_json()
     with pytest.raises(CursorError, match="it belongs to source 'ffffffffffffffff'"):
         sensor.tick()
+
+
+def test_an_operators_request_replaces_a_cursor_that_can_not_be_used(start):
+    sensor = start(1, 2, 3, 4, 5)
+    sensor.stored = '{"v": 2}'
+    Requests(sensor.catalog.state_engine).add("set", 2)
+    ticked = sensor.tick()
+    assert (asked(ticked), sensor.marks) == (["3-5"], (2, 5, 2, 1))
+    assert sensor.tick().cursor.reset_epoch == 1
+    assert Requests(sensor.catalog.state_engine).waiting() == []
 
 
 def test_a_read_only_source_is_drained_with_its_state_elsewhere(start, database, tmp_path):

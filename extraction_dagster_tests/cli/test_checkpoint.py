@@ -7,7 +7,13 @@ from datetime import UTC, datetime
 import pytest
 from typer.testing import CliRunner
 
+from extraction_dagster.checkpoint.cursor import CursorState
+from extraction_dagster.checkpoint.memory import Memory
+from extraction_dagster.checkpoint.tick import tick
 from extraction_dagster.cli.main import app
+from extraction_dagster.defs.cursor_store import CursorStore
+from extraction_dagster.defs.launching import open_instance
+from extraction_dagster.defs.runs import InstanceRuns
 from extraction_dagster.errors import LegacyCheckpointError
 from extraction_dagster.records import Failure, IdRange
 from extraction_dagster.settings import load_settings
@@ -75,6 +81,20 @@ def test_set_and_reset_hold_at_once_where_no_daemon_ticks():
     assert "Processing starts from the beginning." in extraction("checkpoint", "reset").stdout
     document = shown()
     assert (document["last_processed_id"], document["floor_id"], document["reset_epoch"]) == (None, None, 2)
+
+
+def test_what_was_set_outlives_a_tick_that_was_under_way_and_stores_the_cursor_of_before():
+    extraction("checkpoint", "set", "4")
+    settings = load_settings()
+    with open_instance(settings) as instance, open_catalog(settings) as catalog:
+        store = CursorStore(instance)
+        before = CursorState.first(catalog.source.identity, now=datetime.now(UTC))
+        store.write(before.to_json())
+        assert shown()["requests_waiting"] == ["set 4"]
+        ticked = tick(catalog, InstanceRuns(instance), store.read(), Memory(), now=datetime.now(UTC))
+        store.write(ticked.cursor.to_json())
+    document = shown()
+    assert (document["floor_id"], document["reset_epoch"], document["requests_waiting"]) == (4, 1, [])
 
 
 def test_set_takes_a_negative_id_after_two_dashes_and_refuses_what_is_none():

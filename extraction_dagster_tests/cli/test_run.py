@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def make_folder(folder, demo_folder, demo_videos):
 
 def start(folder):
     environment = {"EXTRACTION_BATCH_SIZE": "5", "EXTRACTION_SHARD_RECORDS": "1", "NO_COLOR": "1"}
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [EXTRACTION, "run"],
         cwd=folder,
         env={**os.environ, **environment},
@@ -49,6 +50,10 @@ def start(folder):
         text=True,
         start_new_session=True,
     )
+    watchdog = threading.Timer(300, process.kill)  # nobody reads for ever what a process that hangs never writes
+    watchdog.daemon = True
+    watchdog.start()
+    return process
 
 
 def finish(process):

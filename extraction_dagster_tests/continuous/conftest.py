@@ -145,18 +145,20 @@ class Site:
     def kill_daemon(self, daemon):
         """SIGKILL the daemon alone: its code server and its run workers live on for a while."""
         daemon.kill()
-        daemon.wait()
+        daemon.wait(timeout=60)
         self.daemons.remove(daemon)
 
     def kill_everything(self):
         """SIGKILL the daemons, their code servers and their run workers, as a machine that goes down does."""
-        while alive := self.processes():
+        end = time.monotonic() + 60
+        while (alive := self.processes()) and time.monotonic() < end:
             for process in alive:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
             psutil.wait_procs(alive, timeout=5)
+        assert not alive, f"processes that SIGKILL does not end: {alive}"
         for daemon in self.daemons:
-            daemon.wait()
+            daemon.wait(timeout=60)
         self.daemons.clear()
 
     def stop(self):
@@ -210,10 +212,16 @@ class Site:
     def states(self):
         return dict(self.rows("SELECT state, count(*) FROM extraction_ledger GROUP BY state"))
 
-    def wait(self, condition, *, seconds, what):
-        """Wait until something holds; fails with the daemons' last words when it does not."""
-        end = time.monotonic() + seconds
+    def wait(self, condition, *, seconds, what, progress=None):
+        """Wait until something holds; fails with the daemons' last words when it does not.
+
+        Given a function that says how far things are, the wait is over only when that has stood still for so long: how
+        many rows a busy machine gets through in a minute says nothing.
+        """
+        reached, end = progress and progress(), time.monotonic() + seconds
         while not condition():
+            if progress and (now_at := progress()) != reached:
+                reached, end = now_at, time.monotonic() + seconds
             if time.monotonic() > end:
                 logs = sorted(self.folder.glob("daemon-*.log"), key=lambda path: path.stat().st_mtime)
                 words = "\n".join(logs[-1].read_text().splitlines()[-40:]) if logs else ""

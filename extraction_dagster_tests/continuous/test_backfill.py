@@ -3,6 +3,7 @@
 import json
 import signal
 import subprocess
+import threading
 from collections import Counter
 
 import dagster as dg  # noqa: TID251 - asks the instance about its runs
@@ -41,6 +42,8 @@ def test_a_backfill_and_the_sensor_share_the_work_and_no_range_has_two_runs(site
         text=True,
         start_new_session=True,
     )
+    watchdog = threading.Timer(300, watching.kill)  # nobody reads for ever what is never written
+    watchdog.start()
     for line in watching.stderr:
         if "ranges finished" in line:
             break
@@ -48,6 +51,7 @@ def test_a_backfill_and_the_sensor_share_the_work_and_no_range_has_two_runs(site
     assert watching.wait(timeout=60) == 130
     said = watching.stderr.read()
     watching.stderr.close()
+    watchdog.cancel()
     assert f"Stopped watching; backfill {backfill_id} goes on." in said
 
     assert f"Backfill {backfill_id} is done: 4 ranges." in site.extraction("backfill", "--watch", backfill_id)

@@ -22,6 +22,8 @@ from extraction_dagster.stages.catalog.database import make_engine
 
 NUM_WRITERS = 8
 POISONED = (17, 901)
+_LONGEST_JOIN_SECONDS = 300
+_LONGEST_STANDSTILL_SECONDS = 300
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,9 @@ class Writers:
         self.committed_at, self.rolled_back, self.num_late, self.errors = {}, set(), 0, []
         self._greatest = 0
         self._started = time.monotonic()
-        self._threads = [threading.Thread(target=self._write, args=(number,)) for number in range(NUM_WRITERS)]
+        self._threads = [
+            threading.Thread(target=self._write, args=(number,), daemon=True) for number in range(NUM_WRITERS)
+        ]
         for thread in self._threads:
             thread.start()
 
@@ -54,9 +58,11 @@ class Writers:
         return any(thread.is_alive() for thread in self._threads)
 
     def join(self):
+        end = time.monotonic() + _LONGEST_JOIN_SECONDS
         for thread in self._threads:
-            thread.join()
+            thread.join(max(end - time.monotonic(), 0))
         assert not self.errors, self.errors
+        assert not self.are_writing, f"{len(self.committed_at)} rows are written, and a writer hangs"
 
     def _write(self, number):
         chance = random.Random(f"{self._seed}-{number}")
@@ -107,7 +113,7 @@ class Sampler:
 
     def __init__(self, site):
         self._site, self.samples, self._stop, self.errors = site, [], threading.Event(), []
-        self._thread = threading.Thread(target=self._sample)
+        self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
 
     def _sample(self):
@@ -122,8 +128,9 @@ class Sampler:
 
     def end(self):
         self._stop.set()
-        self._thread.join()
+        self._thread.join(_LONGEST_JOIN_SECONDS)
         assert not self.errors, self.errors
+        assert not self._thread.is_alive(), "the sampler hangs"
 
 
 class Killer:
@@ -180,15 +187,20 @@ def _run_under_fire(site, scale, capsys):
     site.poison(*POISONED)
     sampler, killer = Sampler(site), Killer(site, seed, scale.kills)
     writers = Writers(site, seed, scale)
+    end = time.monotonic() + scale.seconds + 100 * scale.kills  # whoever finds no worker to kill gives up some time
     try:
         while writers.are_writing or killer.killed.total() < scale.kills or len(killer.killed) < 3:
+            assert time.monotonic() < end, f"the killer found too few workers: {killer.killed}"
             time.sleep(chance.uniform(2, 6))
             killer.strike()
             if _num_finished(site) == len(writers.committed_at) and not writers.are_writing:
                 break
         writers.join()
         site.wait(
-            lambda: _num_finished(site) == len(writers.committed_at), seconds=400, what="every row is done or parked"
+            lambda: _num_finished(site) == len(writers.committed_at),
+            seconds=_LONGEST_STANDSTILL_SECONDS,
+            what="every row is done or parked",
+            progress=lambda: _num_finished(site),
         )
         site.wait(
             lambda: site.cursor().last_processed_id == max(writers.committed_at),

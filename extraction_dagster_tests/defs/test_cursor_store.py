@@ -1,10 +1,14 @@
 """The cursor that a command writes is the one that the daemon finds, and the other way round."""
 
+import time
+
 import dagster as dg
 import pytest
 from dagster._core.scheduler.instigation import InstigatorStatus
 from dagster._core.test_utils import create_test_daemon_workspace_context
 from dagster._core.workspace.load_target import WorkspaceFileTarget
+from dagster._daemon.types import DaemonHeartbeat
+from dagster._utils.error import SerializableErrorInfo
 
 from extraction_dagster.defs.cursor_store import SENSOR_NAME, CursorStore
 from extraction_dagster.defs.launching import template
@@ -33,6 +37,20 @@ def test_without_a_daemon_nobody_ticks(instance):
     assert not store.is_ticking()
     store.write("cursor")
     assert not store.is_ticking()
+
+
+@pytest.mark.parametrize(
+    ("seconds_ago", "errors", "ticks"),
+    [
+        (0, [], True),
+        (60, [], True),
+        (60, [SerializableErrorInfo("a code location did not load", [], None)], True),
+        (600, [], False),
+    ],
+)
+def test_a_daemon_ticks_until_it_was_silent_for_three_minutes(instance, seconds_ago, errors, ticks):
+    instance.add_daemon_heartbeat(DaemonHeartbeat(time.time() - seconds_ago, "SENSOR", "somebody", errors))
+    assert CursorStore(instance).is_ticking() is ticks
 
 
 @pytest.mark.slow

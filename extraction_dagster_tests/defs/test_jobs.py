@@ -5,6 +5,7 @@ from typing import get_args
 
 import dagster as dg
 import pytest
+from dagster._core.errors import DagsterExecutionInterruptedError
 
 from extraction_dagster.defs.resources import DecoderChoice, Extraction, SamplingChoice
 from extraction_dagster.run_options import OVERRIDABLE
@@ -320,6 +321,19 @@ def test_a_forced_run_that_broke_off_goes_on_when_it_is_retried_and_decodes_noth
     assert world.shown(retried, "video_frames")["frames"] == 0
     assert world.ledger("content_version")[:3] == [("~1",), ("~1",), ("~1",)]
     assert world.points() == {1: 3, 2: 3, 3: 3}
+
+
+@pytest.mark.parametrize("step", ["decode", "embed", "index"])
+def test_a_run_that_is_stopped_says_what_it_leaves_and_how_to_go_on(world, monkeypatch, caplog, step):
+    def stopped(_work):
+        raise DagsterExecutionInterruptedError
+
+    monkeypatch.setattr(f"extraction_dagster.defs.assets.{step}_range", stopped)
+    with caplog.at_level("INFO", "extraction_dagster"):
+        result = world.run()
+    assert not result.success
+    assert caplog.text.count("Range 1-4 was stopped. What was finished is kept and marked") == 1
+    assert "'extraction launch 1-4' is one at once." in caplog.text
 
 
 def test_the_sensors_runs_carry_no_options(world, monkeypatch):

@@ -98,7 +98,9 @@ def writing(engine: sa.Engine, *, what: str) -> Iterator[sa.Connection]:
 def _translated(engine: sa.Engine, what: str) -> Iterator[None]:
     try:
         yield
-    except (sa.exc.OperationalError, sa.exc.ProgrammingError, sa.exc.InterfaceError) as error:
+    except (sa.exc.IntegrityError, sa.exc.DataError):
+        raise  # the database works: what it was given is wrong
+    except (sa.exc.DatabaseError, sa.exc.InterfaceError) as error:
         raise SourceUnreachableError(what, describe(engine.url), str(error.orig)) from error
 
 

@@ -99,12 +99,14 @@ class SourceColumns:
         """The id column: an integer, never NULL, that belongs to one row."""
         setting = "EXTRACTION_SOURCE_ID_COLUMN"
         column = self.find(self._settings.source_id_column, setting)
+        quote = self._engine.dialect.identifier_preparer
+        table, name = quote.format_table(self.table), quote.quote(column.name)
         if not isinstance(column.type, sa.Integer):
             raise SourceTableError(
                 self.name,
                 f"id column {column.name!r} is of type {column.type}, expected an integer",
-                f"Add one (PostgreSQL): ALTER TABLE {self.name} ADD COLUMN extraction_id BIGINT GENERATED ALWAYS AS "
-                f"IDENTITY; CREATE UNIQUE INDEX ON {self.name} (extraction_id); then set {setting}=extraction_id.",
+                f"Add one (PostgreSQL): ALTER TABLE {table} ADD COLUMN extraction_id BIGINT GENERATED ALWAYS AS "
+                f"IDENTITY; CREATE UNIQUE INDEX ON {table} (extraction_id); then set {setting}=extraction_id.",
             )
         with reading(self._engine, what=f"read source table {self.name!r}") as connection:
             if self.table.name in sa.inspect(connection).get_view_names(self.table.schema):
@@ -112,12 +114,16 @@ class SourceColumns:
             unique = self._is_unique(column.name, sa.inspect(connection))
             null = column.nullable and connection.execute(sa.select(column).where(column.is_(None)).limit(1)).first()
         if not unique:
-            fix = f"CREATE UNIQUE INDEX ON {self.name} ({column.name}), or set {setting} to a unique column."
+            fix = f"CREATE UNIQUE INDEX {self._index_name()}ON {table} ({name}), or set {setting} to a unique column."
             raise SourceTableError(self.name, f"id column {column.name!r} is not declared unique", fix)
         if null or (column.nullable and not column.primary_key):
-            fix = f"ALTER TABLE {self.name} ALTER COLUMN {column.name} SET NOT NULL, or set {setting} to another."
+            fix = f"ALTER TABLE {table} ALTER COLUMN {name} SET NOT NULL, or set {setting} to another."
             raise SourceTableError(self.name, f"id column {column.name!r} may be NULL", fix)
         return column
+
+    def _index_name(self) -> str:
+        """A name for an index of ids where the database makes none up."""
+        return "" if self._engine.dialect.name == "postgresql" else "extraction_ids "
 
     def _is_unique(self, column_name: str, inspector: sa.Inspector) -> bool:
         wanted = [column_name]

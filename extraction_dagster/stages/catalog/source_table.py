@@ -226,6 +226,13 @@ class SourceTable:
             first, last, number = connection.execute(bounds).one()
         return None if first is None else (int(first), int(last), number == batch_size)
 
+    def reach(self, first_id: int, last_id: int, most: int) -> int:
+        """The last id up to which the eligible rows from `first_id` on are no more than `most`; at most `last_id`."""
+        rows = sa.select(self.id).where(self.eligible, self.id.between(first_id, last_id)).order_by(self.id)
+        with reading(self._engine, what=f"read source table {self.name!r}") as connection:
+            found = connection.execute(rows.offset(most - 1).limit(1)).scalar_one_or_none()
+        return last_id if found is None else int(found)
+
     def mark(self, connection: sa.Connection, versions: Mapping[int, str], *, step: Step) -> dict[int, str]:
         """Set the mark of a step, unless a row's version changed since it was read.
 

@@ -1,5 +1,6 @@
 """Which rows are unfinished, in a window of ids; on both databases, and always through an index."""
 
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -7,6 +8,7 @@ import sqlalchemy as sa
 from pydantic import SecretStr
 
 from extraction_dagster.records import Failure, IdRange
+from extraction_dagster.stages.catalog import catalog as catalog_module
 from extraction_dagster.stages.catalog.catalog import Fingerprints
 from extraction_dagster.stages.catalog.pending import Scan, Unfinished, scan
 from extraction_dagster.stages.catalog.pending_index import pending_index
@@ -202,6 +204,44 @@ def test_marks_and_a_ledger_in_two_databases_are_both_looked_at(database, opened
     assert look(catalog) == Scan(due(2, 3, 5), None, 1)
 
 
+def test_a_row_that_commits_within_a_scan_is_not_taken_for_finished(postgres_url, make_database, settings):
+    database = make_database(postgres_url, settings)  # on SQLite its writer would have to wait
+    database.create(ids=(1, 2, 5))
+    catalog = database.catalog()
+    finish(catalog, 1, 2, 5)
+
+    def commit_a_row(_connection, _cursor, statement, *_):
+        if statement.startswith("SELECT max(") and not committed:
+            committed.append(9)
+            database.insert(9)
+
+    committed = []
+    sa.event.listen(catalog.source_engine, "before_cursor_execute", commit_a_row)
+    assert (look(catalog), committed) == (Scan((), None, 5), [9])
+    assert look(catalog) == Scan(due(9), None, 5)
+    catalog.close()
+
+
+def test_a_crash_between_the_marks_of_two_databases_leaves_the_row_due(database, opened, tmp_path, monkeypatch):
+    database.create(ids=(1, 2))
+    catalog = opened(state_url=SecretStr(f"sqlite:///{tmp_path}/state.db"), source_embedded_column=None)
+    plan, writing, written = catalog.plan(ALL, TODAY), catalog_module.writing, []
+
+    @contextmanager
+    def crash_at_the_second(engine, *, what):
+        written.append(what)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        with writing(engine, what=what) as connection:
+            yield connection
+
+    monkeypatch.setattr(catalog_module, "writing", crash_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        catalog.mark_extracted(plan, {1: 3}, "f1")
+    assert written == ["write the ledger", "mark rows of 'insta_content'"]
+    assert look(catalog) == Scan(due(1, 2), None, None)
+
+
 def test_entries_of_rows_that_are_gone_hide_nothing(database, opened):
     database.create(ids=range(1, 21))
     catalog = opened()
@@ -335,3 +375,21 @@ def test_the_figures_of_progress_are_counted_through_indexes(database, large):
     if dialect == "postgresql":  # SQLite walks the table itself backwards, and says SCAN to that
         assert SOURCE_KEY[dialect] in newest
         assert "Backward" in newest
+
+
+def test_the_reach_of_a_range_is_counted_along_the_key(database, large):
+    assert large.source.reach(11, 19_000, 1000) == 1010
+    assert large.source.reach(11, 500, 1000) == 500
+    with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql("ANALYZE")
+    (plan,) = plans_of(large, database.engine, large.source.reach, 11, 19_000, 1000)
+    assert SOURCE_KEY[database.engine.dialect.name] in plan
+    assert not any(word in plan for word in ("Sort", "Seq Scan", "TEMP B-TREE"))
+
+
+def test_the_density_of_ids_is_taken_from_the_end_of_the_key(database, large):
+    (plan,) = plans_of(large, database.engine, large.source.recent_density, 1000)
+    if database.engine.dialect.name == "postgresql":
+        assert "Backward" in plan
+        assert "insta_content_pkey" in plan
+    assert not any(word in plan for word in ("Sort", "Seq Scan", "TEMP B-TREE"))

@@ -1,5 +1,6 @@
 """The source table: what is read of it, what is refused, what is marked."""
 
+import re
 from datetime import datetime
 
 import pytest
@@ -107,7 +108,7 @@ def test_a_missing_column_names_the_one_that_may_be_meant(database):
     [
         (sa.Column("id", sa.Text, primary_key=True), r"is of type TEXT, expected an integer.*GENERATED ALWAYS"),
         (sa.Column("id", sa.Uuid, primary_key=True), r"expected an integer.*ADD COLUMN extraction_id BIGINT"),
-        (sa.Column("id", sa.BigInteger, nullable=False), r"is not declared unique. CREATE UNIQUE INDEX"),
+        (sa.Column("id", sa.BigInteger, nullable=False), r"is not declared unique. CREATE UNIQUE INDEX .*ON"),
         (sa.Column("id", sa.BigInteger, unique=True), r"may be NULL. ALTER TABLE"),
     ],
 )
@@ -115,6 +116,29 @@ def test_an_id_column_that_can_not_identify_records_is_refused(database, column,
     database.create(column, sa.Column("path", sa.Text))
     with pytest.raises(SourceTableError, match=refusal):
         open_table(database)
+
+
+@pytest.mark.parametrize("name", ["insta_content", "Insta Content"])
+def test_the_sql_that_a_table_of_uuids_gets_makes_it_usable(postgres_url, make_database, settings, name):
+    database = make_database(postgres_url, settings)
+    database.create(sa.Column("id", sa.Uuid, primary_key=True), *_columns(), name=name)
+    database.execute(f"INSERT INTO \"{name}\" (id, path) VALUES (gen_random_uuid(), 'a'), (gen_random_uuid(), 'b')")
+    with pytest.raises(SourceTableError, match="then set EXTRACTION_SOURCE_ID_COLUMN=extraction_id") as refused:
+        open_table(database, source_table=name)
+    for statement in re.findall(r"(?:ALTER TABLE|CREATE UNIQUE INDEX)[^;]*;", str(refused.value)):
+        database.execute(statement)
+    assert open_table(database, source_table=name, source_id_column="extraction_id").extent() == (1, 2)
+
+
+@pytest.mark.parametrize("name", ["insta_content", "Insta Content"])
+def test_the_sql_that_an_id_gets_which_is_not_unique_makes_it_usable(database, name):
+    database.create(sa.Column("Id", sa.BigInteger, nullable=False), *_columns(), name=name)
+    database.execute(f'INSERT INTO "{name}" ("Id", path) VALUES (7, \'a\')')
+    with pytest.raises(SourceTableError, match="is not declared unique") as refused:
+        open_table(database, source_table=name, source_id_column="Id")
+    (statement,) = re.findall(r"CREATE UNIQUE INDEX .*?(?=, or set)", str(refused.value))
+    database.execute(statement)
+    assert open_table(database, source_table=name, source_id_column="Id").extent() == (7, 7)
 
 
 def test_an_index_over_some_rows_only_does_not_make_an_id_unique(database):
@@ -162,6 +186,13 @@ def test_a_database_that_can_not_be_reached_is_named_without_its_password(settin
     with pytest.raises(SourceUnreachableError, match=r"at postgresql\+psycopg2://127.0.0.1:1/db: .*refused") as caught:
         SourceTable(engine, settings())
     assert "s3cret" not in str(caught.value)
+
+
+def test_a_file_that_is_no_database_is_named(tmp_path, settings):
+    (tmp_path / "notes.txt").write_text("Rows of videos are kept elsewhere.\n" * 100)
+    engine = make_engine(f"sqlite:///{tmp_path}/notes.txt", setting="EXTRACTION_SOURCE_URL")
+    with pytest.raises(SourceUnreachableError, match=r"at sqlite:///.*/notes.txt: file is not a database"):
+        SourceTable(engine, settings())
 
 
 @pytest.mark.parametrize("url", ["", "nonsense", "postgresql//me:s3cret@host"])
