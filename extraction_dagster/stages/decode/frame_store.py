@@ -120,6 +120,7 @@ class FrameStore:
 
     def partition_keys(self) -> list[str]:
         """The names of the ranges that have a folder."""
+        self._fs.invalidate_cache(self._folder)
         try:
             return sorted(path.rsplit("/", 1)[-1] for path in self._fs.ls(self._folder, detail=False))
         except FileNotFoundError:

@@ -185,10 +185,11 @@ with entry.receiving(8000, deadline) as received:
 """
 
 
-def test_what_a_killed_process_held_and_reserved_is_free_and_its_part_goes_on(cache, deadline):
+def test_what_a_killed_process_held_and_reserved_is_free_and_its_part_goes_on(cache, deadline, no_longer_than_minutes):
     command = [sys.executable, "-c", textwrap.dedent(HOLDER), str(cache.folder), str(cache._max_bytes)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
+        no_longer_than_minutes(process)
         assert process.stdout.readline() == b"holding\n"
         with pytest.raises(DownloadCacheError, match="do not fit"):
             store(cache, "other", 5 * KB, deadline)
@@ -221,11 +222,13 @@ for number in range(60):
 """
 
 
-def test_several_processes_together_never_exceed_the_limit(cache):
+def test_several_processes_together_never_exceed_the_limit(cache, no_longer_than_minutes):
     cache.folder.mkdir(exist_ok=True)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     commands = [[sys.executable, "-c", FILLER, str(cache.folder), str(cache._max_bytes), seed] for seed in "123"]
     processes = [subprocess.Popen(command, env=environment) for command in commands]
+    for process in processes:
+        no_longer_than_minutes(process)
     highest = 0
     while any(process.poll() is None for process in processes):
         seen = 0

@@ -48,11 +48,6 @@ def as_plain(read):
     )
 
 
-@pytest.fixture(params=["folder", "memory"])
-def root(request, tmp_path):
-    return str(tmp_path / "frames") if request.param == "folder" else f"memory://{tmp_path.name}/frames"
-
-
 def test_videos_come_back_as_they_were_written(root):
     store = FrameStore(root, "f1")
     long = video(2, 700, partial="half is missing", duration_seconds=None)
@@ -87,6 +82,22 @@ def test_materializing_again_adds_shards_in_the_order_of_time(root):
     store = FrameStore(root, "f1")
     written = [FrameStore(root, "f1").write_shard(RANGE, [video(1)]) for _ in range(5)]
     assert [shard.name for shard in store.shards(RANGE)] == [shard.name for shard in written]
+
+
+def test_what_another_process_wrote_and_removed_meanwhile_is_seen(root):
+    store, elsewhere = FrameStore(root, "f1"), FrameStore(root, "f1")
+    elsewhere._fs = type(elsewhere._fs)(skip_instance_cache=True)  # with no part in this one's listings
+    first = store.write_shard(RANGE, [video(1)])
+    assert (store.shards(RANGE), store.partition_keys()) == ([first], ["1-1000"])
+    second = elsewhere.write_shard(RANGE, [video(2)])
+    other = elsewhere.write_shard(IdRange(1001, 1002), [video(1001)])
+    assert store.partition_keys() == ["1-1000", "1001-1002"]
+    assert (store.shards(RANGE), store.shards(IdRange(1001, 1002))) == ([first, second], [other])
+    elsewhere.remove(first)
+    assert store.shards(RANGE) == [second]
+    with pytest.raises(FrameShardError, match="can't be read"):
+        list(store.read(first))
+    store.remove(first)
 
 
 def test_the_file_is_laid_out_for_fast_reading(tmp_path):
