@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from extraction_dagster.stages.decode.worker import Report
 
 _TURN_SECONDS = 0.05
-_MOST_UNTAKEN = 8  # workers that end, one after the other, between their start and their video: so would all others
+_MOST_EARLY_ENDS = 8  # of workers, one after the other, before they began with a video: so would all others
 
 
 class _End(Enum):
@@ -98,7 +98,7 @@ class _Pool:
         self._options = options
         self._workers: list[WorkerProcess] = []
         self._returned: list[DecodeJob] = []
-        self._untaken = 0
+        self._early_ends = 0
 
     def run(self, jobs: Iterator[DecodeJob | None]) -> Iterator[Decoded]:
         more = True
@@ -138,8 +138,7 @@ class _Pool:
             try:
                 worker.give(job, self._options.timeout_seconds)
             except OSError:
-                if not worker.ready:
-                    raise self._no_start(worker) from None
+                self._note_early_end(worker)
                 self._drop(worker)
             else:
                 return
@@ -171,7 +170,7 @@ class _Pool:
                 yield self._finish(worker, report)
 
     def _finish(self, worker: WorkerProcess, report: Report) -> Decoded:
-        job, worker.job, self._untaken = _job_of(worker), None, 0
+        job, worker.job, self._early_ends = _job_of(worker), None, 0
         fault = report.fault
         if fault is None:
             outcome = Outcome(job.record_id, frames=report.result)
@@ -194,16 +193,27 @@ class _Pool:
 
     def _bury(self, worker: WorkerProcess) -> Iterator[Decoded]:
         """Blame a worker's death on its video, unless it died before it took it."""
-        worker.reap()
-        self._untaken = 0 if worker.taken else self._untaken + 1
-        if not worker.ready or self._untaken > _MOST_UNTAKEN:
-            raise self._no_start(worker)
+        if not worker.taken:
+            self._note_early_end(worker)
         job, said = _job_of(worker), worker.last_words()
+        worker.reap()
         how = self._drop(worker)
         if worker.taken:
+            self._early_ends = 0
             yield Decoded(_failed(job, _fault_of(DecodeWorkerDiedError(job.path, how=how)), said))
         else:
             self._returned.append(job)
+
+    def _note_early_end(self, worker: WorkerProcess) -> None:
+        """A worker that was killed before it began with a video is replaced, as long as that is no rule.
+
+        Raises:
+            DecodeWorkerStartError: It ended by itself before it was ready; or so did too many, one after the other.
+        """
+        worker.reap()
+        self._early_ends += 1
+        if self._early_ends > _MOST_EARLY_ENDS or not (worker.ready or worker.was_killed):
+            raise self._no_start(worker)
 
     def _no_start(self, worker: WorkerProcess) -> DecodeWorkerStartError:
         said = worker.last_words().splitlines()[-1:]

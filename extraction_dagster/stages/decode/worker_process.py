@@ -136,6 +136,11 @@ class WorkerProcess:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(_REAP_SECONDS)
 
+    @property
+    def was_killed(self) -> bool:
+        """Whether a signal ended the process, once it was reaped."""
+        return self.process.returncode is not None and self.process.returncode < 0
+
     def last_words(self) -> str:
         """The end of what the worker and its codec library wrote."""
         with contextlib.suppress(OSError, ValueError):

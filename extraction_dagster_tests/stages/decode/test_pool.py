@@ -248,12 +248,28 @@ from extraction_dagster.stages.decode import messages
 messages.wait_for = lambda wire: os._exit(9)
 run = None
 """
+KILLED_AT_THE_START = """
+import os, pathlib, signal, faults
+
+before = pathlib.Path(__file__).with_name("killed")
+if not before.exists():
+    before.touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+run = faults.run
+"""
 
 
 def test_workers_that_all_end_before_their_first_video_are_not_replaced_for_ever(tmp_path):
     (tmp_path / "deaf.py").write_text(DEAF)
     with pytest.raises(DecodeWorkerStartError, match=r"did not start \(exit code 9\)"):
         list(decode_all(jobs("ok"), options(task="deaf:run")))
+
+
+def test_a_worker_that_is_killed_while_it_starts_is_replaced_without_loss(tmp_path):
+    (tmp_path / "hurt.py").write_text(KILLED_AT_THE_START)
+    outcomes = run("ok", "ok", task="hurt:run")
+    assert [outcomes[number].failure for number in (0, 1)] == [None, None]
+    assert (tmp_path / "killed").exists()
 
 
 def test_workers_load_neither_dagster_nor_their_parents_main():
