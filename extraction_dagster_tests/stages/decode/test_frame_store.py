@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from extraction_dagster.errors import FrameShardError
+from extraction_dagster.errors import FrameShardError, FrameStoreError
 from extraction_dagster.records import EncodedFrames, IdRange
 from extraction_dagster.settings import Settings
 from extraction_dagster.stages.decode.frame_shard import ShardRecord
@@ -98,6 +98,31 @@ def test_what_another_process_wrote_and_removed_meanwhile_is_seen(root):
     with pytest.raises(FrameShardError, match="can't be read"):
         list(store.read(first))
     store.remove(first)
+
+
+def test_a_bucket_that_is_missing_is_named_and_no_record_is_blamed(s3_root):
+    store = FrameStore(f"{s3_root}-elsewhere/frames", "f1")
+    said = r"-elsewhere/frames/f1' can't be reached: .+\. No record is to blame"
+    with pytest.raises(FrameStoreError, match=said):
+        store.write_shard(RANGE, [video(1)])
+    assert (store.shards(RANGE), store.partition_keys()) == ([], [])
+
+
+def test_a_store_that_is_down_is_an_error_in_one_line(s3_root, monkeypatch):
+    written = FrameStore(s3_root, "f1").write_shard(RANGE, [video(1)])
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    store = FrameStore(s3_root, "f1")
+    store._fs = type(store._fs)(skip_instance_cache=True)  # the others of this process know the way already
+    for ask in (
+        lambda: store.write_shard(RANGE, [video(1)]),
+        lambda: store.shards(RANGE),
+        store.partition_keys,
+        lambda: list(store.read(written)),
+        lambda: store.remove(written),
+    ):
+        with pytest.raises(FrameStoreError, match=r"f1' can't be reached: EndpointConnectionError\. No record"):
+            ask()
 
 
 def test_the_file_is_laid_out_for_fast_reading(tmp_path):
