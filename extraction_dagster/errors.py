@@ -700,6 +700,18 @@ class FrameShardError(ExtractionError):
         )
 
 
+class FrameStoreError(ExtractionError):
+    """Frames can't be read or written where they are kept."""
+
+    def __init__(self, folder: str, why: str) -> None:
+        """Name the place and what is wrong."""
+        super().__init__(
+            f"The frames in {folder!r} can't be reached: {why}. No record is to blame, and what was written is kept. "
+            f"Correct EXTRACTION_FRAMES_URI, or the store's own configuration (AWS_… variables, say); then run "
+            f"the range again."
+        )
+
+
 # Fetching
 
 

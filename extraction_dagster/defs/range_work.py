@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
-from dagster._core.errors import DagsterExecutionInterruptedError
 
 from extraction_dagster.defs.partitions import above_floor, register
 from extraction_dagster.defs.resources import Extraction, plain_failures
@@ -105,7 +104,7 @@ def work_on(context: dg.AssetExecutionContext, extraction: Extraction, *, begins
     with (
         plain_failures(),
         _saying_how_to_go_on(context.partition_key),
-        delivered_again_when_dropped(DagsterExecutionInterruptedError),
+        delivered_again_when_dropped(dg.DagsterExecutionInterruptedError),
     ):
         settings, made_with = extraction.settings, extraction.fingerprints
         id_range = register(context)
@@ -129,7 +128,7 @@ def _saying_how_to_go_on(key: str) -> Iterator[None]:
     """Tell whoever stopped a run (Ctrl+C, SIGTERM, *Terminate*) what it left."""
     try:
         yield
-    except (DagsterExecutionInterruptedError, KeyboardInterrupt):
+    except (dg.DagsterExecutionInterruptedError, KeyboardInterrupt):
         _log.info(
             "Range %s was stopped. What was finished is kept and marked, and its next run goes on from there: the "
             "sensor asks for one by itself, 'extraction launch %s' is one at once.",

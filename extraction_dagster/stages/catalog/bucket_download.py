@@ -50,7 +50,7 @@ _CREDENTIAL_CODES = frozenset(
         "TokenRefreshRequired",
     }
 )
-_STORES = ("aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "requests", "s3fs")
+STORE_PACKAGES = ("aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "requests", "s3fs")
 _UNAUTHORIZED = 401
 
 
@@ -178,7 +178,7 @@ def _judged(error: Exception, uri: str) -> Exception:
         return FileRefusedError(uri, "403 Forbidden")
     if isinstance(error, ValueError):
         return AddressForbiddenError(uri, "the store does not take its key", "Correct the row.")
-    if isinstance(error, OSError) or kind.__module__.partition(".")[0] in _STORES:
+    if isinstance(error, OSError) or kind.__module__.partition(".")[0] in STORE_PACKAGES:
         return PassingFaultError(f"the store failed ({code or getattr(error, 'strerror', None) or kind.__name__})")
     return error
 

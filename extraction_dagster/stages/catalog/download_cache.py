@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from extraction_dagster.errors import DownloadCacheError, FileUnavailableError
-from extraction_dagster.stages.catalog.download import FileVersion
+from extraction_dagster.stages.catalog.download import FileVersion, PassingFaultError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 _LOCK, _RESERVED = "cache.lock", "reserved.json"
 _WAIT_SECONDS = 0.1
+_TURN_SECONDS = 0.005
+_PART_SECONDS = 10.0  # for which a part may wait for room: several, each in the way of the others, would for ever
 _FLAGS = os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 # What an entry needs beside the file itself, and the file of reservations.
 OVERHEAD_BYTES = 16_384
@@ -76,14 +78,18 @@ class DownloadCache:
             os.utime(lock)
         return CacheEntry(self, key, suffix, lock)
 
-    def reserve(self, key: str, num_bytes: int, deadline: Deadline) -> None:
+    def reserve(self, key: str, num_bytes: int, deadline: Deadline, *, has_part: bool = False) -> None:
         """Wait until there is room for a file of that size in place of what the entry holds.
 
         Raises:
+            PassingFaultError: It has a part, which takes the room that others wait for, as theirs may take its own.
             DownloadCacheError: Everything in the folder has been in use for too long.
         """
-        end = time.monotonic() + self._patience
+        began = time.monotonic()
+        end, give_way = began + self._patience, began + min(_PART_SECONDS, self._patience / 2)
         while not self._try_reserve(key, num_bytes):
+            if has_part and time.monotonic() >= give_way:
+                raise PassingFaultError("what had arrived of it made room for others")
             if time.monotonic() >= end:
                 why = f"{num_bytes} bytes more do not fit into {self._max_bytes} while all that it holds is in use"
                 raise DownloadCacheError(str(self.folder), why)
@@ -156,7 +162,7 @@ class DownloadCache:
         with self.faults():
             lock = os.open(self.folder / _LOCK, os.O_RDWR | _FLAGS, 0o600)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                self._wait_for(lock)
                 path = self.folder / _RESERVED
                 reserved = _read_json(path)
                 before = dict(reserved)
@@ -165,6 +171,20 @@ class DownloadCache:
                     _write_json(path, reserved)
             finally:
                 os.close(lock)
+
+    def _wait_for(self, lock: int) -> None:
+        """Wait for a lock that is held for moments; one who was stopped while holding it is not waited for for ever."""
+        end = time.monotonic() + self._patience
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= end:
+                    why = "another process has been holding its list all the time"
+                    raise DownloadCacheError(str(self.folder), why) from None
+                time.sleep(_TURN_SECONDS)
+            else:
+                return
 
 
 class CacheEntry:
@@ -206,8 +226,16 @@ class CacheEntry:
 
     @contextmanager
     def receiving(self, num_bytes: int, deadline: Deadline) -> Iterator[_Receiver]:
-        """Take what arrives, behind what is there; room for `num_bytes` in all is reserved first."""
-        self._cache.reserve(self._key, num_bytes, deadline)
+        """Take what arrives, behind what is there; room for `num_bytes` in all is reserved first.
+
+        Raises:
+            PassingFaultError: There was none for so long that what is there made room for others.
+        """
+        try:
+            self._cache.reserve(self._key, num_bytes, deadline, has_part=self.num_bytes > 0)
+        except PassingFaultError:
+            self.discard()
+            raise
         try:
             with self._cache.faults():
                 part = os.open(self._part, os.O_WRONLY | os.O_APPEND | _FLAGS, 0o600)

@@ -33,7 +33,7 @@ def fetch_ahead(rows: Iterable[VideoRow], fetcher: Fetcher, *, threads: int) -> 
 
     Args:
         rows: Drawn only as far as downloads are under way.
-        fetcher: Fetches one row; closed in the end.
+        fetcher: Fetches one row. Closed when this ends early; else by the caller, who still needs the last files.
         threads: Most downloads that are under way, or ready and not yet taken.
 
     Yields:
@@ -56,6 +56,9 @@ def fetch_ahead(rows: Iterable[VideoRow], fetcher: Fetcher, *, threads: int) -> 
                     yield _settled(_try(fetcher, row))
                 continue
             yield downloads.take()
+    except BaseException:
+        fetcher.close()  # ends what is under way
+        raise
     finally:
         downloads.stop()
 
@@ -87,7 +90,6 @@ class _Downloads:
         return _settled(done)
 
     def stop(self) -> None:
-        self._fetcher.close()
         for _ in range(self._threads):
             self._todo.put(None)
 

@@ -22,8 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from extraction_dagster.errors import FrameShardError
+from extraction_dagster.errors import FrameShardError, FrameStoreError
 from extraction_dagster.records import fingerprint
+from extraction_dagster.stages.catalog.bucket_download import STORE_PACKAGES
 from extraction_dagster.stages.decode.frame_shard import (
     FORMAT,
     FrameShard,
@@ -93,6 +94,9 @@ class FrameStore:
             partition: The range that the videos belong to.
             videos: At least one.
             name: Of a shard that takes the place of others; by default one that says now.
+
+        Raises:
+            FrameStoreError: The store can't be reached; so do all other methods. On a local disk, OSError.
         """
         records = tuple(record_of(video) for video in videos)
         content = to_parquet(partition, videos, records)
@@ -103,7 +107,8 @@ class FrameStore:
             _sweep(Path(folder))
             _write_durably(Path(path), content)
         else:
-            self._fs.pipe_file(path, content)  # an object store shows an object once it is whole
+            with self._reaching(writing=True):
+                self._fs.pipe_file(path, content)  # an object store shows an object once it is whole
         return FrameShard(name, path, partition.partition_key, records, sum(map(len, videos)), len(content))
 
     def shards(self, partition: IdRange) -> list[FrameShard]:
@@ -111,7 +116,8 @@ class FrameStore:
         folder = self._partition_folder(partition)
         self._fs.invalidate_cache(folder)
         try:
-            entries = self._fs.ls(folder, detail=True)
+            with self._reaching():
+                entries = self._fs.ls(folder, detail=True)
         except FileNotFoundError:
             return []
         paths = sorted((entry["name"], entry.get("size") or 0) for entry in entries if entry["type"] == "file")
@@ -120,14 +126,17 @@ class FrameStore:
 
     def partition_keys(self) -> list[str]:
         """The names of the ranges that have a folder."""
+        self._fs.invalidate_cache(self._folder)
         try:
-            return sorted(path.rsplit("/", 1)[-1] for path in self._fs.ls(self._folder, detail=False))
+            with self._reaching():
+                return sorted(path.rsplit("/", 1)[-1] for path in self._fs.ls(self._folder, detail=False))
         except FileNotFoundError:
             return []
 
     def open(self, path: str) -> IO[bytes]:
         """Open a shard's file to read single columns of it."""
-        file: IO[bytes] = self._fs.open(path, "rb")
+        with self._reaching():
+            file: IO[bytes] = self._fs.open(path, "rb")
         return file
 
     def read(self, shard: FrameShard) -> Iterator[EncodedFrames]:
@@ -137,22 +146,41 @@ class FrameStore:
             FrameShardError: The shard is gone or damaged.
         """
         try:
-            with self._fs.open(shard.path, "rb") as file:
+            with self._reaching(parsing=True), self._fs.open(shard.path, "rb") as file:
                 yield from read_videos(file, shard.records)
         except (OSError, pa.ArrowException, ValueError) as error:
             raise FrameShardError(shard.path, str(error)) from error
 
     def remove(self, shard: FrameShard) -> None:
         """Remove a shard; one that is gone already is no matter."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), self._reaching():
             self._fs.rm_file(shard.path)
+
+    @contextlib.contextmanager
+    def _reaching(self, *, parsing: bool = False, writing: bool = False) -> Iterator[None]:
+        """Tell a store that can't be reached from what is wrong with a shard; a disk speaks for itself.
+
+        An OSError may be Arrow's, about what it parses; and a file that is missing is no fault, unless it is written.
+        """
+        try:
+            yield
+        except Exception as error:
+            of_a_shard = isinstance(error, OSError) and (
+                parsing or (not writing and isinstance(error, FileNotFoundError))
+            )
+            known = isinstance(error, OSError) or type(error).__module__.partition(".")[0] in STORE_PACKAGES
+            if isinstance(self._fs, LocalFileSystem) or of_a_shard or not known:
+                raise
+            # A store's own words may repeat the request, and it may have no others than its kind.
+            why = error.strerror if isinstance(error, OSError) else None
+            raise FrameStoreError(self._folder, why or type(error).__name__) from None
 
     def _partition_folder(self, partition: IdRange) -> str:
         return f"{self._folder}/{partition.partition_key}"
 
     def _read_footer(self, path: str, partition: IdRange, size_bytes: int) -> FrameShard | None:
         try:
-            with self._fs.open(path, "rb") as file:
+            with self._reaching(parsing=True), self._fs.open(path, "rb") as file:
                 metadata = pq.read_metadata(file)
             records = listed_records(metadata, partition)
         except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:

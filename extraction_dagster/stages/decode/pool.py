@@ -20,7 +20,7 @@ from extraction_dagster.errors import (
     DecodeWorkerStartError,
 )
 from extraction_dagster.records import Failure, Outcome
-from extraction_dagster.stages.decode.worker import TAKEN, Fault, Report
+from extraction_dagster.stages.decode.worker import Fault
 from extraction_dagster.stages.decode.worker_process import WorkerProcess
 
 if TYPE_CHECKING:
@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from extraction_dagster.errors import ExtractionError
     from extraction_dagster.settings import Settings
     from extraction_dagster.stages.decode.task import DecodeJob
+    from extraction_dagster.stages.decode.worker import Report
 
 _TURN_SECONDS = 0.05
+_MOST_EARLY_ENDS = 8  # of workers, one after the other, before they began with a video: so would all others
 
 
 class _End(Enum):
@@ -96,6 +98,7 @@ class _Pool:
         self._options = options
         self._workers: list[WorkerProcess] = []
         self._returned: list[DecodeJob] = []
+        self._early_ends = 0
 
     def run(self, jobs: Iterator[DecodeJob | None]) -> Iterator[Decoded]:
         more = True
@@ -111,7 +114,10 @@ class _Pool:
                     self._give(drawn)
             busy = [worker for worker in self._workers if worker.job is not None]
             if busy:
-                yield from self._collect(busy, at_most=_TURN_SECONDS if drawn is None else None)
+                for decoded in self._collect(busy, at_most=_TURN_SECONDS if drawn is None else None):
+                    handed_over = time.monotonic()
+                    yield decoded
+                    self._make_up_for(time.monotonic() - handed_over)
             elif drawn is not None:
                 return
 
@@ -132,8 +138,7 @@ class _Pool:
             try:
                 worker.give(job, self._options.timeout_seconds)
             except OSError:
-                if not worker.ready:
-                    raise self._no_start(worker) from None
+                self._note_early_end(worker)
                 self._drop(worker)
             else:
                 return
@@ -142,29 +147,30 @@ class _Pool:
         """Wait for the next report, death or deadline, or until a job may be ready."""
         left = min(worker.deadline for worker in busy) - time.monotonic()
         left = left if at_most is None else min(left, at_most)
-        heard: set[object] = set(wait([worker.connection for worker in busy], timeout=max(0.0, left)))
+        wait([worker.wire for worker in busy], timeout=max(0.0, left))
         for worker in busy:
-            if worker.connection in heard:
-                yield from self._hear(worker)
-            elif time.monotonic() >= worker.deadline:
+            yield from self._hear(worker)
+            if worker.job is not None and time.monotonic() >= worker.deadline:
                 yield self._time_out(worker)
+
+    def _make_up_for(self, seconds: float) -> None:
+        """Workers may have waited to be heard while the caller was busy with an outcome, a slow store say."""
+        for worker in self._workers:
+            worker.deadline += seconds
 
     def _hear(self, worker: WorkerProcess) -> Iterator[Decoded]:
         try:
-            message = worker.receive()
+            report = worker.receive()
         except MemoryError:
             raise
         except Exception:  # noqa: BLE001 - it hung up, or sent what it should not: either is its end
             yield from self._bury(worker)
-            return
-        if isinstance(message, Report):
-            yield self._finish(worker, message)
         else:
-            worker.ready, worker.taken = True, message == TAKEN
-            worker.deadline = time.monotonic() + self._options.timeout_seconds
+            if report is not None:
+                yield self._finish(worker, report)
 
     def _finish(self, worker: WorkerProcess, report: Report) -> Decoded:
-        job, worker.job = _job_of(worker), None
+        job, worker.job, self._early_ends = _job_of(worker), None, 0
         fault = report.fault
         if fault is None:
             outcome = Outcome(job.record_id, frames=report.result)
@@ -187,15 +193,27 @@ class _Pool:
 
     def _bury(self, worker: WorkerProcess) -> Iterator[Decoded]:
         """Blame a worker's death on its video, unless it died before it took it."""
-        worker.reap()
-        if not worker.ready:
-            raise self._no_start(worker)
+        if not worker.taken:
+            self._note_early_end(worker)
         job, said = _job_of(worker), worker.last_words()
+        worker.reap()
         how = self._drop(worker)
         if worker.taken:
+            self._early_ends = 0
             yield Decoded(_failed(job, _fault_of(DecodeWorkerDiedError(job.path, how=how)), said))
         else:
             self._returned.append(job)
+
+    def _note_early_end(self, worker: WorkerProcess) -> None:
+        """A worker that was killed before it began with a video is replaced, as long as that is no rule.
+
+        Raises:
+            DecodeWorkerStartError: It ended by itself before it was ready; or so did too many, one after the other.
+        """
+        worker.reap()
+        self._early_ends += 1
+        if self._early_ends > _MOST_EARLY_ENDS or not (worker.ready or worker.was_killed):
+            raise self._no_start(worker)
 
     def _no_start(self, worker: WorkerProcess) -> DecodeWorkerStartError:
         said = worker.last_words().splitlines()[-1:]
@@ -203,6 +221,7 @@ class _Pool:
 
     def _drop(self, worker: WorkerProcess) -> str:
         self._workers.remove(worker)
+        worker.job = None
         return worker.stop()
 
 

@@ -114,7 +114,8 @@ def decode_rows(  # noqa: PLR0913 - the rows and what is done with them, each by
     fetched = _fetched(rows, fetch) if fetch else fetch_ahead(rows, fetcher, threads=settings.fetch_threads)
     make_job = partial(DecodeJob.of, settings=settings, sampling=sampling, quality=quality)
     jobs = _jobs(fetched, make_job, batch)
-    with closing(fetched), closing(decode_all(jobs, PoolOptions.from_settings(settings))) as decoded:
+    # The last files are in use until their videos are decoded, long after the last one was fetched.
+    with closing(fetcher), closing(fetched), closing(decode_all(jobs, PoolOptions.from_settings(settings))) as decoded:
         try:
             for item in decoded:
                 fetcher.release(item.outcome.record_id, keep=item.outcome.frames is not None)

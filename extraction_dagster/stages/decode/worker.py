@@ -13,14 +13,15 @@ import pickle
 import resource
 import select
 import signal
+import socket
 import sys
 import time
 import traceback
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from extraction_dagster.stages.decode import messages
 from extraction_dagster.stages.decode.confinement import confine
 
 if TYPE_CHECKING:
@@ -60,27 +61,27 @@ class Report:
     wall_seconds: float
 
 
-def serve(connection_fd: int, task: str, memory_bytes: int) -> None:
+def serve(wire_fd: int, task: str, memory_bytes: int) -> None:
     """Run tasks until the parent hangs up.
 
     Args:
-        connection_fd: File descriptor of the connection to the parent.
+        wire_fd: File descriptor of the socket that leads to the parent.
         task: The function to run on each job, as `module:function`.
         memory_bytes: Address space that may be used beyond what this process has at its start.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _die_with_parent()
-    connection = Connection(connection_fd)
+    wire = socket.socket(fileno=wire_fd)
     run = _load(task)
     _limit(memory_bytes)
     confine()
     with contextlib.suppress(EOFError, OSError):
-        connection.send(READY)
+        messages.send(wire, READY)
         while True:
-            content = connection.recv_bytes()
-            connection.send(TAKEN)
+            content = messages.wait_for(wire)
+            messages.send(wire, TAKEN)
             _forget_log()
-            connection.send(_run(run, pickle.loads(content)))  # noqa: S301 - from the parent, which started us
+            messages.send(wire, _run(run, pickle.loads(content)))  # noqa: S301 - from the parent, which started us
 
 
 def _load(task: str) -> Callable[[Any], Any]:

@@ -12,15 +12,16 @@ import os
 import pickle
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from multiprocessing import Pipe
 from typing import IO, TYPE_CHECKING
 
 from extraction_dagster.records import EncodedFrames
-from extraction_dagster.stages.decode.worker import Report
+from extraction_dagster.stages.decode import messages
+from extraction_dagster.stages.decode.worker import READY, TAKEN, Report
 
 if TYPE_CHECKING:
     from extraction_dagster.stages.decode.task import DecodeJob
@@ -53,7 +54,7 @@ class WorkerProcess:
     """A worker process and the video that it has.
 
     Attributes:
-        connection: To the process; `receive` reads from it.
+        wire: To the process; `receive` reads from it, and neither that nor `give` waits for it for ever.
         process: The process.
         ready: Whether it has started.
         taken: Whether it has begun with its video.
@@ -64,7 +65,8 @@ class WorkerProcess:
 
     def __init__(self, *, task: str, memory_bytes: int) -> None:
         """Start the process; it says when it is ready."""
-        self.connection, theirs = Pipe()
+        self.wire, theirs = socket.socketpair()
+        self.wire.settimeout(0.0)
         self.log: IO[bytes] = tempfile.TemporaryFile(prefix="extraction-worker-")  # noqa: SIM115 - closed by stop()
         paths = [entry or os.getcwd() for entry in sys.path]  # noqa: PTH109 - what '' means in sys.path
         with theirs:
@@ -78,32 +80,53 @@ class WorkerProcess:
                 env={**_passed_on(), **ENVIRONMENT},
                 process_group=0,
             )
-        self._most_bytes = memory_bytes
+        self._inbox = messages.Inbox(most_bytes=memory_bytes)
         self.ready = False
         self.taken = False
         self.tasks = 0
         self.job: DecodeJob | None = None
-        self.deadline = 0.0
+        self.deadline = self._timeout_seconds = 0.0
 
     def give(self, job: DecodeJob, timeout_seconds: float) -> None:
-        """Hand it a job, which it has to finish in time."""
-        self.connection.send(job)
+        """Hand it a job, which it has to finish in time.
+
+        Raises:
+            OSError: It is gone, or does not listen.
+        """
+        self.wire.settimeout(_START_SECONDS)
+        try:
+            messages.send(self.wire, job)
+        finally:
+            self.wire.settimeout(0.0)
         self.job = job
         self.taken = False
         self.tasks += 1
+        self._timeout_seconds = timeout_seconds
         self.deadline = time.monotonic() + (timeout_seconds if self.ready else _START_SECONDS)
 
-    def receive(self) -> object:
-        """What it says next.
+    def receive(self) -> Report | None:
+        """Its report on the video that it has; None while there is none, or a part of it is still on its way.
 
         Raises:
             EOFError: It is gone.
             pickle.UnpicklingError: It says what no worker of ours would; other errors mean the same.
         """
-        said = _Unpickler(io.BytesIO(self.connection.recv_bytes(self._most_bytes))).load()
-        if isinstance(said, Report) and said.fault is None and not self._is_asked_for(said.result):
-            raise pickle.UnpicklingError("a report without the frames of its video")
-        return said
+        while (message := self._inbox.take(self.wire)) is not None:
+            said = _Unpickler(io.BytesIO(message)).load()
+            if isinstance(said, Report) and (said.fault is not None or self._is_asked_for(said.result)):
+                return said
+            self._get_on(said)
+        return None
+
+    def _get_on(self, said: object) -> None:
+        """It started, or took its video: either once, and it has all of its time from then on."""
+        if said == READY and not self.ready:
+            self.ready = True
+        elif said == TAKEN and self.ready and not self.taken:
+            self.taken = True
+        else:
+            raise pickle.UnpicklingError("neither the next step nor the frames of its video")
+        self.deadline = time.monotonic() + self._timeout_seconds
 
     def _is_asked_for(self, result: object) -> bool:
         return isinstance(result, EncodedFrames) and self.job is not None and result.record_id == self.job.record_id
@@ -112,6 +135,11 @@ class WorkerProcess:
         """Wait a moment for a process that hung up."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(_REAP_SECONDS)
+
+    @property
+    def was_killed(self) -> bool:
+        """Whether a signal ended the process, once it was reaped."""
+        return self.process.returncode is not None and self.process.returncode < 0
 
     def last_words(self) -> str:
         """The end of what the worker and its codec library wrote."""
@@ -125,7 +153,7 @@ class WorkerProcess:
         """Kill the process, wait for its end, and say how it ended."""
         self.process.kill()
         self.reap()
-        self.connection.close()
+        self.wire.close()
         self.log.close()
         if self.process.stdin is not None:
             self.process.stdin.close()

@@ -22,27 +22,11 @@ from extraction_dagster.stages.catalog.fetching import Fetcher
 
 BLOCK = 4 * 2**20
 BODY = bytes(range(256)) * (9 * 2**20 // 256)  # three blocks
-KEYS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "canary-4711", "AWS_DEFAULT_REGION": "us-east-1"}
-
-
-@pytest.fixture(scope="module")
-def s3_address():
-    from moto.server import ThreadedMotoServer  # noqa: PLC0415 - lazy: it is slow to import
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
 
 
 @pytest.fixture
-def s3(s3_address, monkeypatch, tmp_path):
+def s3(s3_environment):  # noqa: ARG001 - for what it sets
     """The S3 API, with the bucket `videos`, empty, and the environment that leads to it."""
-    for name, value in {**KEYS, "AWS_ENDPOINT_URL_S3": s3_address, "AWS_CONFIG_FILE": str(tmp_path / "none")}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     store = open_store("s3", stall_seconds=20)
     if store.exists("videos"):
         store.rm("videos", recursive=True)

@@ -1,5 +1,6 @@
 """The cache: never above its limit, nothing in use removed, whatever dies."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from extraction_dagster.errors import DownloadCacheError, FileUnavailableError
-from extraction_dagster.stages.catalog.download import Deadline, FetchStoppedError, FileVersion
+from extraction_dagster.stages.catalog.download import Deadline, FetchStoppedError, FileVersion, PassingFaultError
 from extraction_dagster.stages.catalog.download_cache import OVERHEAD_BYTES, DownloadCache
 
 KB = 1000
@@ -185,10 +186,11 @@ with entry.receiving(8000, deadline) as received:
 """
 
 
-def test_what_a_killed_process_held_and_reserved_is_free_and_its_part_goes_on(cache, deadline):
+def test_what_a_killed_process_held_and_reserved_is_free_and_its_part_goes_on(cache, deadline, no_longer_than_minutes):
     command = [sys.executable, "-c", textwrap.dedent(HOLDER), str(cache.folder), str(cache._max_bytes)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
+        no_longer_than_minutes(process)
         assert process.stdout.readline() == b"holding\n"
         with pytest.raises(DownloadCacheError, match="do not fit"):
             store(cache, "other", 5 * KB, deadline)
@@ -196,6 +198,34 @@ def test_what_a_killed_process_held_and_reserved_is_free_and_its_part_goes_on(ca
     store(cache, "more", 5 * KB, deadline).release()
     entry = cache.entry("dead", suffix=".mp4", deadline=deadline)
     assert (entry.version, entry.num_bytes) == (FileVersion(8000, '"a"', "", joins=True), 1000)
+    entry.release()
+
+
+def test_parts_in_the_way_of_each_other_do_not_wait_for_ever(cache, deadline):
+    one, other = (cache.entry(key, suffix=".mp4", deadline=deadline) for key in "ab")
+    for entry in (one, other):
+        entry.begin(FileVersion(8 * KB, '"v1"', "", joins=True))
+        with entry.receiving(4 * KB, deadline) as received:
+            received.append(b"x" * 4 * KB)
+    with pytest.raises(PassingFaultError, match="made room for others"), one.receiving(8 * KB, deadline):
+        pass
+    assert (one.num_bytes, one.version) == (0, None)
+    with other.receiving(8 * KB, deadline) as received:
+        received.append(b"x" * 4 * KB)
+    assert other.num_bytes == 8 * KB
+    one.release()
+    other.release()
+
+
+def test_one_who_was_stopped_while_holding_the_list_is_not_waited_for_for_ever(cache, deadline):
+    entry = cache.entry("a", suffix=".mp4", deadline=deadline)
+    held = os.open(cache.folder / "cache.lock", os.O_RDWR | os.O_CREAT)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with pytest.raises(DownloadCacheError, match="holding its list all the time"), entry.receiving(KB, deadline):
+        pass
+    os.close(held)
+    with entry.receiving(KB, deadline) as received:
+        received.append(b"x" * KB)
     entry.release()
 
 
@@ -221,11 +251,13 @@ for number in range(60):
 """
 
 
-def test_several_processes_together_never_exceed_the_limit(cache):
+def test_several_processes_together_never_exceed_the_limit(cache, no_longer_than_minutes):
     cache.folder.mkdir(exist_ok=True)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     commands = [[sys.executable, "-c", FILLER, str(cache.folder), str(cache._max_bytes), seed] for seed in "123"]
     processes = [subprocess.Popen(command, env=environment) for command in commands]
+    for process in processes:
+        no_longer_than_minutes(process)
     highest = 0
     while any(process.poll() is None for process in processes):
         seen = 0

@@ -57,7 +57,7 @@ def test_what_is_ready_first_comes_first_and_none_says_that_nothing_is():
     assert ready(items).row.record_id == 3
     fetcher.permitted[1].set()
     assert [item.row.record_id for item in items if item is not None] == [1]
-    assert fetcher.closed
+    assert not fetcher.closed  # whoever got the files still has them
 
 
 def test_rows_are_drawn_only_as_far_as_downloads_are_under_way():
@@ -167,6 +167,27 @@ def test_videos_behind_addresses_become_frames_and_their_files_are_released(serv
     cached = sum(path.stat().st_size for path in (chosen.home / "cache" / "videos").iterdir())
     assert cached <= chosen.cache_bytes
     assert not [path for path in (chosen.home / "cache" / "videos").glob("*.mp4") if path.stat().st_size == 1500]
+
+
+def test_the_last_file_is_in_use_until_its_video_is_decoded(server, trusting, demo_folder, demo_videos, monkeypatch):
+    body = (demo_folder / demo_videos[0].path).read_bytes()
+    server.scripts["/1.mp4"] = lambda handler, _nth: handler.answer(200, body, ETag='"v1"')
+    chosen = trusting()
+    steps = []
+    monkeypatch.setattr(Fetcher, "close", _noting(Fetcher.close, steps, "close"))
+    monkeypatch.setattr(Fetcher, "release", _noting(Fetcher.release, steps, "release"))
+    store = FrameStore(chosen.resolved_frames_uri, "f1")
+    row = VideoRow(1, server.url("/1.mp4", host="localhost"))
+    list(decode_rows([row], store=store, partition=IdRange(1, 1), settings=chosen))
+    assert steps == ["release", "close"]
+
+
+def _noting(function, steps, name):
+    def noted(*arguments, **options):
+        steps.append(name)
+        return function(*arguments, **options)
+
+    return noted
 
 
 def test_a_fault_of_the_set_up_ends_the_range_and_blames_no_record(server, trusting, demo_videos):

@@ -56,9 +56,8 @@ def done(*record_ids, state="done"):
     return {record_id: LedgerEntry(record_id, state, content_version="v1") for record_id in record_ids}
 
 
-@pytest.fixture(params=["folder", "memory"])
-def store(request, tmp_path):
-    root = str(tmp_path / "frames") if request.param == "folder" else f"memory://{tmp_path.name}/frames"
+@pytest.fixture
+def store(root):
     return FrameStore(root, "f1")
 
 
@@ -235,6 +234,7 @@ def test_a_kill_at_any_moment_loses_nothing_and_the_next_one_ends_it(step, numbe
         [sys.executable, "-c", KILLED, str(tmp_path), step, str(number)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         check=False,
+        timeout=120,
     )
     assert killed.returncode == -9
     assert newest(FrameStore(str(tmp_path), "f1")) == before

@@ -22,8 +22,8 @@ def video(record_id, numbers=(0, 30), version="v1"):
 
 
 @pytest.fixture
-def store(tmp_path):
-    store = FrameStore(str(tmp_path / "frames"), "f1")
+def store(root):
+    store = FrameStore(root, "f1")
     store.write_shard(RANGE, [video(1), video(2)])
     store.write_shard(RANGE, [video(2, numbers=(0, 15), version="v2"), video(3, numbers=(7,))])
     store.write_shard(IdRange(-5, 0), [video(-5)])
@@ -95,9 +95,10 @@ def test_progress_counts_videos(store, tmp_path):
 
 @pytest.mark.parametrize("name", ["out", "out.tar"])
 def test_a_range_without_frames_is_an_error_and_leaves_nothing(store, tmp_path, name):
+    before = sorted(tmp_path.iterdir())
     with pytest.raises(FramesExportError, match=r"no frame of range 30-40 is stored.*'extraction launch 30-40' first"):
         export_frames(store, IdRange(30, 40), tmp_path / name)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["frames"]
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("name", ["out", "out.tar"])
@@ -105,9 +106,10 @@ def test_an_export_that_is_stopped_leaves_nothing(store, tmp_path, name):
     def stop(*_):
         raise KeyboardInterrupt
 
+    before = sorted(tmp_path.iterdir())
     with pytest.raises(KeyboardInterrupt):
         export_frames(store, RANGE, tmp_path / name, on_video=stop)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["frames"]
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_folder_with_something_in_it_is_refused_and_an_empty_one_is_filled(store, tmp_path):

@@ -13,9 +13,8 @@ def video(record_id, numbers, text="jpeg"):
     return EncodedFrames(record_id, "v", jpegs, seconds, seconds, np.array(numbers, np.int64), 398, 224)
 
 
-@pytest.fixture(params=["folder", "memory"])
-def store(request, tmp_path):
-    root = str(tmp_path / "frames") if request.param == "folder" else f"memory://{tmp_path.name}/frames"
+@pytest.fixture
+def store(root):
     return FrameStore(root, "f1")
 
 

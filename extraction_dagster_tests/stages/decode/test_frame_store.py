@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from extraction_dagster.errors import FrameShardError
+from extraction_dagster.errors import FrameShardError, FrameStoreError
 from extraction_dagster.records import EncodedFrames, IdRange
 from extraction_dagster.settings import Settings
 from extraction_dagster.stages.decode.frame_shard import ShardRecord
@@ -48,11 +48,6 @@ def as_plain(read):
     )
 
 
-@pytest.fixture(params=["folder", "memory"])
-def root(request, tmp_path):
-    return str(tmp_path / "frames") if request.param == "folder" else f"memory://{tmp_path.name}/frames"
-
-
 def test_videos_come_back_as_they_were_written(root):
     store = FrameStore(root, "f1")
     long = video(2, 700, partial="half is missing", duration_seconds=None)
@@ -87,6 +82,47 @@ def test_materializing_again_adds_shards_in_the_order_of_time(root):
     store = FrameStore(root, "f1")
     written = [FrameStore(root, "f1").write_shard(RANGE, [video(1)]) for _ in range(5)]
     assert [shard.name for shard in store.shards(RANGE)] == [shard.name for shard in written]
+
+
+def test_what_another_process_wrote_and_removed_meanwhile_is_seen(root):
+    store, elsewhere = FrameStore(root, "f1"), FrameStore(root, "f1")
+    elsewhere._fs = type(elsewhere._fs)(skip_instance_cache=True)  # with no part in this one's listings
+    first = store.write_shard(RANGE, [video(1)])
+    assert (store.shards(RANGE), store.partition_keys()) == ([first], ["1-1000"])
+    second = elsewhere.write_shard(RANGE, [video(2)])
+    other = elsewhere.write_shard(IdRange(1001, 1002), [video(1001)])
+    assert store.partition_keys() == ["1-1000", "1001-1002"]
+    assert (store.shards(RANGE), store.shards(IdRange(1001, 1002))) == ([first, second], [other])
+    elsewhere.remove(first)
+    assert store.shards(RANGE) == [second]
+    with pytest.raises(FrameShardError, match="can't be read"):
+        list(store.read(first))
+    store.remove(first)
+
+
+def test_a_bucket_that_is_missing_is_named_and_no_record_is_blamed(s3_root):
+    store = FrameStore(f"{s3_root}-elsewhere/frames", "f1")
+    said = r"-elsewhere/frames/f1' can't be reached: .+\. No record is to blame"
+    with pytest.raises(FrameStoreError, match=said):
+        store.write_shard(RANGE, [video(1)])
+    assert (store.shards(RANGE), store.partition_keys()) == ([], [])
+
+
+def test_a_store_that_is_down_is_an_error_in_one_line(s3_root, monkeypatch):
+    written = FrameStore(s3_root, "f1").write_shard(RANGE, [video(1)])
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    store = FrameStore(s3_root, "f1")
+    store._fs = type(store._fs)(skip_instance_cache=True)  # the others of this process know the way already
+    for ask in (
+        lambda: store.write_shard(RANGE, [video(1)]),
+        lambda: store.shards(RANGE),
+        store.partition_keys,
+        lambda: list(store.read(written)),
+        lambda: store.remove(written),
+    ):
+        with pytest.raises(FrameStoreError, match=r"f1' can't be reached: EndpointConnectionError\. No record"):
+            ask()
 
 
 def test_the_file_is_laid_out_for_fast_reading(tmp_path):

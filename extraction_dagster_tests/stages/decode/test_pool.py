@@ -2,6 +2,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,21 @@ import ctypes, dataclasses, os, pathlib, signal, socket, subprocess, sys, time
 import numpy as np
 from extraction_dagster.errors import NoVideoStreamError
 from extraction_dagster.records import EncodedFrames
+from extraction_dagster.stages.decode import messages
+
+send = messages.send
+
+def send_half(wire, message):
+    wire.sendall((1000).to_bytes(8, "big") + b"half of it")
+    ctypes.PyDLL(None).sleep(600)
+
+def send_steps(wire, message):
+    while True:
+        send(wire, "taken")
+
+ways = {"half": send_half, "steps": send_steps}
+way = [send]
+messages.send = lambda wire, message: way[0](wire, message)
 
 class Trick:
     # What it becomes in whoever reads it: a program.
@@ -41,6 +57,9 @@ def run(job):
         os._exit(3)
     if what == "hang":
         ctypes.PyDLL(None).sleep(600)
+    way[0] = ways.get(what, send)
+    if what == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
     if what == "nap":
         time.sleep(0.5)
     if what == "fill":
@@ -67,7 +86,8 @@ def run(job):
         said = " ".join(sorted(sys.modules))
     if what == "environment" or what in OUTSIDE:
         said = value
-    return EncodedFrames(job.record_id, said, [b"jpeg"], np.zeros(1), np.zeros(1), np.zeros(1, np.int64), 1, 1)
+    jpeg = bytes(2**22) if what == "big" else b"jpeg"
+    return EncodedFrames(job.record_id, said, [jpeg], np.zeros(1), np.zeros(1), np.zeros(1, np.int64), 1, 1)
 """
 
 
@@ -108,6 +128,34 @@ def test_a_crash_a_hang_and_a_full_memory_cost_only_their_own_record():
     assert fill.error_type == "DecodeMemoryError"
     assert fill.message.startswith("Record 4: Video 'fill' needs more than the 2147483648 bytes")
     assert gone.message.startswith("Record 5: Video 'exit' ended its worker process (exit code 3)")
+
+
+@pytest.mark.parametrize("what", ["half", "stop"])
+def test_a_worker_that_stops_in_the_middle_of_a_word_or_of_its_work_is_waited_for_no_longer(what):
+    outcomes = run("ok", what, "ok", "ok", timeout_seconds=5.0)
+    assert [outcomes[number].failure for number in (0, 2, 3)] == [None, None, None]
+    assert failure(outcomes[1]).error_type == "DecodeTimeoutError"
+
+
+def test_a_worker_gains_no_time_by_saying_that_it_begins_again_and_again():
+    outcomes = run("ok", "steps", "ok")
+    assert [outcomes[number].failure for number in (0, 2)] == [None, None]
+    assert failure(outcomes[1]).error_type == "DecodeWorkerDiedError"
+
+
+def test_the_time_that_a_caller_takes_is_not_counted_as_a_videos(monkeypatch):
+    now, ahead = time.monotonic, [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now() + ahead[0])
+    outcomes = []
+    for decoded in decode_all(jobs("ok", "nap", "nap", "nap"), options()):
+        outcomes.append(decoded.outcome)
+        ahead[0] += 1000.0
+    assert [outcome.failure for outcome in outcomes] == [None] * 4
+
+
+def test_a_report_that_fills_the_wire_many_times_arrives_whole():
+    frames = run("big", "big")[1].frames
+    assert len(frames.jpegs[0]) == 2**22
 
 
 def test_an_error_on_purpose_keeps_its_facts_and_a_bug_its_traceback():
@@ -193,6 +241,37 @@ def test_a_worker_that_can_not_start_is_nobodys_record():
         list(decode_all(jobs("ok"), options(task="nowhere:run")))
 
 
+DEAF = """
+import os
+from extraction_dagster.stages.decode import messages
+
+messages.wait_for = lambda wire: os._exit(9)
+run = None
+"""
+KILLED_AT_THE_START = """
+import os, pathlib, signal, faults
+
+before = pathlib.Path(__file__).with_name("killed")
+if not before.exists():
+    before.touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+run = faults.run
+"""
+
+
+def test_workers_that_all_end_before_their_first_video_are_not_replaced_for_ever(tmp_path):
+    (tmp_path / "deaf.py").write_text(DEAF)
+    with pytest.raises(DecodeWorkerStartError, match=r"did not start \(exit code 9\)"):
+        list(decode_all(jobs("ok"), options(task="deaf:run")))
+
+
+def test_a_worker_that_is_killed_while_it_starts_is_replaced_without_loss(tmp_path):
+    (tmp_path / "hurt.py").write_text(KILLED_AT_THE_START)
+    outcomes = run("ok", "ok", task="hurt:run")
+    assert [outcomes[number].failure for number in (0, 1)] == [None, None]
+    assert (tmp_path / "killed").exists()
+
+
 def test_workers_load_neither_dagster_nor_their_parents_main():
     names = set(run("modules x")[0].frames.content_version.split())
     assert "extraction_dagster.stages.decode.worker" in names
@@ -248,7 +327,9 @@ def test_any_main_module_can_be_the_parent_without_a_guard(way, tmp_path):
     code = PARENT.format(paths=["ok"])
     (tmp_path / "script.py").write_text(code)
     arguments = ["-c", code] if way == "command" else ["script.py"]
-    done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, env=_env(), capture_output=True, check=True)
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=tmp_path, env=_env(), capture_output=True, check=True, timeout=120
+    )
     assert done.stdout.decode().splitlines() == ["main runs", "got 0 None"]
     assert done.stderr == b""
 

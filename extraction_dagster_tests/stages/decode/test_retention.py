@@ -30,8 +30,8 @@ def entry(record_id, state="done", *, version="v1", frames="f1", embedding="e1")
 
 
 @pytest.fixture
-def store(tmp_path):
-    return FrameStore(str(tmp_path), "f1")
+def store(root):
+    return FrameStore(root, "f1")
 
 
 def prune(store, *entries, keep=AT_ONCE, later=AT_ONCE):

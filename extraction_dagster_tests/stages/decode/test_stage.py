@@ -2,14 +2,20 @@ import os
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
 from extraction_dagster.records import IdRange, VideoRow
 from extraction_dagster.settings import Settings
+from extraction_dagster.stages.catalog.catalog import Fingerprints
+from extraction_dagster.stages.catalog.ledger import LedgerEntry
+from extraction_dagster.stages.decode.compaction import Compacted, CompactionOptions, compact_frames
+from extraction_dagster.stages.decode.frame_export import export_frames
 from extraction_dagster.stages.decode.frame_store import FrameStore
 from extraction_dagster.stages.decode.quality import Quality
+from extraction_dagster.stages.decode.retention import prune_frames
 from extraction_dagster.stages.decode.sampling import Sampling
 from extraction_dagster.stages.decode.stage import decode_rows
 
@@ -69,6 +75,27 @@ def test_the_stored_frames_are_those_shown_at_the_sampled_times(clip_path, setti
     assert stored.target_seconds.tolist() == [0.0, 0.5, 1.0, 1.5]
     assert stored.frame_number.tolist() == [0, 12, 24, 36]
     assert (stored.width_px, stored.height_px, stored.duration_seconds, stored.partial) == (160, 112, 2.0, None)
+
+
+def test_frames_live_in_a_bucket_until_nobody_needs_them(clip_path, settings, s3_root, tmp_path):
+    store = FrameStore(f"{s3_root}/frames", "f1")
+    small = settings.model_copy(update={"shard_records": 1})
+    list(decode_rows(rows(clip_path, 3), store=store, partition=RANGE, settings=small))
+    assert (len(store.shards(RANGE)), landed_ids(store)) == (3, [1, 2, 3])
+    done = {
+        number: LedgerEntry(
+            number, "done", content_version=f"v{number}", frames_fingerprint="f1", embedding_fingerprint="e1"
+        )
+        for number in (1, 2, 3)
+    }
+    at_once = CompactionOptions(max_records=64, enough_shards=2, untouched=timedelta())
+    assert compact_frames(store, RANGE, done, at_once) == Compacted(removed=3, written=1)
+    assert (len(store.shards(RANGE)), landed_ids(store)) == (1, [1, 2, 3])
+    assert export_frames(store, RANGE, tmp_path / "out") == (3, 12)
+    assert (tmp_path / "out" / "3" / "00000036.jpg").read_bytes()[:2] == b"\xff\xd8"
+    removed = prune_frames(store, RANGE, done, Fingerprints(frames="f1", embedding="e1"), keep=timedelta())
+    assert (removed.shards, removed.records) == (1, 3)
+    assert FrameStore(f"{s3_root}/frames", "f1").partition_keys() == []
 
 
 def test_a_job_may_choose_its_own_sampling_and_steps(clip_path, settings, store):
@@ -165,8 +192,13 @@ import sys
 from pathlib import Path
 from extraction_dagster.records import IdRange, VideoRow
 from extraction_dagster.settings import Settings
+from extraction_dagster.stages.catalog.catalog import Fingerprints
+from extraction_dagster.stages.catalog.ledger import LedgerEntry
+from extraction_dagster.stages.decode.compaction import Compacted, CompactionOptions, compact_frames
+from extraction_dagster.stages.decode.frame_export import export_frames
 from extraction_dagster.stages.decode.frame_store import FrameStore
 from extraction_dagster.stages.decode.quality import Quality
+from extraction_dagster.stages.decode.retention import prune_frames
 from extraction_dagster.stages.decode.sampling import Sampling
 from extraction_dagster.stages.decode.stage import decode_rows
 home, clip = sys.argv[1:]
@@ -178,10 +210,11 @@ for landed in decode_rows(rows, store=store, partition=IdRange(1, 100), settings
 """
 
 
-def test_a_kill_leaves_whole_shards_only(clip_path, tmp_path, store):
+def test_a_kill_leaves_whole_shards_only(clip_path, tmp_path, store, no_longer_than_minutes):
     arguments = [sys.executable, "-c", KILLED, str(tmp_path), str(clip_path("h264"))]
     environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, env=environment, cwd=tmp_path) as process:
+        no_longer_than_minutes(process)
         said = [process.stdout.readline() for _ in range(3)]
         process.send_signal(signal.SIGKILL)
         said += process.stdout.readlines()

@@ -96,6 +96,11 @@ def test_decord_turns_and_scales_to_the_size_as_shown(clip_path):
 def test_decord_refuses_some_narrow_frames(clip_path):
     import decord
 
-    # Where a line of pixels fills no whole vector registers; up to which width depends on the CPU.
-    with pytest.raises(decord.DECORDError, match="size must exactly match"):
-        reader(clip_path("h264"), width=16, height=64).get_batch([0])
+    said = []
+    for width in (16, 48, 96):  # the width of the CPU's vectors decides which
+        try:
+            reader(clip_path("h264"), width=width, height=64).get_batch([0])
+        except decord.DECORDError as error:
+            said.append(str(error))
+    assert said
+    assert all("size must exactly match" in one for one in said)
