@@ -8,6 +8,9 @@ model is that of the settings. Each sampled frame is a query, and answers are fr
     same footage    of the same group: transcodes, crops and rotations of it; over all videos
     same content    of the same class; over the videos of other groups, so that near duplicates don't count
     altered copy    of the same group, for a query that was mirrored, cropped, darkened and compressed; over all frames
+
+Classes differ in size, from 8 queries to 32, so each mean is given twice: over queries, and over the classes' own
+means, in which every class counts alike.
 """
 
 from __future__ import annotations
@@ -83,10 +86,24 @@ def read(corpus: Path, settings: Settings, num_frames: int) -> Frames:
     return Frames(*(np.array(column) for column in zip(*found, strict=True)))
 
 
-def score(
-    queries: np.ndarray, vectors: np.ndarray, relevant: np.ndarray, candidate: np.ndarray
-) -> tuple[int, float, float]:
-    """Queries that have an answer, the share whose first hit is one, and the mean of their average precisions.
+@dataclass(frozen=True)
+class Scores:
+    """Of each query that has an answer: which one, whether its first hit is right, and its average precision."""
+
+    query: np.ndarray
+    first: np.ndarray
+    precision: np.ndarray
+
+    def means(self, label: np.ndarray) -> tuple[float, float, float, float]:
+        """P@1 and mAP over queries, then over the means of the queries of each label."""
+        scores = np.stack([self.first, self.precision])
+        labels = label[self.query]
+        by_label = np.mean([scores[:, labels == one].mean(1) for one in np.unique(labels)], axis=0)
+        return (*scores.mean(1).tolist(), *by_label.tolist())
+
+
+def score(queries: np.ndarray, vectors: np.ndarray, relevant: np.ndarray, candidate: np.ndarray) -> Scores:
+    """Rank the vectors for each query.
 
     Args:
         queries: float32 (N, dim), of length 1.
@@ -95,14 +112,15 @@ def score(
         candidate: bool (N, N): which frames are looked through for it.
     """
     likeness = np.where(candidate, queries @ vectors.T, -np.inf)
+    asked = np.flatnonzero((relevant & candidate).any(1))
     firsts, precisions = [], []
-    for query in np.flatnonzero((relevant & candidate).any(1)):
+    for query in asked:
         ranked = np.argsort(-likeness[query], kind="stable")[: candidate[query].sum()]
         hit = relevant[query][ranked]
         places = np.flatnonzero(hit)
-        firsts.append(bool(hit[0]))
+        firsts.append(float(hit[0]))
         precisions.append(float(np.mean(np.arange(1, len(places) + 1) / (places + 1))))
-    return len(firsts), float(np.mean(firsts)), float(np.mean(precisions))
+    return Scores(asked, np.array(firsts), np.array(precisions))
 
 
 def main() -> None:
@@ -117,7 +135,8 @@ def main() -> None:
     other_video = frames.video[:, None] != frames.video
     same_group, same_content = frames.group[:, None] == frames.group, frames.content[:, None] == frames.content
     print(f"{len(frames.video)} frames of {len(set(frames.video.tolist()))} videos, model {settings.model}")
-    print(f"{'':14}{'vectors':21}{'queries':>8}{'P@1':>8}{'mAP':>8}")
+    print(f"{'':35}{'':8}{'over queries':>16}{'over classes':>18}")
+    print(f"{'':14}{'vectors':21}{'queries':>8}{'P@1':>8}{'mAP':>8}{'P@1':>10}{'mAP':>8}")
     plain, copies = (frames.model, frames.histogram), (frames.altered_model, frames.altered_histogram)
     for task, asked_with, relevant, candidate in (
         ("same footage", plain, same_group, other_video),
@@ -125,8 +144,10 @@ def main() -> None:
         ("altered copy", copies, same_group, np.ones_like(same_group)),
     ):
         for name, queries, vectors in zip((settings.model, "colour histogram"), asked_with, plain, strict=True):
-            count, first, mean = score(queries, vectors, relevant, candidate)
-            print(f"{task:14}{name[-20:]:21}{count:8}{first:8.3f}{mean:8.3f}")
+            scores = score(queries, vectors, relevant, candidate)
+            first, mean, class_first, class_mean = scores.means(frames.content)
+            row = f"{len(scores.query):8}{first:8.3f}{mean:8.3f}{class_first:10.3f}{class_mean:8.3f}"
+            print(f"{task:14}{name[-20:]:21}{row}")
 
 
 if __name__ == "__main__":

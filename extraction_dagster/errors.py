@@ -30,6 +30,11 @@ def _rebuild(kind: type[ExtractionError], args: tuple[object, ...], state: dict[
     return error
 
 
+def _one_line(said: str, most: int = 500) -> str:
+    """What a stranger's file says, fit for a terminal: no line break, no escape sequence, of some length."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in said[:most])
+
+
 class SettingsError(ExtractionError):
     """A setting is wrong, unknown, or does not fit another."""
 
@@ -250,7 +255,8 @@ class ModelFilesError(ExtractionError):
     def __init__(self, model: str, where: str, got: str, expected: str, fix: str) -> None:
         """Name the model, its files, what was found and what was expected, and the fix."""
         super().__init__(
-            f"Model {model!r} can't be loaded from {where}: got {got}, expected {expected}. Nothing was written. {fix}"
+            f"Model {model!r} can't be loaded from {where}: got {_one_line(got)}, expected {_one_line(expected)}. "
+            f"Nothing was written. {fix}"
         )
 
 

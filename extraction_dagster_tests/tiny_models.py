@@ -51,6 +51,18 @@ def save_siglip(folder):
     return folder
 
 
+def save_siglip2(folder):
+    """SigLIP 2 at a fixed resolution: SigLIP's network, Gemma's tokenizer, the bilinear filter."""
+    import torch
+    from transformers import SiglipConfig, SiglipImageProcessorPil, SiglipModel
+
+    torch.manual_seed(4)
+    text = _TEXT | {"vocab_size": _gemma_tokenizer(folder), "max_position_embeddings": 64}
+    SiglipModel(SiglipConfig(vision_config=_VISION, text_config=text)).save_pretrained(folder)
+    SiglipImageProcessorPil(size={"height": 32, "width": 32}, resample=2).save_pretrained(folder)
+    return folder
+
+
 def save_dinov2(folder):
     """DINOv2 with vectors of 32 numbers, the shortest edge resized to 40 and 32x32 cropped out of the middle."""
     import torch
@@ -63,7 +75,7 @@ def save_dinov2(folder):
     return folder
 
 
-SAVE = {"clip": save_clip, "siglip": save_siglip, "dinov2": save_dinov2}
+SAVE = {"clip": save_clip, "siglip": save_siglip, "siglip2": save_siglip2, "dinov2": save_dinov2}
 
 
 def _clip_tokenizer(folder):
@@ -99,3 +111,19 @@ def _siglip_tokenizer(folder):
     tokenizer = SiglipTokenizer(vocab_file=str(folder / "spiece.model"), model_input_names=["input_ids"])
     tokenizer.save_pretrained(folder)
     return len(tokenizer)
+
+
+def _gemma_tokenizer(folder):
+    """Letters only, capitals among them: they are other tokens than small letters."""
+    from transformers import GemmaTokenizer
+
+    small = "abcdefghijklmnopqrstuvwxyz"
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\N{LOWER ONE EIGHTH BLOCK}", *small, *small.upper()]
+    tokenizer = GemmaTokenizer(
+        vocab={piece: n for n, piece in enumerate(pieces)},
+        merges=[],
+        padding_side="right",
+        model_input_names=["input_ids"],
+    )
+    tokenizer.save_pretrained(folder)
+    return len(pieces)

@@ -1,8 +1,8 @@
 """A folder with a transformers model, looked through before any of it is loaded; needs neither torch nor transformers.
 
-What is refused here could run code (pickles, Python files that the configuration names), read files elsewhere (links
-that lead out of the folder), take all memory (huge numbers, huge JSON), or make vectors of no meaning (weights that are
-missing or cut off).
+What is refused here could run code (pickles, Python files and kernels that the configuration names), read files
+elsewhere (links that lead out of the folder, weights and adapters beside those that were looked at), take all memory
+(huge numbers, huge JSON), or make vectors of no meaning (weights that are missing or cut off).
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from extraction_dagster.errors import ModelFilesError
+from extraction_dagster.stages.embed.model_config import asks_elsewhere, code_names, numbers
 from extraction_dagster.stages.embed.safetensors_header import HeaderError, num_weights, tensor_shapes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
 CONFIG: Final = "config.json"
@@ -37,13 +38,17 @@ TOKENIZER_FILES: Final = (
 )
 # transformers' names for the architectures whose vectors are known to be good for search.
 MODEL_TYPES: Final = ("clip", "siglip", "dinov2", "dinov2_with_registers")
+# Nothing of these but their tokens is read, and that by the tokenizers' library; a big one would take a lot of memory.
+_VOCABULARIES: Final = ("tokenizer.json", "vocab.json")
+_ADAPTER: Final = "adapter_config.json"
 _PICKLES = re.compile(r".*\.(bin|pt|pth|ckpt|pkl|pickle|msgpack|h5)")
 _SHARD = re.compile(r"[A-Za-z0-9][\w.-]*\.safetensors")
 _LAYERS = "num_hidden_layers"
 _MOST_LAYERS = 1024
 _LARGEST_NUMBER = 2**24
 _MOST_JSON_BYTES = 4 * 2**20
-_MOST_TOKENIZER_BYTES = 256 * 2**20
+_MOST_TOKENIZER_JSON_BYTES = 16 * 2**20
+_MOST_VOCABULARY_BYTES = 256 * 2**20
 # The tensor whose first side is the length of a vector.
 _OUTPUTS: Final = {
     "clip": "visual_projection.weight",
@@ -82,9 +87,14 @@ class ModelFolder:
         """Length of its vectors, as the configuration says; None for an architecture that is not known."""
         if self.model_type not in MODEL_TYPES:
             return None
+        return int(self.declared_dim[1])
+
+    @property
+    def declared_dim(self) -> tuple[str, Any]:
+        """Where a known architecture's configuration says how long its vectors are, and what it says."""
         part, name, default = _PROJECTED.get(self.model_type, ("", "hidden_size", 768))
         inner = self.config.get(part, {}) if part else self.config
-        return int(inner.get(name, default))
+        return name, inner.get(name, default)
 
     @property
     def has_text(self) -> bool:
@@ -118,6 +128,7 @@ _CONVERT = (
     "Save it as safetensors, on a machine where its pickle may run: "
     "AutoModel.from_pretrained(FOLDER).save_pretrained(FOLDER)."
 )
+_MERGE = "Merge it into the weights (merge_and_unload() of peft), or take it away."
 
 
 class _Inspection:
@@ -139,6 +150,11 @@ class _Inspection:
         files |= {name: self.vetted(self.path / name) for name in TOKENIZER_FILES if self.there(name)}
         for name, path in files.items():
             self.check_text_file(name, path)
+        if self.there(_ADAPTER):
+            self.refuse(_ADAPTER, "an adapter, which changes the weights", "weights alone", _MERGE)
+        if self.trusted:
+            code = sorted(self.path.rglob("*.py"))
+            files |= {path.relative_to(self.path).as_posix(): self.vetted(path) for path in code}
         weights = self.weights()
         shapes = {
             name: shape
@@ -184,29 +200,36 @@ class _Inspection:
 
     def check_architecture(self, config: Mapping[str, Any]) -> None:
         kind = config.get("model_type")
-        if not self.trusted and kind not in MODEL_TYPES and not _code_names(config):
+        if not self.trusted and kind not in MODEL_TYPES and not code_names(config):
             fixed = " (SigLIP 2 at a fixed resolution has the type siglip)" if kind == "siglip2" else ""
             self.refuse(
                 CONFIG, f"model_type {kind!r}", f"one of {', '.join(MODEL_TYPES)}{fixed}", "Choose another model."
             )
-        for name, value in _numbers(config):
+        for name, value in numbers(config):
             most = _MOST_LAYERS if name == _LAYERS else _LARGEST_NUMBER
             if not -most <= value <= most:
                 self.refuse(CONFIG, f"{name} {str(value)[:20]}", f"at most {most}")
+        if asked := asks_elsewhere(config):
+            expected = f"plain weights in {WEIGHTS} and torch's own attention"
+            self.refuse(CONFIG, f"{asked[0]} {asked[1]!r}", expected, f"Take {asked[0]} out, or choose another model.")
         for part in ("vision_config", "text_config"):
             if not isinstance(config.get(part, {}), dict):
                 self.refuse(CONFIG, f"{part} of type {type(config[part]).__name__}", "a JSON object")
 
     def check_text_file(self, name: str, path: Path) -> None:
-        if not name.endswith(".json"):
-            if path.stat().st_size > _MOST_TOKENIZER_BYTES:
-                self.refuse(name, f"{path.stat().st_size} bytes", f"at most {_MOST_TOKENIZER_BYTES}")
+        if not name.endswith(".json") or name in _VOCABULARIES:
+            if path.stat().st_size > _MOST_VOCABULARY_BYTES:
+                self.refuse(name, f"{path.stat().st_size} bytes", f"at most {_MOST_VOCABULARY_BYTES}")
             return
-        big = name in TOKENIZER_FILES
-        described = self.read_json(path, _MOST_TOKENIZER_BYTES if big else _MOST_JSON_BYTES)
-        if (code := _code_names(described)) and not self.trusted:
+        most = _MOST_TOKENIZER_JSON_BYTES if name in TOKENIZER_FILES else _MOST_JSON_BYTES
+        code = code_names(self.read_json(path, most))
+        if code and not self.trusted:
             fix = f"Read that code; to let it run, set EXTRACTION_TRUST_REMOTE_CODE={self.model}."
-            self.refuse(name, f"Python code of the model's own ({code})", "an architecture of transformers itself", fix)
+            own = f"Python code of the model's own ({code[:200]})"
+            self.refuse(name, own, "an architecture of transformers itself", fix)
+        if "--" in code:  # organisation/name--module.Class
+            fix = f"Put those files into the folder, and name them in {name} without the part before '--'."
+            self.refuse(name, f"Python code of another repository ({code[:200]})", "code that lies in the folder", fix)
 
     def weights(self) -> dict[str, Path]:
         if self.there(WEIGHTS):
@@ -234,34 +257,15 @@ class _Inspection:
 
     def check_dim(self, folder: ModelFolder, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """The tensor that makes vectors makes them as long as the configuration says."""
-        last = _OUTPUTS.get(folder.model_type, "-")
+        last = _OUTPUTS.get(folder.model_type)
+        if last is None:
+            return
+        said, dim = folder.declared_dim
+        if type(dim) is not int:
+            self.refuse(CONFIG, f"{said} {dim!r}", "a whole number")
         for name, shape in shapes.items():
-            if name.endswith(last) and shape[:1] != (folder.dim,):
-                self.refuse(CONFIG, f"vectors of {folder.dim} numbers", f"{shape[0]}, as {name} in the weights has")
-
-
-def _code_names(described: Mapping[str, Any]) -> str:
-    """The Python code that a configuration asks for, wherever it is nested; empty for none."""
-    names = [str(value) for name, value in _leaves(described) if name in {"auto_map", "custom_pipelines"}]
-    return ", ".join(names)[:200]
-
-
-def _leaves(value: object, name: str = "") -> Iterator[tuple[str, object]]:
-    """Every value with its name; what is named auto_map or custom_pipelines stays whole."""
-    if isinstance(value, dict) and name not in {"auto_map", "custom_pipelines"}:
-        for inner, part in value.items():
-            yield from _leaves(part, inner)
-    elif isinstance(value, list):
-        for part in value:
-            yield from _leaves(part, name)
-    else:
-        yield name, value
-
-
-def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    for name, value in _leaves(config):
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            yield name, value
+            if name.endswith(last) and shape[:1] != (dim,):
+                self.refuse(CONFIG, f"vectors of {dim} numbers", f"{(*shape, 'none')[0]}, as {name} in the weights has")
 
 
 def _is_shard(name: object) -> bool:

@@ -59,24 +59,38 @@ def resize(images: np.ndarray, height_px: int, width_px: int, *, mode: str, devi
         mode: bicubic or bilinear.
         device: As for `squash`.
     """
+    if images.shape[1:3] == (height_px, width_px):
+        return images
+    small = _resized(images, height_px, width_px, mode, device)
+    if small is not None:
+        return small
+    halves = np.array_split(images, 2)
+    return np.concatenate([resize(half, height_px, width_px, mode=mode, device=device) for half in halves])
+
+
+def _resized(images: np.ndarray, height_px: int, width_px: int, mode: str, device: str | None) -> np.ndarray | None:
+    """The resized images; None where the device has no memory for so many at once, but perhaps for fewer."""
     import torch
     from torch.nn.functional import interpolate
 
-    if images.shape[1:3] == (height_px, width_px):
-        return images
     # NHWC seen as NCHW is torch's channels_last, for which the uint8 kernel is fastest.
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
-    with torch.inference_mode(), _own_stream(device):
-        if device is None:
-            small = interpolate(pixels, (height_px, width_px), mode=mode, antialias=True)
-        else:
-            small = pixels.to(device).float()
-            # Across, then down, whole numbers of 0 to 255 in between, as the kernel for uint8 and Pillow do it: at hard
-            # edges both at once would be up to 8 steps away.
-            for size in ((images.shape[1], width_px), (height_px, width_px)):
-                small = interpolate(small, size, mode=mode, antialias=True).round_().clamp_(0, 255)
-            small = small.to(torch.uint8)
-        return np.ascontiguousarray(small.permute(0, 2, 3, 1).cpu().numpy())
+    try:
+        with torch.inference_mode(), _own_stream(device):
+            if device is None:
+                small = interpolate(pixels, (height_px, width_px), mode=mode, antialias=True)
+            else:
+                small = pixels.to(device).float()
+                # Across, then down, whole numbers of 0 to 255 in between, as the kernel for uint8 and Pillow do it: at
+                # hard edges both at once would be up to 8 steps away.
+                for size in ((images.shape[1], width_px), (height_px, width_px)):
+                    small = interpolate(small, size, mode=mode, antialias=True).round_().clamp_(0, 255)
+                small = small.to(torch.uint8)
+            return np.ascontiguousarray(small.permute(0, 2, 3, 1).cpu().numpy())
+    except torch.OutOfMemoryError:
+        if len(images) == 1:
+            raise
+        return None
 
 
 def _own_stream(device: str | None) -> AbstractContextManager[object]:

@@ -44,8 +44,8 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         header = file.read(length)
     try:
         tensors = {name: part for name, part in json.loads(header).items() if name != "__metadata__"}
-        end = max((part["data_offsets"][1] for part in tensors.values()), default=0)
-        shapes = {name: _shape(part["shape"]) for name, part in tensors.items()}
+        end = max((_whole(part["data_offsets"])[1] for part in tensors.values()), default=0)
+        shapes = {name: _whole(part["shape"]) for name, part in tensors.items()}
     except (ValueError, RecursionError, AttributeError, KeyError, TypeError, IndexError) as error:
         raise HeaderError(f"no readable header ({type(error).__name__})") from error
     if end != size - _LENGTH_BYTES - length:
@@ -58,7 +58,7 @@ def num_weights(shapes: dict[str, tuple[int, ...]]) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
 
 
-def _shape(sides: list[int]) -> tuple[int, ...]:
-    if not all(isinstance(side, int) and side >= 0 for side in sides):
-        raise ValueError(sides)
-    return tuple(sides)
+def _whole(numbers: list[int]) -> tuple[int, ...]:
+    if not all(isinstance(number, int) and number >= 0 for number in numbers):
+        raise ValueError(numbers)
+    return tuple(numbers)

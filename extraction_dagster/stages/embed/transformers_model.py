@@ -21,6 +21,7 @@ from extraction_dagster.stages.embed.passes import ResidentModel
 from extraction_dagster.stages.embed.preprocess import arithmetic
 from extraction_dagster.stages.embed.runtime import autocast, resize_device, resolve_device, tune_process
 from extraction_dagster.stages.embed.transformers_pixels import AS_PROCESSOR, Pixels
+from extraction_dagster.stages.embed.vectors import normalise
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -105,7 +106,18 @@ class TransformersModel(ResidentModel):
         self._scale, self._offset = (
             torch.from_numpy(part).to(self.device)[None, :, None, None] for part in (pixels.scale, pixels.offset)
         )
-        self.dim = int(self.embed_prepared(self.prepare(_probes())).shape[1])
+        self.dim = self._try()
+
+    def _try(self) -> int:
+        """The length of its vectors, once two pictures have got sound ones."""
+        vectors = self.embed_prepared(self.prepare(_probes()))
+        if fault := next(filter(None, normalise(vectors)[1]), None):
+            got = f"weights that give a plain picture a vector with {fault}, computed in {self._dtype}"
+            fix = (
+                _CHOOSE if self._dtype == "float32" else "Set EXTRACTION_EMBED_DTYPE=float32, or choose another model."
+            )
+            raise ModelFilesError(self.name, self.name, got, "finite values and a length above zero", fix)
+        return int(vectors.shape[1])
 
     def prepare(self, images: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
         """Resize and crop to what the network takes, uint8 (N, h, w, 3); safe in any thread."""
@@ -162,9 +174,10 @@ class _Tokenize:
 
     def __init__(self, folder: ModelFolder, options: Mapping[str, Any]) -> None:
         text = folder.config["text_config"]
+        self._is_siglip = "siglip" in folder.model_type
         # SigLIP saw every text padded to its full length; CLIP's padding is masked.
-        self._padding = "max_length" if "siglip" in folder.model_type else True
-        self._length = int(text.get("max_position_embeddings", 64 if "siglip" in folder.model_type else 77))
+        self._padding = "max_length" if self._is_siglip else True
+        self._length = int(text.get("max_position_embeddings", 64 if self._is_siglip else 77))
         self._folder, self._options = folder, options
         self._tokenizer: Any = None
 
@@ -174,6 +187,9 @@ class _Tokenize:
         if self._tokenizer is None:
             with _as_refusal(self._folder), _quiet():
                 self._tokenizer = transformers.AutoTokenizer.from_pretrained(self._folder.path, **self._options)
+        if self._is_siglip and "Gemma" in type(self._tokenizer).__name__:
+            # SigLIP 2 learnt from lower case alone; the tokenizer that its files name, Gemma's, keeps capitals.
+            texts = [text.lower() for text in texts]
         return self._tokenizer(
             texts, padding=self._padding, max_length=self._length, truncation=True, return_tensors="pt"
         )

@@ -127,6 +127,8 @@ def test_only_one_builds_a_key_at_a_time(folder):
 
 
 KILLED = """
+import faulthandler
+faulthandler.dump_traceback_later(300, exit=True)  # whoever waits for a line waits no longer
 import sys, time
 from pathlib import Path
 from extraction_dagster.stages.embed.artifacts import ArtifactFolder

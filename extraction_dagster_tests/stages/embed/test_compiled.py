@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from extraction_dagster.stages.embed.model import load_model
 from extraction_dagster.stages.embed.passes import HostPasses
 from extraction_dagster.stages.embed.vectors import normalise
 
+PATIENCE_SECONDS = 300  # of a busy machine
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
 
 
@@ -151,17 +152,19 @@ def test_other_threads_run_while_a_compiled_pass_does(load, pixels):
             time.sleep(0.001)
             naps.append(1)
 
-    thread = threading.Thread(target=nap)
+    thread = threading.Thread(target=nap, daemon=True)
     thread.start()
     most = 0
-    for _ in range(50):  # on a busy machine the other thread may not get its turn in the first
-        before = len(naps)
-        fast.embed_prepared(np.concatenate([pixels, pixels]))
-        most = max(most, len(naps) - before)
-        if most > 10:
-            break
-    over.set()
-    thread.join()
+    try:
+        for _ in range(50):  # on a busy machine the other thread may not get its turn in the first
+            before = len(naps)
+            fast.embed_prepared(np.concatenate([pixels, pixels]))
+            most = max(most, len(naps) - before)
+            if most > 10:
+                break
+    finally:
+        over.set()
+        thread.join(timeout=60)
 
     # A pass that kept Python's lock would let the other thread nap twice at most.
     assert most > 10
@@ -432,6 +435,8 @@ def test_the_key_follows_what_the_cpu_can_do(tmp_path):
 # Several processes, and processes that die
 
 LOAD = """
+import faulthandler
+faulthandler.dump_traceback_later(300, exit=True)  # whoever waits for a line waits no longer
 import logging, sys, time
 from pathlib import Path
 from extraction_dagster.settings import Settings
@@ -442,7 +447,9 @@ home, library = Path(sys.argv[1]), sys.argv[2]
 def compile_in(work, settings, name):
     import shutil
     print("compiling", flush=True)
-    while not (home / "go").exists():
+    for _ in range(6000):
+        if (home / "go").exists():
+            break
         time.sleep(0.02)
     return Path(shutil.copy(library, work / "network.so"))
 if library:
@@ -454,44 +461,48 @@ print(type(model.passes).__name__, flush=True)
 
 @pytest.fixture
 def process(home):
+    """`process()`: a process that loads the model, ended with the test; with a library, that is what it compiles."""
     home.mkdir(exist_ok=True)
+    running = []
 
     def start(library=""):
         command = [sys.executable, "-c", LOAD, str(home), str(library)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        running.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        return running[-1]
 
-    return start
+    yield start
+    for process in running:
+        process.kill()
+        process.communicate()
 
 
 @pytest.mark.slow
 def test_of_two_processes_one_compiles_and_the_other_goes_on(process, compiled_home, home):
     library = libraries(compiled_home)[0]
-    with process(library) as first:
-        assert first.stdout.readline() == "compiling\n"
-        with process(library) as second:
-            said = second.stdout.read().splitlines()
-        assert said == [
-            "Another process is compiling model 'efficientnet-lite0'; this one runs it as it is",
-            "HostPasses",
-        ]
-        assert libraries(home) == []
-        (home / "go").touch()
-        assert first.stdout.read() == "CompiledPasses\n"
+    first = process(library)
+    assert first.stdout.readline() == "compiling\n"
+    said, _ = process(library).communicate(timeout=PATIENCE_SECONDS)
+    assert said.splitlines() == [
+        "Another process is compiling model 'efficientnet-lite0'; this one runs it as it is",
+        "HostPasses",
+    ]
+    assert libraries(home) == []
+    (home / "go").touch()
+    assert first.communicate(timeout=PATIENCE_SECONDS)[0] == "CompiledPasses\n"
     assert [path.name for path in libraries(home)] == [library.name]
 
-    with process(library) as third:
-        assert third.stdout.read() == "CompiledPasses\n"
+    assert process(library).communicate(timeout=PATIENCE_SECONDS)[0] == "CompiledPasses\n"
 
 
 @pytest.mark.slow
 @needs_compiler
 def test_kill_9_while_compiling_ends_the_compiler_and_leaves_nothing_in_the_way(process, home, load, compiling_copies):
-    with process() as loading:
-        worker = _child(loading.pid, "compile_worker")
-        while not list((home / FOLDER).glob("*.tmp/**/*.cpp")):  # what the compiler is given
-            assert loading.poll() is None
-            time.sleep(0.05)
-        loading.send_signal(signal.SIGKILL)
+    loading = process()
+    worker = within_patience(loading, lambda: child(loading, "compile_worker"))
+    # What the compiler is given.
+    within_patience(loading, lambda: list((home / FOLDER).glob("*.tmp/**/*.cpp")))
+    loading.kill()
+    loading.communicate(timeout=PATIENCE_SECONDS)
     worker.wait(timeout=60)
     assert libraries(home) == []
     assert len(list((home / FOLDER).glob("*.tmp"))) == 1
@@ -526,16 +537,26 @@ def test_a_worker_whose_parent_is_gone_ends_at_once(tmp_path):
     (tmp_path / "job").write_text('{"parent": 1, "settings": {}, "output": "/nowhere"}')
     command = [sys.executable, "-m", "extraction_dagster.stages.embed.compile_worker", str(tmp_path / "job")]
 
-    ran = subprocess.run(command, capture_output=True, check=False)
+    ran = subprocess.run(command, capture_output=True, check=False, timeout=PATIENCE_SECONDS)
 
     assert ran.returncode == 1
     assert ran.stderr.strip() == b"whoever started this is gone"
 
 
-def _child(pid, word):
-    while True:
-        for child in psutil.Process(pid).children(recursive=True):
-            if any(word in part for part in child.cmdline()):
-                return child
+def child(process, word):
+    """The process's child whose command line has a word, once there is one."""
+    for found in psutil.Process(process.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if any(word in part for part in found.cmdline()):
+                return found
+    return None
+
+
+def within_patience(process, ask):
+    """What `ask` gives, once it gives something; the process goes on meanwhile."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not (found := ask()):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.05)
-        assert os.path.exists(f"/proc/{pid}")  # noqa: PTH110 - no more than a look
+    return found

@@ -238,7 +238,7 @@ EmbeddingStore(sys.argv[1], "f00d").write(IdRange(1, 9), "0001", batch, versions
     ("point", "names"), [("half written", []), ("before the rename", []), ("after the rename", ["0001"])]
 )
 def test_a_writer_killed_at_any_point_leaves_a_whole_shard_or_none(tmp_path, point, names):
-    killed = subprocess.run([sys.executable, "-c", DIE, str(tmp_path), point], check=False)
+    killed = subprocess.run([sys.executable, "-c", DIE, str(tmp_path), point], check=False, timeout=300)
     store = EmbeddingStore(str(tmp_path), "f00d")
 
     assert killed.returncode == -9

@@ -21,6 +21,8 @@ def _stand_ins(monkeypatch):
 
 
 LEASE = """
+import faulthandler
+faulthandler.dump_traceback_later(300, exit=True)  # whoever waits for a line waits no longer
 import sys
 from pathlib import Path
 from extraction_dagster.stages.embed import gpu_lease
@@ -58,7 +60,7 @@ def test_each_process_gets_a_gpu_of_its_own_until_it_dies(tmp_path, other_proces
     _, device_of_second = other_process()
     assert (device_of_first, device_of_second) == ("cuda:0", "cuda:1")
     first.send_signal(signal.SIGKILL)
-    first.wait()
+    first.wait(timeout=60)
 
     assert lease_gpu(GPUS, tmp_path) == "cuda:0"
     assert lease_gpu(GPUS, tmp_path) == "cuda:0"  # the one it has, not another

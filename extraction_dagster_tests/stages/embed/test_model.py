@@ -78,6 +78,6 @@ def test_fingerprints_need_no_torch():
         "model.embedding_fingerprint(Settings()), model.embedding_settings_fingerprint(Settings())\n"
         "print(sorted({'torch', 'cv2', 'pyarrow', 'transformers'} & set(sys.modules)))\n"
     )
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
 
     assert ran.stdout.strip() == "[]"

@@ -9,7 +9,7 @@ import struct
 import numpy as np
 import pytest
 import torch  # noqa: TID253 - weights are made with it
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, dynamic_module_utils  # noqa: TID253 - saves; its cache is put into the test's folder
 
 from extraction_dagster.errors import ModelFilesError
@@ -140,7 +140,94 @@ def index_without_parts(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def index_of_an_absolute_path(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "/etc/passwd"}}))
+
+
+def pickle_by_another_name(folder):
+    (folder / "model.safetensors").write_bytes(pickle.dumps({"run": "me"}))
+
+
+def archive_by_another_name(folder):
+    torch.save({"run": torch.zeros(1)}, folder / "model.safetensors")
+
+
+def offsets_of_text(folder):
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1], "data_offsets": ["0", "4"]}}).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * 4)
+
+
+def output_without_sides(folder):
+    tensors = load_file(folder / "model.safetensors") | {"visual_projection.weight": torch.tensor(1.0)}
+    save_file(tensors, folder / "model.safetensors")
+
+
+def weights_beside_those_looked_at(folder):
+    save_file({"visual_projection.weight": torch.ones(24, 32)}, folder / "other.safetensors")
+    edit(folder / "config.json", transformers_weights="other.safetensors")
+
+
+def pickle_beside_the_weights(folder):
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps({"run": "me"}))
+    edit(folder / "config.json", transformers_weights="adapter_model.bin")
+
+
+def adapter(folder):
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "acme/other"}')
+
+
+def kernels_of_the_hub(folder):
+    edit(folder / "config.json", attn_implementation="acme/kernels")
+
+
+def kernels_for_a_part(folder):
+    edit(folder / "config.json", attn_implementation={"vision_config": "acme/kernels"})
+
+
+def kernels_nested(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["_attn_implementation"] = "flash_attention_2"
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def quantized(folder):
+    edit(folder / "config.json", quantization_config={"quant_method": "fp8"})
+
+
+def no_dim(folder):
+    edit(folder / "config.json", projection_dim=None)
+
+
+def dim_in_words(folder):
+    edit(folder / "config.json", projection_dim="many")
+
+
+def not_a_number(folder):
+    edit(folder / "config.json", initializer_factor=float("nan"))
+
+
+def escape_sequences(folder):
+    edit(folder / "config.json", auto_map="evil\n\x1b[2J\ud800.Evil")
+
+
 HOSTILE = {
+    index_of_an_absolute_path: r"index\.json: got no map of tensors to files, expected weight_map, with plain names",
+    pickle_by_another_name: r"got a header of \d+ bytes in a file of \d+, expected a safetensors file",
+    archive_by_another_name: r"got a header of \d+ bytes in a file of \d+, expected a safetensors file",
+    offsets_of_text: r"got no readable header \(ValueError\)",
+    output_without_sides: r"got vectors of 24 numbers, expected none, as visual_projection\.weight in the weights has",
+    weights_beside_those_looked_at: r"got transformers_weights 'other\.safetensors', expected plain weights in model\.",
+    pickle_beside_the_weights: r"got transformers_weights 'adapter_model\.bin', expected plain weights",
+    adapter: r"adapter_config\.json: got an adapter, which changes the weights, expected weights alone",
+    kernels_of_the_hub: r"got attn_implementation 'acme/kernels', expected plain .* and torch's own attention",
+    kernels_for_a_part: r"got attn_implementation \{'vision_config': 'acme/kernels'\}, expected",
+    kernels_nested: r"got _attn_implementation 'flash_attention_2', expected .* Take _attn_implementation out, or",
+    quantized: r"got quantization_config \{'quant_method': 'fp8'\}, expected plain weights in model\.safetensors",
+    no_dim: r"config\.json: got projection_dim None, expected a whole number",
+    dim_in_words: r"config\.json: got projection_dim 'many', expected a whole number",
+    not_a_number: r"config\.json: got initializer_factor nan, expected at most 16777216",
+    escape_sequences: r"own \(evil\\n\\x1b\[2J\\ud800\.Evil\), expected an architecture of transformers itself",
     pickle_only: r"pytorch_model\.bin: got a pickle, which can run code.* Save it as safetensors",
     no_weights: r"model\.safetensors: got no such file",
     cut_off: r"model\.safetensors: got \d+ bytes, expected \d+, as its header says",
@@ -180,9 +267,33 @@ def test_a_hostile_folder_is_refused_before_it_is_loaded(copied_model, breakage,
         with pytest.raises(ModelFilesError, match=words) as refused:
             ask(settings)
         said = str(refused.value)
-        assert "\n" not in said
+        assert said.isprintable()
         assert said.startswith(f"Model '{folder}' can't be loaded from {folder}")
         assert "Nothing was written." in said
+
+
+def test_a_configuration_nested_a_thousand_deep_is_refused_or_taken_and_no_stack_overflows(copied_model):
+    folder = copied_model("clip")
+    config = (folder / "config.json").read_text().rstrip()[:-1]
+    (folder / "config.json").write_text(f'{config}, "deep": {"[" * 900}{"]" * 900}}}')
+
+    assert inspect_folder("m", folder).dim == 24
+    with pytest.raises(ModelFilesError, match=r"transformers can't use \(RecursionError"):
+        load_model(Settings(model=str(folder), device="cpu"))
+
+
+@pytest.mark.parametrize(("value", "fault"), [(float("nan"), "NaN"), (float("inf"), "NaN"), (0.0, "length zero")])
+def test_weights_that_make_no_vector_are_refused_when_loading(copied_model, value, fault):
+    folder = copied_model("clip")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["visual_projection.weight"][:] = value
+    save_file(tensors, folder / "model.safetensors")
+
+    words = f"got weights that give a plain picture a vector with {fault}, computed in float32, expected finite values"
+    with pytest.raises(ModelFilesError, match=words):
+        load_model(Settings(model=str(folder), device="cpu"))
+    with pytest.raises(ModelFilesError, match=r"in bfloat16, .* Set EXTRACTION_EMBED_DTYPE=float32, or choose another"):
+        load_model(Settings(model=str(folder), device="cpu", embed_dtype="bfloat16"))
 
 
 def test_no_folder_is_refused_with_how_to_write_one(tmp_path):
@@ -254,6 +365,30 @@ def test_code_of_a_model_that_was_named_may_run(copied_model, monkeypatch):
         load_model(Settings(model=name, device="cpu", trust_remote_code=("another/model",)))
     loaded = load_model(Settings(model=name, device="cpu", trust_remote_code=(name,)))
     assert (type(loaded.network).__name__, loaded.dim) == ("OwnModel", 5)
+
+
+def test_code_that_may_run_is_in_the_fingerprint(copied_model):
+    folder = copied_model("dinov2")
+    (folder / "parts").mkdir()
+    (folder / "parts" / "own.py").write_text("SCALE = 1")
+    trusted, plain = (Settings(model=str(folder), trust_remote_code=names) for names in ((str(folder),), ()))
+    before = embedding_fingerprint(trusted), embedding_fingerprint(plain)
+
+    (folder / "parts" / "own.py").write_text("SCALE = 2")
+
+    assert embedding_fingerprint(trusted) != before[0]
+    assert embedding_fingerprint(plain) == before[1]  # there it never runs
+
+
+def test_code_of_another_repository_may_not_run_although_the_model_was_named(copied_model):
+    folder = copied_model("dinov2")
+    edit(folder / "config.json", auto_map={"AutoModel": "acme/other--modeling.Own"})
+
+    words = (
+        r"Python code of another repository \(.*acme/other--modeling\.Own.*\), expected code that lies in the folder"
+    )
+    with pytest.raises(ModelFilesError, match=words):
+        load_model(Settings(model=str(folder), device="cpu", trust_remote_code=(str(folder),)))
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,30 @@ def test_squash_leaves_an_image_of_the_right_size_alone_and_takes_none():
     assert squash([], height_px=224, width_px=224).shape == (0, 224, 224, 3)
 
 
+def test_a_device_without_memory_for_all_images_resizes_fewer_at_once(make_picture, monkeypatch):
+    images = np.stack([make_picture(n) for n in range(7)])
+    expected = squash(images, height_px=224, width_px=224, device="cpu")
+    interpolate, seen = torch.nn.functional.interpolate, []
+
+    def fits_two(pixels, *args, **options):
+        seen.append(len(pixels))
+        if len(pixels) > 2:
+            message = "CUDA out of memory"
+            raise torch.OutOfMemoryError(message)
+        return interpolate(pixels, *args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "interpolate", fits_two)
+
+    assert np.array_equal(squash(images, height_px=224, width_px=224, device="cpu"), expected)
+    assert seen == [7, 4, 2, 2, 2, 2, 3, 2, 2, 1, 1]
+
+    monkeypatch.setattr(
+        torch.nn.functional, "interpolate", lambda pixels, *_, **__: fits_two(pixels.repeat(3, 1, 1, 1))
+    )
+    with pytest.raises(torch.OutOfMemoryError, match="out of memory"):
+        squash(images, height_px=224, width_px=224, device="cpu")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_a_gpu_squashes_as_the_cpu_does_in_float32(make_picture):

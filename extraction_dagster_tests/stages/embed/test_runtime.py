@@ -84,7 +84,8 @@ def test_waiting_threads_sleep_unless_told_otherwise_and_child_processes_see_no_
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     environment |= {"OMP_DISPLAY_ENV": "TRUE"} | ({"OMP_WAIT_POLICY": given} if given else {})
 
-    ran = subprocess.run([sys.executable, "-c", LOAD], env=environment, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", LOAD]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
 
     assert f"OMP_WAIT_POLICY = '{policy}'" in ran.stderr
     assert ran.stdout.strip() == left

@@ -339,6 +339,8 @@ def test_a_shard_that_can_not_be_read_ends_the_run_and_keeps_what_was_before_it(
 
 
 SLOW_RUN = """
+import faulthandler
+faulthandler.dump_traceback_later(300, exit=True)  # whoever waits for a line waits no longer
 import sys
 sys.path.insert(0, sys.argv[2])
 from conftest import MemoryFrames, MemoryShard, video
