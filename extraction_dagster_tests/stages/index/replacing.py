@@ -61,6 +61,11 @@ def missed(store, record_ids=RECORDS, *, dim=SPEC.dim):
     return set(record_ids) - {hit.record_id for hit in found}
 
 
+def say(line):
+    """Print a line in one write, so that a kill never leaves half of it."""
+    os.write(sys.stdout.fileno(), f"{line}\n".encode())
+
+
 class Watched:
     """A store that prints each of its steps, and is searched after those that change something."""
 
@@ -73,8 +78,8 @@ class Watched:
         def step(*args, **kwargs):
             result = method(*args, **kwargs)
             if name in ("upsert", "delete") and (gone := missed(self._store)):
-                print("missed", sorted(gone), "after", name, flush=True)
-            print(name, flush=True)
+                say(f"missed {sorted(gone)} after {name}")
+            say(name)
             time.sleep(0.003)  # else most kills would hit the step that takes longest
             return result
 
@@ -117,10 +122,10 @@ def replace_for_ever(round_number, *place):
     """Replace round after round, until killed."""
     with open_store(*place) as store:
         store.ensure_collection(SPEC)
-        print("go", os.getpid(), flush=True)
+        say(f"go {os.getpid()}")
         for number in range(int(round_number), 10**6):
             replace_round(Watched(store), number)
-            print("done", flush=True)
+            say("done")
 
 
 def main():
@@ -137,7 +142,7 @@ def main():
             except BaseException:  # noqa: BLE001 - the child must not go on as its parent does
                 traceback.print_exc()
             os._exit(1)
-        print("ended", os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+        say(f"ended {os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])}")
 
 
 if __name__ == "__main__":
