@@ -416,13 +416,14 @@ class StoreRefusedError(PointStoreError):
 
 
 class CollectionMissingError(PointStoreError):
-    """There is no such collection yet."""
+    """There is no such collection, or none yet."""
 
     def __init__(self, name: str, where: str) -> None:
         """Name the collection and the store."""
         super().__init__(
-            f"There is no collection {name!r} in {where} yet: no points were loaded. Run 'extraction launch "
-            f"FIRST-LAST' on a range, or check EXTRACTION_COLLECTION_NAME and EXTRACTION_QDRANT_URL."
+            f"There is no collection {name!r} in {where}; 'extraction collection list' shows those that there are. The "
+            f"first one comes with the first points: run 'extraction launch FIRST-LAST' on a range, or check "
+            f"EXTRACTION_COLLECTION_NAME and EXTRACTION_QDRANT_URL."
         )
 
 

@@ -1,14 +1,19 @@
 """`extraction reconcile`: does the collection hold what the table says."""
 
-from typing import Annotated
+import itertools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from extraction_dagster.cli import console
 from extraction_dagster.records import IdRange
-from extraction_dagster.settings import load_settings
+from extraction_dagster.settings import Settings, load_settings
 from extraction_dagster.stages.catalog.catalog import open_catalog
+
+if TYPE_CHECKING:
+    from extraction_dagster.stages.index.point_store import PointStore
 
 _MOST_SHOWN = 50
 
@@ -30,7 +35,6 @@ def command(
     Ends with exit code 1 while differences remain.
     """
     from extraction_dagster.stages.embed.model import embedding_fingerprint
-    from extraction_dagster.stages.index.point_store import open_point_store
     from extraction_dagster.stages.index.reconcile import WHOLE, reconcile
 
     settings = load_settings()
@@ -38,7 +42,7 @@ def command(
     with open_catalog(settings) as catalog:
         found = reconcile(
             catalog,
-            lambda: open_point_store(settings),
+            _opener(settings),
             collection_name=settings.collection_name,
             embedding=embedding_fingerprint(settings),
             within=within,
@@ -54,6 +58,14 @@ def command(
             console.out.print("Those records are pending now: 'extraction run', or the sensor, writes them again.")
     if found.remaining:
         raise typer.Exit(1)
+
+
+def _opener(settings: Settings) -> "Callable[[], PointStore]":
+    """Opens the store: at once the first time, so that it is said who holds it; later on it waits, as runs do."""
+    from extraction_dagster.stages.index.point_store import open_point_store
+
+    patience = itertools.chain([0.0], itertools.repeat(settings.qdrant_timeout_seconds))
+    return lambda: open_point_store(settings, wait_seconds=next(patience))
 
 
 def _print(rows: list[dict[str, int | None]], summary: str) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from extraction_dagster.cli import console
 from extraction_dagster.errors import TextSearchError
@@ -74,6 +75,8 @@ def command(  # noqa: PLR0913 - the options of the command
         "created_before": _moment(before, "--before"),
         "score_threshold": min_score,
     }
+    if after and before and filters["created_from"] >= filters["created_before"]:
+        raise typer.BadParameter(f"--after {after} is not earlier than --before {before}: nothing lies between them")
     settings = load_settings()
     query = _query(settings, image=image, video=video, text=text)
     with open_point_store(settings) as store:
@@ -112,9 +115,14 @@ def hits_table(hits: list[Hit] | list[VideoHit]) -> Table:
     for item in hits:
         hit = _frame(item)
         votes = [f"{item.votes} of {item.query_frames}"] if isinstance(item, VideoHit) else []
-        cells = (str(hit.record_id), f"{hit.frame_second:.2f}", hit.platform or "-", hit.video_code or "-", hit.path)
-        table.add_row(f"{item.score:.4f}", *votes, *cells)
+        texts = [_cell(text) for text in (hit.platform, hit.video_code, hit.path)]
+        table.add_row(f"{item.score:.4f}", *votes, str(hit.record_id), f"{hit.frame_second:.2f}", *texts)
     return table
+
+
+def _cell(text: str | None) -> Text:
+    """A text as it is: its brackets are no markup, and none of its letters moves a terminal's cursor."""
+    return Text("".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text or "-"))
 
 
 def _query(settings: Settings, *, image: Path | None, video: Path | None, text: str | None) -> _Query:

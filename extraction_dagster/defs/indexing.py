@@ -25,8 +25,7 @@ def index_range(work: RangeWork) -> Report:
         PointsMissingError: The store does not hold what it acknowledged; the rows are not marked.
         PointsChangedError: It did, and does not any more; the rows are pending again.
     """
-    from extraction_dagster.stages.index.point_store import CollectionSpec, open_point_store  # noqa: PLC0415 - loads the engine
-    from extraction_dagster.stages.index.stage import open_for_writing  # noqa: PLC0415
+    from extraction_dagster.stages.index.point_store import open_point_store  # noqa: PLC0415 - loads the engine
 
     watch, report, due = Stopwatch(), Report(), work.due
     embeddings = work.extraction.embedding_store()
@@ -35,17 +34,16 @@ def index_range(work: RangeWork) -> Report:
     have = {record_id for _, records in shards for record_id in records}
     progress.begin("qdrant_points", len(have))
     num_points: dict[int, int] = {}
-    if newest_first:
+    if newest_first or _should_hold_points(work):
         with open_point_store(work.settings, wait_seconds=work.settings.qdrant_timeout_seconds) as store:
-            spec = CollectionSpec.of(work.settings, dim=newest_first[0].dim, fingerprint=work.made_with.embedding)
-            open_for_writing(store, spec)
+            is_there = _open(work, store, dim=newest_first[0].dim if newest_first else None)
             with watch.phase("write"):
                 for shard, records in shards:
                     seen = num_points.keys() | {failure.record_id for failure in report.failures}
                     if wanted := [record_id for record_id in records if record_id not in seen]:
                         num_points |= _replace(work, report, store, embeddings.read(shard), wanted)
             with watch.phase("verify"):
-                report.verified = _verify(work, store)
+                report.verified = _verify(work, store if is_there else None)
     missing = lacking(due, have)
     if again := [record_id for record_id in missing if was_done(due[record_id])]:
         raise VectorsMissingError(work.id_range.partition_key, again)
@@ -57,6 +55,25 @@ def index_range(work: RangeWork) -> Report:
         **watch.numbers(own=("write", "verify"), num_frames=sum(num_points.values())),
     }
     return report
+
+
+def _should_hold_points(work: RangeWork) -> bool:
+    """Whether points of these vectors were verified in an earlier run."""
+    return any(
+        entry.state == "done" and entry.embedding_fingerprint == work.made_with.embedding
+        for entry in work.entries().values()
+    )
+
+
+def _open(work: RangeWork, store: "PointStore", *, dim: int | None) -> bool:
+    """Open the collection of these vectors; without vectors none is created. Returns whether there is one."""
+    from extraction_dagster.stages.index.point_store import CollectionSpec  # noqa: PLC0415 - loads the engine
+    from extraction_dagster.stages.index.stage import open_for_reading, open_for_writing  # noqa: PLC0415
+
+    if dim is None:
+        return open_for_reading(store, work.settings.collection_name, work.made_with.embedding)
+    open_for_writing(store, CollectionSpec.of(work.settings, dim=dim, fingerprint=work.made_with.embedding))
+    return True
 
 
 def _replace(
@@ -88,7 +105,7 @@ def _replace(
     return dict(indexed.num_points)
 
 
-def _verify(work: RangeWork, store: "PointStore") -> int:
+def _verify(work: RangeWork, store: "PointStore | None") -> int:
     """Hold the whole range against the store once more; what disagrees is pending again. Returns its points."""
     from extraction_dagster.stages.index.reconcile import compare_range  # noqa: PLC0415 - loads the engine
 

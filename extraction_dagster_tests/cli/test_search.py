@@ -1,8 +1,10 @@
 """What `extraction search` refuses before anything is loaded, and what it writes."""
 
 import json
+from io import StringIO
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from extraction_dagster.cli import search
@@ -25,6 +27,7 @@ def invoke(*words):
         (("--image", "a.jpg", "--text", "cat"), "give exactly one of --image, --video and --text"),
         (("--video", "a.mp4", "--frames"), "--frames goes with --image or --text"),
         (("--image", "a.jpg", "--after", "yesterday"), "--after is 'yesterday', expected for example 2026-01-31"),
+        (("--image", "a.jpg", "--after", "2026-02-01", "--before", "2026-02-01"), "nothing lies between them"),
         (("--image", "a.jpg", "--min-score", "2"), "Invalid value for '--min-score'"),
         (("--image", "a.jpg", "--limit", "0"), "Invalid value for '--limit'"),
     ],
@@ -54,6 +57,13 @@ def test_a_days_begin_is_meant_in_utc():
     assert search._moment("2026-01-31", "--after").isoformat() == "2026-01-31T00:00:00+00:00"
     assert search._moment("2026-01-31T12:00:00+02:00", "--after").isoformat() == "2026-01-31T12:00:00+02:00"
     assert search._moment(None, "--after") is None
+
+
+def test_what_the_table_of_videos_says_is_shown_letter_for_letter():
+    shown = Console(file=StringIO(), width=100)
+    shown.print(search.hits_table([Hit(7, 30, 1.0, 0.9, "[bold]", "[/x]\x1b[2J", "videos/[old]/a[1].mp4")]))
+    (row,) = [line for line in shown.file.getvalue().splitlines() if "0.9000" in line]
+    assert row.replace(" ", "") == "│0.9000│7│1.00│[bold]│[/x]\ufffd[2J│videos/[old]/a[1].mp4│"
 
 
 def test_a_video_hit_in_json_says_its_score_votes_and_best_frame():

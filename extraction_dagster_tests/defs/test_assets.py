@@ -2,6 +2,7 @@
 
 import base64
 import re
+import shutil
 import signal
 import threading
 import time
@@ -221,6 +222,26 @@ def test_points_that_vanish_after_they_were_verified_are_pending_again(world):
     assert (result.success, passed) == (False, False)
     assert "Range 1-4: 3 verified points are gone and 0 are too many (records 2)" in description
     assert world.ledger() == [(1, "done"), (2, "todo"), (3, "done"), (4, "parked")]
+
+    assert world.run().success
+    assert world.points() == {1: 3, 2: 3, 3: 3}
+
+
+@pytest.mark.parametrize("lost", [("embeddings",), ("embeddings", "qdrant")], ids=["vectors", "vectors and store"])
+def test_a_range_is_not_green_without_its_points_although_no_vectors_are_stored(world, lost):
+    from extraction_dagster.stages.index.edge_store import EdgeStore  # noqa: PLC0415 - loads the engine
+    from extraction_dagster.stages.index.replace import delete_records  # noqa: PLC0415
+
+    world.run()
+    with EdgeStore(world.home / "qdrant") as store:
+        store.open_collection("video_frames")
+        delete_records(store, [1, 2, 3])
+    for folder in lost:
+        shutil.rmtree(world.home / folder)
+    result = world.run()
+    passed, _, description = world.checks(result)["qdrant_points points_verified"]
+    assert (result.success, passed) == (False, False)
+    assert "Range 1-4: 9 verified points are gone and 0 are too many (records 1, 2, 3)" in description
 
     assert world.run().success
     assert world.points() == {1: 3, 2: 3, 3: 3}

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import IO, TYPE_CHECKING, Any
 
-from extraction_dagster.errors import CollectionInUseError, StoreBusyError, StoreUnreadableError
+from extraction_dagster.errors import CollectionInUseError, StoreBusyError, StoreEngineError, StoreUnreadableError
 from extraction_dagster.stages.index.point_store import CollectionSpec
 
 if TYPE_CHECKING:
@@ -48,11 +48,15 @@ class EdgeFiles:
 
         Raises:
             StoreBusyError: Another process, or another store in this one, holds it.
+            StoreEngineError: It can't be created or written.
         """
         if self._lock is not None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = (self.folder / "lock").open("a+", encoding="utf-8")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = (self.folder / "lock").open("a+", encoding="utf-8")
+        except OSError as error:
+            raise StoreEngineError("hold the points", str(self.folder), error.strerror or repr(error)) from error
         give_up = time.monotonic() + wait_seconds
         while not _try_lock(lock):
             if time.monotonic() >= give_up:

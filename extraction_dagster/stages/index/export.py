@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -42,6 +44,8 @@ def export_points(
     Raises:
         ExportError: The file can't be written, or points came or went meanwhile.
     """
+    if path.is_dir():
+        raise ExportError(str(path), os.strerror(errno.EISDIR))
     beside = path.with_name(f".{path.name}.part")
     try:
         written = _write(store, spec, beside, on_written)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
+import errno
 import html
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -77,12 +80,17 @@ def write_gallery(path: Path, page: str) -> None:
     Raises:
         GalleryError: It can't be written there.
     """
+    if path.is_dir():
+        raise GalleryError(str(path), os.strerror(errno.EISDIR))
     beside = path.with_name(f".{path.name}.part")
     try:
         beside.write_text(page, encoding="utf-8")
         beside.replace(path)
     except OSError as error:
         raise GalleryError(str(path), error.strerror or type(error).__name__) from error
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink()
 
 
 def _card(card: Card) -> str:

@@ -316,9 +316,10 @@ class _View:
         return dict(sorted({**gone, **dict.fromkeys(forgotten, 0)}.items()))
 
 
-def compare_range(catalog: Catalog, store: PointStore, *, within: IdRange, fingerprint: str) -> Differences:
+def compare_range(catalog: Catalog, store: PointStore | None, *, within: IdRange, fingerprint: str) -> Differences:
     """Hold the open collection against what was verified for the records of a range; a difference is seen twice.
 
+    Without a store, as when the collection is no more, all that was verified is lost.
     Only records that are done, and whose vectors are of this fingerprint, are compared; `gone` stays empty.
     """
     found = Differences(within)
@@ -329,7 +330,7 @@ def compare_range(catalog: Catalog, store: PointStore, *, within: IdRange, finge
             for key, entry in entries.items()
             if entry.state == "done" and entry.embedding_fingerprint == fingerprint
         }
-        held = compare_points(store, expected, within=within)
+        held = _all_lost(expected) if store is None else compare_points(store, expected, within=within)
         points = sum(item.num_points for item in expected.values())
         found = Differences(within, len(expected), points, lost=held.lost, stale=held.stale)
         if found.agrees:

@@ -26,29 +26,45 @@ def prepare_upsert(
     if wire == "local":
         points = _model_points(batch)
         return lambda: client.upsert(target, points, wait=True)
-    from qdrant_client import grpc
     from qdrant_client.conversions.conversion import GrpcToRest
 
-    request = grpc.UpsertPoints(collection_name=target, points=_grpc_points(batch), wait=True)
+    request = _grpc_request(target, batch)
     return lambda: GrpcToRest.convert_update_result(client.grpc_points.Upsert(request, timeout=timeout_seconds).result)
 
 
-def _grpc_points(batch: PointBatch) -> list[Any]:
-    """Points as gRPC messages.
+def _grpc_request(target: str, batch: PointBatch) -> Any:  # noqa: ANN401 - a generated class
+    """The points as one gRPC message.
 
-    A vector's bytes go into its message as they are, which costs a third of handing over Python floats.
+    They are made in their place, which saves a copy, and out of bytes: those of a vector go in as they are, those of
+    a payload's entry are made once for all points that share it. A third of what Python floats and values cost.
     """
     from qdrant_client import grpc
-    from qdrant_client.conversions.conversion import payload_to_grpc
 
+    request = grpc.UpsertPoints(collection_name=target, wait=True)
     prefix = _vector_prefix(batch.dim)
     rows = np.ascontiguousarray(batch.vectors, dtype="<f4")
-    points = []
     for point_id, row, payload in zip(batch.ids, rows, batch.payloads, strict=True):
-        point = grpc.PointStruct(id=grpc.PointId(uuid=point_id), payload=payload_to_grpc(dict(payload)))
+        point = request.points.add()
+        point.id.uuid = point_id
+        point.MergeFromString(b"".join([_entry(key, value) for key, value in payload.items()]))
         point.vectors.vector.dense.MergeFromString(prefix + row.tobytes())
-        points.append(point)
-    return points
+    return request
+
+
+def _entry(key: str, value: object) -> bytes:
+    """An entry of a point's payload, serialized."""
+    try:
+        return _known_entry(key, value)
+    except TypeError:  # a list or an object can't be looked up
+        return _known_entry.__wrapped__(key, value)
+
+
+@functools.lru_cache(maxsize=4096, typed=True)  # typed: 1, 1.0 and true are equal, and not the same in JSON
+def _known_entry(key: str, value: object) -> bytes:
+    from qdrant_client import grpc
+    from qdrant_client.conversions.conversion import json_to_value
+
+    return bytes(grpc.PointStruct(payload={key: json_to_value(value)}).SerializeToString())
 
 
 @functools.cache

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from extraction_dagster.errors import PayloadError, VectorNormError
+from extraction_dagster.errors import CollectionMissingError, PayloadError, VectorNormError
 from extraction_dagster.records import Failure
 from extraction_dagster.stages.index.replace import replace_records
 
@@ -57,6 +58,15 @@ def open_for_writing(store: PointStore, spec: CollectionSpec) -> None:
     there = store.collections(spec.name)
     others_in_use = any(in_use for fingerprint, in_use in there.items() if fingerprint != spec.fingerprint)
     store.ensure_collection(spec, staged=others_in_use and spec.fingerprint in there)
+
+
+def open_for_reading(store: PointStore, name: str, fingerprint: str) -> bool:
+    """Open the collection of these vectors, in use or staged, if there is one. Returns whether there is."""
+    for chosen in (None, fingerprint):
+        with contextlib.suppress(CollectionMissingError):
+            if store.open_collection(name, fingerprint=chosen).fingerprint == fingerprint:
+                return True
+    return False
 
 
 def _failure(row: VideoRow, error: PayloadError | VectorNormError) -> Failure:

@@ -25,10 +25,10 @@ from extraction_dagster.stages.index.server_store import ServerStore
 QUICK = RetryPolicy(attempts=5, base_seconds=0.001, longest_seconds=0.01, longest_retry_after_seconds=0.01)
 
 
-def _load_stand_in():
-    name = "extraction_dagster_tests_wire_stand_in"
+def _load(file):
+    name = f"extraction_dagster_tests_{file}"
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("wire_stand_in.py"))
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{file}.py"))
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
         spec.loader.exec_module(module)
@@ -38,7 +38,13 @@ def _load_stand_in():
 @pytest.fixture
 def wire():
     """The wire stand-in's module: `wire.StandIn`, `wire.Fault`."""
-    return _load_stand_in()
+    return _load("wire_stand_in")
+
+
+@pytest.fixture
+def replacing():
+    """The module of the process that replaces points until it is killed, and of the searcher beside it."""
+    return _load("replacing")
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -34,12 +35,15 @@ def home(tmp_path):
 @pytest.fixture
 def holder(home):
     """Another process that holds the store."""
-    process = subprocess.Popen([sys.executable, "-c", _HOLD, str(home)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "held\n"
-    yield process
-    process.kill()
-    process.wait()
-    process.stdout.close()
+    with subprocess.Popen([sys.executable, "-c", _HOLD, str(home)], stdout=subprocess.PIPE, text=True) as process:
+        guard = threading.Timer(120, process.kill)
+        guard.start()
+        try:
+            assert process.stdout.readline() == "held\n"
+            yield process
+        finally:
+            process.kill()
+            guard.cancel()
 
 
 def test_a_held_store_names_its_holder_and_the_way_out(home, holder):
@@ -55,6 +59,12 @@ def test_a_killed_holder_lets_go(home, holder):
     holder.wait()
     with EdgeStore(home) as store:
         assert store.open_collection("frames") == SPEC
+
+
+def test_a_folder_that_can_not_be_made_is_named(home):
+    home.write_text("a file")
+    with EdgeStore(home) as store, pytest.raises(StoreEngineError, match=r"hold the points in .*/frames: Not a dir"):
+        store.ensure_collection(SPEC)
 
 
 def test_a_second_store_in_the_same_process_is_refused(home):

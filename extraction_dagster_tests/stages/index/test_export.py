@@ -1,5 +1,7 @@
 """An export holds every point; one that could not be finished leaves nothing."""
 
+from pathlib import Path
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -55,6 +57,8 @@ def test_an_export_that_misses_points_is_refused_and_leaves_the_old_file(filled,
     assert file.read_bytes() == b"old"
     with pytest.raises(ExportError, match="No such file"):
         export_points(filled, spec, tmp_path / "nowhere" / "points.parquet")
+    with pytest.raises(ExportError, match=r"exported to '\.': Is a directory"):
+        export_points(filled, spec, Path())
     assert not list(tmp_path.glob("*.part"))
 
 

@@ -1,5 +1,7 @@
 """The gallery: everything escaped, nothing fetched, seen in a real browser."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import simplejpeg
@@ -39,7 +41,10 @@ def test_a_gallery_that_can_not_be_written_leaves_nothing(tmp_path):
     (tmp_path / "g.html").mkdir()
     with pytest.raises(GalleryError, match="Is a directory"):
         write_gallery(tmp_path / "g.html", "page")
+    with pytest.raises(GalleryError, match=r"Gallery '\.' can't be written: Is a directory"):
+        write_gallery(Path(), "page")
     write_gallery(tmp_path / "h.html", "page")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["g.html", "h.html"]
     assert (tmp_path / "h.html").read_text() == "page"
 
 

@@ -159,7 +159,7 @@ def test_using_a_store_before_opening_a_collection_is_refused(store):
 
 
 def test_opening_what_was_never_created_is_refused(store, spec):
-    with pytest.raises(CollectionMissingError, match=f"no collection '{spec.name}'"):
+    with pytest.raises(CollectionMissingError, match=f"no collection '{spec.name}'.*extraction collection list"):
         store.open_collection(spec.name)
 
 

@@ -1,7 +1,9 @@
 """Loss, stale points, deleted rows: found, repaired, and nothing else touched; a real table, ledger and engine."""
 
+from contextlib import closing
+
 from extraction_dagster.records import IdRange
-from extraction_dagster.stages.catalog.catalog import Fingerprints
+from extraction_dagster.stages.catalog.catalog import Catalog, Fingerprints
 from extraction_dagster.stages.index.edge_store import EdgeStore
 from extraction_dagster.stages.index.filters import PointFilter
 from extraction_dagster.stages.index.points import generation, point_id
@@ -143,6 +145,31 @@ def test_only_the_given_range_is_compared(done, catalog):
     found = done.reconcile(catalog, within=IdRange(3, 60), repair=True)
     assert found.differences == [Differences(IdRange(3, 60), compared=3, held=7, lost={41: 1})]
     assert done.process(catalog) == [41]
+
+
+def test_an_updated_row_is_written_again_and_keeps_its_old_points_until_then(world, settings):
+    world.execute("ALTER TABLE insta_content ADD COLUMN etag TEXT NOT NULL DEFAULT 'v1'")
+    with closing(Catalog(settings(source_version_column="etag"))) as catalog:
+        world.add(*FRAMES)
+        assert world.process(catalog) == [1, 2, 3, 40, 41]
+        world.execute("UPDATE insta_content SET etag = 'v2' WHERE id IN (2, 40)")
+        assert world.reconcile(catalog, repair=True).differences == []
+        assert world.points() == FRAMES
+        assert world.process(catalog, frames={2: 1, 40: 3}) == [2, 40]
+        assert world.points() == {**FRAMES, 2: 1, 40: 3}
+        assert world.reconcile(catalog).differences == []
+        with world.store() as store:  # as if the new file's points had been taken for the old ones'
+            old = generation(embedding_fingerprint="e1", frames_fingerprint="f1", content_version="v1")
+            replace_records(
+                store,
+                world.embeddings_of({40: 3}),
+                rows={40: catalog.plan(ALL, TODAY)[40].video},
+                generations={40: old},
+            )
+        (found,) = world.reconcile(catalog, repair=True).differences
+        assert (found.lost, found.stale) == ({40: 3}, {40: 3})
+        assert world.process(catalog, frames={40: 3}) == [40]
+        assert world.reconcile(catalog).differences == []
 
 
 def test_a_resampled_record_is_no_difference_and_its_left_over_points_are(done, catalog):

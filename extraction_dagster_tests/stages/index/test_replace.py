@@ -1,27 +1,11 @@
 """Replacing points: what is left afterwards, what a fault or a kill leaves behind, what a search sees meanwhile."""
 
-import random
-import signal
-import subprocess
-import sys
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-
-import numpy as np
 import pytest
 
 from extraction_dagster.errors import PointsMissingError, RecordShapeError
-from extraction_dagster.records import EmbeddingBatch, VideoRow
 from extraction_dagster.settings import Settings
-from extraction_dagster.stages.index.edge_store import EdgeStore
-from extraction_dagster.stages.index.filters import PointFilter
-from extraction_dagster.stages.index.point_store import CollectionSpec
 from extraction_dagster.stages.index.points import point_id
 from extraction_dagster.stages.index.replace import count_by_record, delete_records, replace_records
-from extraction_dagster.stages.index.search import search_images
-from extraction_dagster.stages.index.server_retry import RetryPolicy
 from extraction_dagster.stages.index.server_store import ServerStore
 
 OLD = {7: [0, 30, 60], 8: [0], 9: [0, 15]}
@@ -165,146 +149,27 @@ def test_records_that_were_not_removed_are_noticed(filled, monkeypatch):
         delete_records(filled, [8])
 
 
-# Real kills: a process replaces 60 records, again and again with the next generation, until it is killed.
-
-SPEC = CollectionSpec("frames", dim=32, fingerprint="abc123")
-_REPLACE_FOR_EVER = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import test_replace
-with test_replace.open_store(*sys.argv[3:]) as store:
-    store.ensure_collection(test_replace.SPEC)
-    print("go", flush=True)
-    for round_number in range(int(sys.argv[2]), 10**6):
-        test_replace.replace_round(store, round_number)
-        print("done", round_number, flush=True)
-"""
-_FAULTS = ("exhausted", "unavailable", "internal", "aborted", "lost", "acknowledged", "reset", "reset_after", "slow")
-
-
-def open_store(home, url="", port="0"):
-    """The embedded engine, or the server at an address."""
-    if not url:
-        return EdgeStore(Path(home))
-    settings = Settings(home=Path(home), qdrant_url=url, qdrant_grpc_port=int(port))
-    return ServerStore.connect(settings, retry=RetryPolicy(8, 0.001, 0.01, 0.01))
-
-
-def replace_round(store, round_number):
-    """Records 1 to 60 with 3 to 7 frames each, numbered from the round on: some stay, some go, some come."""
-    frames = {record_id: range(round_number % 5, round_number % 5 + 3 + record_id % 5) for record_id in range(1, 61)}
-    record_ids = np.array([record_id for record_id, part in frames.items() for _ in part], np.int64)
-    numbers = np.array([number for part in frames.values() for number in part], np.int64)
-    vectors = np.random.default_rng(round_number).standard_normal((len(numbers), 32))
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    replace_records(
-        store,
-        EmbeddingBatch(vectors.astype(np.float16), record_ids, numbers, numbers / 30.0),
-        rows={record_id: VideoRow(record_id, "v") for record_id in frames},
-        generations=dict.fromkeys(frames, f"g{round_number}"),
-    )
-    return {record_id: [(number, f"g{round_number}") for number in part] for record_id, part in frames.items()}
-
-
-def _kill_somewhere(place, round_number, delay):
-    """Start the process and kill it `delay` seconds after its first round; the number of rounds it finished."""
-    folder = str(Path(__file__).parent)
-    process = subprocess.Popen(
-        [sys.executable, "-c", _REPLACE_FOR_EVER, folder, str(round_number), *place], stdout=subprocess.PIPE, text=True
-    )
-    with process, process.stdout as lines:
-        assert next(lines) == "go\n"
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        finished = [line for line in lines if line.startswith("done ") and line.endswith("\n")]
-    assert process.returncode == -signal.SIGKILL
-    return len(finished)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kills", [25, pytest.param(100, marks=pytest.mark.soak)])
-def test_a_killed_process_loses_nothing_and_the_next_one_arrives(tmp_path, kills):
-    _kill_again_and_again((str(tmp_path / "qdrant"),), kills, most_seconds=0.12)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kills", [5, pytest.param(100, marks=pytest.mark.soak)])
-def test_a_process_killed_beside_a_faulty_server_loses_nothing(tmp_path, stand_in, wire, kills):
-    chance = random.Random(20260103)
-
-    def make_faults():
-        stand_in.faults[:] = [wire.Fault("*", chance.choice(_FAULTS), 0.02) for _ in range(3)]
-
-    def end_faults():
-        stand_in.faults.clear()
-        while stand_in.num_at_work:  # what the killed process has asked for is still applied
-            time.sleep(0.01)
-
-    place = (str(tmp_path), stand_in.url, str(stand_in.port))
-    _kill_again_and_again(place, kills, most_seconds=0.6, before=make_faults, after=end_faults)
-
-
-def _kill_again_and_again(place, kills, *, most_seconds, before=lambda: None, after=lambda: None):
-    chance = random.Random(20260102)
-    with open_store(*place) as store:
-        store.ensure_collection(SPEC)
-        replace_round(store, 0)
-    round_number, states = 1, {"one generation": 0, "mixed": 0}
-    for _ in range(kills):
-        before()
-        round_number += _kill_somewhere(place, round_number, chance.uniform(0, most_seconds))
-        after()
-        with open_store(*place) as store:
-            store.ensure_collection(SPEC)
-            held = _held(store)
-            generations = {generation for frames in held.values() for _, generation in frames}
-            states["mixed" if len(generations) > 1 else "one generation"] += 1
-            assert set(held) == set(range(1, 61))
-            # Frame 4 is sampled in every round: it was there before the kill, whichever step it hit.
-            assert store.count(PointFilter(point_ids=[point_id(record_id, 4) for record_id in range(2, 60, 5)])) == 12
-            assert generations <= {f"g{round_number - 1}", f"g{round_number}"}
-            assert _arrived(store, round_number)
-        round_number += 1
-    print(f"{kills} kills: {states}")
-
-
-def _arrived(store, round_number):
-    return replace_round(store, round_number) == _held(store)
-
-
 def test_a_searcher_during_a_replacement_never_misses_a_record(  # noqa: PLR0913, PLR0917 - fixtures
-    stand_in, wire_store, spec, embeddings, rows, tmp_path
+    stand_in, wire_store, spec, embeddings, rows, tmp_path, replacing
 ):
     ids = range(1, 41)
     frames = {record_id: [0, 30, 60] for record_id in ids}
     wire_store.ensure_collection(spec)
     replace_records(wire_store, embeddings(frames, seed=1), rows=rows(*ids), generations=dict.fromkeys(ids, "a"))
     settings = Settings(home=tmp_path, qdrant_url=stand_in.url, qdrant_grpc_port=stand_in.port)
-    missed, searches, over, query = [], [], threading.Event(), embeddings({1: [0]}).vectors[0]
-
-    def search():
-        with ServerStore.connect(settings) as other:
-            other.open_collection(spec.name)
-            while not over.is_set():
-                found = {hit.record_id for hit in search_images(other, query, limit=40, group_by_video=True)}
-                searches.append(len(found))
-                missed.extend(set(ids) - found)
-
-    with ThreadPoolExecutor(1) as pool:
-        searcher = pool.submit(search)
-        while not searches:
-            time.sleep(0.01)
-        for round_number in range(6):
-            # Other frames each time, so that old points are removed.
-            numbers = [0, 15 * (round_number + 1), 600 + round_number]
-            replace_records(
-                wire_store,
-                embeddings(dict.fromkeys(ids, numbers), seed=round_number),
-                rows=rows(*ids),
-                generations=dict.fromkeys(ids, f"b{round_number}"),
-            )
-        over.set()
-        searcher.result()
-    assert missed == []
-    assert len(searches) > 1
+    with ServerStore.connect(settings) as other:
+        other.open_collection(spec.name)
+        with replacing.searching(other, ids, dim=spec.dim) as seen:
+            before = seen.searches
+            for round_number in range(6):
+                # Other frames each time, so that old points are removed.
+                numbers = [0, 15 * (round_number + 1), 600 + round_number]
+                replace_records(
+                    wire_store,
+                    embeddings(dict.fromkeys(ids, numbers), seed=round_number),
+                    rows=rows(*ids),
+                    generations=dict.fromkeys(ids, f"b{round_number}"),
+                )
+    assert seen.missed == set()
+    assert seen.searches > before > 0
     assert wire_store.count() == 120

@@ -11,6 +11,7 @@ from extraction_dagster.errors import (
     StoreRefusedError,
     StoreUnavailableError,
 )
+from extraction_dagster.records import VideoRow
 from extraction_dagster.settings import Settings
 from extraction_dagster.stages.index.points import build_points
 from extraction_dagster.stages.index.replace import replace_records
@@ -268,3 +269,13 @@ def test_a_bug_of_ours_is_neither_repeated_nor_renamed():
     with pytest.raises(KeyError, match="ours"):
         RetryPolicy().call("count points", "url", fail)
     assert calls == [1]
+
+
+def test_equal_values_of_other_types_and_nested_ones_arrive_as_they_are(opened_wire, embeddings):
+    values = {1: 1, 2: 1.0, 3: True, 4: 0, 5: 0.0, 6: False, 7: None, 8: "1", 9: [1, 1.0, True], 10: {"a": {"b": []}}}
+    rows = {key: VideoRow(key, "v", payload={"value": value}) for key, value in values.items()}
+    frames = {key: [0] for key in values}
+    opened_wire.upsert(build_points(embeddings(frames), rows=rows, generations=dict.fromkeys(rows, "a")))
+    (page,) = opened_wire.read()
+    found = {payload["record_id"]: repr(payload["value"]) for payload in page.payloads}
+    assert found == {key: repr(value) for key, value in values.items()}

@@ -7,7 +7,8 @@ from extraction_dagster.errors import CollectionMismatchError, PointStoreError
 from extraction_dagster.records import EmbeddingBatch, Failure, VideoRow
 from extraction_dagster.stages.index.edge_store import EdgeStore
 from extraction_dagster.stages.index.point_store import CollectionSpec
-from extraction_dagster.stages.index.stage import index_records, open_for_writing
+from extraction_dagster.stages.index.points import PointBatch, point_id
+from extraction_dagster.stages.index.stage import index_records, open_for_reading, open_for_writing
 
 FRAMES = {7: [0, 30], 8: [0], 9: [0, 15, 30]}
 OLD, NEW = CollectionSpec("frames", 8, "old"), CollectionSpec("frames", 8, "new")
@@ -79,3 +80,14 @@ def test_a_first_collection_whose_publishing_was_cut_off_is_published(edge, tmp_
     (tmp_path / "qdrant" / "frames" / "pointer.json").unlink()
     open_for_writing(edge, OLD)
     assert edge.collections("frames") == {"old": True}
+
+
+def test_a_collection_in_use_or_staged_is_found_by_its_vectors(store, spec):
+    assert not open_for_reading(store, spec.name, "abc123")
+    store.ensure_collection(spec)
+    store.ensure_collection(CollectionSpec(spec.name, dim=4, fingerprint="new"), staged=True)
+    assert not open_for_reading(store, spec.name, "other")
+    for fingerprint, dim in (("abc123", 8), ("new", 4)):
+        assert open_for_reading(store, spec.name, fingerprint)
+        store.upsert(PointBatch((point_id(7, 0),), np.ones((1, dim), np.float32), ({"record_id": 7},)))
+        assert store.count() == 1

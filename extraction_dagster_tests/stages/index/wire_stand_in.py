@@ -65,7 +65,7 @@ class StandIn:
 
     def __exit__(self, *_):
         self.relay.close()
-        self._server.stop(None).wait()
+        self._server.stop(None).wait(30)
         self.engine.close()
 
     def answer(self, method, context, apply, acknowledged=None):
