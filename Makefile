@@ -8,8 +8,9 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= python3
 PORT ?= 3000
 # In CI the branch coverage is printed too. A file's tests stay in one worker, so that its fixtures are made once; files go in
-# their order, for else those of few tests, the slowest, would all come last.
-PYTEST_ARGS ?= -n logical --dist loadfile --no-loadscope-reorder $(if $(CI),--cov --cov-report=term)
+# their order, for else those of few tests, the slowest, would all come last. A worker that dies is not replaced: xdist
+# would run the test that killed it again and again.
+PYTEST_ARGS ?= -n logical --dist loadfile --no-loadscope-reorder --max-worker-restart=0 $(if $(CI),--cov --cov-report=term)
 
 VENV := .venv
 STAMP := $(VENV)/.installed
@@ -34,7 +35,7 @@ test: $(STAMP) ## Run the whole suite; narrow it with PYTEST_ARGS="-k words"
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 soak: $(STAMP) ## Run what 'make test' leaves out: real daemons under fire, about half an hour
-	@$(BIN)/python -m pytest -m soak -s
+	@$(BIN)/python -m pytest -m soak -s -o faulthandler_timeout=3600
 
 ui: $(STAMP) ## Open Dagster's UI and daemon on the demo's data, at PORT (3000), for this machine only
 	@$(BIN)/extraction init
