@@ -36,7 +36,7 @@ def make(checkout, tmp_path):
         fake.write_text(FAKE_PYTHON.format(log=log, fake=fake, version=version))
         fake.chmod(0o755)
         command = ["make", *arguments, f"PYTHON={fake}", "PYTEST_ARGS=-q"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=120)
         calls = [line for line in log.read_text().splitlines() if line.startswith("-m ")]
         return done, calls
 

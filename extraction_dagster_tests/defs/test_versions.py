@@ -100,7 +100,13 @@ def stale(folder, *ranges, **environment):
     )
     command = [BIN / "dagster-graphql", "-w", "workspace.yaml", "-t", f"{{ {asked} }}"]
     done = subprocess.run(
-        command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+        command,
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     answer, _ = json.JSONDecoder().raw_decode(done.stdout[done.stdout.index('{"data"') :])
