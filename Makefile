@@ -37,7 +37,8 @@ test: $(STAMP) ## Run the whole suite; narrow it with PYTEST_ARGS="-k words"
 soak: $(STAMP) ## Run what 'make test' leaves out: real daemons under fire, about half an hour
 	@$(BIN)/python -m pytest -m soak -s -o faulthandler_timeout=3600
 
-ui: $(STAMP) ## Open Dagster's UI and daemon on the demo's data, at PORT (3000), for this machine only
+ui: $(STAMP) ## Open Dagster's UI and daemon at PORT (3000), for this machine only; on the demo's data if there is no other
+	@$(BIN)/extraction status >/dev/null || $(BIN)/extraction demo
 	@$(BIN)/extraction init
 	@echo "Dagster's UI: http://127.0.0.1:$(PORT) (Ctrl+C ends it)"
 	@DAGSTER_HOME="$(CURDIR)" exec $(BIN)/dagster dev -w workspace.yaml --host 127.0.0.1 --port $(PORT)
