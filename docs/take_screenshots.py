@@ -1,7 +1,8 @@
 """Take the pictures of docs/dagster.md from the demo's data, in a real browser: `make screenshots`.
 
 Makes the demo in a temporary folder, starts `dagster dev` there, opens each page in headless Chromium, waits until it
-shows what it is about, and writes docs/screenshots/NAME.png. Needs a Chromium; reads none of your own data.
+shows what it is about, and writes docs/screenshots/NAME.png; with names, only those. Needs a Chromium; reads none of
+your own data.
 """
 
 from __future__ import annotations
@@ -33,11 +34,17 @@ _TARGET = Path(__file__).with_name("screenshots")
 _BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 _QUICK = {"EXTRACTION_PROGRESS_INTERVAL_SECONDS": "30", "EXTRACTION_MAX_WAIT_SECONDS": "1"}
 _LOCATION = "locations/extraction_dagster"
+_SETTLE_MS = 2500  # for drawings that move into place, and pages that are drawn twice
+# Where the last table row that fits ends, if there is one that does not fit: the picture ends there.
+_LAST_WHOLE_ROW = """() => {
+  const ends = [...document.querySelectorAll('tr')].map(row => row.getBoundingClientRect().bottom);
+  return ends.some(end => end > innerHeight) ? Math.ceil(Math.max(...ends.filter(end => end <= innerHeight))) : 0;
+}"""
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A page: where it is, what it has to show before the picture is taken, what is clicked first."""
+    """A page: where it is, what it has to show before the picture is taken, what is clicked first; text or XPath."""
 
     name: str
     path: str
@@ -48,18 +55,31 @@ class Picture:
 
 PICTURES = (
     Picture("lineage", "asset-groups", ("source_table", "qdrant_points"), size=(2000, 760)),
-    Picture("overview", "assets/video_frames", ("Latest check results", "cpu_seconds_decode")),
-    Picture("range", "assets/video_frames?view=partitions&partition=13-112", ("113-208", "VideoOpenError")),
+    Picture("overview", "assets/video_frames", ("Latest check results", "cpu_seconds_decode"), size=(1400, 1195)),
+    Picture(
+        "range",
+        "assets/video_frames?view=partitions&partition=13-112",
+        ("113-208", "VideoOpenError"),
+        size=(1400, 1282),
+    ),
     Picture("thumbnails", "assets/video_frames?view=partitions&partition=113-208", ("208 at",), ("[Show Markdown]",)),
     Picture("checks", "assets/qdrant_points?view=checks&checkDetail=points_verified", ("Passed",)),
     Picture("sensor", f"{_LOCATION}/sensors/extraction_sensor", ("last_processed_id", "0 runs requested")),
-    Picture("runs", "runs", ("Success",)),
-    Picture("progress", "assets/extraction_progress", ("lag_rows",), ("Plots",), size=(1400, 1560)),
+    Picture("runs", "runs", ("Success",), size=(1600, 900)),
+    Picture(
+        "launchpad",
+        f"{_LOCATION}/jobs/extraction_job",
+        ("No errors",),
+        ("//button[contains(., 'Materialize')]/following::button[1]", "Open launchpad"),
+        size=(1600, 1100),
+    ),
+    Picture("progress", "assets/extraction_progress", ("//canvas",), ("Plots",), size=(1900, 1590)),
 )
 
 
 def main() -> None:
-    """Make the demo, take every picture."""
+    """Make the demo, take every picture, or those that are named."""
+    wanted = sys.argv[1:] or [picture.name for picture in PICTURES]
     with tempfile.TemporaryDirectory(prefix="screenshots") as name:
         folder = Path(name)
         _run("extraction", "demo", cwd=folder)
@@ -67,7 +87,8 @@ def main() -> None:
         with _dagster_dev(folder) as url, _browser() as browser:
             _TARGET.mkdir(exist_ok=True)
             for picture in PICTURES:
-                _take(browser, url, picture)
+                if picture.name in wanted:
+                    _take(browser, url, picture)
 
 
 def _run(command: str, *arguments: str, cwd: Path) -> None:
@@ -147,13 +168,22 @@ def _take(browser: Any, url: str, picture: Picture) -> None:  # noqa: ANN401 - P
     page = browser.new_page(viewport={"width": width, "height": height})
     page.goto(f"{url}/{picture.path}")
     for words in picture.clicks:
-        page.get_by_text(words, exact=True).first.click()
+        page.wait_for_timeout(_SETTLE_MS)
+        _find(page, words, exact=True).click()
     for words in picture.shows:
-        page.get_by_text(words).first.wait_for(timeout=60_000)
-    page.wait_for_timeout(2500)  # drawings that move into place
+        _find(page, words).wait_for(timeout=60_000)
+    page.wait_for_timeout(_SETTLE_MS)
+    if bottom := page.evaluate(_LAST_WHOLE_ROW):
+        page.set_viewport_size({"width": width, "height": bottom})
+        page.wait_for_timeout(500)
     page.screenshot(path=_TARGET / f"{picture.name}.png")
     page.close()
     print(f"Wrote docs/screenshots/{picture.name}.png")
+
+
+def _find(page: Any, words: str, *, exact: bool = False) -> Any:  # noqa: ANN401 - Playwright's page and locator
+    found = page.locator(f"xpath={words}") if words.startswith("//") else page.get_by_text(words, exact=exact)
+    return found.first
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ HEAVY = ["torch", "decord", "av", "qdrant_client", "qdrant_edge", "cv2"]
 
 def run_python(code):
     command = [sys.executable, "-c", textwrap.dedent(code)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

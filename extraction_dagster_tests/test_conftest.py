@@ -9,6 +9,7 @@ import pytest
 import sqlalchemy as sa
 
 CONFTEST = Path(__file__).with_name("conftest.py")
+PYPROJECT = CONFTEST.parents[1] / "pyproject.toml"
 CASES = """
 import pytest
 
@@ -32,7 +33,7 @@ def run_pytest(folder, text, required):
     (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    slow: takes long\n")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "."]
     env = {**os.environ, "EXTRACTION_TEST_REQUIRE": required, "PYTEST_ADDOPTS": ""}
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=120)
 
 
 def test_without_the_variable_a_skip_is_a_skip(tmp_path):
@@ -55,6 +56,20 @@ def test_where_a_marker_is_required_no_module_skips_as_a_whole(tmp_path):
 def test_a_required_marker_that_does_not_exist_is_a_usage_error(tmp_path):
     done = run_pytest(tmp_path, CASES, "slow,brwoser")
     assert (done.returncode, "names brwoser, which is no marker of this project" in done.stderr) == (4, True)
+
+
+def test_a_test_that_hangs_is_ended_and_shows_where_it_stands(tmp_path):
+    (tmp_path / "test_it.py").write_text("import threading\ndef test_hang():\n    threading.Event().wait()\n")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", str(PYPROJECT), "test_it.py"]
+    done = subprocess.run(
+        [*command, "-o", "faulthandler_timeout=1"],  # of the project's settings, the time alone is another
+        env={**os.environ, "PYTEST_ADDOPTS": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert (done.returncode, "in test_hang" in done.stderr) == (1, True), done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("variable", ["EXTRACTION_HOME", "EXTRACTION_QDRANT_URL", "DAGSTER_HOME"])

@@ -24,6 +24,7 @@ def check(*command, cwd, home):
         capture_output=True,
         text=True,
         check=False,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     said = done.stdout + done.stderr

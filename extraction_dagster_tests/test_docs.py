@@ -62,3 +62,9 @@ def test_every_relative_link_leads_somewhere():
         if not (page.parent / target).exists()
     ]
     assert dead == []
+
+
+def test_every_picture_is_taken_by_the_script_and_shown_on_a_page():
+    taken = re.findall(r"^    Picture\(\s*\"(\w+)\"", (ROOT / "docs/take_screenshots.py").read_text(), re.MULTILINE)
+    shown = re.findall(r"\]\(screenshots/(\w+)\.png\)", (ROOT / "docs/dagster.md").read_text())
+    assert sorted(taken) == sorted(shown) == sorted(path.stem for path in (ROOT / "docs/screenshots").iterdir())

@@ -36,7 +36,7 @@ def make(checkout, tmp_path):
         fake.write_text(FAKE_PYTHON.format(log=log, fake=fake, version=version))
         fake.chmod(0o755)
         command = ["make", *arguments, f"PYTHON={fake}", "PYTEST_ARGS=-q"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=120)
         calls = [line for line in log.read_text().splitlines() if line.startswith("-m ")]
         return done, calls
 
@@ -117,6 +117,29 @@ def test_an_old_python_is_refused_with_the_way_out(make, checkout):
 def test_a_missing_python_is_refused_too(make):
     done, _ = make("demo", version="exit 127")
     assert " is not there.\n" in done.stderr
+
+
+FAKE_COMMAND = """#!/bin/bash
+echo "$(basename "$0") $*" >> commands
+case "$*" in
+  status) [ -e table ] ;;
+  demo) touch table ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(("has_table", "first"), [(False, ["extraction demo"]), (True, [])])
+def test_the_ui_opens_on_the_demos_data_where_there_is_no_table(make, checkout, has_table, first):
+    make("test")
+    for name in ("extraction", "dagster"):
+        (checkout / ".venv/bin" / name).write_text(FAKE_COMMAND)
+        (checkout / ".venv/bin" / name).chmod(0o755)
+    if has_table:
+        (checkout / "table").touch()
+    done, _ = make("ui", "PORT=3456")
+    assert (done.returncode, "Dagster's UI: http://127.0.0.1:3456" in done.stdout) == (0, True), done.stderr
+    dev = "dagster dev -w workspace.yaml --host 127.0.0.1 --port 3456"
+    assert (checkout / "commands").read_text().splitlines() == ["extraction status", *first, "extraction init", dev]
 
 
 def test_clean_keeps_the_data(make, checkout):

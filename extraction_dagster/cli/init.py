@@ -14,6 +14,7 @@ def command() -> None:
     Writes workspace.yaml and dagster.yaml into this folder unless they are there, creates Dagster's storage, checks
     the source table, creates the state tables, and the partial index that finds pending rows at once.
     """
+    from extraction_dagster.defs.first_start import leave_older_runs_alone
     from extraction_dagster.defs.launching import open_instance, template
 
     settings = load_settings()
@@ -21,7 +22,8 @@ def command() -> None:
         if not Path(name).exists():
             Path(name).write_text(template(name))
             console.out.print(f"Wrote {name}")
-    with open_instance(settings):
+    with open_instance(settings) as instance:
+        leave_older_runs_alone(instance)
         console.out.print(f"Dagster's storage is ready under {settings.home / 'dagster'}")
     with open_catalog(settings) as catalog:
         console.out.print(f"Source table {catalog.source.name!r} can be used: {catalog.source.count()} eligible rows")

@@ -18,8 +18,9 @@ _MOST_RECORDS_SHOWN = 100
 class ReconcileConfig(dg.Config):
     """Whether to repair what is found."""
 
-    repair: bool = Field(
-        default=False,
+    # A default would stand in the launchpad of every job with this asset, and those that leave the check out refuse it.
+    repair: bool | None = Field(
+        None,
         description="Remove points of rows that are gone, and make records pending whose points are lost or too many. "
         "Left out: only compare.",
     )
@@ -47,7 +48,7 @@ def points_agree_with_table(
             collection_name=settings.collection_name,
             embedding=extraction.fingerprints.embedding,
             within=IdRange.parse(context.partition_key) if context.has_partition_key else WHOLE,
-            repair=config.repair,
+            repair=bool(config.repair),
         )
     context.log.info("%d records differ on %d points", found.remaining, found.points)
     return dg.AssetCheckResult(

@@ -142,6 +142,11 @@ def test_a_run_stopped_three_times_ends_as_an_undisturbed_one(undisturbed, tmp_p
 def test_show_tells_the_watermark_of_a_drained_table(undisturbed):
     folder, *_ = undisturbed
     done = subprocess.run(
-        [EXTRACTION, "checkpoint", "show", "--json"], cwd=folder, capture_output=True, text=True, check=True
+        [EXTRACTION, "checkpoint", "show", "--json"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
     )
     assert json.loads(done.stdout)["last_processed_id"] == 99

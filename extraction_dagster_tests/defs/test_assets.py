@@ -7,12 +7,14 @@ import signal
 import threading
 import time
 import weakref
+from pathlib import Path
 
 import dagster as dg
 import pytest
 
 from extraction_dagster.errors import PointsMissingError
 
+PAGE = Path(__file__).parents[2] / "docs/dagster.md"
 # Dagster itself reads pydantic's old attribute.
 pytestmark = pytest.mark.filterwarnings("ignore:The `__fields__` attribute is deprecated")
 
@@ -78,6 +80,8 @@ def test_numbers_plot_and_failures_are_a_table(world):
         assert {name.removeprefix("cpu_seconds_") for name in seconds} == phases
         assert sum(seconds.values()) == pytest.approx(shown["cpu_seconds"], abs=0.01)
         assert shown["frames_per_second"] > 0
+        numbers = {name for name, value in shown.items() if isinstance(value, int | float)} - seconds.keys()
+        assert {name for name in numbers if f"`{name}`" not in PAGE.read_text()} == set()
 
     table = frames["failures_table"].records
     assert [record.data for record in table] == [

@@ -57,7 +57,7 @@ def test_every_thumbnail_is_drawn_and_the_failures_are_a_table(world, browser, m
     for name in ("workspace.yaml", "dagster.yaml"):
         (world.home / name).write_text(template(name))
     monkeypatch.setenv("DAGSTER_HOME", str(world.home))
-    subprocess.run([BIN / "extraction", "launch", "1-4"], cwd=world.home, check=True, capture_output=True)
+    subprocess.run([BIN / "extraction", "launch", "1-4"], cwd=world.home, check=True, capture_output=True, timeout=300)
     with webserver(world.home) as url:
         page = browser.new_page(viewport={"width": 1500, "height": 950})
         fetched = []

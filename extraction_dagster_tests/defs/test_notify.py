@@ -227,6 +227,12 @@ def test_the_sensor_is_on_where_somebody_is_to_be_told(notify, status, tmp_path)
     code = "from extraction_dagster.defs.notify import run_failure_notices as s; print(s.default_status.value)"
     environment = {**os.environ, "EXTRACTION_NOTIFY": notify, "EXTRACTION_NOTIFY_URL": ""}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
     )
     assert done.stdout.split() == [status]

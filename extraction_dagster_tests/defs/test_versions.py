@@ -33,12 +33,16 @@ BIN = Path(sys.executable).parent
         ({"drop_duplicates": True}, ALL),
         ({"short_side_px": 128}, ALL),
         ({"jpeg_quality": 80}, ALL),
+        ({"min_frames": 2}, ALL),
+        ({"reject_solid": True}, ALL),
         ({"embedding_dim": 256}, VECTORS),
+        ({"embed_dtype": "bfloat16"}, VECTORS),
+        ({"resize_on": "device"}, VECTORS),
         ({"num_frames": 8}, set()),  # of another sampling than the one in use
         ({"scene_distance": 0.5}, set()),
         ({"solid_deviation": 9.0}, set()),  # of a step that is off
         ({"decode_workers": 7, "decode_timeout_seconds": 9.0, "shard_records": 5}, set()),
-        ({"embed_batch_size": 3, "embed_threads": 1, "device": "cpu"}, set()),
+        ({"embed_batch_size": 3, "embed_threads": 1, "device": "cpu", "compile": "on"}, set()),
         ({"batch_size": 9, "max_attempts": 9, "max_in_flight": 9, "stuck_seconds": 900}, set()),
         ({"keep_frames": "none", "frames_uri": "memory://frames", "contact_sheet_frames": 0}, set()),
         ({"qdrant_url": "http://localhost:6333", "collection_name": "other"}, set()),
@@ -48,6 +52,42 @@ def test_a_setting_concerns_the_assets_that_differ_with_it_and_no_other(settings
     before, after = code_versions(settings()), code_versions(settings(**change))
     assert before.keys() == after.keys() == ALL
     assert {name for name in ALL if before[name] != after[name]} == concerned
+
+
+@pytest.mark.parametrize(
+    ("chosen", "change", "concerned"),
+    [
+        ({"sampling": "uniform"}, {"num_frames": 8}, ALL),
+        ({"sampling": "uniform"}, {"fps": 2.0, "max_frames": 10}, set()),
+        ({"sampling": "keyframes"}, {"max_frames": 10}, ALL),
+        ({"sampling": "scene"}, {"scene_distance": 0.5}, ALL),
+        ({"reject_solid": True}, {"solid_deviation": 9.0}, ALL),
+        ({"drop_duplicates": True}, {"duplicate_bits": 9}, ALL),
+    ],
+)
+def test_a_number_concerns_every_asset_where_its_step_or_sampling_is_on(settings, chosen, change, concerned):
+    before, after = code_versions(settings(**chosen)), code_versions(settings(**chosen, **change))
+    assert {name for name in ALL if before[name] != after[name]} == concerned
+
+
+class Asked:
+    """Settings that write down which of them were asked for."""
+
+    def __init__(self, settings):
+        self.settings, self.names = settings, set()
+
+    def __getattr__(self, name):
+        self.names.add(name)
+        return getattr(self.settings, name)
+
+
+def test_no_other_setting_is_so_much_as_looked_at(settings):
+    on = {"reject_solid": True, "crop_bars": True, "drop_duplicates": True, "sampling": "scene"}
+    asked = Asked(settings(**on))
+    code_versions(asked)
+    frames = {"decoder", "fps", "jpeg_quality", "max_frames", "min_frames", "num_frames", "short_side_px", *on}
+    numbers = {"duplicate_bits", "scene_distance", "solid_deviation"}
+    assert asked.names == frames | numbers | {"embed_dtype", "embedding_dim", "model", "resize_on"}
 
 
 def test_a_model_concerns_vectors_and_points(settings, saved_models):
@@ -100,7 +140,13 @@ def stale(folder, *ranges, **environment):
     )
     command = [BIN / "dagster-graphql", "-w", "workspace.yaml", "-t", f"{{ {asked} }}"]
     done = subprocess.run(
-        command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+        command,
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     answer, _ = json.JSONDecoder().raw_decode(done.stdout[done.stdout.index('{"data"') :])

@@ -17,6 +17,8 @@ import pytest
 BIN = Path(sys.executable).parent
 RUNS_QUERY = """query ($tags: [ExecutionTag!]) { runsOrError(filter: {tags: $tags}) { ... on Runs { results {
     runId status assetMaterializations { assetKey { path } } } } } }"""
+# As in the Makefile.
+QUIET = {"PYTHONWARNINGS": "ignore:Function `dev_command` is superseded"}
 QUICK = {
     "EXTRACTION_SENSOR_INTERVAL_SECONDS": "2",
     "EXTRACTION_MAX_WAIT_SECONDS": "1",
@@ -96,6 +98,7 @@ def dagster_dev(request, tmp_path_factory, demo_folder):
         (folder / name).write_text((Path(__file__).parents[2] / name).read_text())
     dev = DagsterDev(folder, lambda: request.getfixturevalue("browser"))
     dev.run("extraction", "demo")
+    dev.run("extraction", "init")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -103,7 +106,7 @@ def dagster_dev(request, tmp_path_factory, demo_folder):
         process = subprocess.Popen(
             [BIN / "dagster", "dev", "-w", "workspace.yaml", "--host", "127.0.0.1", "--port", str(port)],
             cwd=folder,
-            env={**os.environ, **QUICK, "DAGSTER_HOME": str(folder)},
+            env={**os.environ, **QUICK, **QUIET, "DAGSTER_HOME": str(folder)},
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
