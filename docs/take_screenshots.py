@@ -73,7 +73,13 @@ PICTURES = (
         ("//button[contains(., 'Materialize')]/following::button[1]", "Open launchpad"),
         size=(1600, 1100),
     ),
-    Picture("progress", "assets/extraction_progress", ("//canvas",), ("Plots",), size=(1900, 1590)),
+    Picture(
+        "progress",
+        "assets/extraction_progress",
+        ("//canvas",),
+        ("//button[normalize-space() = 'Plots']",),  # the description says the word as well
+        size=(1900, 1590),
+    ),
 )
 
 
