@@ -22,7 +22,8 @@ from extraction_dagster.stages.index.replace import replace_records
 from extraction_dagster.stages.index.server_retry import RetryPolicy
 from extraction_dagster.stages.index.server_store import ServerStore
 
-QUICK = RetryPolicy(attempts=5, base_seconds=0.001, longest_seconds=0.01, longest_retry_after_seconds=0.01)
+# Quick, and yet long enough for a connection that was reset to be made again.
+QUICK = RetryPolicy(attempts=5, base_seconds=0.05, longest_seconds=1.0, longest_retry_after_seconds=0.01)
 
 
 def _load(file):
