@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from extraction_dagster.checkpoint.planner import Patience
 from extraction_dagster.stages.catalog.database import reading, writing
-from extraction_dagster.stages.catalog.state_tables import META_TABLE
+from extraction_dagster.stages.catalog.state_tables import META_TABLE, insert_of
 
 _KEY = "sensor_memory"
 
@@ -74,7 +73,6 @@ def recall_text(engine: sa.Engine, key: str) -> str | None:
 
 def remember_text(engine: sa.Engine, key: str, text: str) -> None:
     """Keep a text under a key."""
-    insert = postgresql.insert if engine.dialect.name == "postgresql" else sqlite.insert
-    kept = insert(META_TABLE).values(key=key, value=text)
+    kept = insert_of(engine)(META_TABLE).values(key=key, value=text)
     with writing(engine, what="write the state tables") as connection:  # two daemons may do so at once
         connection.execute(kept.on_conflict_do_update(index_elements=["key"], set_={"value": kept.excluded.value}))

@@ -12,12 +12,18 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from extraction_dagster.errors import StateError
 from extraction_dagster.stages.catalog.database import describe, reading, writing
 from extraction_dagster.stages.catalog.source_table import chunks
-from extraction_dagster.stages.catalog.state_tables import ERRORS_TABLE, LEDGER_TABLE, META_TABLE, METADATA, STOPPED
+from extraction_dagster.stages.catalog.state_tables import (
+    ERRORS_TABLE,
+    LEDGER_TABLE,
+    META_TABLE,
+    METADATA,
+    STOPPED,
+    insert_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -82,12 +88,7 @@ class Ledger:
     def __init__(self, engine: sa.Engine) -> None:
         """Use the state database; `create` makes its tables."""
         self.engine = engine
-        insert = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}.get(engine.dialect.name)
-        if insert is None:
-            raise StateError(
-                f"{engine.dialect.name} can't keep them", "Set EXTRACTION_STATE_URL to a PostgreSQL or SQLite database."
-            )
-        self._insert: Any = insert
+        self._insert = insert_of(engine)
 
     def create(self, source_identity: str) -> None:
         """Create the tables that are missing, and claim them for this source.

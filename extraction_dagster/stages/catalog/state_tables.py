@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from extraction_dagster.errors import StateError
+
+_INSERTS = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 
 
 class UtcDateTime(sa.types.TypeDecorator[datetime]):
@@ -80,3 +86,17 @@ REQUESTS_TABLE = sa.Table(
     sa.Column("applied_epoch", sa.Integer),
     sa.Column("consumed_at", UtcDateTime),
 )
+
+
+def insert_of(engine: sa.Engine) -> Any:  # noqa: ANN401 - each dialect has a type of its own
+    """The database's INSERT that knows what to do `on_conflict`; called with a table.
+
+    Raises:
+        StateError: State can't be kept in this kind of database.
+    """
+    insert = _INSERTS.get(engine.dialect.name)
+    if insert is None:
+        raise StateError(
+            f"{engine.dialect.name} can't keep them", "Set EXTRACTION_STATE_URL to a PostgreSQL or SQLite database."
+        )
+    return insert

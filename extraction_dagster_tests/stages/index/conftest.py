@@ -49,6 +49,12 @@ def replacing():
 
 
 @pytest.fixture
+def held(replacing):
+    """`held(store)`: frame and generation of each of its points, by record."""
+    return replacing.held
+
+
+@pytest.fixture
 def stand_in(wire):
     with wire.StandIn() as server:
         yield server

@@ -55,6 +55,15 @@ def replace_round(store, round_number):
     return {record_id: [(number, f"g{round_number}") for number in part] for record_id, part in frames.items()}
 
 
+def held(store):
+    """What is in the store: frame and generation of each point, by record."""
+    found = {}
+    for page in store.read():
+        for payload in page.payloads:
+            found.setdefault(payload["record_id"], []).append((payload["frame_number"], payload["generation"]))
+    return {record_id: sorted(frames) for record_id, frames in sorted(found.items())}
+
+
 def missed(store, record_ids=RECORDS, *, dim=SPEC.dim):
     """The records that a search does not find, of which it asks for as many as there are."""
     found = search_images(store, np.ones(dim), limit=len(record_ids), group_by_video=True)

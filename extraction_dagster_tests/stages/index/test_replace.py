@@ -50,32 +50,23 @@ def replace_new(embeddings, rows):
     return lambda store: replace_records(store, embeddings(NEW, seed=1), rows=rows(*NEW), generations={7: "b", 8: "c"})
 
 
-def _held(store):
-    """What is in the store: frame and generation of each point, by record."""
-    held = {}
-    for page in store.read():
-        for payload in page.payloads:
-            held.setdefault(payload["record_id"], []).append((payload["frame_number"], payload["generation"]))
-    return {record_id: sorted(frames) for record_id, frames in sorted(held.items())}
-
-
 AFTER = {7: [(0, "b"), (90, "b")], 8: [(0, "c"), (30, "c"), (60, "c")], 9: [(0, "a"), (15, "a")]}
 
 
-def test_the_records_in_the_batch_hold_exactly_their_new_points(filled, replace_new):
+def test_the_records_in_the_batch_hold_exactly_their_new_points(filled, replace_new, held):
     assert replace_new(filled) == {7: 2, 8: 3}
-    assert _held(filled) == AFTER
+    assert held(filled) == AFTER
 
 
-def test_doing_it_again_changes_nothing(filled, replace_new):
+def test_doing_it_again_changes_nothing(filled, replace_new, held):
     replace_new(filled)
     assert replace_new(filled) == {7: 2, 8: 3}
-    assert _held(filled) == AFTER
+    assert held(filled) == AFTER
 
 
-def test_fewer_frames_of_the_same_generation_leave_no_surplus(filled, embeddings, rows):
+def test_fewer_frames_of_the_same_generation_leave_no_surplus(filled, embeddings, rows, held):
     replace_records(filled, embeddings({7: [30]}), rows=rows(7), generations={7: "a"})
-    assert _held(filled) == {7: [(30, "a")], 8: [(0, "a")], 9: [(0, "a"), (15, "a")]}
+    assert held(filled) == {7: [(30, "a")], 8: [(0, "a")], 9: [(0, "a"), (15, "a")]}
 
 
 def test_more_records_than_one_step_takes(opened, embeddings, rows):
@@ -85,14 +76,14 @@ def test_more_records_than_one_step_takes(opened, embeddings, rows):
     assert opened.count() == 300
 
 
-def test_nothing_is_removed_when_written_points_are_missing(filled, replace_new, monkeypatch):
+def test_nothing_is_removed_when_written_points_are_missing(filled, replace_new, monkeypatch, held):
     upsert = filled.upsert
     monkeypatch.setattr(filled, "upsert", lambda batch: upsert(next(batch.chunks(max_points=4, max_bytes=10**6))))
     with pytest.raises(
         PointsMissingError, match=r"4 points were found after writing them, expected exactly 5 \(record 8: 2 of 3\)"
     ):
         replace_new(filled)
-    assert _held(filled) == {
+    assert held(filled) == {
         7: [(0, "b"), (30, "a"), (60, "a"), (90, "b")],
         8: [(0, "c"), (30, "c")],
         9: [(0, "a"), (15, "a")],
@@ -115,7 +106,7 @@ def test_a_right_number_of_wrong_points_is_noticed(filled, replace_new, monkeypa
 
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize("fail_at", range(6))
-def test_a_fault_at_any_call_loses_nothing_and_the_next_try_arrives(filled, replace_new, fail_at, before):
+def test_a_fault_at_any_call_loses_nothing_and_the_next_try_arrives(filled, replace_new, fail_at, before, held):
     def no_record_is_missing():
         assert {7, 8, 9} <= set(filled.count_by_record())
         # A frame that was there before and is still sampled never disappears.
@@ -127,13 +118,13 @@ def test_a_fault_at_any_call_loses_nothing_and_the_next_try_arrives(filled, repl
     assert store.calls == ["upsert", "count", "delete", "count", "point_ids", "flush"][: fail_at + 1]
     no_record_is_missing()
     replace_new(filled)
-    assert _held(filled) == AFTER
+    assert held(filled) == AFTER
 
 
-def test_a_record_without_a_row_is_refused_before_anything_is_written(filled, embeddings, rows):
+def test_a_record_without_a_row_is_refused_before_anything_is_written(filled, embeddings, rows, held):
     with pytest.raises(RecordShapeError, match="record 8 needs a row"):
         replace_records(filled, embeddings(NEW), rows=rows(7), generations={7: "b", 8: "b"})
-    assert set(_held(filled)[7]) == {(0, "a"), (30, "a"), (60, "a")}
+    assert set(held(filled)[7]) == {(0, "a"), (30, "a"), (60, "a")}
 
 
 def test_removed_records_are_gone_and_others_stay(filled):

@@ -94,7 +94,7 @@ def _kill_again_and_again(  # noqa: PLR0913 - what is killed, where, how often
             round_number += _kill_after(start(round_number, *place), steps, seconds)
         with replacing.open_store(*place) as store:
             store.ensure_collection(replacing.SPEC)
-            held = _held(store)
+            held = replacing.held(store)
             generations = {generation for frames in held.values() for _, generation in frames}
             states["mixed" if len(generations) > 1 else "one generation"] += 1
             assert set(held) == set(range(1, 61))
@@ -102,7 +102,7 @@ def _kill_again_and_again(  # noqa: PLR0913 - what is killed, where, how often
             # Frame 4 is sampled in every round: it was there before the kill, whichever step it hit.
             assert store.count(PointFilter(point_ids=[point_id(record_id, 4) for record_id in range(2, 60, 5)])) == 12
             assert generations <= {f"g{round_number - 1}", f"g{round_number}"}
-            assert replacing.replace_round(store, round_number) == _held(store)
+            assert replacing.replace_round(store, round_number) == replacing.held(store)
         round_number += 1
     print(f"{kills} kills: {states}")
 
@@ -119,15 +119,6 @@ def _kill_after(said, steps, seconds):
         assert lines[-1], f"it was too slow: {lines}"
     assert [line for line in lines if line.startswith("missed")] == []
     return lines.count("done\n")
-
-
-def _held(store):
-    """What is in the store: frame and generation of each point, by record."""
-    held = {}
-    for page in store.read():
-        for payload in page.payloads:
-            held.setdefault(payload["record_id"], []).append((payload["frame_number"], payload["generation"]))
-    return {record_id: sorted(frames) for record_id, frames in sorted(held.items())}
 
 
 def _wait_until(is_so):
