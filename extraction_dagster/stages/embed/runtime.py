@@ -6,6 +6,7 @@ Everything here acts on the whole process, so it is called when a model is loade
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import math
 import os
@@ -29,19 +30,28 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
 def import_torch() -> None:
-    """Import torch for the first time in this process, its idle threads asleep.
+    """Import torch for the first time in this process, its idle threads asleep, and without collecting garbage.
 
     By default a thread of libgomp that waits for the others spins. When other processes want the cores as well, that
     time is lost to everyone: at a load of 10 on 2 cores a frame cost 37 to 54 CPU ms, and 14 to 15 with sleeping
     threads, as on a quiet machine. libgomp reads the variable once, when torch loads it, so it is set for that moment
     alone; whoever set it, or GOMP_SPINCOUNT, keeps their choice.
+
+    Importing makes a million objects that stay. Looking through them for garbage, time and again, is a tenth of what a
+    process spends until its first vector, so that it is not done meanwhile, and never again for those.
     """
+    collects = gc.isenabled()
     chosen = "torch" in sys.modules or "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ
     if not chosen:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    gc.disable()
     try:
         import torch  # noqa: F401 - for its effect
+
+        gc.freeze()
     finally:
+        if collects:
+            gc.enable()
         if not chosen:
             del os.environ["OMP_WAIT_POLICY"]
 
@@ -76,7 +86,7 @@ def _present_devices() -> tuple[str, ...]:
 def tune_process(device: str, threads: int | None) -> None:
     """Set this process's threads, allocator and float precision for embedding on the device.
 
-    A pass over 16 frames allocates and frees some 500 MB of activations. glibc returns such blocks to the kernel at
+    A pass over 8 frames allocates and frees some 250 MB of activations. glibc returns such blocks to the kernel at
     once and faults them in again at the next pass: about half of the CPU time. So on the CPU, under glibc, freed
     memory is kept for the next pass instead: the process's memory stays at its peak until it ends.
 
@@ -111,9 +121,9 @@ def resize_device(settings: Settings, device: str) -> str | None:
 def batch_size(settings: Settings, device: str) -> int:
     """Frames per forward pass on a device, default applied.
 
-    On the CPU larger batches than 16 gain nothing and take memory; a GPU is not filled by 16.
+    On the CPU larger batches than 8 gain nothing and take memory; a GPU is not filled by 8.
     """
-    return settings.embed_batch_size or (128 if device.startswith("cuda") else 16)
+    return settings.embed_batch_size or (128 if device.startswith("cuda") else 8)
 
 
 def num_readers(settings: Settings, device: str) -> int:

@@ -14,7 +14,7 @@ from extraction_dagster.errors import EmbeddingDeviceError, ModelFilesError
 from extraction_dagster.settings import Settings
 from extraction_dagster.stages.embed import efficientnet_lite0
 from extraction_dagster.stages.embed.efficientnet_lite0 import read_checkpoint, weights_path
-from extraction_dagster.stages.embed.lite0_network import checkpoint_shapes, fold
+from extraction_dagster.stages.embed.lite0_network import checkpoint_shapes, fold, has_onednn
 from extraction_dagster.stages.embed.model import load_model
 from extraction_dagster.stages.embed.vectors import normalise
 
@@ -95,6 +95,32 @@ def test_features_are_those_of_the_reference_network_with_batchnorm_unfolded(mod
     assert got.shape == (3, 1280)
     assert np.abs(got - expected).max() < 1e-4
     assert np.abs(expected).max() > 1
+
+
+@pytest.mark.skipif(not has_onednn(), reason="this build of torch has no oneDNN")
+def test_onednns_convolutions_give_the_same_features_as_torchs_and_are_the_ones_that_run(model, monkeypatch):
+    pixels = np.random.default_rng(4).integers(0, 256, (3, 224, 224, 3), dtype=np.uint8)
+    with torch.inference_mode():
+        plain = model.forward(torch.from_numpy(pixels)).numpy()
+
+    def refuse(*_arguments):
+        pytest.fail("torch's own convolution ran")
+
+    monkeypatch.setattr(torch, "conv2d", refuse)
+    got = model.embed_prepared(pixels)
+
+    assert np.abs(got - plain).max() < 1e-5
+    assert np.abs(plain).max() > 1
+
+
+def test_another_type_of_float_takes_torchs_convolutions_which_autocast_knows(monkeypatch):
+    def reach(*_arguments):
+        raise ArithmeticError("reached")
+
+    half = load_model(Settings(device="cpu", embed_dtype="bfloat16"))
+    monkeypatch.setattr(torch, "conv2d", reach)
+    with pytest.raises(ArithmeticError, match="reached"):
+        half.embed_images([crossword()])
 
 
 def test_canonical_first_values(model):

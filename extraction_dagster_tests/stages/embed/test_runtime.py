@@ -91,10 +91,25 @@ def test_waiting_threads_sleep_unless_told_otherwise_and_child_processes_see_no_
     assert ran.stdout.strip() == left
 
 
+@pytest.mark.parametrize("collects", [True, False])
+def test_importing_torch_leaves_the_garbage_collector_as_it_was_and_torchs_objects_out_of_its_sight(collects):
+    code = f"""
+import gc
+from extraction_dagster.stages.embed.runtime import import_torch
+gc.enable() if {collects} else gc.disable()
+collected = gc.get_stats()[0]["collections"]
+import_torch()
+print(gc.isenabled(), gc.get_freeze_count() > 100_000, gc.get_stats()[0]["collections"] - collected < 10)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
+
+    assert ran.stdout.split() == [str(collects), "True", "True"]
+
+
 def test_batches_and_readers_are_those_set_or_what_the_device_wants(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)))
     unset, chosen = Settings(), Settings(embed_batch_size=5, embed_readers=2)
 
-    assert [batch_size(unset, device) for device in ("cpu", "cuda:1", "mps")] == [16, 128, 16]
+    assert [batch_size(unset, device) for device in ("cpu", "cuda:1", "mps")] == [8, 128, 8]
     assert [num_readers(unset, device) for device in ("cpu", "cuda:1", "mps")] == [1, 4, 1]
     assert (batch_size(chosen, "cuda:0"), num_readers(chosen, "cuda:0")) == (5, 2)
