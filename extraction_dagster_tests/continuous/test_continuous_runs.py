@@ -21,9 +21,10 @@ from extraction_dagster.settings import load_settings
 from extraction_dagster.stages.catalog.database import make_engine
 
 NUM_WRITERS = 8
-POISONED = (17, 901)
+POISONED = (1_201, 1_701)  # after some ranges without, so that the watermark moves under fire
 _LONGEST_JOIN_SECONDS = 300
 _LONGEST_STANDSTILL_SECONDS = 300
+_FEWEST_MOVES = 3  # of the watermark; fewer show nothing
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,13 @@ SMALL, LARGE = Scale(rows=2_000, seconds=10, kills=3), Scale(rows=20_000, second
 
 
 class Writers:
-    """Eight threads that insert rows with ids taken beforehand, so that ids commit out of order on every database."""
+    """Eight threads that insert rows with ids taken beforehand, so that ids commit out of order on every database.
 
-    def __init__(self, site, seed, scale):
-        self._site, self._seed, self._scale = site, seed, scale
+    They end when the scale's rows are written and the watermark was seen to move, until when rows trickle in.
+    """
+
+    def __init__(self, site, seed, scale, sampler):
+        self._site, self._seed, self._scale, self._sampler = site, seed, scale, sampler
         self._ids, self._lock = itertools.count(1), threading.Lock()
         self.committed_at, self.rolled_back, self.num_late, self.errors = {}, set(), 0, []
         self._greatest = 0
@@ -57,6 +61,10 @@ class Writers:
     def are_writing(self):
         return any(thread.is_alive() for thread in self._threads)
 
+    @property
+    def have_written(self):
+        return len(self.committed_at) >= self._scale.rows
+
     def join(self):
         end = time.monotonic() + _LONGEST_JOIN_SECONDS
         for thread in self._threads:
@@ -70,6 +78,8 @@ class Writers:
         try:
             while ids := self._take(chance.randint(5, 120)):
                 self._transaction(engine, ids, chance)
+                if self.have_written:
+                    time.sleep(chance.uniform(2, 4))
                 ahead = len(self.committed_at) / self._scale.rows * self._scale.seconds - (
                     time.monotonic() - self._started
                 )
@@ -82,8 +92,8 @@ class Writers:
 
     def _take(self, number):
         with self._lock:
-            if len(self.committed_at) >= self._scale.rows:
-                return []
+            if self.have_written:
+                number = 0 if self._sampler.num_moves >= _FEWEST_MOVES else 2
             return [next(self._ids) for _ in range(number)]
 
     def _transaction(self, engine, ids, chance):
@@ -126,6 +136,11 @@ class Sampler:
             self.errors.append(error)
             raise
 
+    @property
+    def num_moves(self):
+        watermarks = {cursor.last_processed_id for _, cursor in self.samples.copy()}
+        return len(watermarks - {None})
+
     def end(self):
         self._stop.set()
         self._thread.join(_LONGEST_JOIN_SECONDS)
@@ -140,6 +155,10 @@ class Killer:
         self._site, self._chance, self._num_kills = site, random.Random(seed), num_kills
         self.killed = collections.Counter()
         self._daemon = site.start_daemon()
+
+    @property
+    def is_done(self):
+        return self.killed.total() >= self._num_kills and len(self.killed) == 3
 
     def strike(self):
         kind = self._chance.choices(["worker", "daemon", "everything"], [7, 2, 1])[0]
@@ -186,13 +205,14 @@ def _run_under_fire(site, scale, capsys):
     chance = random.Random(seed)
     site.poison(*POISONED)
     sampler, killer = Sampler(site), Killer(site, seed, scale.kills)
-    writers = Writers(site, seed, scale)
+    writers = Writers(site, seed, scale, sampler)
     end = time.monotonic() + scale.seconds + 100 * scale.kills  # whoever finds no worker to kill gives up some time
     try:
-        while writers.are_writing or killer.killed.total() < scale.kills or len(killer.killed) < 3:
-            assert time.monotonic() < end, f"the killer found too few workers: {killer.killed}"
+        while writers.are_writing or not killer.is_done:
+            assert time.monotonic() < end, f"too slow: killed {killer.killed}, {sampler.num_moves} moves were seen"
             time.sleep(chance.uniform(2, 6))
-            killer.strike()
+            if not (writers.have_written and killer.is_done):
+                killer.strike()
             if _num_finished(site) == len(writers.committed_at) and not writers.are_writing:
                 break
         writers.join()
@@ -222,6 +242,7 @@ def _run_under_fire(site, scale, capsys):
         "ranges": len(site.partitions()),
         "runs": site.num_runs(),
         "watermark samples": len(sampler.samples),
+        "watermark moves": sampler.num_moves,
         "lost": len(writers.committed_at.keys() - {record_id for record_id, what, _ in marks if what != "embedded"}),
         "marked twice": sum(number > 1 for number in _per_record(marks, "embedded").values()),
         "finished twice": sum(number > 1 for number in _per_record(marks, "done", "parked").values()),
@@ -282,4 +303,4 @@ def _check_watermark(samples, committed_at, marks):
         ]
         assert not passed, f"the watermark {reached} passed {passed[:10]}"
         watermark, checked = reached, checked + 1
-    assert checked >= 3, "too few moves of the watermark were seen to show anything"
+    assert checked >= _FEWEST_MOVES, "too few moves of the watermark were seen to show anything"
