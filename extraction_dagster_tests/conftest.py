@@ -38,7 +38,7 @@ def _required(config: pytest.Config) -> set[str]:
 
 
 def pytest_configure(config):
-    gc.set_threshold(50_000)  # as the command does; looking for garbage after each 700 objects is a tenth of the suite
+    gc.set_threshold(50_000)  # looking for garbage after each 700 objects is a tenth of the suite
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background job; children of tests obey it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     _required(config)

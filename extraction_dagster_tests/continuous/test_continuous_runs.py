@@ -42,7 +42,7 @@ SMALL, LARGE = Scale(rows=2_000, seconds=10, kills=3), Scale(rows=20_000, second
 class Writers:
     """Eight threads that insert rows with ids taken beforehand, so that ids commit out of order on every database.
 
-    They end when the scale's rows are written and the watermark was seen to move, until when rows trickle in.
+    They end when the scale's rows are written and the sampler is done; rows trickle in until it is.
     """
 
     def __init__(self, site, seed, scale, sampler):
@@ -78,12 +78,10 @@ class Writers:
         try:
             while ids := self._take(chance.randint(5, 120)):
                 self._transaction(engine, ids, chance)
-                if self.have_written:
-                    time.sleep(chance.uniform(2, 4))
                 ahead = len(self.committed_at) / self._scale.rows * self._scale.seconds - (
                     time.monotonic() - self._started
                 )
-                time.sleep(max(ahead, 0))
+                time.sleep(chance.uniform(2, 4) if self.have_written else max(ahead, 0))
         except Exception as error:
             self.errors.append(error)
             raise
@@ -93,7 +91,7 @@ class Writers:
     def _take(self, number):
         with self._lock:
             if self.have_written:
-                number = 0 if self._sampler.num_moves >= _FEWEST_MOVES else 2
+                number = 0 if self._sampler.is_done else 2
             return [next(self._ids) for _ in range(number)]
 
     def _transaction(self, engine, ids, chance):
@@ -140,6 +138,11 @@ class Sampler:
     def num_moves(self):
         watermarks = {cursor.last_processed_id for _, cursor in self.samples.copy()}
         return len(watermarks - {None})
+
+    @property
+    def is_done(self):
+        """Whether it saw moves enough, or is over."""
+        return self.num_moves >= _FEWEST_MOVES or not self._thread.is_alive()
 
     def end(self):
         self._stop.set()
