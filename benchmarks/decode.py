@@ -28,17 +28,17 @@ import numpy as np
 import simplejpeg
 
 from extraction_dagster.errors import ExtractionError
-from extraction_dagster.stages.decode.container import open_video
-from extraction_dagster.stages.decode.decoder import DecodeLimits
-from extraction_dagster.stages.decode.geometry import Geometry
+from extraction_dagster.stages.decode.decoders.container import open_video
+from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits
+from extraction_dagster.stages.decode.decoders.geometry import Geometry
+from extraction_dagster.stages.decode.decoders.packets import read_packets
+from extraction_dagster.stages.decode.decoders.pyav import _SKIPS_NONREF, PyAVDecoder, _display_order, _seconds
+from extraction_dagster.stages.decode.decoders.video_file import open_file
 from extraction_dagster.stages.decode.jpeg import SUBSAMPLING
-from extraction_dagster.stages.decode.packets import read_packets
-from extraction_dagster.stages.decode.pyav_decoder import _SKIPS_NONREF, PyAVDecoder, _display_order, _seconds
 from extraction_dagster.stages.decode.quality import Quality, refine
 from extraction_dagster.stages.decode.sampling import Sampling, select_frames
 from extraction_dagster.stages.decode.task import DecodeJob, decode_job
-from extraction_dagster.stages.decode.video_file import open_file
-from extraction_dagster.stages.decode.worker_process import ENVIRONMENT
+from extraction_dagster.stages.decode.workers.process import ENVIRONMENT
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -14,9 +14,9 @@ import numpy as np
 import psutil
 from fuzz import CLIPS, EVERY_STEP, SAMPLINGS, mutate, render
 
-from extraction_dagster.stages.decode.pool import PoolOptions, decode_all
 from extraction_dagster.stages.decode.quality import Quality
 from extraction_dagster.stages.decode.task import DecodeJob
+from extraction_dagster.stages.decode.workers.pool import PoolOptions, decode_all
 
 MIB = 2**20
 DAMAGED_OF_EACH = 5

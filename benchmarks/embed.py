@@ -26,8 +26,8 @@ import simplejpeg
 
 from extraction_dagster.records import EncodedFrames, IdRange
 from extraction_dagster.settings import Settings
-from extraction_dagster.stages.embed.embedding_store import EmbeddingStore
-from extraction_dagster.stages.embed.model import load_model
+from extraction_dagster.shards.embedding_store import EmbeddingStore
+from extraction_dagster.stages.embed.models.registry import load_model
 from extraction_dagster.stages.embed.runtime import batch_size, import_torch
 from extraction_dagster.stages.embed.stage import embed_shards
 

@@ -28,10 +28,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from extraction_dagster import errors
-from extraction_dagster.stages.decode.pool import PoolOptions, decode_all
 from extraction_dagster.stages.decode.quality import Quality
 from extraction_dagster.stages.decode.sampling import Sampling
 from extraction_dagster.stages.decode.task import DecodeJob
+from extraction_dagster.stages.decode.workers.pool import PoolOptions, decode_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable

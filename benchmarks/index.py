@@ -21,11 +21,11 @@ import numpy as np
 
 from extraction_dagster.records import EmbeddingBatch, VideoRow
 from extraction_dagster.settings import Settings
-from extraction_dagster.stages.index.edge_store import EdgeStore
-from extraction_dagster.stages.index.point_store import CollectionSpec
+from extraction_dagster.stages.index.edge.store import EdgeStore
 from extraction_dagster.stages.index.points import build_points
+from extraction_dagster.stages.index.protocol import CollectionSpec
 from extraction_dagster.stages.index.replace import replace_records
-from extraction_dagster.stages.index.server_store import ServerStore
+from extraction_dagster.stages.index.server.store import ServerStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -32,18 +32,18 @@ from typing import TYPE_CHECKING
 import dagster as dg  # noqa: TID251 - the tick is measured on a real instance
 import sqlalchemy as sa
 
-from extraction_dagster.checkpoint.cursor import CursorState
-from extraction_dagster.checkpoint.memory import Memory, recall, remember
-from extraction_dagster.checkpoint.tick import Ticked, tick
-from extraction_dagster.defs.cursor_store import CursorStore
-from extraction_dagster.defs.launching import open_instance
+from extraction_dagster.defs.instance.cursor_store import CursorStore
+from extraction_dagster.defs.instance.launching import open_instance
+from extraction_dagster.defs.instance.runs import PARTITION_TAG, InstanceRuns
 from extraction_dagster.defs.partitions import add_ranges
 from extraction_dagster.defs.progress import observe
-from extraction_dagster.defs.runs import PARTITION_TAG, InstanceRuns
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import load_settings
 from extraction_dagster.stages.catalog.catalog import open_catalog
 from extraction_dagster.stages.catalog.pending_index import pending_index
+from extraction_dagster.ticks.cursor import CursorState
+from extraction_dagster.ticks.memory import Memory, recall, remember
+from extraction_dagster.ticks.tick import Ticked, tick
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

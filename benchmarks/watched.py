@@ -19,7 +19,7 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-BOOT = "extraction_dagster.stages.decode.worker import serve"
+BOOT = "extraction_dagster.stages.decode.workers.worker import serve"
 CALLS = "open,openat,openat2,creat,socket,connect,execve,execveat,io_uring_setup"
 _LINE = re.compile(r"^(\w+)\((.*)\) += (-?\d+|\?)(?:<(.*?)>)?")
 _INSTALLED = {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")}

@@ -8,7 +8,7 @@ import textwrap
 import extraction_dagster
 
 # A module that is a network from its first line; it is imported where a model is loaded.
-NETWORKS = ["extraction_dagster.stages.embed.lite0_network"]
+NETWORKS = ["extraction_dagster.stages.embed.models.lite0_network"]
 DAEMONS = "dagster._daemon"  # half a CPU second for whoever runs no daemon
 HEAVY = ["torch", "decord", "av", "qdrant_client", "qdrant_edge", "cv2"]
 

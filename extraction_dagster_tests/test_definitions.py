@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from extraction_dagster.defs.launching import template
+from extraction_dagster.defs.instance.launching import template
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent

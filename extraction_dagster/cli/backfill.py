@@ -16,7 +16,7 @@ from extraction_dagster.settings import Settings, load_settings
 from extraction_dagster.stages.catalog.catalog import open_catalog
 
 if TYPE_CHECKING:
-    from extraction_dagster.defs.backfill import BackfillPlan, BackfillProgress, Backfills
+    from extraction_dagster.defs.instance.backfills import BackfillPlan, BackfillProgress, Backfills
 
 _log = logging.getLogger(__name__)
 _POLL_SECONDS = 2.0
@@ -76,8 +76,8 @@ def command(  # noqa: PLR0913 - each is an option that a person may type
         message = "--here waits anyway; --wait is for a backfill that a daemon works off"
         raise typer.BadParameter(message)
     wanted, assets = _span(span), _assets(only)
-    from extraction_dagster.defs.backfill import Backfills
-    from extraction_dagster.defs.launching import open_instance
+    from extraction_dagster.defs.instance.backfills import Backfills
+    from extraction_dagster.defs.instance.launching import open_instance
 
     settings = load_settings()
     with open_instance(settings) as instance:
@@ -109,7 +109,7 @@ def _span(text: str | None) -> IdRange | None:
 
 
 def _assets(only: str | None) -> tuple[str, ...]:
-    from extraction_dagster.defs.backfilled import ASSETS
+    from extraction_dagster.defs.instance.backfilled import ASSETS
 
     names = ASSETS if only is None else tuple(name.strip() for name in only.split(",") if name.strip())
     unknown = sorted(set(names) - set(ASSETS))
@@ -241,7 +241,7 @@ def _until_over(backfills: "Backfills", backfill_id: str, show: Callable[..., No
 
 
 def _process_here(backfills: "Backfills", plan: "BackfillPlan", document: dict[str, Any], *, as_json: bool) -> None:
-    from extraction_dagster.defs.backfill_here import process_here
+    from extraction_dagster.defs.instance.backfill_here import process_here
 
     with console.long_work():
         done = process_here(backfills.instance, plan)

@@ -8,14 +8,14 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from extraction_dagster.checkpoint.cursor import CursorState
-from extraction_dagster.checkpoint.legacy import read_legacy_checkpoint
-from extraction_dagster.checkpoint.mirrors import make_mirror
-from extraction_dagster.checkpoint.requests import Requests
 from extraction_dagster.cli import console
 from extraction_dagster.errors import ExtractionError
 from extraction_dagster.settings import Settings, load_settings
 from extraction_dagster.stages.catalog.catalog import Catalog, open_catalog
+from extraction_dagster.ticks.cursor import CursorState
+from extraction_dagster.ticks.legacy import read_legacy_checkpoint
+from extraction_dagster.ticks.mirrors import make_mirror
+from extraction_dagster.ticks.requests import Requests
 
 app = typer.Typer(no_args_is_help=True, help="Look at the checkpoint, or say where to start.")
 
@@ -23,8 +23,8 @@ app = typer.Typer(no_args_is_help=True, help="Look at the checkpoint, or say whe
 @app.command()
 def show(*, as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False) -> None:
     """Show the cursor, its mirror and the requests that wait for the next tick."""
-    from extraction_dagster.defs.cursor_store import CursorStore
-    from extraction_dagster.defs.launching import open_instance
+    from extraction_dagster.defs.instance.cursor_store import CursorStore
+    from extraction_dagster.defs.instance.launching import open_instance
 
     settings = load_settings()
     with open_catalog(settings) as catalog, open_instance(settings) as instance:
@@ -115,8 +115,8 @@ def import_(
 
 def _ask(settings: Settings, catalog: Catalog, kind: Literal["set", "reset"], value: int | None) -> None:
     """Leave a request for the next tick; apply it at once where no daemon ticks."""
-    from extraction_dagster.defs.cursor_store import CursorStore
-    from extraction_dagster.defs.launching import open_instance
+    from extraction_dagster.defs.instance.cursor_store import CursorStore
+    from extraction_dagster.defs.instance.launching import open_instance
 
     requests = Requests(catalog.state_engine)
     requests.add(kind, value)

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from extraction_dagster.cli import console
 from extraction_dagster.settings import load_settings
-from extraction_dagster.stages.index.point_store import CollectionSpec, open_point_store
+from extraction_dagster.stages.index.protocol import CollectionSpec, open_point_store
 
 app = typer.Typer(
     help="The collections under EXTRACTION_COLLECTION_NAME: one in use, others beside it.", no_args_is_help=True
@@ -19,7 +19,7 @@ _Fingerprint = Annotated[str, typer.Argument(metavar="FINGERPRINT", help="As 'ex
 @app.command("list")
 def list_(*, as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False) -> None:
     """Show every collection: what it holds, whether searches use it, whether the settings give its vectors."""
-    from extraction_dagster.stages.embed.model import embedding_fingerprint
+    from extraction_dagster.stages.embed.models.registry import embedding_fingerprint
     from extraction_dagster.stages.index.staging import list_collections
 
     settings = load_settings()
@@ -40,7 +40,7 @@ def list_(*, as_json: Annotated[bool, typer.Option("--json", help="One JSON docu
 @app.command()
 def stage() -> None:
     """Create a collection for the vectors of these settings beside the one in use; searches don't change."""
-    from extraction_dagster.stages.embed.model import load_model
+    from extraction_dagster.stages.embed.models.registry import load_model
     from extraction_dagster.stages.index.staging import stage_collection
 
     settings = load_settings()
@@ -65,7 +65,7 @@ def publish(
 ) -> None:
     """Let a collection take over, once every record that is done is in it with all its points."""
     from extraction_dagster.stages.catalog.catalog import open_catalog
-    from extraction_dagster.stages.embed.model import embedding_fingerprint
+    from extraction_dagster.stages.embed.models.registry import embedding_fingerprint
     from extraction_dagster.stages.index.staging import publish_collection
 
     settings = load_settings()

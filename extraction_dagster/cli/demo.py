@@ -17,10 +17,10 @@ from extraction_dagster.records import IdRange
 from extraction_dagster.settings import Settings, load_settings
 from extraction_dagster.stages.catalog.catalog import open_catalog
 from extraction_dagster.stages.catalog.ranges import cut_backlog
-from extraction_dagster.stages.index.point_store import open_point_store
+from extraction_dagster.stages.index.protocol import open_point_store
 
 if TYPE_CHECKING:
-    from extraction_dagster.defs.launching import FinishedRun
+    from extraction_dagster.defs.instance.launching import FinishedRun
 
 _BATCH_SIZE = 12
 _UI = "make ui" if Path("Makefile").exists() else "extraction init; DAGSTER_HOME=$PWD dagster dev -w workspace.yaml"
@@ -59,7 +59,7 @@ def _prepare(settings: Settings) -> list[DemoVideo]:
 
 
 def _process(settings: Settings) -> _Work:
-    from extraction_dagster.defs.launching import launch, open_instance
+    from extraction_dagster.defs.instance.launching import launch, open_instance
 
     work, started = _Work(), time.perf_counter()
     with open_catalog(settings) as catalog:

@@ -54,22 +54,22 @@ def _catalog(settings: Settings) -> str:
 
 
 def _instance(settings: Settings) -> str:
-    from extraction_dagster.defs.launching import open_instance
-    from extraction_dagster.defs.runs import active_runs
+    from extraction_dagster.defs.instance.launching import open_instance
+    from extraction_dagster.defs.instance.runs import active_runs
 
     with open_instance(settings) as instance:
         return f"{len(active_runs(instance))} active runs"
 
 
 def _model(settings: Settings) -> str:
-    from extraction_dagster.stages.embed.model import load_model
+    from extraction_dagster.stages.embed.models.registry import load_model
 
     model = load_model(settings)
     return f"{model.name}, {model.dim} dimensions, on {model.device}"
 
 
 def _store(settings: Settings) -> str:
-    from extraction_dagster.stages.index.point_store import open_point_store
+    from extraction_dagster.stages.index.protocol import open_point_store
 
     with open_point_store(settings) as store:
         try:

@@ -27,8 +27,8 @@ def export(
     ],
 ) -> None:
     """Write the stored frames of a range as JPEG files with a table (frames.csv), or as one WebDataset tar."""
-    from extraction_dagster.stages.decode.frame_export import export_frames
-    from extraction_dagster.stages.decode.frame_store import FrameStore, frames_fingerprint
+    from extraction_dagster.shards.frame_export import export_frames
+    from extraction_dagster.shards.frame_store import FrameStore, frames_fingerprint
 
     if to.suffix.lower() in _PACKED:
         raise typer.BadParameter(f"--to expects a folder or a name that ends in .tar, not {to.suffix}")
@@ -46,11 +46,11 @@ def prune(
     ] = None,
 ) -> None:
     """Remove frame shards whose records are all done, when EXTRACTION_KEEP_FRAMES says that they go."""
+    from extraction_dagster.shards.frame_lookup import enclosed
+    from extraction_dagster.shards.frame_store import FrameStore, frames_fingerprint
     from extraction_dagster.stages.catalog.catalog import Fingerprints, open_catalog
-    from extraction_dagster.stages.decode.frame_lookup import enclosed
-    from extraction_dagster.stages.decode.frame_store import FrameStore, frames_fingerprint
     from extraction_dagster.stages.decode.retention import keep_time, prune_frames
-    from extraction_dagster.stages.embed.model import embedding_fingerprint
+    from extraction_dagster.stages.embed.models.registry import embedding_fingerprint
 
     settings = load_settings()
     keep = keep_time(settings.keep_frames)
@@ -79,13 +79,13 @@ def compact(
     ] = 60.0,
 ) -> None:
     """Merge the small shards of frames and of vectors that killed runs and a slow trickle of rows leave behind."""
+    from extraction_dagster.shards.compaction import Compacted, CompactionOptions, compact_frames
+    from extraction_dagster.shards.embedding_compaction import compact_embeddings
+    from extraction_dagster.shards.embedding_store import EmbeddingStore
+    from extraction_dagster.shards.frame_lookup import enclosed
+    from extraction_dagster.shards.frame_store import FrameStore, frames_fingerprint
     from extraction_dagster.stages.catalog.catalog import open_catalog
-    from extraction_dagster.stages.decode.compaction import Compacted, CompactionOptions, compact_frames
-    from extraction_dagster.stages.decode.frame_lookup import enclosed
-    from extraction_dagster.stages.decode.frame_store import FrameStore, frames_fingerprint
-    from extraction_dagster.stages.embed.compaction import compact_embeddings
-    from extraction_dagster.stages.embed.embedding_store import EmbeddingStore
-    from extraction_dagster.stages.embed.model import embedding_fingerprint
+    from extraction_dagster.stages.embed.models.registry import embedding_fingerprint
 
     settings = load_settings()
     made_with = frames_fingerprint(settings)

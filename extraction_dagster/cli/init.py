@@ -14,8 +14,8 @@ def command() -> None:
     Writes workspace.yaml and dagster.yaml into this folder unless they are there, creates Dagster's storage, checks
     the source table, creates the state tables, and the partial index that finds pending rows at once.
     """
-    from extraction_dagster.defs.first_start import leave_older_runs_alone
-    from extraction_dagster.defs.launching import open_instance, template
+    from extraction_dagster.defs.instance.first_start import leave_older_runs_alone
+    from extraction_dagster.defs.instance.launching import open_instance, template
 
     settings = load_settings()
     for name in ("workspace.yaml", "dagster.yaml"):

@@ -18,7 +18,7 @@ def command(
 
     The run is in Dagster's run history like any other. Records that are done already are skipped.
     """
-    from extraction_dagster.defs.launching import launch, open_instance
+    from extraction_dagster.defs.instance.launching import launch, open_instance
 
     wanted = IdRange.parse(id_range)
     settings = load_settings()

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from extraction_dagster.checkpoint.atomic_file import write_atomically
 from extraction_dagster.cli import console
 from extraction_dagster.errors import MetricsFileError
+from extraction_dagster.files import write_atomically
 from extraction_dagster.settings import load_settings
 
 if TYPE_CHECKING:
-    from extraction_dagster.metrics.scrape import Scrape
+    from extraction_dagster.watch.scrape import Scrape
 
 _LOOPBACK = "127.0.0.1"
 _HIGHEST_PORT = 65535
@@ -51,8 +51,8 @@ def command(
 
 @contextlib.contextmanager
 def _scraping() -> Iterator["Scrape"]:
-    from extraction_dagster.defs.measuring import InstanceMeter
-    from extraction_dagster.metrics.scrape import Scrape
+    from extraction_dagster.defs.instance.measuring import InstanceMeter
+    from extraction_dagster.watch.scrape import Scrape
 
     settings = load_settings()
     instance = InstanceMeter(settings)
@@ -78,7 +78,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _serve(scrape: "Scrape", host: str, port: int) -> None:
-    from extraction_dagster.metrics.server import MetricsServer
+    from extraction_dagster.watch.server import MetricsServer
 
     with MetricsServer(host, port, scrape.soon) as server:
         shown = f"[{host}]" if ":" in host else host

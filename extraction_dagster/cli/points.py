@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from extraction_dagster.cli import console
 from extraction_dagster.settings import Settings, load_settings
-from extraction_dagster.stages.index.point_store import open_point_store
+from extraction_dagster.stages.index.protocol import open_point_store
 
 app = typer.Typer(help="Take the collection's points elsewhere.", no_args_is_help=True)
 

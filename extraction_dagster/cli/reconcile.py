@@ -13,7 +13,7 @@ from extraction_dagster.settings import Settings, load_settings
 from extraction_dagster.stages.catalog.catalog import open_catalog
 
 if TYPE_CHECKING:
-    from extraction_dagster.stages.index.point_store import PointStore
+    from extraction_dagster.stages.index.protocol import PointStore
 
 _MOST_SHOWN = 50
 
@@ -34,7 +34,7 @@ def command(
     Lost and stale points are written again by the next run of their range; with --repair their records become pending.
     Ends with exit code 1 while differences remain.
     """
-    from extraction_dagster.stages.embed.model import embedding_fingerprint
+    from extraction_dagster.stages.embed.models.registry import embedding_fingerprint
     from extraction_dagster.stages.index.reconcile import WHOLE, reconcile
 
     settings = load_settings()
@@ -62,7 +62,7 @@ def command(
 
 def _opener(settings: Settings) -> "Callable[[], PointStore]":
     """Opens the store: at once the first time, so that it is said who holds it; later on it waits, as runs do."""
-    from extraction_dagster.stages.index.point_store import open_point_store
+    from extraction_dagster.stages.index.protocol import open_point_store
 
     patience = itertools.chain([0.0], itertools.repeat(settings.qdrant_timeout_seconds))
     return lambda: open_point_store(settings, wait_seconds=next(patience))

@@ -17,8 +17,8 @@ def command(
 
     The same as the sensor under a daemon, with the same cursor: use one or the other.
     """
-    from extraction_dagster.defs.draining import drain
-    from extraction_dagster.defs.launching import open_instance
+    from extraction_dagster.defs.instance.draining import drain
+    from extraction_dagster.defs.instance.launching import open_instance
 
     settings = load_settings()
     with open_catalog(settings):

@@ -13,13 +13,13 @@ from extraction_dagster.cli import console
 from extraction_dagster.errors import TextSearchError
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import Settings, load_settings
-from extraction_dagster.stages.index.point_store import CollectionSpec, Hit, open_point_store
+from extraction_dagster.stages.index.protocol import CollectionSpec, Hit, open_point_store
 from extraction_dagster.stages.index.search import VideoHit, open_for_search, search_images, search_videos
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from extraction_dagster.stages.embed.model import EmbeddingModel
+    from extraction_dagster.stages.embed.models.registry import EmbeddingModel
 
 _MOST_QUERY_PICTURES = 8
 
@@ -126,7 +126,7 @@ def _cell(text: str | None) -> Text:
 
 
 def _query(settings: Settings, *, image: Path | None, video: Path | None, text: str | None) -> _Query:
-    from extraction_dagster.stages.embed.model import load_model
+    from extraction_dagster.stages.embed.models.registry import load_model
     from extraction_dagster.stages.embed.query import embed_query_image, load_query_image
     from extraction_dagster.stages.embed.query_video import embed_query_video
 
@@ -147,7 +147,7 @@ def _spec(settings: Settings, model: "EmbeddingModel") -> CollectionSpec:
 
 
 def _embed_text(model: "EmbeddingModel", text: str) -> "np.ndarray":
-    from extraction_dagster.stages.embed.model import TextEmbeddingModel
+    from extraction_dagster.stages.embed.models.registry import TextEmbeddingModel
     from extraction_dagster.stages.embed.vectors import normalise
 
     if not isinstance(model, TextEmbeddingModel):
@@ -179,8 +179,8 @@ def _plain(hit: Hit | VideoHit) -> dict[str, Any]:
 
 
 def _write_gallery(settings: Settings, query: _Query, hits: list[Hit] | list[VideoHit], path: Path) -> None:
-    from extraction_dagster.stages.decode.frame_lookup import find_frames
-    from extraction_dagster.stages.decode.frame_store import FrameStore, frames_fingerprint
+    from extraction_dagster.shards.frame_lookup import find_frames
+    from extraction_dagster.shards.frame_store import FrameStore, frames_fingerprint
     from extraction_dagster.stages.index.gallery import Card, render_gallery, write_gallery
 
     frames = FrameStore(settings.resolved_frames_uri, frames_fingerprint(settings))

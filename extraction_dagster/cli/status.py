@@ -5,11 +5,11 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from extraction_dagster.checkpoint.cursor import CursorState
 from extraction_dagster.cli import console
 from extraction_dagster.errors import CursorError
 from extraction_dagster.settings import Settings, load_settings
 from extraction_dagster.stages.catalog.catalog import Catalog, open_catalog
+from extraction_dagster.ticks.cursor import CursorState
 
 _SECONDS = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
 
@@ -36,9 +36,9 @@ def command(
 
 def _progress(settings: Settings, catalog: Catalog) -> dict[str, Any]:
     """What Dagster's instance knows: the cursor, and the rate of the newest materializations."""
-    from extraction_dagster.defs.cursor_store import CursorStore
-    from extraction_dagster.defs.launching import open_instance
-    from extraction_dagster.defs.runs import active_runs, recent_rate
+    from extraction_dagster.defs.instance.cursor_store import CursorStore
+    from extraction_dagster.defs.instance.launching import open_instance
+    from extraction_dagster.defs.instance.runs import active_runs, recent_rate
 
     progress: dict[str, Any] = dict.fromkeys(("last_processed_id", "frontier_id", "floor_id"))
     with open_instance(settings) as instance:

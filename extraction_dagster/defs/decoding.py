@@ -73,8 +73,8 @@ def let_frames_go(work: RangeWork) -> None:
 
 def merge_small_shards(work: RangeWork) -> None:
     """Merge small shards once there are many; what can't be merged now is left as it is."""
-    from extraction_dagster.stages.decode.compaction import CompactionOptions, compact_frames  # noqa: PLC0415
-    from extraction_dagster.stages.embed.compaction import compact_embeddings  # noqa: PLC0415
+    from extraction_dagster.shards.compaction import CompactionOptions, compact_frames  # noqa: PLC0415
+    from extraction_dagster.shards.embedding_compaction import compact_embeddings  # noqa: PLC0415
 
     options = CompactionOptions.from_settings(work.settings)
     try:

@@ -10,8 +10,8 @@ from extraction_dagster.errors import FramesMissingError
 from extraction_dagster.records import Failure
 
 if TYPE_CHECKING:
+    from extraction_dagster.shards.embedding_store import EmbeddingShard, EmbeddingStore
     from extraction_dagster.stages.catalog.catalog import PlannedRow
-    from extraction_dagster.stages.embed.embedding_store import EmbeddingShard, EmbeddingStore
 
 
 def embed_range(work: RangeWork) -> Report:
@@ -54,7 +54,7 @@ def embed_range(work: RangeWork) -> Report:
 
 
 def _embedded(work: RangeWork, wanted: list[Any], watch: Stopwatch) -> Iterator[Any]:
-    from extraction_dagster.stages.embed.model import load_model  # noqa: PLC0415 - loads torch
+    from extraction_dagster.stages.embed.models.registry import load_model  # noqa: PLC0415 - loads torch
     from extraction_dagster.stages.embed.stage import embed_shards  # noqa: PLC0415
 
     with watch.phase("load"):

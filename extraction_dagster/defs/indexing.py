@@ -10,7 +10,7 @@ from extraction_dagster.errors import PointsChangedError, VectorsMissingError
 from extraction_dagster.records import EmbeddingBatch
 
 if TYPE_CHECKING:
-    from extraction_dagster.stages.index.point_store import PointStore
+    from extraction_dagster.stages.index.protocol import PointStore
 
 _log = logging.getLogger(__name__)  # managed by Dagster: what is said here is in the run's events too
 
@@ -25,7 +25,7 @@ def index_range(work: RangeWork) -> Report:
         PointsMissingError: The store does not hold what it acknowledged; the rows are not marked.
         PointsChangedError: It did, and does not any more; the rows are pending again.
     """
-    from extraction_dagster.stages.index.point_store import open_point_store  # noqa: PLC0415 - loads the engine
+    from extraction_dagster.stages.index.protocol import open_point_store  # noqa: PLC0415 - loads the engine
 
     watch, report, due = Stopwatch(), Report(), work.due
     embeddings = work.extraction.embedding_store()
@@ -67,7 +67,7 @@ def _should_hold_points(work: RangeWork) -> bool:
 
 def _open(work: RangeWork, store: "PointStore", *, dim: int | None) -> bool:
     """Open the collection of these vectors; without vectors none is created. Returns whether there is one."""
-    from extraction_dagster.stages.index.point_store import CollectionSpec  # noqa: PLC0415 - loads the engine
+    from extraction_dagster.stages.index.protocol import CollectionSpec  # noqa: PLC0415 - loads the engine
     from extraction_dagster.stages.index.stage import open_for_reading, open_for_writing  # noqa: PLC0415
 
     if dim is None:

@@ -2,8 +2,8 @@
 
 import dagster as dg
 
+from extraction_dagster.defs.instance.runs import InstanceRuns, range_of, why_failed
 from extraction_dagster.defs.resources import Extraction
-from extraction_dagster.defs.runs import InstanceRuns, range_of, why_failed
 from extraction_dagster.errors import ExtractionError
 from extraction_dagster.notify.notice import RunFailure, redact
 from extraction_dagster.notify.notifiers import deliver, make_notifier

@@ -9,20 +9,20 @@ from datetime import UTC, datetime, timedelta
 
 import dagster as dg
 
-from extraction_dagster.checkpoint.cursor import CursorState
-from extraction_dagster.checkpoint.figures import (
+from extraction_dagster.defs.instance.cursor_store import CursorStore
+from extraction_dagster.defs.instance.runs import active_runs, recent_rate
+from extraction_dagster.defs.metadata import as_metadata
+from extraction_dagster.defs.resources import Extraction, plain_failures
+from extraction_dagster.settings import Settings, load_settings
+from extraction_dagster.stages.catalog.catalog import Catalog, open_catalog
+from extraction_dagster.ticks.cursor import CursorState
+from extraction_dagster.watch.how_far import (
     ProgressMemory,
     Standing,
     look,
     recall_progress,
     remember_progress,
 )
-from extraction_dagster.defs.cursor_store import CursorStore
-from extraction_dagster.defs.metadata import as_metadata
-from extraction_dagster.defs.resources import Extraction, plain_failures
-from extraction_dagster.defs.runs import active_runs, recent_rate
-from extraction_dagster.settings import Settings, load_settings
-from extraction_dagster.stages.catalog.catalog import Catalog, open_catalog
 
 _settings = load_settings()
 _KEY = dg.AssetKey("extraction_progress")

@@ -37,7 +37,7 @@ def points_agree_with_table(
     context: dg.AssetCheckExecutionContext, config: ReconcileConfig, extraction: Extraction
 ) -> dg.AssetCheckResult:
     """Compare every record of the ledger with the store; in a run of one range, those of the range."""
-    from extraction_dagster.stages.index.point_store import open_point_store  # noqa: PLC0415 - loads the engine
+    from extraction_dagster.stages.index.protocol import open_point_store  # noqa: PLC0415 - loads the engine
 
     started = time.perf_counter()
     settings = extraction.settings

@@ -13,9 +13,9 @@ from extraction_dagster.run_options import OVERRIDABLE, as_environment, descript
 from extraction_dagster.settings import Settings, load_settings
 
 if TYPE_CHECKING:
+    from extraction_dagster.shards.embedding_store import EmbeddingStore
+    from extraction_dagster.shards.frame_store import FrameStore
     from extraction_dagster.stages.catalog.catalog import Catalog, Fingerprints
-    from extraction_dagster.stages.decode.frame_store import FrameStore
-    from extraction_dagster.stages.embed.embedding_store import EmbeddingStore
 
 
 class DecoderChoice(Enum):
@@ -97,13 +97,13 @@ class Extraction(dg.ConfigurableResource):  # type: ignore[type-arg]  # not gene
 
     def frame_store(self) -> "FrameStore":
         """The frames made with the settings of this run."""
-        from extraction_dagster.stages.decode.frame_store import FrameStore  # noqa: PLC0415
+        from extraction_dagster.shards.frame_store import FrameStore  # noqa: PLC0415
 
         return FrameStore(self.settings.resolved_frames_uri, self.fingerprints.frames)
 
     def embedding_store(self) -> "EmbeddingStore":
         """The vectors made with the settings of this run, from frames made with them."""
-        from extraction_dagster.stages.embed.embedding_store import EmbeddingStore  # noqa: PLC0415
+        from extraction_dagster.shards.embedding_store import EmbeddingStore  # noqa: PLC0415
 
         made_with = self.fingerprints
         return EmbeddingStore(self.settings.resolved_embeddings_uri, f"{made_with.frames}-{made_with.embedding}")
@@ -118,7 +118,7 @@ class Extraction(dg.ConfigurableResource):  # type: ignore[type-arg]  # not gene
         wanted, usual = _fingerprints(settings).embedding, _fingerprints(load_settings()).embedding
         if wanted == usual:
             return
-        from extraction_dagster.stages.index.point_store import open_point_store  # noqa: PLC0415
+        from extraction_dagster.stages.index.protocol import open_point_store  # noqa: PLC0415
 
         with open_point_store(settings, wait_seconds=settings.qdrant_timeout_seconds) as store:
             there = store.collections(settings.collection_name)
@@ -133,9 +133,9 @@ class Extraction(dg.ConfigurableResource):  # type: ignore[type-arg]  # not gene
 
 
 def _fingerprints(settings: Settings) -> "Fingerprints":
+    from extraction_dagster.shards.frame_store import frames_fingerprint  # noqa: PLC0415
     from extraction_dagster.stages.catalog.catalog import Fingerprints  # noqa: PLC0415 - imports take time
-    from extraction_dagster.stages.decode.frame_store import frames_fingerprint  # noqa: PLC0415
-    from extraction_dagster.stages.embed.model import embedding_fingerprint  # noqa: PLC0415
+    from extraction_dagster.stages.embed.models.registry import embedding_fingerprint  # noqa: PLC0415
 
     return Fingerprints(frames=frames_fingerprint(settings), embedding=embedding_fingerprint(settings))
 

@@ -4,14 +4,14 @@ from datetime import UTC, datetime
 
 import dagster as dg
 
-from extraction_dagster.checkpoint.memory import recall, remember
-from extraction_dagster.checkpoint.tick import Ticked, tick
-from extraction_dagster.defs.cursor_store import SENSOR_NAME
+from extraction_dagster.defs.instance.cursor_store import SENSOR_NAME
+from extraction_dagster.defs.instance.runs import PARTITION_TAG, InstanceRuns
 from extraction_dagster.defs.jobs import extraction_job
 from extraction_dagster.defs.partitions import FLOOR_TAG, id_ranges
 from extraction_dagster.defs.resources import Extraction
-from extraction_dagster.defs.runs import PARTITION_TAG, InstanceRuns
 from extraction_dagster.settings import load_settings
+from extraction_dagster.ticks.memory import recall, remember
+from extraction_dagster.ticks.tick import Ticked, tick
 
 
 @dg.sensor(

@@ -6,9 +6,9 @@ import dagster as dg
 
 from extraction_dagster.records import fingerprint
 from extraction_dagster.settings import Settings
+from extraction_dagster.shards.frame_store import frames_fingerprint
 from extraction_dagster.stages.catalog.ledger import LedgerEntry
-from extraction_dagster.stages.decode.frame_store import frames_fingerprint
-from extraction_dagster.stages.embed.model import embedding_settings_fingerprint
+from extraction_dagster.stages.embed.models.registry import embedding_settings_fingerprint
 
 CODE_VERSION_TAG = "dagster/code_version"
 # The states of a record that has what the asset makes.

@@ -150,7 +150,7 @@ def test_a_backfill_can_be_cancelled_and_its_ranges_are_free_again():
 @pytest.fixture
 def ended(monkeypatch):
     """Let a backfill end as told: its state, and which ranges failed."""
-    from extraction_dagster.defs.backfill import BackfillProgress, Backfills  # noqa: PLC0415 - loads Dagster
+    from extraction_dagster.defs.instance.backfills import BackfillProgress, Backfills  # noqa: PLC0415 - loads Dagster
     from extraction_dagster.records import IdRange  # noqa: PLC0415
 
     def end(state, finished, *failed, error=""):

@@ -7,17 +7,17 @@ from datetime import UTC, datetime
 import pytest
 from typer.testing import CliRunner
 
-from extraction_dagster.checkpoint.cursor import CursorState
-from extraction_dagster.checkpoint.memory import Memory
-from extraction_dagster.checkpoint.tick import tick
 from extraction_dagster.cli.main import app
-from extraction_dagster.defs.cursor_store import CursorStore
-from extraction_dagster.defs.launching import open_instance
-from extraction_dagster.defs.runs import InstanceRuns
+from extraction_dagster.defs.instance.cursor_store import CursorStore
+from extraction_dagster.defs.instance.launching import open_instance
+from extraction_dagster.defs.instance.runs import InstanceRuns
 from extraction_dagster.errors import LegacyCheckpointError
 from extraction_dagster.records import Failure, IdRange
 from extraction_dagster.settings import load_settings
 from extraction_dagster.stages.catalog.catalog import Fingerprints, open_catalog
+from extraction_dagster.ticks.cursor import CursorState
+from extraction_dagster.ticks.memory import Memory
+from extraction_dagster.ticks.tick import tick
 
 TODAY = Fingerprints(frames="f1", embedding="e1")
 

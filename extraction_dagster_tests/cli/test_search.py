@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from extraction_dagster.cli import search
 from extraction_dagster.cli.main import app
 from extraction_dagster.errors import PartitionKeyError, QueryVideoError, TextSearchError
-from extraction_dagster.stages.index.point_store import Hit
+from extraction_dagster.stages.index.protocol import Hit
 from extraction_dagster.stages.index.search import VideoHit
 
 FRAME = Hit(7, 30, 1.0, 0.9, "insta", None, "a.mp4")

@@ -13,13 +13,13 @@ import psutil
 import pytest
 import sqlalchemy as sa
 
-from extraction_dagster.checkpoint.cursor import CursorState
-from extraction_dagster.defs.cursor_store import CursorStore
-from extraction_dagster.defs.launching import open_instance
+from extraction_dagster.defs.instance.cursor_store import CursorStore
+from extraction_dagster.defs.instance.launching import open_instance
 from extraction_dagster.settings import load_settings
 from extraction_dagster.stages.catalog.catalog import open_catalog
 from extraction_dagster.stages.catalog.database import make_engine
 from extraction_dagster.stages.catalog.pending_index import pending_index
+from extraction_dagster.ticks.cursor import CursorState
 
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

@@ -9,7 +9,7 @@ from collections import Counter
 import dagster as dg  # noqa: TID251 - asks the instance about its runs
 import pytest
 
-from extraction_dagster.defs.launching import open_instance
+from extraction_dagster.defs.instance.launching import open_instance
 from extraction_dagster.settings import load_settings
 
 pytestmark = pytest.mark.soak

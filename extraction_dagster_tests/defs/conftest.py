@@ -81,7 +81,7 @@ class World:
 
     def points(self):
         """Points by record in the collection in use, read with the engine itself."""
-        from extraction_dagster.stages.index.edge_store import EdgeStore  # noqa: PLC0415 - loads the engine
+        from extraction_dagster.stages.index.edge.store import EdgeStore  # noqa: PLC0415 - loads the engine
 
         with EdgeStore(self.home / "qdrant") as store:
             store.open_collection("video_frames")

@@ -8,7 +8,7 @@ import dagster as dg
 import numpy as np
 import pytest
 
-from extraction_dagster.stages.decode.compaction import CompactionOptions
+from extraction_dagster.shards.compaction import CompactionOptions
 
 # Dagster itself reads pydantic's old attribute.
 pytestmark = pytest.mark.filterwarnings("ignore:The `__fields__` attribute is deprecated")

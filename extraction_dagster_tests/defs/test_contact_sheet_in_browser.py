@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from extraction_dagster.defs.launching import template
+from extraction_dagster.defs.instance.launching import template
 
 pytestmark = [pytest.mark.slow, pytest.mark.browser]
 BIN = Path(sys.executable).parent

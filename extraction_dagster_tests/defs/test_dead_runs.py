@@ -10,8 +10,8 @@ import dagster as dg
 import pytest
 from dagster._core.events import EngineEventData
 
+from extraction_dagster.defs.instance.runs import bury_dead_runs
 from extraction_dagster.defs.partitions import PROCESS_TAG, process_tags
-from extraction_dagster.defs.runs import bury_dead_runs
 
 STARTED, FAILED = dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.FAILURE
 LOCAL = {".dagster/grpc_info": json.dumps({"host": "localhost", "socket": "s"})}

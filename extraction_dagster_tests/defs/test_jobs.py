@@ -179,9 +179,9 @@ def test_another_model_that_does_not_exist_is_refused_before_any_work(world):
 @pytest.mark.slow
 def test_another_model_fills_the_collection_that_was_staged_for_it_and_no_other(world, saved_models, out_of_reach):
     from extraction_dagster.definitions import defs  # noqa: PLC0415 - reads the environment
-    from extraction_dagster.stages.embed.model import load_model  # noqa: PLC0415
-    from extraction_dagster.stages.index.edge_store import EdgeStore  # noqa: PLC0415
-    from extraction_dagster.stages.index.point_store import CollectionSpec  # noqa: PLC0415
+    from extraction_dagster.stages.embed.models.registry import load_model  # noqa: PLC0415
+    from extraction_dagster.stages.index.edge.store import EdgeStore  # noqa: PLC0415
+    from extraction_dagster.stages.index.protocol import CollectionSpec  # noqa: PLC0415
     from extraction_dagster.stages.index.staging import list_collections, stage_collection  # noqa: PLC0415
 
     world.run()
@@ -249,7 +249,7 @@ def test_indexing_again_embeds_nothing_and_writes_every_point_anew(world, monkey
 
 
 def payload_keys(world):
-    from extraction_dagster.stages.index.edge_store import EdgeStore  # noqa: PLC0415 - loads the engine
+    from extraction_dagster.stages.index.edge.store import EdgeStore  # noqa: PLC0415 - loads the engine
 
     with EdgeStore(world.home / "qdrant") as store:
         store.open_collection("video_frames")

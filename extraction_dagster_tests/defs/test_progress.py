@@ -14,13 +14,13 @@ from dagster._daemon.freshness import FreshnessDaemon
 from dagster._daemon.sensor import execute_sensor_iteration
 from dagster._time import get_current_timestamp
 
-from extraction_dagster.checkpoint.cursor import CursorState
-from extraction_dagster.defs.cursor_store import CursorStore
-from extraction_dagster.defs.launching import open_instance, template
+from extraction_dagster.defs.instance.cursor_store import CursorStore
+from extraction_dagster.defs.instance.launching import open_instance, template
 from extraction_dagster.defs.progress import extraction_progress, observe, report
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import load_settings
 from extraction_dagster.stages.catalog.catalog import Fingerprints, open_catalog
+from extraction_dagster.ticks.cursor import CursorState
 
 # Dagster itself reads pydantic's old attribute.
 pytestmark = pytest.mark.filterwarnings("ignore:The `__fields__` attribute is deprecated")

@@ -8,9 +8,9 @@ import pytest
 
 from extraction_dagster.records import EmbeddingBatch, VideoRow
 from extraction_dagster.settings import load_settings
-from extraction_dagster.stages.embed.model import embedding_fingerprint
-from extraction_dagster.stages.index.edge_store import EdgeStore
-from extraction_dagster.stages.index.point_store import CollectionSpec
+from extraction_dagster.stages.embed.models.registry import embedding_fingerprint
+from extraction_dagster.stages.index.edge.store import EdgeStore
+from extraction_dagster.stages.index.protocol import CollectionSpec
 from extraction_dagster.stages.index.replace import replace_records
 
 # Dagster itself reads pydantic's old attribute.

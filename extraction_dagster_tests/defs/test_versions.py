@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from extraction_dagster.defs.launching import launch, open_instance, template
+from extraction_dagster.defs.instance.launching import launch, open_instance, template
 from extraction_dagster.defs.versions import code_versions, data_version
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import load_settings

@@ -10,7 +10,7 @@ import simplejpeg
 from extraction_dagster.records import EncodedFrames, FrameBatch
 
 if TYPE_CHECKING:
-    from extraction_dagster.stages.decode.decoder import DecodedVideo
+    from extraction_dagster.stages.decode.decoders.decoder import DecodedVideo
 
 # Full colour resolution: 4:2:0 would blur what an embedding model sees.
 SUBSAMPLING = "444"

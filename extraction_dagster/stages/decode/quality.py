@@ -23,7 +23,7 @@ from extraction_dagster.stages.decode.sampling import evenly
 
 if TYPE_CHECKING:
     from extraction_dagster.settings import Settings
-    from extraction_dagster.stages.decode.decoder import DecodedVideo
+    from extraction_dagster.stages.decode.decoders.decoder import DecodedVideo
 
 # What a bar's brightest pixel may be: black is 0, and lossy codecs blur a picture's edge into it.
 _BLACK = 32

@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
-from extraction_dagster.stages.decode.shard_names import written_at
+from extraction_dagster.shards.names import written_at
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
     from extraction_dagster.records import IdRange
+    from extraction_dagster.shards.frame_shard import FrameShard, ShardRecord
+    from extraction_dagster.shards.frame_store import FrameStore
     from extraction_dagster.stages.catalog.catalog import Fingerprints
     from extraction_dagster.stages.catalog.ledger import LedgerEntry
-    from extraction_dagster.stages.decode.frame_shard import FrameShard, ShardRecord
-    from extraction_dagster.stages.decode.frame_store import FrameStore
 
 logger = logging.getLogger(__name__)
 

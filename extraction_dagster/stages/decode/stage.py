@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 
 from extraction_dagster.errors import ExtractionError, FetchSetupError
 from extraction_dagster.records import Failure
-from extraction_dagster.stages.catalog.fetch_ahead import Fetched, fetch_ahead
-from extraction_dagster.stages.catalog.fetching import Fetcher
-from extraction_dagster.stages.decode.pool import PoolOptions, decode_all
+from extraction_dagster.stages.catalog.fetch.ahead import Fetched, fetch_ahead
+from extraction_dagster.stages.catalog.fetch.fetching import Fetcher
 from extraction_dagster.stages.decode.sampling import evenly
 from extraction_dagster.stages.decode.task import DecodeJob
+from extraction_dagster.stages.decode.workers.pool import PoolOptions, decode_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
     from extraction_dagster.records import EncodedFrames, IdRange, VideoRow
     from extraction_dagster.settings import Settings
-    from extraction_dagster.stages.decode.frame_shard import FrameShard
-    from extraction_dagster.stages.decode.frame_store import FrameStore
-    from extraction_dagster.stages.decode.pool import Decoded
+    from extraction_dagster.shards.frame_shard import FrameShard
+    from extraction_dagster.shards.frame_store import FrameStore
     from extraction_dagster.stages.decode.quality import Quality
     from extraction_dagster.stages.decode.sampling import Sampling
+    from extraction_dagster.stages.decode.workers.pool import Decoded
 
 # A shard is held in memory twice while it is written.
 _MAX_SHARD_BYTES = 2**27

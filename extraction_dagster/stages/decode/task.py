@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from extraction_dagster.stages.decode.decoder import DecodeLimits
-from extraction_dagster.stages.decode.decoders import make_decoder
+from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits
+from extraction_dagster.stages.decode.decoders.registry import make_decoder
 from extraction_dagster.stages.decode.jpeg import encode_frames
 from extraction_dagster.stages.decode.quality import Quality, refine
 from extraction_dagster.stages.decode.sampling import Sampling

@@ -14,7 +14,7 @@ from extraction_dagster.stages.embed.vectors import normalise
 if TYPE_CHECKING:
     import os
 
-    from extraction_dagster.stages.embed.model import EmbeddingModel
+    from extraction_dagster.stages.embed.models.registry import EmbeddingModel
 
 MAX_QUERY_PIXELS = 100_000_000
 _MAX_BYTES = 256 * 2**20

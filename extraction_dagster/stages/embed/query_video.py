@@ -11,8 +11,8 @@ import numpy as np
 from extraction_dagster.errors import QueryVideoError
 from extraction_dagster.records import VideoRow
 from extraction_dagster.stages.decode.jpeg import decode_frames
-from extraction_dagster.stages.decode.pool import PoolOptions, decode_all
 from extraction_dagster.stages.decode.task import DecodeJob
+from extraction_dagster.stages.decode.workers.pool import PoolOptions, decode_all
 from extraction_dagster.stages.embed.runtime import batch_size
 from extraction_dagster.stages.embed.vectors import normalise
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from extraction_dagster.records import EncodedFrames
     from extraction_dagster.settings import Settings
-    from extraction_dagster.stages.embed.model import EmbeddingModel
+    from extraction_dagster.stages.embed.models.registry import EmbeddingModel
 
 MAX_QUERY_FRAMES = 32
 

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from extraction_dagster.records import EncodedFrames, IdRange
     from extraction_dagster.settings import Settings
-    from extraction_dagster.stages.embed.embedding_store import EmbeddingShard, EmbeddingStore
-    from extraction_dagster.stages.embed.model import EmbeddingModel
+    from extraction_dagster.shards.embedding_store import EmbeddingShard, EmbeddingStore
+    from extraction_dagster.stages.embed.models.registry import EmbeddingModel
 
 _PIECES_AHEAD = 4
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from extraction_dagster.records import IdRange
-    from extraction_dagster.stages.index.point_store import PointStore
+    from extraction_dagster.stages.index.protocol import PointStore
 
 _RECORDS_PER_CALL = 512
 _RECORDS_SHOWN = 5

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from extraction_dagster.stages.index.point_store import CollectionSpec, PointStore
     from extraction_dagster.stages.index.points import PointBatch
+    from extraction_dagster.stages.index.protocol import CollectionSpec, PointStore
 
 _POINTS_PER_GROUP = 2048
 

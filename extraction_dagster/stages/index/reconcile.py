@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from extraction_dagster.stages.catalog.catalog import Catalog
     from extraction_dagster.stages.catalog.ledger import LedgerEntry
     from extraction_dagster.stages.catalog.source_table import SourceRow
-    from extraction_dagster.stages.index.point_store import PointStore
+    from extraction_dagster.stages.index.protocol import PointStore
 
 WHOLE = IdRange(-(2**63), 2**63 - 1)
 _WINDOW_RECORDS = 1000

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from extraction_dagster.records import VideoRow
-    from extraction_dagster.stages.index.point_store import PointStore
     from extraction_dagster.stages.index.points import PointBatch
+    from extraction_dagster.stages.index.protocol import PointStore
 
 # Keeps a filter, which names each record, and the ids of their points well within one call.
 _RECORDS_PER_STEP = 64

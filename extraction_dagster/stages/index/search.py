@@ -10,13 +10,13 @@ import numpy as np
 
 from extraction_dagster.errors import CollectionMismatchError, RecordShapeError
 from extraction_dagster.stages.index.filters import PointFilter
-from extraction_dagster.stages.index.point_store import Hit
+from extraction_dagster.stages.index.protocol import Hit
 
 if TYPE_CHECKING:
     from datetime import datetime
 
     from extraction_dagster.records import IdRange
-    from extraction_dagster.stages.index.point_store import CollectionSpec, PointStore
+    from extraction_dagster.stages.index.protocol import CollectionSpec, PointStore
 
 __all__ = ["Hit", "VideoHit", "open_for_search", "search_images", "search_videos"]
 

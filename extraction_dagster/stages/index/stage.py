@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from extraction_dagster.records import EmbeddingBatch, VideoRow
-    from extraction_dagster.stages.index.point_store import CollectionSpec, PointStore
+    from extraction_dagster.stages.index.protocol import CollectionSpec, PointStore
 
 
 @dataclass(frozen=True, slots=True)

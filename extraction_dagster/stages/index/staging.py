@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from extraction_dagster.records import IdRange
     from extraction_dagster.stages.catalog.catalog import Catalog
-    from extraction_dagster.stages.index.point_store import CollectionSpec, PointStore
+    from extraction_dagster.stages.index.protocol import CollectionSpec, PointStore
 
 _WINDOW_RECORDS = 1000
 _RANGES_SHOWN = 5

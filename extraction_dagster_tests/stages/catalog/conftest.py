@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from extraction_dagster.records import VideoRow
-from extraction_dagster.stages.catalog.fetching import Fetcher
+from extraction_dagster.stages.catalog.fetch.fetching import Fetcher
 
 NAMES = ("videos.example", "other.example")
 

@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 
 from extraction_dagster.records import EncodedFrames, IdRange
 from extraction_dagster.settings import Settings
-from extraction_dagster.stages.catalog.ledger import LedgerEntry
-from extraction_dagster.stages.decode.compaction import (
+from extraction_dagster.shards.compaction import (
     Compacted,
     CompactionOptions,
     compact_frames,
     plan_compaction,
 )
-from extraction_dagster.stages.decode.frame_shard import FrameShard, ShardRecord
-from extraction_dagster.stages.decode.frame_store import FrameStore
+from extraction_dagster.shards.frame_shard import FrameShard, ShardRecord
+from extraction_dagster.shards.frame_store import FrameStore
+from extraction_dagster.stages.catalog.ledger import LedgerEntry
 
 RANGE = IdRange(1, 1000)
 AT_ONCE = CompactionOptions(max_records=8, enough_shards=2, untouched=timedelta())
@@ -193,8 +193,8 @@ from pathlib import Path
 from datetime import timedelta
 from extraction_dagster.records import IdRange
 from extraction_dagster.stages.catalog.ledger import LedgerEntry
-from extraction_dagster.stages.decode.compaction import CompactionOptions, compact_frames
-from extraction_dagster.stages.decode.frame_store import FrameStore
+from extraction_dagster.shards.compaction import CompactionOptions, compact_frames
+from extraction_dagster.shards.frame_store import FrameStore
 
 root, step, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
 left = number

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from extraction_dagster.stages.decode.decoder import DecodeLimits
-from extraction_dagster.stages.decode.geometry import Geometry
-from extraction_dagster.stages.decode.pool import PoolOptions, decode_all
-from extraction_dagster.stages.decode.pyav_decoder import PyAVDecoder
+from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits
+from extraction_dagster.stages.decode.decoders.geometry import Geometry
+from extraction_dagster.stages.decode.decoders.pyav import PyAVDecoder
 from extraction_dagster.stages.decode.sampling import Sampling
 from extraction_dagster.stages.decode.task import DecodeJob
+from extraction_dagster.stages.decode.workers.pool import PoolOptions, decode_all
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 CORPUS = Path(os.environ.get("EXTRACTION_TEST_CORPUS") or CHECKOUT.parent / "shared" / "corpus").resolve()

@@ -9,8 +9,8 @@ import pytest
 
 from extraction_dagster.errors import FramesExportError
 from extraction_dagster.records import EncodedFrames, IdRange
-from extraction_dagster.stages.decode.frame_export import export_frames
-from extraction_dagster.stages.decode.frame_store import FrameStore
+from extraction_dagster.shards.frame_export import export_frames
+from extraction_dagster.shards.frame_store import FrameStore
 
 RANGE = IdRange(1, 10)
 

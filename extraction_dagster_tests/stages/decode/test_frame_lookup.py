@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 
 from extraction_dagster.records import EncodedFrames, IdRange
-from extraction_dagster.stages.decode.frame_lookup import find_frames
-from extraction_dagster.stages.decode.frame_store import FrameStore
+from extraction_dagster.shards.frame_lookup import find_frames
+from extraction_dagster.shards.frame_store import FrameStore
 
 
 def video(record_id, numbers, text="jpeg"):

@@ -2,7 +2,7 @@ import numpy as np
 import simplejpeg
 
 from extraction_dagster.records import FrameBatch
-from extraction_dagster.stages.decode.decoder import DecodedVideo
+from extraction_dagster.stages.decode.decoders.decoder import DecodedVideo
 from extraction_dagster.stages.decode.jpeg import decode_frames, encode_frames, shrink_jpeg
 
 

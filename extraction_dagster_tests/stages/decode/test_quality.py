@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from extraction_dagster.errors import FramesRejectedError
 from extraction_dagster.records import FrameBatch
 from extraction_dagster.settings import Settings
-from extraction_dagster.stages.decode.decoder import DecodedVideo
-from extraction_dagster.stages.decode.frame_store import frames_fingerprint
+from extraction_dagster.shards.frame_store import frames_fingerprint
+from extraction_dagster.stages.decode.decoders.decoder import DecodedVideo
 from extraction_dagster.stages.decode.jpeg import decode_frames
 from extraction_dagster.stages.decode.quality import (
     Quality,

@@ -2,7 +2,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from extraction_dagster.stages.decode.shard_names import merged_name, new_name, written_at
+from extraction_dagster.shards.names import merged_name, new_name, written_at
 
 
 def test_a_new_name_says_now_and_later_names_sort_behind():

@@ -9,11 +9,11 @@ import pytest
 
 from extraction_dagster.records import IdRange, VideoRow
 from extraction_dagster.settings import Settings
+from extraction_dagster.shards.compaction import Compacted, CompactionOptions, compact_frames
+from extraction_dagster.shards.frame_export import export_frames
+from extraction_dagster.shards.frame_store import FrameStore
 from extraction_dagster.stages.catalog.catalog import Fingerprints
 from extraction_dagster.stages.catalog.ledger import LedgerEntry
-from extraction_dagster.stages.decode.compaction import Compacted, CompactionOptions, compact_frames
-from extraction_dagster.stages.decode.frame_export import export_frames
-from extraction_dagster.stages.decode.frame_store import FrameStore
 from extraction_dagster.stages.decode.quality import Quality
 from extraction_dagster.stages.decode.retention import prune_frames
 from extraction_dagster.stages.decode.sampling import Sampling
@@ -194,9 +194,9 @@ from extraction_dagster.records import IdRange, VideoRow
 from extraction_dagster.settings import Settings
 from extraction_dagster.stages.catalog.catalog import Fingerprints
 from extraction_dagster.stages.catalog.ledger import LedgerEntry
-from extraction_dagster.stages.decode.compaction import Compacted, CompactionOptions, compact_frames
-from extraction_dagster.stages.decode.frame_export import export_frames
-from extraction_dagster.stages.decode.frame_store import FrameStore
+from extraction_dagster.shards.compaction import Compacted, CompactionOptions, compact_frames
+from extraction_dagster.shards.frame_export import export_frames
+from extraction_dagster.shards.frame_store import FrameStore
 from extraction_dagster.stages.decode.quality import Quality
 from extraction_dagster.stages.decode.retention import prune_frames
 from extraction_dagster.stages.decode.sampling import Sampling

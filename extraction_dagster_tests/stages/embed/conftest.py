@@ -13,7 +13,7 @@ import simplejpeg
 
 from extraction_dagster.records import EncodedFrames
 from extraction_dagster.settings import Settings
-from extraction_dagster.stages.embed.model import load_model
+from extraction_dagster.stages.embed.models.registry import load_model
 
 
 @pytest.fixture(scope="session")

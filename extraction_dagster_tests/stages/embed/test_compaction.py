@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from extraction_dagster.records import EmbeddingBatch, Failure, IdRange
-from extraction_dagster.stages.decode.compaction import Compacted, CompactionOptions
-from extraction_dagster.stages.decode.shard_names import new_name
-from extraction_dagster.stages.embed.compaction import compact_embeddings
-from extraction_dagster.stages.embed.embedding_store import EmbeddedRecord, EmbeddingStore
+from extraction_dagster.shards.compaction import Compacted, CompactionOptions
+from extraction_dagster.shards.embedding_compaction import compact_embeddings
+from extraction_dagster.shards.embedding_store import EmbeddedRecord, EmbeddingStore
+from extraction_dagster.shards.names import new_name
 
 RANGE = IdRange(1, 1000)
 AT_ONCE = CompactionOptions(max_records=8, enough_shards=2, untouched=timedelta())

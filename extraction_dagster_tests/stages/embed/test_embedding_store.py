@@ -13,7 +13,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from extraction_dagster.errors import EmbeddingShardError
 from extraction_dagster.records import EmbeddingBatch, Failure, IdRange
-from extraction_dagster.stages.embed.embedding_store import EmbeddedRecord, EmbeddingShard, EmbeddingStore
+from extraction_dagster.shards.embedding_store import EmbeddedRecord, EmbeddingShard, EmbeddingStore
 
 RANGE = IdRange(-5, 20)
 FAILURE = Failure(9, "v2", "embed", "InvalidVectorError", "NaN in frame 3", permanent=False, details="more")
@@ -208,8 +208,8 @@ DIE = """
 import os, signal, sys
 import numpy as np
 from extraction_dagster.records import EmbeddingBatch, IdRange
-from extraction_dagster.stages.embed import shard_files
-from extraction_dagster.stages.embed.embedding_store import EmbeddingStore
+from extraction_dagster.shards import shard_files
+from extraction_dagster.shards.embedding_store import EmbeddingStore
 
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -256,7 +256,7 @@ def test_a_write_that_fails_leaves_no_temporary_file_and_keeps_the_old_shard(tmp
         message = "No space left on device"
         raise OSError(message)
 
-    monkeypatch.setattr("extraction_dagster.stages.embed.shard_files.os.fsync", disk_full)
+    monkeypatch.setattr("extraction_dagster.shards.shard_files.os.fsync", disk_full)
     with pytest.raises(OSError, match="No space left on device"):
         store.write(RANGE, "0001-abc", _batch((7, 1)), versions=[(7, "v2")], failures=[])
 

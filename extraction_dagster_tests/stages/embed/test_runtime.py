@@ -72,7 +72,7 @@ def test_threads_are_those_asked_for_and_omp_num_threads_is_left_alone(monkeypat
 LOAD = """
 import os
 from extraction_dagster.settings import Settings
-from extraction_dagster.stages.embed.model import load_model
+from extraction_dagster.stages.embed.models.registry import load_model
 load_model(Settings(device="cpu"))
 print(os.environ.get("OMP_WAIT_POLICY"))
 """

@@ -12,8 +12,8 @@ import pytest
 
 from extraction_dagster.errors import EmbeddingMemoryError
 from extraction_dagster.records import Failure, IdRange
-from extraction_dagster.stages.embed.embedding_store import EmbeddedRecord, EmbeddingStore
-from extraction_dagster.stages.embed.model import load_model
+from extraction_dagster.shards.embedding_store import EmbeddedRecord, EmbeddingStore
+from extraction_dagster.stages.embed.models.registry import load_model
 from extraction_dagster.stages.embed.passes import Finished
 from extraction_dagster.stages.embed.stage import embed_shards
 
@@ -346,8 +346,8 @@ sys.path.insert(0, sys.argv[2])
 from conftest import MemoryFrames, MemoryShard, video
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import Settings
-from extraction_dagster.stages.embed.embedding_store import EmbeddingStore
-from extraction_dagster.stages.embed.model import load_model
+from extraction_dagster.shards.embedding_store import EmbeddingStore
+from extraction_dagster.stages.embed.models.registry import load_model
 from extraction_dagster.stages.embed.stage import embed_shards
 settings = Settings(device="cpu", embed_batch_size=2, embed_threads=1)
 shards = [MemoryShard(f"{n:04d}", [video(n, 6)]) for n in range(1, 40)]

@@ -14,13 +14,13 @@ import sqlalchemy as sa
 from extraction_dagster.records import EmbeddingBatch, IdRange, VideoRow
 from extraction_dagster.settings import Settings
 from extraction_dagster.stages.catalog.catalog import Catalog, Fingerprints
-from extraction_dagster.stages.index.edge_store import EdgeStore
-from extraction_dagster.stages.index.point_store import CollectionSpec
+from extraction_dagster.stages.index.edge.store import EdgeStore
 from extraction_dagster.stages.index.points import generation
+from extraction_dagster.stages.index.protocol import CollectionSpec
 from extraction_dagster.stages.index.reconcile import reconcile
 from extraction_dagster.stages.index.replace import replace_records
-from extraction_dagster.stages.index.server_retry import RetryPolicy
-from extraction_dagster.stages.index.server_store import ServerStore
+from extraction_dagster.stages.index.server.retry import RetryPolicy
+from extraction_dagster.stages.index.server.store import ServerStore
 
 # Quick, and yet long enough for a connection that was reset to be made again.
 QUICK = RetryPolicy(attempts=5, base_seconds=0.05, longest_seconds=1.0, longest_retry_after_seconds=0.01)

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from extraction_dagster.stages.index.edge_store import EdgeStore
-from extraction_dagster.stages.index.point_store import CollectionSpec
+from extraction_dagster.stages.index.edge.store import EdgeStore
+from extraction_dagster.stages.index.protocol import CollectionSpec
 from extraction_dagster.stages.index.replace import replace_records
 from extraction_dagster.stages.index.search import search_images
 

@@ -5,7 +5,7 @@ import pytest
 from extraction_dagster.errors import PointsMissingError
 from extraction_dagster.records import IdRange
 from extraction_dagster.stages.index.compare import Comparison, ExpectedPoints, compare_points, copy_points
-from extraction_dagster.stages.index.edge_store import EdgeStore
+from extraction_dagster.stages.index.edge.store import EdgeStore
 from extraction_dagster.stages.index.filters import PointFilter
 from extraction_dagster.stages.index.points import point_id
 from extraction_dagster.stages.index.replace import replace_records

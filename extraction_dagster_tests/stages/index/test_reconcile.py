@@ -4,7 +4,7 @@ from contextlib import closing
 
 from extraction_dagster.records import IdRange
 from extraction_dagster.stages.catalog.catalog import Catalog, Fingerprints
-from extraction_dagster.stages.index.edge_store import EdgeStore
+from extraction_dagster.stages.index.edge.store import EdgeStore
 from extraction_dagster.stages.index.filters import PointFilter
 from extraction_dagster.stages.index.points import generation, point_id
 from extraction_dagster.stages.index.reconcile import Differences, compare_range

@@ -6,7 +6,7 @@ from extraction_dagster.errors import PointsMissingError, RecordShapeError
 from extraction_dagster.settings import Settings
 from extraction_dagster.stages.index.points import point_id
 from extraction_dagster.stages.index.replace import count_by_record, delete_records, replace_records
-from extraction_dagster.stages.index.server_store import ServerStore
+from extraction_dagster.stages.index.server.store import ServerStore
 
 OLD = {7: [0, 30, 60], 8: [0], 9: [0, 15]}
 NEW = {7: [0, 90], 8: [0, 30, 60]}

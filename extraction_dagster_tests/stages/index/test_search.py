@@ -7,8 +7,8 @@ import pytest
 
 from extraction_dagster.errors import CollectionMismatchError, RecordShapeError
 from extraction_dagster.records import IdRange, VideoRow
-from extraction_dagster.stages.index.point_store import CollectionSpec
 from extraction_dagster.stages.index.points import PointBatch, build_points, point_id
+from extraction_dagster.stages.index.protocol import CollectionSpec
 from extraction_dagster.stages.index.search import Hit, VideoHit, open_for_search, search_images, search_videos
 
 

@@ -5,9 +5,9 @@ import pytest
 
 from extraction_dagster.errors import CollectionMismatchError, PointStoreError
 from extraction_dagster.records import EmbeddingBatch, Failure, VideoRow
-from extraction_dagster.stages.index.edge_store import EdgeStore
-from extraction_dagster.stages.index.point_store import CollectionSpec
+from extraction_dagster.stages.index.edge.store import EdgeStore
 from extraction_dagster.stages.index.points import PointBatch, point_id
+from extraction_dagster.stages.index.protocol import CollectionSpec
 from extraction_dagster.stages.index.stage import index_records, open_for_reading, open_for_writing
 
 FRAMES = {7: [0, 30], 8: [0], 9: [0, 15, 30]}

@@ -5,9 +5,9 @@ import pytest
 from extraction_dagster.errors import CollectionInUseError, CollectionMissingError, CollectionNotReadyError
 from extraction_dagster.records import IdRange
 from extraction_dagster.stages.catalog.catalog import Fingerprints
-from extraction_dagster.stages.index.edge_store import EdgeStore
+from extraction_dagster.stages.index.edge.store import EdgeStore
 from extraction_dagster.stages.index.filters import PointFilter
-from extraction_dagster.stages.index.point_store import CollectionSpec
+from extraction_dagster.stages.index.protocol import CollectionSpec
 from extraction_dagster.stages.index.staging import (
     CollectionInfo,
     list_collections,

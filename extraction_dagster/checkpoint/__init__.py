@@ -1,1 +1,0 @@
-"""The cursor's state and its mirrors."""

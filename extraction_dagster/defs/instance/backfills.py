@@ -1,0 +1,227 @@
+"""Backfills of ranges: planned over a span of ids, launched through Dagster's queue, watched, cancelled.
+
+A backfill is Dagster's own: the UI shows it, its daemon asks for the runs, and as many work at once as the instance
+says. Where no daemon runs, the ranges of a plan can be processed in this process instead.
+"""
+
+import time
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import dagster as dg
+from dagster._core.definitions.assets.graph.asset_graph_subset import AssetGraphSubset
+from dagster._core.definitions.partitions.context import partition_loading_context
+from dagster._core.execution.asset_backfill import AssetBackfillData
+from dagster._core.execution.backfill import BULK_ACTION_TERMINAL_STATUSES, BulkActionStatus, PartitionBackfill
+from dagster._core.utils import make_new_backfill_id
+
+from extraction_dagster.defs.instance.backfilled import (
+    ASSETS,
+    are_served,
+    range_keys,
+    requested_backfills,
+    waiting_ranges,
+)
+from extraction_dagster.defs.instance.runs import BACKFILL_TAG, active_runs, bury_dead_runs, range_of
+from extraction_dagster.defs.instance.staleness import stale_ranges
+from extraction_dagster.defs.partitions import add_ranges, id_ranges, valid_ranges
+from extraction_dagster.errors import BackfillUnknownError
+from extraction_dagster.records import IdRange
+from extraction_dagster.settings import Settings
+from extraction_dagster.stages.catalog.catalog import Catalog
+from extraction_dagster.stages.catalog.cover import cover_span
+
+_CHUNK = 1000  # ranges registered in one call: SQLite takes no more than some ten thousand
+_LAST = "-1"  # priority of the runs: rows that come in meanwhile go first
+_STATES = {
+    BulkActionStatus.REQUESTED: "running",
+    BulkActionStatus.CANCELING: "canceling",
+    BulkActionStatus.FAILING: "failing",
+    BulkActionStatus.CANCELED: "canceled",
+    BulkActionStatus.COMPLETED: "done",
+    BulkActionStatus.COMPLETED_SUCCESS: "done",
+    BulkActionStatus.COMPLETED_FAILED: "failed",
+    BulkActionStatus.FAILED: "failed",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class BackfillPlan:
+    """What a backfill of a span would do.
+
+    Attributes:
+        span: The ids that were asked for.
+        assets: The assets, in data order.
+        ranges: What is to be launched, in ascending order.
+        new: Those of them that are not registered yet.
+        busy: Ranges left out, and the run or backfill that works on each.
+        fresh: Ranges left out since nothing of them is stale.
+    """
+
+    span: IdRange
+    assets: tuple[str, ...]
+    ranges: tuple[IdRange, ...]
+    new: tuple[IdRange, ...]
+    busy: Mapping[IdRange, str]
+    fresh: tuple[IdRange, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BackfillProgress:
+    """How far a backfill is.
+
+    Attributes:
+        state: running, canceling, failing; done, failed, canceled.
+        total: Its ranges.
+        finished: Ranges of which every asset is materialized.
+        failed: Ranges of which a run failed or was cancelled, in ascending order.
+        queued: Runs that wait for their turn.
+        started: Runs at work.
+        error: Why the backfill itself failed, in Dagster's words; empty otherwise.
+    """
+
+    state: str
+    total: int
+    finished: int
+    failed: tuple[IdRange, ...]
+    queued: int
+    started: int
+    error: str = ""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing of it goes on any more."""
+        return self.state in {"done", "failed", "canceled"}
+
+
+class Backfills:
+    """The backfills of an instance."""
+
+    def __init__(self, instance: dg.DagsterInstance) -> None:
+        """Use this instance."""
+        self.instance = instance
+
+    def is_served(self) -> bool:
+        """Whether daemons run that turn backfills into runs, and start them."""
+        return are_served(self.instance)
+
+    def plan(self, catalog: Catalog, span: IdRange, *, assets: Sequence[str], stale_only: bool) -> BackfillPlan:
+        """Decide which ranges to launch, and which to leave out.
+
+        Args:
+            catalog: The source table.
+            span: The ids.
+            assets: Names of assets.
+            stale_only: Leave out ranges of which nothing is stale.
+        """
+        bury_dead_runs(self.instance)
+        known = valid_ranges(self.instance.get_dynamic_partitions("id_ranges"))
+        cover = cover_span(catalog.source, span, known, catalog.settings.batch_size)
+        chosen = tuple(name for name in ASSETS if name in assets)
+        wanted = [*cover.ranges]
+        if stale_only:
+            stale = self._stale(wanted, chosen)
+            wanted = [id_range for id_range in wanted if id_range in stale]
+        busy = self._busy(wanted)
+        ranges = tuple(id_range for id_range in wanted if id_range not in busy)
+        new = tuple(sorted(set(cover.new) & set(ranges)))
+        return BackfillPlan(span, chosen, ranges, new, busy, tuple(sorted(set(cover.ranges) - set(wanted))))
+
+    def start(self, plan: BackfillPlan, settings: Settings) -> str:
+        """Register the new ranges, hand the backfill to Dagster's daemon, and say its id."""
+        for start in range(0, len(plan.new), _CHUNK):
+            add_ranges(self.instance, plan.new[start : start + _CHUNK])
+        subset = id_ranges.empty_subset().with_partition_keys([id_range.partition_key for id_range in plan.ranges])
+        backfill = PartitionBackfill.from_asset_graph_subset(
+            backfill_id=make_new_backfill_id(),
+            backfill_timestamp=time.time(),
+            tags={"dagster/max_runtime_seconds": str(settings.max_run_seconds), "dagster/priority": _LAST},
+            dynamic_partitions_store=self.instance,
+            asset_graph_subset=AssetGraphSubset(  # type: ignore[call-arg]  # its decorator hides the fields
+                partitions_subsets_by_asset_key={dg.AssetKey(name): subset for name in plan.assets}
+            ),
+            title=f"extraction backfill {plan.span}",
+            description=None,
+            run_config=None,
+        )
+        in_data_order = [dg.AssetKey(name) for name in plan.assets]
+        self.instance.add_backfill(backfill._replace(asset_selection=in_data_order))
+        return str(backfill.backfill_id)
+
+    def progress(self, backfill_id: str) -> BackfillProgress:
+        """How far a backfill is.
+
+        Raises:
+            BackfillUnknownError: There is none of this id.
+        """
+        backfill = self._find(backfill_id)
+        data = backfill.asset_backfill_data
+        if data is None:
+            raise BackfillUnknownError(backfill_id, "it is none of assets")
+        with partition_loading_context(dynamic_partitions_store=self.instance):
+            total, failed = len(range_keys(data.target_subset)), range_keys(data.failed_and_downstream_subset)
+            finished = len(_finished(data))
+        run = dg.DagsterRunStatus
+        # The daemon looks now and then; a range has one run, so that those that succeeded say it earlier.
+        succeeded = min(self._num_runs(backfill_id, run.SUCCESS), total - len(failed))
+        return BackfillProgress(
+            state=_STATES[backfill.status],
+            total=total,
+            finished=finished if backfill.status in BULK_ACTION_TERMINAL_STATUSES else max(finished, succeeded),
+            failed=tuple(sorted(valid_ranges(failed))),
+            queued=self._num_runs(backfill_id, run.QUEUED, run.NOT_STARTED),
+            started=self._num_runs(backfill_id, run.STARTING, run.STARTED, run.CANCELING),
+            error=backfill.error.message.strip() if backfill.error else "",
+        )
+
+    def cancel(self, backfill_id: str) -> bool:
+        """Ask the daemon to cancel a backfill and its runs; False when it was over already.
+
+        Raises:
+            BackfillUnknownError: There is none of this id.
+        """
+        backfill = self._find(backfill_id)
+        if backfill.status in BULK_ACTION_TERMINAL_STATUSES:
+            return False
+        self.instance.update_backfill(backfill.with_status(BulkActionStatus.CANCELING))  # type: ignore[no-untyped-call]  # Dagster's own method
+        return True
+
+    def _find(self, backfill_id: str) -> PartitionBackfill:
+        backfill = self.instance.get_backfill(backfill_id)
+        if backfill is None:
+            raise BackfillUnknownError(backfill_id, "the instance knows none of this id")
+        return backfill
+
+    def _num_runs(self, backfill_id: str, *statuses: dg.DagsterRunStatus) -> int:
+        return self.instance.get_runs_count(dg.RunsFilter(tags={BACKFILL_TAG: backfill_id}, statuses=statuses))
+
+    def _stale(self, ranges: Sequence[IdRange], assets: Iterable[str]) -> set[IdRange]:
+        from extraction_dagster.definitions import defs  # noqa: PLC0415 - definitions import this folder
+
+        keys = [dg.AssetKey(name) for name in assets]
+        return stale_ranges(self.instance, defs.resolve_asset_graph(), ranges, keys)
+
+    def _busy(self, ranges: Iterable[IdRange]) -> dict[IdRange, str]:
+        """The ranges that lie within one that is at work or promised, with what works on it."""
+        taken = [(found, f"run {run.run_id}") for run in active_runs(self.instance) if (found := range_of(run))]
+        for backfill in requested_backfills(self.instance):
+            waiting = waiting_ranges(self.instance, backfill)
+            taken += ((id_range, f"backfill {backfill.backfill_id}") for id_range in waiting)
+        taken.sort()
+        furthest: list[tuple[int, str]] = []  # the greatest last id of those that begin no later, and whose it is
+        for id_range, by in taken:
+            furthest.append(max([*furthest[-1:], (id_range.last_id, by)]))
+        busy = {}
+        for id_range in ranges:
+            position = bisect_right(taken, id_range.first_id, key=lambda item: item[0].first_id) - 1
+            if position >= 0 and furthest[position][0] >= id_range.last_id:
+                busy[id_range] = furthest[position][1]
+        return busy
+
+
+def _finished(data: AssetBackfillData) -> set[str]:
+    """The ranges of which every targeted asset is materialized."""
+    made = data.materialized_subset.partitions_subsets_by_asset_key
+    targets = data.target_subset.partitions_subsets_by_asset_key
+    return set.intersection(*(set(made[key].get_partition_keys()) if key in made else set() for key in targets))

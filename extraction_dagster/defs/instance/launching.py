@@ -1,0 +1,113 @@
+"""Run a range in this process, against the real instance: what `extraction launch` and the demo do.
+
+The run is an ordinary one: it is in the run history, registers its partition and logs its materializations. It needs
+no daemon, and keeps the model resident from one range to the next.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import dagster as dg
+from dagster._core.utils import make_new_run_id
+
+from extraction_dagster.defs.instance.runs import PARTITION_TAG, active_runs, bury_dead_runs, why_failed
+from extraction_dagster.defs.partitions import FLOOR_TAG, add_ranges, process_tags
+from extraction_dagster.defs.storage import ExtractionComputeLogManager
+from extraction_dagster.errors import InstanceError, RangeBusyError
+from extraction_dagster.records import IdRange
+from extraction_dagster.settings import Settings
+
+_QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedRun:
+    """A run of one range.
+
+    Attributes:
+        run_id: In Dagster's run history.
+        success: Whether all three assets materialized.
+        error: Why not, in one line; empty on success.
+    """
+
+    run_id: str
+    success: bool
+    error: str
+
+
+def template(name: str) -> str:
+    """The text of a configuration file that this package carries."""
+    return (resources.files("extraction_dagster") / "templates" / name).read_text()
+
+
+@contextmanager
+def open_instance(settings: Settings) -> Iterator[dg.DagsterInstance]:
+    """The Dagster instance: DAGSTER_HOME's when it is set, else one under home that is made when it is missing.
+
+    Raises:
+        InstanceError: DAGSTER_HOME is no folder, or its dagster.yaml can't be used.
+    """
+    if not os.environ.get("DAGSTER_HOME"):
+        folder = settings.home / "dagster"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "dagster.yaml").write_text(template("dagster.yaml"))
+        os.environ["DAGSTER_HOME"] = str(folder)
+    home = os.environ["DAGSTER_HOME"]
+    if not Path(home).is_dir():
+        raise InstanceError(home, "it is no folder")
+    try:
+        instance = dg.DagsterInstance.get()
+    except dg.DagsterError as error:
+        raise InstanceError(home, str(error)) from error
+    with instance:
+        yield instance
+
+
+def launch(
+    instance: dg.DagsterInstance, id_range: IdRange, *, floor_id: int | None = None, assets: Sequence[str] = ()
+) -> FinishedRun:
+    """Materialize the assets of a range, in this process.
+
+    Args:
+        instance: The Dagster instance.
+        id_range: The range.
+        floor_id: Rows at or below are left alone.
+        assets: Names of those that are materialized; all three when empty.
+
+    Raises:
+        RangeBusyError: The range has an active run already.
+        KeyboardInterrupt: Ctrl+C; finished shards are kept, and the range can be launched again.
+    """
+    from extraction_dagster.definitions import defs  # noqa: PLC0415 - definitions import this folder
+
+    ExtractionComputeLogManager.captures = False
+    bury_dead_runs(instance)
+    add_ranges(instance, [id_range])
+    for run in active_runs(instance):
+        if run.tags.get(PARTITION_TAG) == id_range.partition_key:
+            raise RangeBusyError(id_range.partition_key, run.run_id)
+    run_id = make_new_run_id()
+    result = defs.resolve_job_def("extraction_job").execute_in_process(
+        instance=instance,
+        partition_key=id_range.partition_key,
+        run_id=run_id,
+        tags={**process_tags(run_id), **({} if floor_id is None else {FLOOR_TAG: str(floor_id)})},
+        asset_selection=[dg.AssetKey(name) for name in assets] or None,
+        run_config=_QUIET,
+        raise_on_error=False,
+    )
+    if not result.success and _was_interrupted(result):
+        raise KeyboardInterrupt
+    return FinishedRun(
+        run_id=result.run_id, success=result.success, error="" if result.success else why_failed(result.all_events)[1]
+    )
+
+
+def _was_interrupted(result: dg.ExecuteInProcessResult) -> bool:
+    """Whether Ctrl+C or SIGTERM ended the run; Dagster makes a failed step of either."""
+    failures = [event.step_failure_data.error for event in result.all_events if event.is_step_failure]
+    return any(error is not None and error.cls_name == "DagsterExecutionInterruptedError" for error in failures)

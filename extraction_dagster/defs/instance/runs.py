@@ -1,0 +1,200 @@
+"""Runs of ranges, as a tick asks for them; every look-up costs the same whatever the number of partitions."""
+
+import json
+import re
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import UTC, datetime
+
+import dagster as dg
+import psutil
+from dagster._core.storage.tags import GRPC_INFO_TAG
+
+from extraction_dagster.defs.instance.backfilled import are_served, requested_backfills, waiting_ranges
+from extraction_dagster.defs.partitions import PROCESS_RUN_TAG, PROCESS_TAG, is_dead, valid_ranges
+from extraction_dagster.records import IdRange
+from extraction_dagster.ticks.planner import History
+
+PARTITION_TAG = "dagster/partition"
+BACKFILL_TAG = "dagster/backfill"
+_RANGE_TAGS = ("dagster/asset_partition_range_start", "dagster/asset_partition_range_end")
+_ACTIVE = [
+    dg.DagsterRunStatus.NOT_STARTED,
+    dg.DagsterRunStatus.QUEUED,
+    dg.DagsterRunStatus.STARTING,
+    dg.DagsterRunStatus.STARTED,
+    dg.DagsterRunStatus.CANCELING,
+]
+_AT_WORK = _ACTIVE[2:]
+_ENDED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
+_LOOK_BACK = 12
+_RATE_SAMPLE = 20
+_STARTED_PROCESS = re.compile(r"Started process for run \(pid: (\d+)\)")  # Dagster's own words, before the first step
+
+
+def active_runs(instance: dg.DagsterInstance) -> list[dg.DagsterRun]:
+    """Every run that is queued or works, of ranges or not."""
+    return list(instance.get_runs(dg.RunsFilter(statuses=_ACTIVE)))
+
+
+def bury_dead_runs(instance: dg.DagsterInstance) -> None:
+    """End the runs whose process was killed, and free the pool slots that they held.
+
+    Without this, a run whose worker and whose code server were both killed would keep its range and its slots for ever.
+    """
+    for run in active_runs(instance):
+        if _is_gone(instance, run):
+            instance.report_run_failed(
+                run, "Its process is gone. Its range is asked for again and goes on where it was."
+            )
+            instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+    _free_slots_of_ended_runs(instance)
+
+
+def _free_slots_of_ended_runs(instance: dg.DagsterInstance) -> None:
+    """Free the pool slots of runs that were ended because their process was killed: nobody gave them back.
+
+    The code server ends such a run within a second; Dagster itself frees its slots minutes later, and a pool of one
+    would stand still until then.
+    """
+    if not instance.event_log_storage.supports_global_concurrency_limits:
+        return
+    if holders := instance.event_log_storage.get_concurrency_run_ids():
+        for run in instance.get_runs(dg.RunsFilter(run_ids=list(holders), statuses=_ENDED)):
+            if _has_lost_its_process(instance, run):
+                instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+
+
+def _is_gone(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
+    """Whether the process that works on a run is gone; a run that waits in the queue has none."""
+    if run.status == dg.DagsterRunStatus.NOT_STARTED:  # a command's own run, made and stopped before its first step
+        return is_dead(_process_of(run))
+    return run.status in _AT_WORK and _has_lost_its_process(instance, run)
+
+
+def _has_lost_its_process(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
+    tag = _process_of(run)
+    return is_dead(tag) if tag else _died_early(instance, run)
+
+
+def _process_of(run: dg.DagsterRun) -> str:
+    """The tag that names a run's process; empty before its first step."""
+    return run.tags.get(PROCESS_TAG, "") if run.tags.get(PROCESS_RUN_TAG, run.run_id) == run.run_id else ""
+
+
+def _died_early(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
+    """Whether a worker of this machine was killed before its first step, hence before it could tag its run."""
+    if json.loads(run.tags.get(GRPC_INFO_TAG, "{}")).get("host") != "localhost":
+        return False
+    for event in instance.event_log_storage.get_logs_for_run(run.run_id, of_type=dg.DagsterEventType.ENGINE_EVENT):
+        if started := _STARTED_PROCESS.match(event.message):
+            return not _has_lived_since(int(started[1]), event.timestamp)
+    return False
+
+
+def _has_lived_since(process_id: int, moment: float) -> bool:
+    try:
+        process = psutil.Process(process_id)
+        return bool(process.create_time() <= moment + 1 and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True
+
+
+class InstanceRuns:
+    """Answers a tick from a Dagster instance."""
+
+    def __init__(self, instance: dg.DagsterInstance, *, under_daemon: bool = False) -> None:
+        """Ask this instance.
+
+        Args:
+            instance: The instance.
+            under_daemon: Whether a daemon asks, so that it need not be looked whether one lives.
+        """
+        self._instance, self._under_daemon = instance, under_daemon
+
+    def active(self) -> list[IdRange]:
+        """Ranges that have an active run, whoever launched it; those of backfills apart."""
+        bury_dead_runs(self._instance)
+        return [
+            found for run in active_runs(self._instance) if BACKFILL_TAG not in run.tags and (found := range_of(run))
+        ]
+
+    def backfilled(self) -> list[IdRange]:
+        """Ranges that backfills take care of: an active run works on them, or a daemon will ask for one."""
+        # Those that wait come first: a run that is asked for in between is seen twice, not overlooked.
+        backfills = requested_backfills(self._instance)
+        served = self._under_daemon or (bool(backfills) and are_served(self._instance))
+        waiting = [
+            id_range for backfill in backfills if served for id_range in waiting_ranges(self._instance, backfill)
+        ]
+        at_work = (range_of(run) for run in active_runs(self._instance) if BACKFILL_TAG in run.tags)
+        return [*waiting, *filter(None, at_work)]
+
+    def partitions(self, record_ids: Sequence[int]) -> Iterator[IdRange]:
+        """The ranges that hold any of these ids, which ascend; a range of negative ids is always among them."""
+        return valid_ranges(_near(record_ids, self._instance.get_dynamic_partitions("id_ranges")))
+
+    def history(self, id_range: IdRange) -> History:
+        """The ended runs of a range."""
+        wanted = dg.RunsFilter(tags={PARTITION_TAG: id_range.partition_key}, statuses=_ENDED)
+        records = self._instance.get_run_records(wanted, limit=_LOOK_BACK)
+        if not records:
+            return History()
+        statuses = [record.dagster_run.status for record in records]
+        failures = next(
+            (n for n, status in enumerate(statuses) if status != dg.DagsterRunStatus.FAILURE), len(statuses)
+        )
+        newest = records[0]
+        ended_at = newest.end_time or newest.update_timestamp.replace(tzinfo=UTC).timestamp()
+        return History(failures_in_a_row=failures, ended_at=datetime.fromtimestamp(ended_at, UTC))
+
+
+def range_of(run: dg.DagsterRun) -> IdRange | None:
+    """The range that a run works on; of a run over several partitions, from the first id to the last."""
+    keys = [run.tags[tag] for tag in (PARTITION_TAG, *_RANGE_TAGS) if tag in run.tags]
+    ranges = list(valid_ranges(keys))
+    if not ranges:
+        return None
+    return IdRange(min(item.first_id for item in ranges), max(item.last_id for item in ranges))
+
+
+def _near(record_ids: Sequence[int], keys: Iterable[str]) -> Iterator[str]:
+    """Keys that may hold an id: of 100,000 keys, few are left that have to be parsed with care."""
+    for key in keys:
+        first, _, last = key.partition("-")
+        try:
+            index = bisect_left(record_ids, int(first))
+            if index == len(record_ids) or record_ids[index] > int(last):
+                continue
+        except ValueError:  # of negative ids, or no range at all
+            pass
+        yield key
+
+
+def why_failed(events: Iterable[dg.DagsterEvent]) -> tuple[str, str]:
+    """The step that failed first, and its own sentence; no step when the run was stopped before one failed."""
+    for event in events:
+        if event.is_step_failure:
+            data = event.step_failure_data
+            if data.user_failure_data and data.user_failure_data.description:
+                return str(event.step_key), data.user_failure_data.description
+            if data.error:
+                return str(event.step_key), f"{event.step_key}: {(data.error.cause or data.error).message.strip()}"
+    return "", "the run was stopped before it ended"
+
+
+def recent_rate(instance: dg.DagsterInstance) -> float | None:
+    """Videos a second over the newest materializations of the last asset that indexed any; None before two of them."""
+    records = instance.fetch_materializations(dg.AssetKey("qdrant_points"), limit=_RATE_SAMPLE).records
+    made: list[tuple[float, int]] = []
+    for record in records:
+        materialization = record.asset_materialization
+        videos = materialization.metadata.get("videos") if materialization else None
+        if videos is not None and isinstance(videos.value, int) and videos.value:
+            made.append((record.timestamp, videos.value))
+    if len(made) < 2 or made[0][0] <= made[-1][0]:  # noqa: PLR2004 - a rate needs two points in time
+        return None
+    # The oldest one only says when counting begins.
+    return round(sum(videos for _, videos in made[:-1]) / (made[0][0] - made[-1][0]), 3)

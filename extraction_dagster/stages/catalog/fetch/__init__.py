@@ -1,0 +1,1 @@
+"""From a row's address to a local file that may be read."""

@@ -1,0 +1,1 @@
+"""Libraries that turn a video into frames, behind one interface."""

@@ -1,0 +1,206 @@
+"""Open an untrusted file as a video: which containers, which stream, within which limits.
+
+The container format is whitelisted and the only protocol is `file`: a playlist or a script named .mp4 would
+otherwise make the library read other files or open sockets.
+"""
+
+from __future__ import annotations
+
+import errno
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from extraction_dagster.errors import (
+    NoVideoStreamError,
+    VideoEncryptedError,
+    VideoFormatError,
+    VideoOpenError,
+    VideoTooLargeError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from av.container import InputContainer
+    from av.packet import Packet
+    from av.video.stream import VideoStream
+
+    from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits
+    from extraction_dagster.stages.decode.decoders.video_file import VideoFile
+
+CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif,mxf"
+# Codecs whose parameters an MP4 has beside its packets, where decoding begins without a look at any of them.
+_CARRIED = frozenset({"h264", "hevc", "mpeg4"})
+_FTYP = slice(4, 8)
+_MOST_STREAMS = 16  # whose packets are left alone while they are opened; of more, the others' are looked at
+_MICROSECONDS = 1_000_000
+_MAX_ASPECT = 8.0
+
+
+class ProbeNeededError(Exception):
+    """What the container says is not enough: its packets must be looked at; caught here, never seen outside."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenVideo:
+    """A file that is open, and its moving pictures.
+
+    Attributes:
+        file: The file.
+        container: The open container.
+        stream: The chosen stream; its codec context is set to one thread.
+        claimed_seconds: The duration that the container claims for the stream; None when it claims nothing.
+    """
+
+    file: VideoFile
+    container: InputContainer
+    stream: VideoStream
+    claimed_seconds: float | None
+
+    @property
+    def path(self) -> Path:
+        """The file's name."""
+        return self.file.path
+
+    @property
+    def sample_aspect(self) -> float:
+        """Width of a pixel over its height, as shown, once a frame was decoded; 1 when it is unset or nonsense."""
+        ratio = self.stream.sample_aspect_ratio or self.stream.codec_context.sample_aspect_ratio
+        aspect = float(ratio) if ratio else 1.0
+        return aspect if 1 / _MAX_ASPECT <= aspect <= _MAX_ASPECT else 1.0
+
+
+def may_do_without_probe(file: VideoFile) -> bool:
+    """Whether it is an MP4 or a QuickTime file, by its first bytes."""
+    return file.reading().read(_FTYP.stop)[_FTYP] == b"ftyp"
+
+
+@contextmanager
+def open_video(file: VideoFile, limits: DecodeLimits, *, probe: bool = True) -> Iterator[OpenVideo]:
+    """Take an open file for a video and choose its stream.
+
+    Args:
+        file: The file.
+        limits: What it may need.
+        probe: Decode the first frames to find out what the container does not say, which costs a keyframe at least.
+
+    Raises:
+        ProbeNeededError: Without `probe`, it has several video streams, or one whose codec may want it.
+        VideoOpenError: The file is no complete video.
+        VideoFormatError: The file is of a kind that is never opened.
+        NoVideoStreamError: It holds no moving pictures.
+        VideoEncryptedError: They are encrypted.
+        VideoTooLargeError: They have too many pixels.
+    """
+    import av
+
+    path = file.path
+    # The pixel limit reaches the codecs too, which are run to find out a stream's parameters.
+    options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS, "max_pixels": str(limits.max_pixels)}
+    unprobed = {"options": options | {"probesize": "32"}, "stream_options": [{"skip_frame": "all"}] * _MOST_STREAMS}
+    try:
+        container = av.open(
+            file.reading(), "r", metadata_errors="replace", **({"options": options} if probe else unprobed)
+        )
+    except av.error.FFmpegError as error:
+        raise_out_of_memory(error)
+        if error.errno == errno.EINVAL:
+            raise VideoFormatError(str(path), CONTAINERS) from error
+        raise VideoOpenError(str(path), error.strerror or type(error).__name__) from error
+    except ValueError as error:  # streams that show themselves only by their packets
+        if probe:
+            raise
+        raise ProbeNeededError from error
+    with container:
+        if not (probe or _says_enough(container)):
+            raise ProbeNeededError
+        stream = _choose_stream(path, container)
+        _check_stream(path, stream, limits)
+        context = stream.codec_context
+        context.thread_count = 1
+        context.options = {"max_pixels": str(limits.max_pixels)}
+        yield OpenVideo(file, container, stream, _claimed_seconds(container, stream))
+
+
+def packets_of(video: OpenVideo) -> Iterator[Packet[VideoStream]]:
+    """The packets of the stream that have content, in decode order, from where reading stands.
+
+    Raises:
+        av.error.FFmpegError: The file can't be read on.
+    """
+    try:
+        yield from (packet for packet in video.container.demux(video.stream) if packet.size)
+    except IndexError:  # PyAV 18, at the end, where a stream turned up in mid-file: nothing is left to read
+        return
+
+
+def raise_out_of_memory(error: Exception) -> None:
+    """Tell a lack of memory from a broken file: the library reports both as its own errors.
+
+    Raises:
+        MemoryError: The library ran out of memory.
+    """
+    if getattr(error, "errno", None) == errno.ENOMEM:
+        raise MemoryError from error
+
+
+def _says_enough(container: InputContainer) -> bool:
+    streams = container.streams.video
+    return len(streams) == 1 and streams[0].codec_context is not None and streams[0].codec_context.name in _CARRIED
+
+
+def _choose_stream(path: Path, container: InputContainer) -> VideoStream:
+    """The largest stream of moving pictures that has a decoder; the first of several as large.
+
+    Cover art, timed thumbnails and stills are marked as such; an auxiliary track (a depth map, a 16x16 dummy) is
+    smaller than the pictures that it accompanies.
+    """
+    from av.stream import Disposition
+
+    aside = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image | Disposition.dependent
+    playable = [s for s in container.streams.video if s.codec_context is not None and not s.disposition & aside]
+    filled = [s for s in playable if s.frames != 0] or playable
+    if not filled:
+        kinds = ", ".join(_describe(stream) for stream in container.streams) or "no stream at all"
+        raise NoVideoStreamError(str(path), kinds)
+    return max(filled, key=lambda s: (s.codec_context.width * s.codec_context.height, -s.index))
+
+
+def _describe(stream: object) -> str:
+    codec = getattr(getattr(stream, "codec_context", None), "name", None) or "unknown codec"
+    return f"{getattr(stream, 'type', 'unknown')} ({codec})"
+
+
+def _check_stream(path: Path, stream: VideoStream, limits: DecodeLimits) -> None:
+    context = stream.codec_context
+    if "enc_key_id" in stream.metadata or context.codec_tag == "encv":
+        raise VideoEncryptedError(str(path))
+    width, height = (max(context.width, context.coded_width), max(context.height, context.coded_height))
+    if width * height > limits.max_pixels:
+        raise VideoTooLargeError(str(path), width_px=width, height_px=height, max_pixels=limits.max_pixels)
+
+
+def _claimed_seconds(container: InputContainer, stream: VideoStream) -> float | None:
+    """The stream's own duration, else its Matroska tag, else the container's, which audio may stretch."""
+    if stream.duration and stream.duration > 0 and stream.time_base:
+        claimed = float(stream.duration * stream.time_base)
+    elif "DURATION" in stream.metadata:
+        claimed = _clock_seconds(stream.metadata["DURATION"])
+    else:
+        claimed = (container.duration or 0) / _MICROSECONDS
+    if "matroska" in container.format.name and stream.start_time and stream.time_base:
+        claimed -= max(
+            0.0, float(stream.start_time * stream.time_base)
+        )  # Matroska counts from zero, not from the start
+    return claimed if claimed > 0 else None
+
+
+def _clock_seconds(clock: str) -> float:
+    """`00:01:05.500` is 65.5; 0 when it is no such thing."""
+    try:
+        hours, minutes, seconds = clock.split(":")
+        return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+    except ValueError:
+        return 0.0

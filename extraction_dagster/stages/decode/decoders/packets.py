@@ -1,0 +1,246 @@
+"""The packets of a video's stream: one pass that notes when each frame is shown, and which packets decode it.
+
+decode order     I0    P3    B1    B2    I6    B4    B5
+pts              0     3     1     2     6     4     5
+keyframe         yes                     yes
+to show 2: feed I0 P3 B1 B2;  to show 6: feed I6 alone;  to show 5: start at I0, for B4 and B5 lead I6
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from extraction_dagster.errors import VideoEncryptedError, VideoTooLongError
+from extraction_dagster.stages.decode.decoders.container import open_video, packets_of, raise_out_of_memory
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from av.packet import Packet
+    from av.video.stream import VideoStream
+
+    from extraction_dagster.stages.decode.decoders.container import OpenVideo
+    from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits
+
+# What a kept packet costs beside its own bytes.
+_PACKET_OVERHEAD_BYTES = 1024
+_BEFORE_ALL = -(2**63)
+_VP9_FRAME, _VP9_PROFILE, _VP9_PACK = 0b10_00_0000, 0b00_11_0000, 0b110_00_000
+# An MPEG-4 packet of so few bytes may say that the picture before it stays: it gives no frame. (In a small picture it
+# may also be a frame, and then nothing is lost but time.)
+_NOT_CODED_BYTES = {"mpeg4": 19}
+# A decoder that starts at a keyframe gives, for these, exactly what it gives when it starts at the file's beginning.
+_KEYFRAMES_ARE_CLEAN = frozenset(
+    {"h264", "hevc", "vp8", "vp9", "libdav1d", "av1", "mpeg1video", "mpeg2video", "mpeg4", "mjpeg", "prores", "dnxhd"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Packets to feed one after the other, from a keyframe to the last target that it serves."""
+
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class PacketIndex:
+    """What one pass over a stream's packets found, in decode order.
+
+    Attributes:
+        pts: int64, shape (P,): when each packet's frame is shown, in ticks.
+        keyframe: bool, shape (P,).
+        shown: bool, shape (P,): false for packets outside of the edit list and for frames that are never displayed.
+        last_duration: How long the last shown frame stays, in ticks; 0 when unknown.
+        kept: The packets themselves, or None when they were too many to keep.
+        clean: Whether a decoder that starts at a keyframe gives what it gives when it starts at the beginning.
+        irregular: Why the times can't be read off the packets, or None.
+        stopped: Why reading ended before the file's end, or None.
+    """
+
+    pts: np.ndarray
+    keyframe: np.ndarray
+    shown: np.ndarray
+    last_duration: int
+    kept: Sequence[Packet[VideoStream]] | None
+    clean: bool
+    irregular: str | None
+    stopped: str | None
+
+    def __len__(self) -> int:
+        """The number of packets, P."""
+        return len(self.pts)
+
+    def head(self) -> Run | None:
+        """The packets whose frames may not decode because the stream's beginning is missing; None when all will.
+
+        A stream cut out of a longer one may begin with frames that need the part before the cut. They come before the
+        first keyframe, or lead it: decode order P7 P8 I12 B10 B11 I18.
+        """
+        keys = np.flatnonzero(self.keyframe)
+        end = int(keys[1]) - 1 if len(keys) > 1 else len(self) - 1
+        first_key = int(keys[0])
+        before_key = self.shown[: end + 1] & (self.pts[: end + 1] < self.pts[first_key])
+        return Run(0, end) if first_key > 0 or before_key.any() else None
+
+    def runs(self, targets: Sequence[int]) -> list[Run]:
+        """The runs that decode the packets at `targets`, in decode order, overlapping ones joined.
+
+        Where keyframes are not clean, or not known, it is all of the stream in one.
+        """
+        if not self.clean:
+            return [Run(0, len(self) - 1)]
+        keys = np.flatnonzero(self.keyframe).tolist()
+        runs: list[Run] = []
+        for start, target in sorted((self._start(keys, target), target) for target in targets):
+            if runs and start <= runs[-1].last:
+                runs[-1] = Run(runs[-1].first, max(runs[-1].last, target))
+            else:
+                runs.append(Run(start, target))
+        return runs
+
+    def _start(self, keys: list[int], target: int) -> int:
+        """The last keyframe that neither follows the target in decode order nor is shown after it; else the start."""
+        for key in reversed(keys[: bisect.bisect_right(keys, target)]):
+            if self.pts[key] <= self.pts[target]:
+                return key
+        return 0
+
+
+def read_packets(video: OpenVideo, limits: DecodeLimits) -> PacketIndex:
+    """Read every packet of the stream once.
+
+    Raises:
+        VideoTooLongError: The frames span more than the limit.
+        VideoEncryptedError: A packet is encrypted.
+        MemoryError: The library ran out of memory.
+    """
+    builder = _Builder(video, limits)
+    stopped = None
+    import av
+
+    try:
+        for packet in packets_of(video):
+            builder.add(packet)
+    except av.error.FFmpegError as error:
+        raise_out_of_memory(error)
+        stopped = error.strerror or type(error).__name__
+    return builder.build(stopped)
+
+
+def fed_packets(video: OpenVideo, index: PacketIndex, limits: DecodeLimits) -> Iterator[Packet[VideoStream]]:
+    """The packets in decode order, once more: those that were kept, or from a second reading of the file."""
+    if index.kept is not None:
+        yield from index.kept
+        return
+    with open_video(video.file, limits) as again:
+        yield from read_again(again, len(index))
+
+
+def read_again(video: OpenVideo, count: int) -> Iterator[Packet[VideoStream]]:
+    """The first `count` packets of a freshly opened video: those that the first reading saw."""
+    return itertools.islice(packets_of(video), count)
+
+
+class _Builder:
+    """Collects packets into an index; each costs a few microseconds, which count where decoding is cheap."""
+
+    def __init__(self, video: OpenVideo, limits: DecodeLimits) -> None:
+        self._video, self._limits = video, limits
+        self._codec = video.stream.codec_context.name
+        self._is_hidden = _HIDES_FRAMES.get(self._codec)
+        self._not_coded_bytes = _NOT_CODED_BYTES.get(self._codec, 0)
+        self._pts: list[int] = []
+        self._keyframe: list[bool] = []
+        self._shown: list[bool] = []
+        self._kept: list[Packet[VideoStream]] | None = []
+        self._kept_bytes = 0
+        self._last_dts = _BEFORE_ALL
+        self._start, self._end, self._last_duration = 0, _BEFORE_ALL, 0
+        self._irregular: str | None = None
+
+    def add(self, packet: Packet[VideoStream]) -> None:
+        if packet.has_sidedata("encryption_info"):
+            raise VideoEncryptedError(str(self._video.path))
+        pts, dts = packet.pts, packet.dts
+        if dts is not None:
+            if dts < self._last_dts:
+                self._irregular = self._irregular or "time runs backwards"
+            self._last_dts = dts
+        if pts is None:
+            self._irregular = self._irregular or "packets without pts"
+            pts = dts if dts is not None else 0
+        if packet.size <= self._not_coded_bytes:
+            self._irregular = self._irregular or "packets that may give no frame"
+        if not self._start <= pts < self._end:
+            self._widen(pts, packet)
+        self._pts.append(pts)
+        self._keyframe.append(packet.is_keyframe)
+        self._shown.append(not (packet.is_discard or (self._is_hidden is not None and self._is_hidden(packet))))
+        self._keep(packet)
+
+    def build(self, stopped: str | None) -> PacketIndex:
+        pts, shown = np.array(self._pts, np.int64), np.array(self._shown, bool)
+        if self._irregular is None and len(np.unique(pts[shown])) != np.count_nonzero(shown):
+            self._irregular = "several frames with the same pts"
+        if self._irregular is None and not any(self._keyframe):
+            self._irregular = "no keyframe"
+        return PacketIndex(
+            pts=pts,
+            keyframe=np.array(self._keyframe, bool),
+            shown=shown,
+            last_duration=self._last_duration,
+            kept=self._kept,
+            clean=self._codec in _KEYFRAMES_ARE_CLEAN,
+            irregular=self._irregular,
+            stopped=stopped,
+        )
+
+    def _widen(self, pts: int, packet: Packet[VideoStream]) -> None:
+        """Note how long the frames last, and refuse a video of which they last too long."""
+        self._start = min(self._start, pts) if self._pts else pts
+        if pts >= self._end:
+            self._end, self._last_duration = pts, packet.duration or 0
+        seconds = float((self._end - self._start) * packet.time_base)
+        if seconds > self._limits.max_duration_seconds:
+            raise VideoTooLongError(
+                str(self._video.path), seconds=seconds, max_seconds=self._limits.max_duration_seconds
+            )
+
+    def _keep(self, packet: Packet[VideoStream]) -> None:
+        if self._kept is None:
+            return
+        self._kept_bytes += packet.size + _PACKET_OVERHEAD_BYTES
+        if self._kept_bytes > self._limits.max_packet_bytes:
+            self._kept = None
+        else:
+            self._kept.append(packet)
+
+
+def _is_hidden_vp8(packet: Packet[VideoStream]) -> bool:
+    """A packet's bit 4 says whether its frame is displayed."""
+    return not memoryview(packet)[0] & 0x10
+
+
+def _is_hidden_vp9(packet: Packet[VideoStream]) -> bool:
+    """Whether a packet's frame is for reference only; such frames are packed with a shown one, as a rule.
+
+    The first byte: 10, profile (2 bits, and a third where both are set), shows an older frame, type, is displayed. A
+    pack ends with an index, whose first and last byte are the same: 110, bytes of a size - 1 (2), frames - 1 (3).
+    """
+    content = memoryview(packet)
+    mark, head = content[-1], content[0]
+    index_bytes = 2 + ((mark >> 3 & 3) + 1) * ((mark & 7) + 1)
+    if mark & 0xE0 == _VP9_PACK and len(content) >= index_bytes and content[-index_bytes] == mark:
+        return False
+    later = 1 if head & _VP9_PROFILE == _VP9_PROFILE else 0
+    return head & 0xC0 == _VP9_FRAME and not head >> (3 - later) & 1 and not head >> (1 - later) & 1
+
+
+# Codecs that keep frames for reference alone in packets of their own; others pack them with shown ones.
+_HIDES_FRAMES = {"vp8": _is_hidden_vp8, "vp9": _is_hidden_vp9}

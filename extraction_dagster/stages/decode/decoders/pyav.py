@@ -1,0 +1,227 @@
+"""The default decoder: exact, and close to the least work that the codec library can do.
+
+It plans on packets (one reading, no seeking), decodes only from keyframes to targets, and leaves out frames that no
+other frame refers to. Whenever a stream does not behave as planned, it decodes everything from the beginning instead:
+the frames are those of a full sequential decode, always.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from extraction_dagster.errors import ExtractionError, VideoDecodeError
+from extraction_dagster.records import FrameBatch
+from extraction_dagster.stages.decode.decoders.container import (
+    ProbeNeededError,
+    may_do_without_probe,
+    open_video,
+    raise_out_of_memory,
+)
+from extraction_dagster.stages.decode.decoders.decoder import DecodedVideo, shortfall
+from extraction_dagster.stages.decode.decoders.geometry import Geometry
+from extraction_dagster.stages.decode.decoders.packets import fed_packets, read_packets
+from extraction_dagster.stages.decode.decoders.sequential import decode_sequentially
+from extraction_dagster.stages.decode.decoders.video_file import open_file
+from extraction_dagster.stages.decode.sampling import select_frames
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from av.video.frame import VideoFrame
+
+    from extraction_dagster.stages.decode.decoders.container import OpenVideo
+    from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits
+    from extraction_dagster.stages.decode.decoders.packets import PacketIndex, Run
+    from extraction_dagster.stages.decode.decoders.video_file import VideoFile
+    from extraction_dagster.stages.decode.sampling import Sampling, Selection
+
+logger = logging.getLogger(__name__)
+
+# libdav1d loses targets when told to skip; vp8 and vp9 gain nothing.
+_SKIPS_NONREF = frozenset({"h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4"})
+
+
+class UnplannedError(Exception):
+    """The stream does not decode as its packets promised; caught here, never seen outside."""
+
+
+class PyAVDecoder:
+    """Decodes by libavcodec through PyAV."""
+
+    name = "pyav"
+
+    def decode(self, video: Path, *, sampling: Sampling, short_side_px: int, limits: DecodeLimits) -> DecodedVideo:
+        """Decode the frames shown at the sampled times; see `Decoder.decode`."""
+        with open_file(video) as file:
+            if may_do_without_probe(file):
+                with suppress(UnplannedError, ProbeNeededError, ExtractionError):  # the next attempt finds it as well
+                    return _decode_planned(file, sampling, short_side_px, limits, probe=False)
+            try:
+                return _decode_planned(file, sampling, short_side_px, limits, probe=True)
+            except UnplannedError as unplanned:
+                logger.debug("Decoding %r from its beginning: %s.", str(video), unplanned)
+                return decode_sequentially(file, sampling, short_side_px, limits)
+
+
+def _decode_planned(
+    file: VideoFile, sampling: Sampling, short_side_px: int, limits: DecodeLimits, *, probe: bool
+) -> DecodedVideo:
+    with open_video(file, limits, probe=probe) as video:
+        index = read_packets(video, limits)
+        if len(index) == 0:
+            raise VideoDecodeError(str(file.path), listed_frames=video.stream.frames, why=index.stopped or "no packet")
+        if index.irregular is not None:
+            raise UnplannedError(index.irregular)
+        if sampling.needs_keyframes and not index.clean:
+            reason = f"codec {video.stream.codec_context.name} knows its keyframes only once they are decoded"
+            raise UnplannedError(reason)
+        display = _display_order(video, index, limits)
+        ticks = index.pts[display]
+        seconds = _seconds(ticks - ticks[0], video)
+        selection = select_frames(seconds, sampling, index.keyframe[display])
+        targets = display[selection.frame_number]
+        pictures = _decode_targets(video, index, targets, short_side_px, limits)
+        partial = _missing(
+            video, index, covered_seconds=float(_seconds(ticks[-1:] - ticks[0] + index.last_duration, video)[0])
+        )
+    return DecodedVideo(_batch(pictures, seconds, selection), video.claimed_seconds, partial)
+
+
+def _seconds(ticks: np.ndarray, video: OpenVideo) -> np.ndarray:
+    """Ticks as seconds, each correctly rounded."""
+    base = video.stream.time_base
+    if base is None:
+        reason = "no time base"
+        raise UnplannedError(reason)
+    return ticks * base.numerator / base.denominator
+
+
+def _display_order(video: OpenVideo, index: PacketIndex, limits: DecodeLimits) -> np.ndarray:
+    """The packets whose frames are shown, in the order in which they are shown."""
+    shown = index.shown.copy()
+    head = index.head() if index.clean else None  # else the check of the whole run sees to it
+    if head is not None:
+        decoded = {frame.pts for frame in _decode_runs(video, index, [head], limits, targets=None)}
+        positions = np.arange(head.last + 1)
+        shown[positions] &= np.isin(index.pts[positions], np.array(list(decoded), np.int64))
+    display = np.flatnonzero(shown)
+    if len(display) == 0:
+        reason = "no frame of the stream's beginning decodes"
+        raise UnplannedError(reason)
+    return display[np.argsort(index.pts[display])]
+
+
+def _decode_targets(
+    video: OpenVideo, index: PacketIndex, targets: np.ndarray, short_side_px: int, limits: DecodeLimits
+) -> list[np.ndarray]:
+    """The pictures of the packets at `targets`, in the order of `targets`."""
+    from av.video.reformatter import VideoReformatter
+
+    place = {int(index.pts[target]): number for number, target in enumerate(targets)}
+    pictures: list[np.ndarray | None] = [None] * len(targets)
+    reformatter, geometry = VideoReformatter(), None
+    for frame in _decode_runs(video, index, index.runs(targets.tolist()), limits, targets=set(targets.tolist())):
+        number = place.get(frame.pts if frame.pts is not None else -1)
+        if number is None:
+            continue
+        if geometry is None:
+            geometry = Geometry.of(frame, sample_aspect=video.sample_aspect, short_side_px=short_side_px)
+            width, height = geometry.shown_size
+            limits.check_batch(video.path, num_frames=len(targets), width_px=width, height_px=height)
+        pictures[number] = geometry.show(frame, reformatter)
+    found = [picture for picture in pictures if picture is not None]
+    if len(found) < len(pictures):
+        reason = f"{len(pictures) - len(found)} targets did not decode"
+        raise UnplannedError(reason)
+    return found
+
+
+def _decode_runs(
+    video: OpenVideo, index: PacketIndex, runs: Sequence[Run], limits: DecodeLimits, *, targets: set[int] | None
+) -> Iterator[VideoFrame]:
+    """Feed the runs' packets and yield every frame that comes out; without `targets`, all are wanted."""
+    import av
+
+    context = video.stream.codec_context
+    skips = targets is not None and context.name in _SKIPS_NONREF
+    packets = enumerate(fed_packets(video, index, limits))
+    for run in runs:
+        check = _Check(index, run) if targets is not None else None
+        try:
+            for number, packet in packets:
+                if number >= run.first:
+                    context.skip_frame = "NONREF" if skips and number not in (targets or ()) else "DEFAULT"
+                    yield from _checked(context.decode(packet), check)
+                if number == run.last:
+                    break
+            yield from _checked(context.decode(None), check)
+            if check is not None:
+                check.at_end()
+        except av.error.FFmpegError as error:
+            raise_out_of_memory(error)
+            raise UnplannedError(str(error)) from error
+        context.flush_buffers()
+
+
+class _Check:
+    """Whether a run's frames come out as its packets promised."""
+
+    def __init__(self, index: PacketIndex, run: Run) -> None:
+        fed = slice(run.first, run.last + 1)
+        self._promised = set(index.pts[fed][index.shown[fed]].tolist())
+        self._first = int(index.pts[run.first])
+        self._clean = index.clean
+
+    def look(self, frame: VideoFrame) -> None:
+        """Take in a frame.
+
+        Raises:
+            UnplannedError: It is not as promised.
+        """
+        reason = None
+        if frame.pts not in self._promised:
+            reason = f"a frame at {frame.pts} that no packet announced"
+        elif frame.is_corrupt:
+            reason = f"a damaged frame at {frame.pts}"
+        elif self._clean and frame.pts == self._first and not frame.key_frame:
+            reason = f"the frame at {frame.pts} is no keyframe, against what the container says"
+        elif not self._clean:
+            self._promised.remove(frame.pts)
+        if reason is not None:
+            raise UnplannedError(reason)
+
+    def at_end(self) -> None:
+        """All of the run came out.
+
+        Raises:
+            UnplannedError: Of a run over the whole stream, where every frame counts, one did not.
+        """
+        if not self._clean and self._promised:
+            reason = f"{len(self._promised)} packets gave no frame"
+            raise UnplannedError(reason)
+
+
+def _checked(frames: Sequence[VideoFrame], check: _Check | None) -> Sequence[VideoFrame]:
+    for frame in frames if check is not None else ():
+        if check is not None:
+            check.look(frame)
+    return frames
+
+
+def _missing(video: OpenVideo, index: PacketIndex, *, covered_seconds: float) -> str | None:
+    """Why the video is incomplete; None when every packet was read that the container's index lists."""
+    if 0 < video.stream.frames <= len(index):
+        return None
+    short = shortfall(covered_seconds=covered_seconds, claimed_seconds=video.claimed_seconds)
+    return f"{short}; reading stopped: {index.stopped}" if short and index.stopped else short
+
+
+def _batch(pictures: Sequence[np.ndarray], seconds: np.ndarray, selection: Selection) -> FrameBatch:
+    return FrameBatch(
+        np.stack(pictures), seconds[selection.frame_number], selection.target_seconds, selection.frame_number
+    )

@@ -1,0 +1,1 @@
+"""Processes that decode one untrusted video each, and can be killed."""

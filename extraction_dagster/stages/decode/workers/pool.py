@@ -1,0 +1,247 @@
+"""Worker processes that a video may crash, hang or fill without harm to its siblings.
+
+One single-threaded process a core, one video at a time in each; the parent has no thread of its own. A worker starts as
+a fresh interpreter that knows nothing of the parent's main module, so that a script, a notebook, pytest and a Dagster
+run can all be the parent. Killing a worker is always safe: it shares no lock with anyone.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from enum import Enum
+from multiprocessing.connection import wait
+from typing import TYPE_CHECKING
+
+from extraction_dagster.errors import (
+    DecodeMemoryError,
+    DecodeTimeoutError,
+    DecodeWorkerDiedError,
+    DecodeWorkerStartError,
+)
+from extraction_dagster.records import Failure, Outcome
+from extraction_dagster.stages.decode.workers.process import WorkerProcess
+from extraction_dagster.stages.decode.workers.worker import Fault
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Iterable, Iterator
+
+    from extraction_dagster.errors import ExtractionError
+    from extraction_dagster.settings import Settings
+    from extraction_dagster.stages.decode.task import DecodeJob
+    from extraction_dagster.stages.decode.workers.worker import Report
+
+_TURN_SECONDS = 0.05
+_MOST_EARLY_ENDS = 8  # of workers, one after the other, before they began with a video: so would all others
+
+
+class _End(Enum):
+    """After the last job."""
+
+    END = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PoolOptions:
+    """How many workers, and what each may cost.
+
+    Attributes:
+        workers: Most processes at a time.
+        timeout_seconds: Wall-clock limit for one video.
+        memory_bytes: Address space of a worker beyond its own start.
+        max_tasks: Videos after which a worker is replaced, so that a leak in a codec stays small.
+        task: What runs on each job, as `module:function`.
+    """
+
+    workers: int
+    timeout_seconds: float
+    memory_bytes: int
+    max_tasks: int = 200
+    task: str = "extraction_dagster.stages.decode.task:decode_job"
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> PoolOptions:
+        """Read the options from the settings."""
+        return cls(settings.decode_workers, settings.decode_timeout_seconds, settings.decode_memory_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What became of one video, and what it cost."""
+
+    outcome: Outcome
+    cpu_seconds: float = 0.0
+    wall_seconds: float = 0.0
+
+
+def decode_all(jobs: Iterable[DecodeJob | None], options: PoolOptions) -> Generator[Decoded, None, None]:
+    """Decode videos in worker processes; the outcomes come as they are ready.
+
+    Jobs are drawn as workers become free, so that no more than `options.workers` are under way; None among them means
+    that the next one is not ready yet, and gives the workers a turn. Closing the iterator, or any exception in it,
+    stops the workers at once.
+
+    Raises:
+        DecodeWorkerStartError: A worker can't start; no video is to blame.
+    """
+    pool = _Pool(options)
+    try:
+        yield from pool.run(iter(jobs))
+    finally:
+        pool.stop()
+
+
+class _Pool:
+    """The workers and who has what."""
+
+    def __init__(self, options: PoolOptions) -> None:
+        self._options = options
+        self._workers: list[WorkerProcess] = []
+        self._returned: list[DecodeJob] = []
+        self._early_ends = 0
+
+    def run(self, jobs: Iterator[DecodeJob | None]) -> Iterator[Decoded]:
+        more = True
+        while True:
+            drawn: DecodeJob | _End | None = _End.END
+            while self._has_room() and (more or self._returned):
+                drawn = self._returned.pop() if self._returned else next(jobs, _End.END)
+                if drawn is None:
+                    break
+                if drawn is _End.END:
+                    more = False
+                else:
+                    self._give(drawn)
+            busy = [worker for worker in self._workers if worker.job is not None]
+            if busy:
+                for decoded in self._collect(busy, at_most=_TURN_SECONDS if drawn is None else None):
+                    handed_over = time.monotonic()
+                    yield decoded
+                    self._make_up_for(time.monotonic() - handed_over)
+            elif drawn is not None:
+                return
+
+    def stop(self) -> None:
+        while self._workers:
+            self._workers.pop().stop()
+
+    def _has_room(self) -> bool:
+        return len(self._workers) < self._options.workers or any(worker.job is None for worker in self._workers)
+
+    def _give(self, job: DecodeJob) -> None:
+        """Hand a job to an idle worker, or to a new one; an idle worker that died meanwhile is replaced."""
+        while True:
+            worker = next((worker for worker in self._workers if worker.job is None), None)
+            if worker is None:
+                worker = WorkerProcess(task=self._options.task, memory_bytes=self._options.memory_bytes)
+                self._workers.append(worker)
+            try:
+                worker.give(job, self._options.timeout_seconds)
+            except OSError:
+                self._note_early_end(worker)
+                self._drop(worker)
+            else:
+                return
+
+    def _collect(self, busy: list[WorkerProcess], *, at_most: float | None) -> Iterator[Decoded]:
+        """Wait for the next report, death or deadline, or until a job may be ready."""
+        left = min(worker.deadline for worker in busy) - time.monotonic()
+        left = left if at_most is None else min(left, at_most)
+        wait([worker.wire for worker in busy], timeout=max(0.0, left))
+        for worker in busy:
+            yield from self._hear(worker)
+            if worker.job is not None and time.monotonic() >= worker.deadline:
+                yield self._time_out(worker)
+
+    def _make_up_for(self, seconds: float) -> None:
+        """Workers may have waited to be heard while the caller was busy with an outcome, a slow store say."""
+        for worker in self._workers:
+            worker.deadline += seconds
+
+    def _hear(self, worker: WorkerProcess) -> Iterator[Decoded]:
+        try:
+            report = worker.receive()
+        except MemoryError:
+            raise
+        except Exception:  # noqa: BLE001 - it hung up, or sent what it should not: either is its end
+            yield from self._bury(worker)
+        else:
+            if report is not None:
+                yield self._finish(worker, report)
+
+    def _finish(self, worker: WorkerProcess, report: Report) -> Decoded:
+        job, worker.job, self._early_ends = _job_of(worker), None, 0
+        fault = report.fault
+        if fault is None:
+            outcome = Outcome(job.record_id, frames=report.result)
+        elif fault.out_of_memory:
+            error = DecodeMemoryError(job.path, limit_bytes=self._options.memory_bytes)
+            outcome = _failed(job, _fault_of(error), worker.last_words())
+        else:
+            outcome = _failed(job, fault, worker.last_words())
+        if worker.tasks >= self._options.max_tasks or (fault is not None and fault.out_of_memory):
+            self._drop(worker)
+        return Decoded(outcome, report.cpu_seconds, report.wall_seconds)
+
+    def _time_out(self, worker: WorkerProcess) -> Decoded:
+        if not worker.ready:
+            raise self._no_start(worker)
+        job, said = _job_of(worker), worker.last_words()
+        self._drop(worker)
+        error = DecodeTimeoutError(job.path, seconds=self._options.timeout_seconds)
+        return Decoded(_failed(job, _fault_of(error), said), wall_seconds=self._options.timeout_seconds)
+
+    def _bury(self, worker: WorkerProcess) -> Iterator[Decoded]:
+        """Blame a worker's death on its video, unless it died before it took it."""
+        if not worker.taken:
+            self._note_early_end(worker)
+        job, said = _job_of(worker), worker.last_words()
+        worker.reap()
+        how = self._drop(worker)
+        if worker.taken:
+            self._early_ends = 0
+            yield Decoded(_failed(job, _fault_of(DecodeWorkerDiedError(job.path, how=how)), said))
+        else:
+            self._returned.append(job)
+
+    def _note_early_end(self, worker: WorkerProcess) -> None:
+        """A worker that was killed before it began with a video is replaced, as long as that is no rule.
+
+        Raises:
+            DecodeWorkerStartError: It ended by itself before it was ready; or so did too many, one after the other.
+        """
+        worker.reap()
+        self._early_ends += 1
+        if self._early_ends > _MOST_EARLY_ENDS or not (worker.ready or worker.was_killed):
+            raise self._no_start(worker)
+
+    def _no_start(self, worker: WorkerProcess) -> DecodeWorkerStartError:
+        said = worker.last_words().splitlines()[-1:]
+        return DecodeWorkerStartError(self._drop(worker), "".join(said))
+
+    def _drop(self, worker: WorkerProcess) -> str:
+        self._workers.remove(worker)
+        worker.job = None
+        return worker.stop()
+
+
+def _job_of(worker: WorkerProcess) -> DecodeJob:
+    if worker.job is None:
+        message = "a worker reported on a video that it was not given"
+        raise RuntimeError(message)
+    return worker.job
+
+
+def _fault_of(error: ExtractionError) -> Fault:
+    return Fault(type(error).__name__, str(error), permanent=error.permanent)
+
+
+def _failed(job: DecodeJob, fault: Fault, said: str) -> Outcome:
+    details = "\n".join(part for part in (fault.traceback.strip(), said) if part)
+    message = f"Record {job.record_id}: {fault.message or fault.error_type}"
+    return Outcome(
+        job.record_id,
+        failure=Failure(
+            job.record_id, job.content_version, "decode", fault.error_type, message, fault.permanent, details
+        ),
+    )

@@ -1,0 +1,1 @@
+"""A model's network, compiled once for this machine and kept."""

@@ -1,0 +1,1 @@
+"""Models that turn pictures into vectors, behind one interface."""

@@ -1,0 +1,1 @@
+"""Qdrant's engine embedded in this process."""

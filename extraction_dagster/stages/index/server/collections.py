@@ -1,0 +1,153 @@
+"""The server's collections: which one a name stands for, what it holds, and changing that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from extraction_dagster.errors import (
+    CollectionInUseError,
+    CollectionMismatchError,
+    CollectionMissingError,
+    CollectionNameTakenError,
+)
+from extraction_dagster.stages.index.protocol import PAYLOAD_INDEXES, CollectionSpec
+from extraction_dagster.stages.index.server.retry import is_already_there, require_completed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from qdrant_client import QdrantClient
+
+_Result = TypeVar("_Result")
+_METADATA_KEY = "extraction"
+
+
+class _Call(Protocol):
+    """Make a call to the server, and repeat it while its failure may pass."""
+
+    def __call__(self, operation: str, function: Callable[[], _Result], /) -> _Result: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ServerCollections:
+    """Collections and aliases of a server; every method can be repeated after any failure."""
+
+    client: QdrantClient
+    url: str
+    call: _Call
+
+    def behind(self, name: str) -> str | None:
+        """The collection that a name stands for: an alias' target, or a collection of that very name."""
+        aliases = self.call("list aliases", self.client.get_aliases).aliases
+        found = {alias.alias_name: alias.collection_name for alias in aliases}
+        return found.get(name) or (name if self.exists(name) else None)
+
+    def exists(self, target: str) -> bool:
+        """Whether there is a collection of this very name."""
+        return bool(self.call("look up a collection", lambda: self.client.collection_exists(target)))
+
+    def under(self, name: str) -> dict[str, bool]:
+        """The fingerprints under a name, and whether each is the one that the name stands for."""
+        current = self.behind(name)
+        found = self.call("list collections", self.client.get_collections).collections
+        prefix = f"{name}-"
+        names = sorted(item.name for item in found if item.name.startswith(prefix))
+        return {item.removeprefix(prefix): item == current for item in names}
+
+    def spec(self, target: str, name: str) -> CollectionSpec:
+        """What a collection says of itself; on a server without metadata its full name carries the fingerprint."""
+        config = self.call("look up a collection", lambda: self.client.get_collection(target)).config
+        metadata = (config.metadata or {}).get(_METADATA_KEY) or {}
+        vectors: Any = config.params.vectors
+        fingerprint = str(metadata.get("fingerprint") or target.removeprefix(f"{name}-"))
+        is_half = vectors.datatype is not None and vectors.datatype.value == "float16"
+        return CollectionSpec(
+            name,
+            int(vectors.size),
+            fingerprint,
+            "float16" if is_half else "float32",
+            "none" if (vectors.quantization_config or config.quantization_config) is None else "scalar",
+            on_disk=bool(vectors.on_disk),
+        )
+
+    def ensure(self, target: str, spec: CollectionSpec) -> None:
+        """Create a collection and its payload indexes where they are missing.
+
+        Raises:
+            CollectionMismatchError: It holds other vectors.
+        """
+        if not self.exists(target):
+            self._create(target, spec)
+        found = self.spec(target, spec.name)
+        if (found.dim, found.fingerprint) != (spec.dim, spec.fingerprint):
+            raise CollectionMismatchError(spec.name, self.url, got=found.vectors, expected=spec.vectors)
+        info = self.call("look up a collection", lambda: self.client.get_collection(target))
+        for field, kind in PAYLOAD_INDEXES.items():
+            if field not in (info.payload_schema or {}):
+                self._create_index(target, field, kind)
+
+    def publish(self, name: str, target: str) -> None:
+        """Let a name stand for a collection, in one step on the server.
+
+        Raises:
+            CollectionNameTakenError: A collection has that very name, so that it can't become an alias.
+        """
+        from qdrant_client import models
+
+        current = self.behind(name)
+        if current == target:
+            return
+        if current == name:
+            raise CollectionNameTakenError(name, self.url)
+        operations: list[Any] = []
+        if current is not None:
+            operations.append(models.DeleteAliasOperation(delete_alias=models.DeleteAlias(alias_name=name)))
+        create = models.CreateAlias(collection_name=target, alias_name=name)
+        operations.append(models.CreateAliasOperation(create_alias=create))
+        self.call("publish a collection", lambda: self.client.update_collection_aliases(operations))
+
+    def drop(self, name: str, target: str) -> None:
+        """Remove a collection.
+
+        Raises:
+            CollectionInUseError: The name stands for it.
+            CollectionMissingError: There is none.
+        """
+        if self.behind(name) == target:
+            raise CollectionInUseError(target, self.url)
+        if not self.exists(target):
+            raise CollectionMissingError(target, self.url)
+        self.call("drop a collection", lambda: self.client.delete_collection(target))
+
+    def _create(self, target: str, spec: CollectionSpec) -> None:
+        from qdrant_client import models
+
+        int8 = models.ScalarQuantizationConfig(type=models.ScalarType.INT8, quantile=0.99, always_ram=True)
+        vectors = models.VectorParams(
+            size=spec.dim,
+            distance=models.Distance.COSINE,
+            datatype=models.Datatype(spec.vector_dtype),
+            on_disk=spec.on_disk or None,
+            quantization_config=models.ScalarQuantization(scalar=int8) if spec.quantization == "scalar" else None,
+        )
+        metadata = {_METADATA_KEY: {"v": 1, "name": spec.name, "fingerprint": spec.fingerprint}}
+
+        def create() -> None:
+            try:
+                self.client.create_collection(target, vectors_config=vectors, metadata=metadata)
+            except Exception as error:
+                # Another run was quicker, or an earlier try of ours whose answer was lost.
+                if not is_already_there(error):
+                    raise
+
+        self.call("create a collection", create)
+
+    def _create_index(self, target: str, field: str, kind: str) -> None:
+        from qdrant_client import models
+
+        schema = models.PayloadSchemaType(kind)
+        self.call(
+            "create a payload index",
+            lambda: require_completed(self.client.create_payload_index(target, field, field_schema=schema, wait=True)),
+        )

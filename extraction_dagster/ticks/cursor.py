@@ -1,0 +1,132 @@
+"""The cursor's state: a watermark derived from the rows, kept in Dagster's cursor store as strict JSON.
+
+{"v":1,"source":"0f3c…","last_processed_id":12345,"frontier_id":16345,"floor_id":null,"seq":17,"reset_epoch":0,
+ "updated_at":"2025-01-31T12:00:00Z"}
+
+      floor_id      last_processed_id           frontier_id
+─────────┼─────────────────┼─────────────────────────┼──────────────► id
+ left    │ every eligible  │ handed out in ranges,   │ not handed out yet
+ alone   │ row is done or  │ some rows unfinished    │
+         │ parked          │                         │
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from extraction_dagster.errors import CursorError
+from extraction_dagster.ticks.strict_json import parse_strictly
+
+_MAX_BYTES = 64 * 1024
+_MIN_ID, _MAX_ID = -(2**63), 2**63 - 1
+_KEYS = {
+    "v",
+    "source",
+    "last_processed_id",
+    "frontier_id",
+    "floor_id",
+    "seq",
+    "reset_epoch",
+    "updated_at",
+}
+_VERSION = 1
+_EPOCH = datetime.fromtimestamp(0, UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class CursorState:
+    """Where processing is.
+
+    Attributes:
+        source: 16 hex digits that tell the source table from others.
+        last_processed_id: The contiguous low watermark: every eligible id at or below it was done or parked when the
+            watermark moved there. None before the first.
+        frontier_id: The end of the last range handed out; None before the first.
+        floor_id: The operator's floor: rows at or below are left alone; None for none.
+        seq: Counts run requests; never repeats, so that no run key does.
+        reset_epoch: Counts the operator's set and reset; within an epoch the watermark never goes back.
+        updated_at: When the state last changed.
+    """
+
+    source: str
+    last_processed_id: int | None = None
+    frontier_id: int | None = None
+    floor_id: int | None = None
+    seq: int = 0
+    reset_epoch: int = 0
+    updated_at: datetime = _EPOCH
+
+    @classmethod
+    def first(cls, source: str, *, now: datetime) -> CursorState:
+        """The state before anything was processed; `seq` starts at the clock, past every number of a lost cursor."""
+        return cls(source=source, seq=int(now.timestamp() * 1000), updated_at=now)
+
+    def to_json(self) -> str:
+        """The state as the cursor store keeps it."""
+        values = asdict(self) | {"v": _VERSION, "updated_at": f"{self.updated_at.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"}
+        ordered = {name: values[name] for name in ("v", *CursorState.__dataclass_fields__)}
+        return json.dumps(ordered)  # with spaces, so that the sensor's page can wrap it
+
+    @classmethod
+    def from_json(cls, text: str, *, source: str) -> CursorState:
+        """Read what the cursor store keeps; anything unexpected is refused, never guessed at.
+
+        Raises:
+            CursorError: The text is no state of this version, or it belongs to another source table.
+        """
+        if len(text.encode()) > _MAX_BYTES:
+            raise CursorError(f"it has {len(text.encode())} bytes, expected at most {_MAX_BYTES}")
+        values = _parse(text)
+        if values["source"] != source:
+            raise CursorError(f"it belongs to source {values['source']!r}, this one is {source!r}")
+        ids = {name: _integer(values, name, optional=True) for name in ("last_processed_id", "frontier_id", "floor_id")}
+        counters = {name: _counter(values, name) for name in ("seq", "reset_epoch")}
+        return cls(source=source, **ids, **counters, updated_at=_time(values["updated_at"]))  # type: ignore[arg-type]
+
+    def moved(self, *, now: datetime, **changes: Any) -> CursorState:  # noqa: ANN401 - field values
+        """The state with changes, stamped; the same object when nothing changes."""
+        changed = replace(self, **changes)
+        return self if changed == self else replace(changed, updated_at=now)
+
+
+def _parse(text: str) -> dict[str, Any]:
+    try:
+        values = parse_strictly(text)
+    except ValueError as error:
+        raise CursorError(f"it is no JSON object: {error}") from None
+    if not isinstance(values, dict):
+        raise CursorError(f"it is a JSON {type(values).__name__}, expected an object")
+    if type(values.get("v")) is not int or values["v"] != _VERSION:
+        raise CursorError(f"it has version {values.get('v')!r}, expected {_VERSION}")
+    if set(values) != _KEYS:
+        raise CursorError(f"it has the keys {sorted(values)}, expected {sorted(_KEYS)}")
+    if not isinstance(values["source"], str) or not re.fullmatch("[0-9a-f]{16}", values["source"]):
+        raise CursorError(f"its source is {values['source']!r}, expected 16 hex digits")
+    return values
+
+
+def _integer(values: dict[str, Any], name: str, *, optional: bool = False) -> int | None:
+    value = values[name]
+    if value is None and optional:
+        return None
+    if type(value) is not int or not _MIN_ID <= value <= _MAX_ID:
+        raise CursorError(f"its {name} is {value!r}, expected an integer that fits BIGINT")
+    return value
+
+
+def _counter(values: dict[str, Any], name: str) -> int:
+    value = _integer(values, name)
+    if value is None or value < 0:
+        raise CursorError(f"its {name} is {value!r}, expected 0 or more")
+    return value
+
+
+def _time(value: object) -> datetime:
+    try:
+        return datetime.strptime(str(value), "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
+    except ValueError:
+        raise CursorError(f"its updated_at is {value!r}, expected for example 2025-01-31T12:00:00Z") from None

@@ -1,0 +1,324 @@
+"""One tick of the sensor, as a function: from what the rows say to ranges to request and the next cursor.
+
+It reads nothing and writes nothing, so that it can be tested against every order of events. What it must hold:
+
+- the watermark moves over rows that are done or parked, never over an unfinished one, and never back;
+- each range handed out starts right after the frontier, so that no id falls between two ranges; but rows that were done
+  before there were ranges, more than a run can look through, are in none;
+- a row that is due is in a range that has an active run, or gets one, or waits for its turn: none is forgotten.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass, field
+from itertools import groupby, takewhile
+from typing import TYPE_CHECKING
+
+from extraction_dagster.records import IdRange
+from extraction_dagster.stages.catalog.ranges import merge
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from datetime import datetime
+
+    from extraction_dagster.stages.catalog.pending import Scan
+    from extraction_dagster.ticks.cursor import CursorState
+
+_MAX_ID = 2**63 - 1
+_LONGEST_DELAY_SECONDS = 3600.0
+_MOST_BATCHES = 2  # of due rows in a range that is asked for again as it is
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """The settings that a tick obeys.
+
+    Attributes:
+        batch_size: Records to a range.
+        max_in_flight: Most ranges with an active run.
+        max_wait_seconds: Longest wait of a row for its range to fill.
+        backs_off: Whether a range whose runs failed waits before the next one.
+        retry_delay_seconds: The wait after the first failed run; doubles at each further one.
+        most_rows: Of a new range, done ones too: a run looks at each of them, and holds them in memory.
+    """
+
+    batch_size: int
+    max_in_flight: int
+    max_wait_seconds: float
+    backs_off: bool = True
+    retry_delay_seconds: float = 30.0
+    most_rows: int = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """The runs of a range that have ended.
+
+    Attributes:
+        failures_in_a_row: Failed runs since the last success.
+        ended_at: When the last one ended; None when there was none.
+    """
+
+    failures_in_a_row: int = 0
+    ended_at: datetime | None = None
+
+
+@dataclass(slots=True)
+class Patience:
+    """Since when rows have been waiting for their range to fill.
+
+    Attributes:
+        since: By kind: `tail`, rows that trickle into the last range; `ahead`, rows above the frontier.
+    """
+
+    since: dict[str, datetime] = field(default_factory=dict)
+
+    def is_over(self, kind: str, *, now: datetime, seconds: float) -> bool:
+        """Whether rows of a kind have waited long enough; the wait begins with the first question."""
+        return (now - self.since.setdefault(kind, now)).total_seconds() >= seconds
+
+    def end(self, kind: str) -> None:
+        """Nothing of a kind is waiting any more."""
+        self.since.pop(kind, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What a tick sees; active ranges are looked up before rows are, so that a run that ends in between is no loss.
+
+    Attributes:
+        active: Ranges that have an active run, whoever launched it; those of backfills apart.
+        window: Unfinished rows between the watermark and the frontier.
+        ahead: Unfinished rows above the frontier.
+        swept: Due rows at or below the watermark: late commits, cleared marks, changed versions.
+        density: Ids to a record, over the newest records; asked for when the tail is cut.
+        partitions: The ranges that hold any of these ids, which ascend; asked for when a row below the frontier is due
+            and no active run covers it.
+        history: The ended runs of a range; asked for when it is to be requested again.
+        backfilled: Ranges that backfills take care of, by a run or soon; they take no place among those in flight.
+        room: How far a range between two ids reaches before it holds a number of rows, done ones too; asked for when
+            a new range would be wide enough for as many as the rules allow.
+    """
+
+    active: Sequence[IdRange]
+    window: Scan
+    ahead: Scan
+    swept: Sequence[int]
+    density: Callable[[], float]
+    partitions: Callable[[Sequence[int]], Iterable[IdRange]]
+    history: Callable[[IdRange], History]
+    backfilled: Sequence[IdRange] = ()
+    room: Callable[[int, int, int], int] = lambda _first, last, _most: last
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A run to ask for.
+
+    Attributes:
+        id_range: The range.
+        run_key: Never used before.
+        is_new: Whether the range is to be registered.
+    """
+
+    id_range: IdRange
+    run_key: str
+    is_new: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """What a tick decides: the next cursor, and the runs to ask for."""
+
+    cursor: CursorState
+    requests: tuple[Request, ...]
+
+
+def plan_tick(cursor: CursorState, seen: Observed, rules: Rules, patience: Patience, *, now: datetime) -> Tick:
+    """Decide a tick."""
+    planner = _Planner(cursor, seen, rules, patience, now)
+    planner.move_watermark()
+    planner.request_again()
+    planner.cut_new_ranges()
+    return Tick(planner.cursor, tuple(planner.requests))
+
+
+class _Planner:
+    def __init__(self, cursor: CursorState, seen: Observed, rules: Rules, patience: Patience, now: datetime) -> None:
+        self.cursor, self.requests = cursor, list[Request]()
+        self._seen, self._rules, self._patience, self._now = seen, rules, patience, now
+        self._held = 0
+        self._backfilled = merge(seen.backfilled)
+        self._taken = merge([*seen.active, *self._backfilled])
+
+    def move_watermark(self) -> None:
+        """Up to the greatest id below which every row is done or parked; above the frontier only once it is met."""
+        window, ahead = self._seen.window, self._seen.ahead
+        if window.finished_up_to is not None:
+            self._move(last_processed_id=window.finished_up_to)
+        nothing_before = not window.unfinished and window.reached_id is None
+        if nothing_before and ahead.finished_up_to is not None:
+            # Rows that were done before anybody cut a range for them need none: both marks pass them.
+            self._move(last_processed_id=ahead.finished_up_to, frontier_id=ahead.finished_up_to)
+
+    def request_again(self) -> None:
+        """Ranges that still have a due row and no active run: late rows, failed runs, retries, the growing tail."""
+        due = {*self._seen.swept, *self._seen.window.due_ids}
+        uncovered = sorted(record_id for record_id in due if not _within_any(self._taken, record_id))
+        partitions = set(self._seen.partitions(uncovered)) if uncovered and self._slots() > 0 else set()
+        wanted = _assign(uncovered, partitions, self._rules.batch_size) if self._slots() > 0 else []
+        tail_waits = False
+        for id_range, ids in self._cut_where_needed(wanted):
+            if self._slots() <= 0:
+                break
+            history = self._seen.history(id_range)
+            if self._backs_off(history):
+                self._held += 1  # it keeps its place: while a store is down, new ranges would only fail as well
+            elif self._is_filling(id_range, ids, history):
+                tail_waits = True
+            else:
+                self._request(id_range, is_new=id_range not in partitions)
+        if not tail_waits:
+            self._patience.end("tail")
+
+    def cut_new_ranges(self) -> None:
+        """Full batches of a backlog, each cut at its last record; then the tail, cut ahead."""
+        rules, ahead = self._rules, self._seen.ahead
+        left = self._pass_backfilled(ahead.due_ids)
+        due = list(takewhile(lambda record_id: not _within_any(self._taken, record_id), left))
+        more_follows = ahead.reached_id is not None or len(due) < len(left)
+        if not due:
+            self._patience.end("ahead")
+        while due and self._slots() > 0:
+            first = due[0] if self.cursor.frontier_id is None else self.cursor.frontier_id + 1
+            number = self._num_with_room(first, due)
+            if not number:  # so many rows in between are done that no range is to hold them
+                first = due[0]
+                number = self._num_with_room(first, due)
+            batch, due = due[:number], due[number:]
+            whole = len(batch) == rules.batch_size or bool(due) or more_follows
+            if not whole and not self._patience.is_over("ahead", now=self._now, seconds=rules.max_wait_seconds):
+                return
+            last = batch[-1] if whole else self._ahead(first, batch[-1])
+            self._request(IdRange(first, last), is_new=True)
+            self._move(frontier_id=last)
+            self._patience.end("ahead")
+
+    def _cut_where_needed(
+        self, wanted: Iterable[tuple[IdRange | None, Sequence[int]]]
+    ) -> Iterator[tuple[IdRange, Sequence[int]]]:
+        """Ranges with their due rows; rows that have no range yet get ranges of their own, one by one as asked for."""
+        for known, members in wanted:
+            if known is not None:
+                yield known, members
+                continue
+            left = members
+            while left:
+                number = self._num_with_room(left[0], left)
+                part, left = left[:number], left[number:]
+                yield IdRange(part[0], part[-1]), part
+
+    def _num_with_room(self, first: int, due: Sequence[int]) -> int:
+        """How many of these rows, a batch at most, a range that begins at an id has room for."""
+        number = min(len(due), self._rules.batch_size)
+        return bisect_right(due, self._room(first, due[number - 1]), hi=number)
+
+    def _room(self, first: int, last: int) -> int:
+        """How far a range between two ids may reach; fewer ids than a range may hold rows need no question."""
+        most = self._rules.most_rows
+        return last if last - first < most else self._seen.room(first, last, most)
+
+    def _pass_backfilled(self, due: Sequence[int]) -> Sequence[int]:
+        """Move the frontier over rows that a backfill has been handed, so that those behind them need not wait for it.
+
+        Returns:
+            The rows above the frontier as it is then.
+        """
+        while due and (within := _within_any(self._backfilled, due[0])):
+            self._move(frontier_id=within.last_id)
+            due = due[bisect_right(due, within.last_id) :]
+        return due
+
+    def _ahead(self, first: int, last: int) -> int:
+        """How far a batch will reach at the recent density of ids, so that a trickle of rows fills one range."""
+        reach = first + math.ceil(self._rules.batch_size * max(self._seen.density(), 1.0)) - 1
+        reach = min(max(reach, last), _MAX_ID)
+        return max(self._room(first, reach), last)
+
+    def _backs_off(self, history: History) -> bool:
+        """Whether a range whose last runs failed has to wait: 1, 2, 4, … times the delay, an hour at most."""
+        if not self._rules.backs_off or not history.failures_in_a_row or history.ended_at is None:
+            return False
+        doublings = min(history.failures_in_a_row - 1, 10)
+        delay = min(self._rules.retry_delay_seconds * float(2**doublings), _LONGEST_DELAY_SECONDS)
+        return (self._now - history.ended_at).total_seconds() < delay
+
+    def _is_filling(self, id_range: IdRange, ids: Sequence[int], history: History) -> bool:
+        """Whether rows trickle into the last range, which is not to be run for each of them."""
+        if id_range.last_id != self.cursor.frontier_id or len(ids) >= self._rules.batch_size:
+            return False
+        if self.cursor.last_processed_id is not None and ids[0] <= self.cursor.last_processed_id:
+            return False  # a record brought back, a late commit: not one of those that trickle in
+        if history.ended_at is None or history.failures_in_a_row:
+            return False
+        return not self._patience.is_over("tail", now=self._now, seconds=self._rules.max_wait_seconds)
+
+    def _request(self, id_range: IdRange, *, is_new: bool) -> None:
+        self._move(seq=self.cursor.seq + 1)
+        key = f"{id_range.partition_key}#{self.cursor.seq}"
+        self.requests.append(Request(id_range, key, is_new))
+
+    def _slots(self) -> int:
+        return self._rules.max_in_flight - len(self._seen.active) - len(self.requests) - self._held
+
+    def _move(self, **changes: int) -> None:
+        """Change the cursor; its two marks only ever move up."""
+        for name in ("last_processed_id", "frontier_id"):
+            old = getattr(self.cursor, name)
+            if name in changes and old is not None and changes[name] <= old:
+                del changes[name]
+        self.cursor = self.cursor.moved(now=self._now, **changes)
+
+
+def _within_any(merged: Sequence[IdRange], record_id: int) -> IdRange | None:
+    """Which of some ranges holds an id; they ascend and do not overlap."""
+    position = bisect_right(merged, record_id, key=lambda id_range: id_range.first_id) - 1
+    return merged[position] if position >= 0 and record_id in merged[position] else None
+
+
+def _assign(
+    ids: Sequence[int], partitions: Iterable[IdRange], batch_size: int
+) -> list[tuple[IdRange | None, list[int]]]:
+    """Each id, in ascending order, with the narrowest range that holds it.
+
+    Ids that none holds are to get ranges of their own, and stand with None. So do ids that crowd a range: cut ahead
+    where ids were sparse, it may have been filled by a burst. Ranges may overlap: people launch what they like.
+    """
+    narrowest: dict[int, IdRange] = {}
+    for id_range in partitions:
+        for record_id in _within(ids, id_range):
+            known = narrowest.get(record_id)
+            if known is None or _width(id_range) < _width(known):
+                narrowest[record_id] = id_range
+    assigned: list[tuple[IdRange | None, list[int]]] = []
+    places: dict[IdRange, list[int]] = {}
+    for known, group in groupby(ids, narrowest.get):
+        members = list(group)
+        if known is None or len(members) > _MOST_BATCHES * batch_size:
+            assigned.append((None, members))
+        elif known in places:
+            places[known].extend(members)
+        else:
+            places[known] = members
+            assigned.append((known, members))
+    return assigned
+
+
+def _within(ids: Sequence[int], id_range: IdRange) -> Sequence[int]:
+    return ids[bisect_left(ids, id_range.first_id) : bisect_right(ids, id_range.last_id)]
+
+
+def _width(id_range: IdRange) -> int:
+    return id_range.last_id - id_range.first_id

@@ -1,0 +1,193 @@
+"""Takes the figures: the cheap ones at each scrape, the census now and then. A part that can't be read is said to be.
+
+`measure` costs the same whatever the table's size; it takes the look that the charts in Dagster's UI take. `count`
+reads the whole table and ledger, and is paced so that it takes two per cent of the time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from extraction_dagster.errors import CollectionMissingError, ExtractionError, StoreBusyError
+from extraction_dagster.records import IdRange
+from extraction_dagster.stages.catalog.catalog import Catalog
+from extraction_dagster.stages.index.protocol import open_point_store
+from extraction_dagster.ticks.cursor import CursorState
+from extraction_dagster.ticks.mirrors import make_mirror
+from extraction_dagster.watch.figures import Census, Figures, InstanceFigures, MirrorFigures, TableFigures
+from extraction_dagster.watch.how_far import MOST_COUNTED, look
+from extraction_dagster.watch.kept import recall_census, recall_looks, remember_census, remember_looks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from extraction_dagster.settings import Settings
+    from extraction_dagster.watch.how_far import ProgressMemory
+
+_log = logging.getLogger(__name__)
+_EVERY_ID = IdRange(-(2**63), 2**63 - 1)
+_MOST_SECONDS_A_CALL = 10.0  # to a Qdrant server: what can't be counted now is counted another time
+_REMEMBER_EVERY_SECONDS = 60.0
+_LEAST_CENSUS_SECONDS = 60.0
+_CENSUS_SHARE = 50  # a census that takes a second is taken every 50 s at most
+
+
+def census_seconds(census: Census) -> float:
+    """For how long a census need not be taken anew."""
+    return max(_LEAST_CENSUS_SECONDS, _CENSUS_SHARE * census.seconds)
+
+
+class Meter:
+    """Takes figures; keeps its connections from one time to the next."""
+
+    def __init__(self, settings: Settings, read_instance: Callable[[], InstanceFigures]) -> None:
+        """Nothing is opened before the first question.
+
+        Args:
+            settings: Where everything is.
+            read_instance: Asks Dagster's instance.
+        """
+        self._settings, self._read_instance = settings, read_instance
+        limit = min(settings.qdrant_timeout_seconds, _MOST_SECONDS_A_CALL)
+        self._hasty_settings = settings.model_copy(update={"qdrant_timeout_seconds": limit})
+        self._catalog: Catalog | None = None
+        self._remembered_at = float("-inf")
+        self._faults: dict[str, str] = {}
+        self._looks: ProgressMemory | None = None
+
+    def close(self) -> None:
+        """Give the connections back."""
+        if self._catalog is not None:
+            self._catalog.close()
+            self._catalog = None
+
+    def measure(self) -> Figures:
+        """Take the cheap figures; never fails, whatever is down."""
+        started, now = time.perf_counter(), time.time()
+        parts: dict[str, bool] = {}
+        instance = catalog = cursor = table = mirror = None
+        with self._part("dagster", parts):
+            instance = self._read_instance()
+        with self._part("table", parts):
+            self._opened().source.counts([_EVERY_ID], at_most=1)
+            catalog = self._opened()
+        if instance is not None and catalog is not None:
+            with self._part("cursor", parts):
+                cursor = _cursor(instance.cursor, catalog.source.identity)
+        if catalog is not None and cursor is not None:
+            with self._part("table", parts):
+                table = self._table(catalog, cursor, now)
+            mirror = self._mirror(catalog, cursor.last_processed_id, parts)
+        return Figures(now, time.perf_counter() - started, parts, instance, table, mirror)
+
+    def count(self, after_id: int | None) -> Census:
+        """Count every row, unless that was done a while ago.
+
+        Args:
+            after_id: Above which id rows lag: the watermark, or the operator's floor.
+
+        Raises:
+            ExtractionError: The table or the ledger can't be read.
+        """
+        catalog = self._opened()
+        before = recall_census(catalog.state_engine)
+        now, started = time.time(), time.perf_counter()
+        if before is not None and 0 <= now - before.taken_at < census_seconds(before):
+            return before
+        status = catalog.status()
+        rows = {name: int(status[name] or 0) for name in ("done", "pending")}
+        frames, points = catalog.ledger.totals()
+        lag, errors = catalog.source.count_above(after_id), catalog.ledger.error_counts()
+        held, is_up = self._count_points()
+        if held is not None:
+            counted_at: float | None = now
+        else:  # a run holds the store: what was counted before is the best there is
+            held = before.collection_points if before else None
+            counted_at = before.collection_counted_at if before else None
+        census = Census(now, 0.0, rows, lag, frames, points, errors, held, counted_at, is_up)
+        census = replace(census, seconds=time.perf_counter() - started)
+        with contextlib.suppress(ExtractionError):
+            remember_census(catalog.state_engine, census)
+        return census
+
+    @contextlib.contextmanager
+    def _part(self, name: str, parts: dict[str, bool]) -> Iterator[None]:
+        """Take a part; what goes wrong is logged once, until it changes."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - whatever a database or Dagster throws, the other parts are shown
+            parts[name] = False
+            why = str(error).partition("\n")[0]
+            if self._faults.get(name) != why:
+                _log.warning("The figures of part %r can't be read: %s", name, why)
+            self._faults[name] = why
+            self.close()  # opened anew next time
+        else:
+            parts[name] = True
+            self._faults.pop(name, None)
+
+    def _opened(self) -> Catalog:
+        if self._catalog is None:
+            self._catalog = Catalog(self._settings)
+        return self._catalog
+
+    def _table(self, catalog: Catalog, cursor: CursorState, now: float) -> TableFigures:
+        memory = self._looks or recall_looks(catalog.state_engine)
+        before = memory.last_processed_id
+        standing = look(catalog, cursor, memory, now=datetime.fromtimestamp(now, UTC))
+        self._looks = memory
+        if memory.last_processed_id != before or now - self._remembered_at >= _REMEMBER_EVERY_SECONDS:
+            with contextlib.suppress(ExtractionError):
+                remember_looks(catalog.state_engine, memory)
+                self._remembered_at = now
+        figures, moved_at = standing.figures, standing.moved_at.timestamp()
+        return TableFigures(
+            last_processed_id=cursor.last_processed_id,
+            frontier_id=cursor.frontier_id,
+            floor_id=cursor.floor_id,
+            newest_id=figures.newest_id,
+            lag_rows=figures.lag_rows if figures.lag_rows < MOST_COUNTED else None,
+            due_rows=figures.pending_rows,
+            waiting_rows=figures.waiting_rows,
+            stopped={"failed": figures.failed_records, "parked": figures.parked_records},
+            moved_at=moved_at,
+            stalled_seconds=max(now - moved_at, 0.0) if figures.pending_rows else 0.0,
+        )
+
+    def _mirror(self, catalog: Catalog, last_processed_id: int | None, parts: dict[str, bool]) -> MirrorFigures | None:
+        mirror, found = make_mirror(self._settings, catalog.state_engine), None
+        if mirror is None:
+            return None
+        with self._part("mirror", parts):
+            found = mirror.read()
+        if found is None:
+            return MirrorFigures("unreachable", None)
+        mirrored = found.last_processed_id
+        if found.state != "ok" or mirrored == last_processed_id:
+            return MirrorFigures(found.state, mirrored)
+        is_ahead = mirrored is not None and (last_processed_id is None or mirrored > last_processed_id)
+        return MirrorFigures("ahead" if is_ahead else "behind", mirrored)
+
+    def _count_points(self) -> tuple[int | None, bool]:
+        """The collection's points, None when they can't be counted now; and whether that is as it should be."""
+        try:
+            with open_point_store(self._hasty_settings, attempts=2) as store:
+                store.open_collection(self._settings.collection_name)
+                return store.count(), True
+        except CollectionMissingError:
+            return 0, True
+        except StoreBusyError:  # the embedded engine, in the hands of a run
+            return None, True
+        except ExtractionError as error:
+            _log.warning("The collection can't be asked: %s", error)
+            return None, False
+
+
+def _cursor(stored: str | None, source: str) -> CursorState:
+    """The sensor's cursor; before the first tick, one that says nothing."""
+    return CursorState.from_json(stored, source=source) if stored else CursorState(source)

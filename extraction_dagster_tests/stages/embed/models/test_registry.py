@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from extraction_dagster.errors import EmbeddingModelError
+from extraction_dagster.settings import Settings
+from extraction_dagster.stages.embed.models import lite0 as efficientnet_lite0
+from extraction_dagster.stages.embed.models.registry import (
+    TextEmbeddingModel,
+    embedding_fingerprint,
+    embedding_settings_fingerprint,
+    load_model,
+)
+
+
+def test_an_unknown_name_is_an_error_that_says_which_there_are():
+    settings = Settings(model="efficientnet-lite9")
+
+    for ask in (load_model, embedding_fingerprint, embedding_settings_fingerprint):
+        with pytest.raises(
+            EmbeddingModelError, match=r"'efficientnet-lite9'.*Available: efficientnet-lite0 \(packaged"
+        ):
+            ask(settings)
+
+
+def test_one_model_is_resident_however_often_it_is_asked_for(cpu_settings):
+    model = load_model(cpu_settings)
+
+    assert load_model(cpu_settings) is model
+    assert load_model(Settings(device="cpu", embed_batch_size=7, embed_threads=1)) is model
+
+
+def test_the_model_carries_the_fingerprint_of_its_settings(model, cpu_settings):
+    assert model.fingerprint == embedding_fingerprint(cpu_settings)
+    assert (model.name, model.dim, model.device) == ("efficientnet-lite0", 1280, "cpu")
+    assert not isinstance(model, TextEmbeddingModel)
+
+
+def test_the_fingerprint_of_the_packaged_model_is_the_one_that_stored_vectors_carry():
+    # A new value here makes every stored vector of the packaged model stale: change it only when vectors change.
+    assert embedding_fingerprint(Settings()) == "b09dd35f82abb652"
+    assert embedding_settings_fingerprint(Settings()) == "723a8f0d03303c4f"
+
+
+def test_what_moves_no_vector_is_in_no_fingerprint():
+    other = Settings(embed_batch_size=99, device="cpu", embed_threads=1, fps=3.0)
+
+    assert embedding_fingerprint(other) == embedding_fingerprint(Settings())
+    assert embedding_settings_fingerprint(other) == embedding_settings_fingerprint(Settings())
+
+
+@pytest.mark.parametrize(("name", "value"), [("MEAN", 128), ("STD", 127), ("SIDE_PX", 240), ("SQUASH", "other")])
+def test_a_change_of_preprocessing_changes_both_fingerprints(monkeypatch, name, value):
+    before = embedding_fingerprint(Settings()), embedding_settings_fingerprint(Settings())
+    monkeypatch.setattr(efficientnet_lite0, name, value)
+
+    assert embedding_fingerprint(Settings()) != before[0]
+    assert embedding_settings_fingerprint(Settings()) != before[1]
+
+
+def test_other_weights_change_the_fingerprint_but_not_the_settings_one(monkeypatch, tmp_path):
+    before = embedding_fingerprint(Settings()), embedding_settings_fingerprint(Settings())
+    (tmp_path / "other.pth").write_bytes(b"other weights")
+    monkeypatch.setattr(efficientnet_lite0, "weights_path", lambda: tmp_path / "other.pth")
+
+    assert embedding_fingerprint(Settings()) != before[0]
+    assert embedding_settings_fingerprint(Settings()) == before[1]
+
+
+def test_fingerprints_need_no_torch():
+    script = (
+        "import sys\n"
+        "from extraction_dagster.settings import Settings\n"
+        "from extraction_dagster.shards import embedding_store\n"
+        "from extraction_dagster.stages.embed.models import registry as model\n"
+        "from extraction_dagster.stages.embed import query, stage\n"
+        "model.embedding_fingerprint(Settings()), model.embedding_settings_fingerprint(Settings())\n"
+        "print(sorted({'torch', 'cv2', 'pyarrow', 'transformers'} & set(sys.modules)))\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
+
+    assert ran.stdout.strip() == "[]"

@@ -1,0 +1,162 @@
+"""Small files that are old or new, never torn, whatever is killed when."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from extraction_dagster.files import read_small, write_atomically
+
+WRITER = """
+import sys
+from pathlib import Path
+from extraction_dagster.files import write_atomically
+print("ready", flush=True)
+number = int(sys.argv[2])
+while True:
+    number += 1
+    write_atomically(Path(sys.argv[1]), b"%d\\n" % number * 2000)
+    print(number, flush=True)
+"""
+
+KILLED_WITHIN_ITS_WRITE = """
+import resource, signal, sys
+from pathlib import Path
+from extraction_dagster.files import write_atomically
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel kills whoever writes more, in the middle of the write
+write = {"atomically": write_atomically, "in place": Path.write_bytes}[sys.argv[1]]
+write(Path(sys.argv[2]), b"new\\n" * 2000)
+"""
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_is_created_and_replaced(tmp_path):
+    path = tmp_path / "state"
+    write_atomically(path, b"old")
+    write_atomically(path, b"new")
+    assert (path.read_bytes(), names(tmp_path), path.stat().st_mode & 0o777) == (b"new", ["state"], 0o600)
+
+
+def test_a_writer_that_is_killed_leaves_a_whole_file_that_never_goes_back(tmp_path):
+    path, last = tmp_path / "state", 0
+    for kill in range(30):
+        command = [sys.executable, "-c", WRITER, str(path), str(last)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            lines = [process.stdout.readline() for _ in range(1 + kill % 4)]
+            os.kill(process.pid, signal.SIGKILL)
+            said = [line for line in (*lines, *process.stdout) if line.endswith("\n") and line != "ready\n"]
+        if said or path.exists():
+            found = path.read_bytes().split(b"\n")
+            assert set(found) == {found[0], b""}
+            assert len(found) == 2001
+            assert int(found[0]) >= max([last, *map(int, said)])
+            last = int(found[0])
+    assert last > 30
+    write_atomically(path, b"end")
+    assert names(tmp_path) == ["state"]
+
+
+@pytest.mark.parametrize(("how", "left"), [("atomically", b"old"), ("in place", b"new\n" * 250)])
+def test_a_kill_within_a_write_keeps_the_old_file_and_a_writer_in_place_is_told_apart(tmp_path, how, left):
+    path = tmp_path / "state"
+    path.write_bytes(b"old")
+    killed = subprocess.run([sys.executable, "-c", KILLED_WITHIN_ITS_WRITE, how, str(path)], check=False, timeout=60)
+    assert (killed.returncode, path.read_bytes()) == (-signal.SIGXFSZ, left)
+    write_atomically(path, b"newer")
+    assert (path.read_bytes(), names(tmp_path)) == (b"newer", ["state"])
+
+
+def test_temporaries_of_the_dead_are_swept_and_those_of_the_living_are_not(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        pass
+    for name in (f".state.{gone.pid}.aa.tmp", f".state.{os.getpid()}.bb.tmp", ".state.x.cc.tmp", ".other.1.dd.tmp"):
+        (tmp_path / name).touch()
+    write_atomically(tmp_path / "state", b"new")
+    assert names(tmp_path) == sorted(["state", f".state.{os.getpid()}.bb.tmp", ".state.x.cc.tmp", ".other.1.dd.tmp"])
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_disk_that_is_full_keeps_the_old_file(tmp_path, monkeypatch, call):
+    path = tmp_path / "state"
+    write_atomically(path, b"old")
+
+    def full(*_arguments):
+        raise OSError(28, "No space left on device")
+
+    owner = os if call == "fsync" else Path
+    monkeypatch.setattr(owner, call, full)
+    with pytest.raises(OSError, match="No space left on device"):
+        write_atomically(path, b"new")
+    assert (path.read_bytes(), names(tmp_path)) == (b"old", ["state"])
+
+
+def test_a_link_is_replaced_and_what_it_points_at_stays(tmp_path):
+    (tmp_path / "precious").write_bytes(b"precious")
+    (tmp_path / "state").symlink_to(tmp_path / "precious")
+    write_atomically(tmp_path / "state", b"new")
+    assert not (tmp_path / "state").is_symlink()
+    assert ((tmp_path / "state").read_bytes(), (tmp_path / "precious").read_bytes()) == (b"new", b"precious")
+
+
+def test_a_folder_in_the_way_is_an_error_and_stays(tmp_path):
+    (tmp_path / "state").mkdir()
+    with pytest.raises(OSError, match="Is a directory"):
+        write_atomically(tmp_path / "state", b"new")
+    assert names(tmp_path) == ["state"]
+
+
+def test_reading_tells_what_is_missing_from_what_is_too_large(tmp_path):
+    path = tmp_path / "state"
+    assert read_small(path, max_bytes=4) is None
+    path.write_bytes(b"1234")
+    assert read_small(path, max_bytes=4) == b"1234"
+    with pytest.raises(ValueError, match="it has more than 3 bytes"):
+        read_small(path, max_bytes=3)
+
+
+def make_link(path):
+    path.with_name("target").write_bytes(b"x")
+    path.symlink_to(path.with_name("target"))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (make_link, "Too many levels of symbolic links"),
+        (lambda path: path.mkdir(), "no regular file"),
+        (os.mkfifo, "no regular file"),
+    ],
+)
+def test_what_is_no_regular_file_is_not_read_and_nothing_stays_open(tmp_path, make, words):
+    make(tmp_path / "state")
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(OSError, match=words):
+        read_small(tmp_path / "state", max_bytes=4)
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def check_that_readers_see_the_old_file_or_the_new_one(write, path):
+    """A reader that opened the old file reads it to its end, and a writer that stops half-way leaves it."""
+    path.write_bytes(b"old" * 1000)
+    with path.open("rb", buffering=0) as reader:
+        beginning = reader.read(3)
+        write(path, b"new" * 10)
+        assert beginning + reader.read() == b"old" * 1000
+    assert path.read_bytes() == b"new" * 10
+
+
+def test_a_reader_sees_the_old_file_or_the_new_one(tmp_path):
+    check_that_readers_see_the_old_file_or_the_new_one(write_atomically, tmp_path / "state")
+
+
+def test_a_write_in_place_would_be_found(tmp_path):
+    with pytest.raises(AssertionError, match="assert"):
+        check_that_readers_see_the_old_file_or_the_new_one(Path.write_bytes, tmp_path / "state")

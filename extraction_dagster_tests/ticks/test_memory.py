@@ -1,0 +1,59 @@
+"""What ticks remember survives the process: a daemon loads its code anew each minute."""
+
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+
+import pytest
+import sqlalchemy as sa
+
+from extraction_dagster.stages.catalog.state_tables import METADATA
+from extraction_dagster.ticks.memory import Memory, recall, remember
+from extraction_dagster.ticks.planner import Patience
+
+MEMORY = Memory(
+    patience=Patience({"tail": datetime(2025, 1, 31, 12, 0, 1, 500, UTC)}),
+    ticks=7,
+    sweep_after_id=-3,
+    sweeps_again=True,
+)
+
+
+@pytest.fixture
+def engine(tmp_path):
+    engine = sa.create_engine(f"sqlite:///{tmp_path}/state.db", poolclass=sa.NullPool)
+    METADATA.create_all(engine)
+    return engine
+
+
+def test_a_new_process_remembers_what_the_last_tick_left(engine):
+    assert recall(engine) == Memory()
+    remember(engine, Memory(ticks=1))
+    remember(engine, MEMORY)
+    assert recall(engine) == MEMORY
+
+
+def test_two_daemons_that_keep_something_at_once_do_not_disturb_each_other(database):
+    METADATA.create_all(database.engine)
+
+    def keep(number):
+        for ticks in range(50):
+            remember(database.engine, Memory(ticks=100 * number + ticks))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(keep, range(4))) == [None] * 4
+    assert recall(database.engine).ticks in {49, 149, 249, 349}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"since": 1, "ticks": 1, "after": null, "again": false}',
+        '{"since": {"tail": "soon"}, "ticks": 1, "after": null, "again": false}',
+        '{"since": {}, "ticks": null, "after": null, "again": false}',
+    ],
+)
+def test_what_can_not_be_read_is_forgotten(text):
+    assert Memory.from_json(text) == Memory()
