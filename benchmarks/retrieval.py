@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 
-from extraction_dagster.errors import QueryVideoError
+from extraction_dagster.errors.embed import QueryVideoError
 from extraction_dagster.settings import Settings, load_settings
 from extraction_dagster.stages.embed.models.registry import load_model
 from extraction_dagster.stages.embed.query_video import embed_query_video

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from extraction_dagster.errors import RunOptionError
+from extraction_dagster.errors.runs import RunOptionError
 from extraction_dagster.settings import PREFIX, Settings, load_settings
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, NoDecode, SettingsConfigDict
 
-from extraction_dagster.errors import SettingsError
+from extraction_dagster.errors.base import SettingsError
 
 PREFIX = "EXTRACTION_"
 _TEST_PREFIX = "EXTRACTION_TEST_"

@@ -2,7 +2,8 @@
 
 import pytest
 
-from extraction_dagster.errors import RunOptionError, SettingsError
+from extraction_dagster.errors.base import SettingsError
+from extraction_dagster.errors.runs import RunOptionError
 from extraction_dagster.run_options import OVERRIDABLE, as_environment, in_words, settings_with
 from extraction_dagster.settings import Settings, load_settings
 

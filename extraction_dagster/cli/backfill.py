@@ -10,7 +10,9 @@ import typer
 from typer.core import TyperCommand
 
 from extraction_dagster.cli import console
-from extraction_dagster.errors import BackfillFailedError, DaemonMissingError, EmptyRangeError, PartitionKeyError
+from extraction_dagster.errors.base import PartitionKeyError
+from extraction_dagster.errors.catalog import EmptyRangeError
+from extraction_dagster.errors.runs import BackfillFailedError, DaemonMissingError
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import Settings, load_settings
 from extraction_dagster.stages.catalog.catalog import open_catalog

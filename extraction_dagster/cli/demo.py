@@ -12,7 +12,7 @@ from extraction_dagster.cli import console
 from extraction_dagster.cli.search import hits_table, search_image
 from extraction_dagster.demo.table import DemoQuery, choose_query, make_table, refuse_foreign_targets
 from extraction_dagster.demo.videos import DemoVideo, make_videos, real_clips_hint
-from extraction_dagster.errors import RunFailedError
+from extraction_dagster.errors.runs import RunFailedError
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import Settings, load_settings
 from extraction_dagster.stages.catalog.catalog import open_catalog

@@ -5,7 +5,8 @@ from typing import Annotated
 import typer
 
 from extraction_dagster.cli import console
-from extraction_dagster.errors import EmptyRangeError, RunFailedError
+from extraction_dagster.errors.catalog import EmptyRangeError
+from extraction_dagster.errors.runs import RunFailedError
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import load_settings
 from extraction_dagster.stages.catalog.catalog import open_catalog

@@ -31,7 +31,7 @@ from extraction_dagster.cli import (
     search,
     status,
 )
-from extraction_dagster.errors import ExtractionError
+from extraction_dagster.errors.base import ExtractionError
 from extraction_dagster.interrupts import delivered_again_when_dropped
 
 app = typer.Typer(

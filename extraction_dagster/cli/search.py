@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from extraction_dagster.cli import console
-from extraction_dagster.errors import TextSearchError
+from extraction_dagster.errors.embed import TextSearchError
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import Settings, load_settings
 from extraction_dagster.stages.index.protocol import CollectionSpec, Hit, open_point_store

@@ -18,7 +18,7 @@ from extraction_dagster.defs.partitions import id_ranges
 from extraction_dagster.defs.range_work import RangeWork, Report, work_on
 from extraction_dagster.defs.resources import Extraction
 from extraction_dagster.defs.versions import CODE_VERSION_TAG, code_versions, data_version
-from extraction_dagster.errors import PointsChangedError, PointsMissingError
+from extraction_dagster.errors.index import PointsChangedError, PointsMissingError
 from extraction_dagster.run_options import in_words
 from extraction_dagster.settings import load_settings
 

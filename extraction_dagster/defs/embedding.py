@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from extraction_dagster import progress
 from extraction_dagster.defs.metadata import Stopwatch
 from extraction_dagster.defs.range_work import RangeWork, Report, lacking, stored, was_done
-from extraction_dagster.errors import FramesMissingError
+from extraction_dagster.errors.runs import FramesMissingError
 from extraction_dagster.records import Failure
 
 if TYPE_CHECKING:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 from extraction_dagster import progress
 from extraction_dagster.defs.metadata import Stopwatch
 from extraction_dagster.defs.range_work import RangeWork, Report, lacking, stored, was_done
-from extraction_dagster.errors import PointsChangedError, VectorsMissingError
+from extraction_dagster.errors.index import PointsChangedError
+from extraction_dagster.errors.runs import VectorsMissingError
 from extraction_dagster.records import EmbeddingBatch
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import dagster as dg
 
 from extraction_dagster.defs.partitions import above_floor, register
 from extraction_dagster.defs.resources import Extraction, plain_failures
-from extraction_dagster.errors import EmptyRangeError
+from extraction_dagster.errors.catalog import EmptyRangeError
 from extraction_dagster.interrupts import delivered_again_when_dropped
 from extraction_dagster.records import Failure, IdRange
 from extraction_dagster.run_options import in_words

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 from pydantic import Field
 
-from extraction_dagster.errors import ExtractionError, OtherModelError
+from extraction_dagster.errors.base import ExtractionError
+from extraction_dagster.errors.runs import OtherModelError
 from extraction_dagster.run_options import OVERRIDABLE, as_environment, description, in_words, settings_with
 from extraction_dagster.settings import Settings, load_settings
 

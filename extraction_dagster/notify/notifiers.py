@@ -7,7 +7,7 @@ import logging
 import threading
 from typing import TYPE_CHECKING
 
-from extraction_dagster.errors import NoticeError, NotifierError
+from extraction_dagster.errors.watch import NoticeError, NotifierError
 from extraction_dagster.notify.post import post_json
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from extraction_dagster import __version__
-from extraction_dagster.errors import NoticeError
+from extraction_dagster.errors.watch import NoticeError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

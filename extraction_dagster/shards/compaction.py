@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
-from extraction_dagster.errors import FrameShardError
+from extraction_dagster.errors.shards import FrameShardError
 from extraction_dagster.shards.names import merged_name, written_at
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from extraction_dagster.errors import EmbeddingShardError
+from extraction_dagster.errors.shards import EmbeddingShardError
 from extraction_dagster.records import EmbeddingBatch
 from extraction_dagster.shards.compaction import Compacted, plan_compaction
 from extraction_dagster.shards.names import merged_name

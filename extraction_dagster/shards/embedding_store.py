@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from extraction_dagster.errors import EmbeddingShardError
+from extraction_dagster.errors.shards import EmbeddingShardError
 from extraction_dagster.records import EmbeddingBatch, Failure
 from extraction_dagster.shards import shard_files
 

@@ -19,7 +19,7 @@ import tarfile
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Self
 
-from extraction_dagster.errors import FramesExportError
+from extraction_dagster.errors.shards import FramesExportError
 from extraction_dagster.shards.frame_lookup import newest_shards
 
 if TYPE_CHECKING:

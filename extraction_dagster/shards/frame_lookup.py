@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from extraction_dagster.errors import PartitionKeyError
+from extraction_dagster.errors.base import PartitionKeyError
 from extraction_dagster.records import IdRange
 
 if TYPE_CHECKING:

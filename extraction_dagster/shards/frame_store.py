@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from extraction_dagster.errors import FrameShardError, FrameStoreError
+from extraction_dagster.errors.shards import FrameShardError, FrameStoreError
 from extraction_dagster.records import fingerprint
 from extraction_dagster.shards.frame_shard import (
     FORMAT,

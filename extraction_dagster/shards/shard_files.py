@@ -15,7 +15,7 @@ import fsspec
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 
-from extraction_dagster.errors import EmbeddingShardError
+from extraction_dagster.errors.shards import EmbeddingShardError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

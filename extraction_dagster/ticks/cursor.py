@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from extraction_dagster.errors import CursorError
+from extraction_dagster.errors.ticks import CursorError
 from extraction_dagster.ticks.strict_json import parse_strictly
 
 _MAX_BYTES = 64 * 1024

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
-from extraction_dagster.errors import LegacyCheckpointError
+from extraction_dagster.errors.ticks import LegacyCheckpointError
 from extraction_dagster.files import read_small
 from extraction_dagster.stages.catalog.database import describe, reading
 from extraction_dagster.ticks.mirrors import CHECKPOINT_TABLE

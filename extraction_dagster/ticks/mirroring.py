@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from extraction_dagster.errors import LostCursorError, MirrorError
+from extraction_dagster.errors.ticks import LostCursorError, MirrorError
 
 if TYPE_CHECKING:
     from datetime import datetime

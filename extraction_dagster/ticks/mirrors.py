@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import sqlalchemy as sa
 
-from extraction_dagster.errors import ExtractionError, MirrorError
+from extraction_dagster.errors.base import ExtractionError
+from extraction_dagster.errors.ticks import MirrorError
 from extraction_dagster.files import read_small, write_atomically
 from extraction_dagster.stages.catalog.database import describe, reading, writing
 from extraction_dagster.stages.catalog.state_tables import UtcDateTime

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from extraction_dagster.errors import CursorError
+from extraction_dagster.errors.ticks import CursorError
 from extraction_dagster.stages.catalog.pending import Scan, scan
 from extraction_dagster.ticks.cursor import CursorState
 from extraction_dagster.ticks.mirroring import Notice, adopt, follow

@@ -13,7 +13,8 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from extraction_dagster.errors import CollectionMissingError, ExtractionError, StoreBusyError
+from extraction_dagster.errors.base import ExtractionError
+from extraction_dagster.errors.index import CollectionMissingError, StoreBusyError
 from extraction_dagster.records import IdRange
 from extraction_dagster.stages.catalog.catalog import Catalog
 from extraction_dagster.stages.index.protocol import open_point_store

@@ -5,7 +5,7 @@ from __future__ import annotations
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING
 
-from extraction_dagster.errors import MetricsAddressError
+from extraction_dagster.errors.watch import MetricsAddressError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

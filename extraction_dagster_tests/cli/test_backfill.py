@@ -12,7 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from extraction_dagster.cli.main import app
-from extraction_dagster.errors import BackfillFailedError, BackfillUnknownError, DaemonMissingError, EmptyRangeError
+from extraction_dagster.errors.catalog import EmptyRangeError
+from extraction_dagster.errors.runs import BackfillFailedError, BackfillUnknownError, DaemonMissingError
 
 EXTRACTION = Path(sys.executable).parent / "extraction"
 MARKS = "is_extracted BOOLEAN NOT NULL DEFAULT 0, is_embedded BOOLEAN NOT NULL DEFAULT 0"

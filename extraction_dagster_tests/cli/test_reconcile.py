@@ -3,7 +3,7 @@
 import pytest
 
 from extraction_dagster.cli.reconcile import _opener
-from extraction_dagster.errors import StoreBusyError
+from extraction_dagster.errors.index import StoreBusyError
 from extraction_dagster.stages.index.edge.store import EdgeStore
 from extraction_dagster.stages.index.protocol import CollectionSpec
 

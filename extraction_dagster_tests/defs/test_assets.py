@@ -12,7 +12,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from extraction_dagster.errors import PointsMissingError
+from extraction_dagster.errors.index import PointsMissingError
 
 PAGE = Path(__file__).parents[2] / "docs/dagster.md"
 # Dagster itself reads pydantic's old attribute.

@@ -15,7 +15,7 @@ from dagster._core.test_utils import create_run_for_test
 from extraction_dagster.defs.notify import run_failure_notices
 from extraction_dagster.defs.partitions import add_ranges, id_ranges
 from extraction_dagster.defs.resources import Extraction, plain_failures
-from extraction_dagster.errors import SourceUnreachableError
+from extraction_dagster.errors.catalog import SourceUnreachableError
 from extraction_dagster.records import Failure, IdRange
 from extraction_dagster.settings import load_settings
 from extraction_dagster.stages.catalog.catalog import Fingerprints, open_catalog

@@ -6,7 +6,8 @@ import threading
 
 import pytest
 
-from extraction_dagster.errors import NoticeError, NotifierError, SettingsError
+from extraction_dagster.errors.base import SettingsError
+from extraction_dagster.errors.watch import NoticeError, NotifierError
 from extraction_dagster.notify.notice import RunFailure
 from extraction_dagster.notify.notifiers import deliver, make_notifier
 from extraction_dagster.settings import load_settings

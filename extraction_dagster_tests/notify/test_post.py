@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from extraction_dagster.errors import NoticeError
+from extraction_dagster.errors.watch import NoticeError
 from extraction_dagster.notify import post
 from extraction_dagster.notify.post import post_json
 

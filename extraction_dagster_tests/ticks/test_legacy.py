@@ -2,7 +2,7 @@
 
 import pytest
 
-from extraction_dagster.errors import LegacyCheckpointError
+from extraction_dagster.errors.ticks import LegacyCheckpointError
 from extraction_dagster.ticks.legacy import read_legacy_checkpoint
 
 

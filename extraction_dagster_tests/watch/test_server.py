@@ -9,7 +9,7 @@ from urllib.error import HTTPError
 
 import pytest
 
-from extraction_dagster.errors import MetricsAddressError
+from extraction_dagster.errors.watch import MetricsAddressError
 from extraction_dagster.watch.exposition import Exposition
 from extraction_dagster.watch.server import MetricsServer
 

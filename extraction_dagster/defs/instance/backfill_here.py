@@ -8,7 +8,7 @@ import dagster as dg
 from extraction_dagster import progress
 from extraction_dagster.defs.instance.backfills import BackfillPlan
 from extraction_dagster.defs.instance.launching import launch
-from extraction_dagster.errors import RangeBusyError
+from extraction_dagster.errors.runs import RangeBusyError
 from extraction_dagster.records import IdRange
 
 _log = logging.getLogger(__name__)

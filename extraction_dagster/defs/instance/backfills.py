@@ -26,7 +26,7 @@ from extraction_dagster.defs.instance.backfilled import (
 from extraction_dagster.defs.instance.runs import BACKFILL_TAG, active_runs, bury_dead_runs, range_of
 from extraction_dagster.defs.instance.staleness import stale_ranges
 from extraction_dagster.defs.partitions import add_ranges, id_ranges, valid_ranges
-from extraction_dagster.errors import BackfillUnknownError
+from extraction_dagster.errors.runs import BackfillUnknownError
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import Settings
 from extraction_dagster.stages.catalog.catalog import Catalog

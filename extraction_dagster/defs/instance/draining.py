@@ -11,7 +11,7 @@ from extraction_dagster.defs.instance.cursor_store import CursorStore
 from extraction_dagster.defs.instance.launching import launch
 from extraction_dagster.defs.instance.runs import InstanceRuns
 from extraction_dagster.defs.progress import report
-from extraction_dagster.errors import RunFailedError, SensorBusyError
+from extraction_dagster.errors.runs import RunFailedError, SensorBusyError
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import Settings
 from extraction_dagster.stages.catalog.catalog import open_catalog

@@ -17,7 +17,7 @@ from dagster._core.utils import make_new_run_id
 from extraction_dagster.defs.instance.runs import PARTITION_TAG, active_runs, bury_dead_runs, why_failed
 from extraction_dagster.defs.partitions import FLOOR_TAG, add_ranges, process_tags
 from extraction_dagster.defs.storage import ExtractionComputeLogManager
-from extraction_dagster.errors import InstanceError, RangeBusyError
+from extraction_dagster.errors.runs import InstanceError, RangeBusyError
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import Settings
 

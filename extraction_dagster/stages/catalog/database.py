@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from extraction_dagster.errors import DatabaseUrlError, SourceUnreachableError
+from extraction_dagster.errors.catalog import DatabaseUrlError, SourceUnreachableError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

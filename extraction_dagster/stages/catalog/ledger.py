@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import sqlalchemy as sa
 
-from extraction_dagster.errors import StateError
+from extraction_dagster.errors.catalog import StateError
 from extraction_dagster.stages.catalog.database import describe, reading, writing
 from extraction_dagster.stages.catalog.source_table import chunks
 from extraction_dagster.stages.catalog.state_tables import (

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import sqlalchemy as sa
 from sqlalchemy.schema import CreateIndex, DropIndex
 
-from extraction_dagster.errors import SourceUnreachableError
+from extraction_dagster.errors.catalog import SourceUnreachableError
 from extraction_dagster.stages.catalog.database import reading, writing
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from extraction_dagster.errors import PredicateError
+from extraction_dagster.errors.catalog import PredicateError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

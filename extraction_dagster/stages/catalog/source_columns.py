@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from extraction_dagster.errors import SourceTableError
+from extraction_dagster.errors.catalog import SourceTableError
 from extraction_dagster.stages.catalog.database import describe, reading
 
 if TYPE_CHECKING:

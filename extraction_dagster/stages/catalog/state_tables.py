@@ -8,7 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from extraction_dagster.errors import StateError
+from extraction_dagster.errors.catalog import StateError
 
 _INSERTS = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from extraction_dagster.errors import FramesRejectedError
+from extraction_dagster.errors.decode import FramesRejectedError
 from extraction_dagster.records import FrameBatch
 from extraction_dagster.stages.decode.sampling import evenly
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from extraction_dagster.errors import ExtractionError, FetchSetupError
+from extraction_dagster.errors.base import ExtractionError
+from extraction_dagster.errors.fetch import FetchSetupError
 from extraction_dagster.records import Failure
 from extraction_dagster.stages.catalog.fetch.ahead import Fetched, fetch_ahead
 from extraction_dagster.stages.catalog.fetch.fetching import Fetcher

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 
-from extraction_dagster.errors import EmbeddingMemoryError, ModelOutputError
+from extraction_dagster.errors.embed import EmbeddingMemoryError, ModelOutputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

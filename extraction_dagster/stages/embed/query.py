@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from extraction_dagster.errors import QueryImageError
+from extraction_dagster.errors.embed import QueryImageError
 from extraction_dagster.stages.embed.vectors import normalise
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from extraction_dagster.errors import QueryVideoError
+from extraction_dagster.errors.embed import QueryVideoError
 from extraction_dagster.records import VideoRow
 from extraction_dagster.stages.decode.jpeg import decode_frames
 from extraction_dagster.stages.decode.task import DecodeJob

@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from extraction_dagster.errors import EmbeddingDeviceError
+from extraction_dagster.errors.embed import EmbeddingDeviceError
 from extraction_dagster.stages.embed.gpu_lease import lease_gpu
 
 if TYPE_CHECKING:

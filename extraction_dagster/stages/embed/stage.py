@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import numpy as np
 
-from extraction_dagster.errors import ExtractionError, InvalidVectorError, StoredFrameError
+from extraction_dagster.errors.embed import InvalidVectorError
+from extraction_dagster.errors.shards import StoredFrameError
 from extraction_dagster.records import EmbeddingBatch, Failure
 from extraction_dagster.stages.embed.batching import BatchEmbedder, embed_pieces
 from extraction_dagster.stages.embed.prefetch import prefetch
@@ -19,6 +20,7 @@ from extraction_dagster.stages.embed.vectors import normalise
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from extraction_dagster.errors.base import ExtractionError
     from extraction_dagster.records import EncodedFrames, IdRange
     from extraction_dagster.settings import Settings
     from extraction_dagster.shards.embedding_store import EmbeddingShard, EmbeddingStore

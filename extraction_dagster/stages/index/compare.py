@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from extraction_dagster.errors import PointsMissingError
+from extraction_dagster.errors.index import PointsMissingError
 from extraction_dagster.stages.index.filters import PointFilter
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from extraction_dagster.errors import ExportError
+from extraction_dagster.errors.index import ExportError
 from extraction_dagster.settings import RESERVED_PAYLOAD_KEYS
 
 if TYPE_CHECKING:

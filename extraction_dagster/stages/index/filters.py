@@ -7,7 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from extraction_dagster.errors import RecordShapeError
+from extraction_dagster.errors.base import RecordShapeError
 from extraction_dagster.stages.index.points import rfc3339
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from extraction_dagster.errors import GalleryError
+from extraction_dagster.errors.index import GalleryError
 from extraction_dagster.stages.decode.jpeg import shrink_jpeg
 
 if TYPE_CHECKING:

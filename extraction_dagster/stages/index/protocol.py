@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, runtime_checkable
 
-from extraction_dagster.errors import RecordShapeError
+from extraction_dagster.errors.base import RecordShapeError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Self
 
-from extraction_dagster.errors import CollectionMissingError
+from extraction_dagster.errors.index import CollectionMissingError
 from extraction_dagster.records import IdRange
 from extraction_dagster.stages.catalog.catalog import status_of
 from extraction_dagster.stages.index.compare import Comparison, ExpectedPoints, compare_points

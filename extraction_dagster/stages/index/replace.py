@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from extraction_dagster.errors import PointsMissingError
+from extraction_dagster.errors.index import PointsMissingError
 from extraction_dagster.records import EmbeddingBatch
 from extraction_dagster.stages.index.filters import PointFilter
 from extraction_dagster.stages.index.points import build_points

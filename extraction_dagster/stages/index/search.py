@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from extraction_dagster.errors import CollectionMismatchError, RecordShapeError
+from extraction_dagster.errors.base import RecordShapeError
+from extraction_dagster.errors.index import CollectionMismatchError
 from extraction_dagster.stages.index.filters import PointFilter
 from extraction_dagster.stages.index.protocol import Hit
 

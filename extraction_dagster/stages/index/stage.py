@@ -6,7 +6,7 @@ import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from extraction_dagster.errors import CollectionMissingError, PayloadError, VectorNormError
+from extraction_dagster.errors.index import CollectionMissingError, PayloadError, VectorNormError
 from extraction_dagster.records import Failure
 from extraction_dagster.stages.index.replace import replace_records
 

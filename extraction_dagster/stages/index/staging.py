@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from extraction_dagster.errors import CollectionNotReadyError
+from extraction_dagster.errors.index import CollectionNotReadyError
 from extraction_dagster.stages.index.compare import compare_points
 from extraction_dagster.stages.index.reconcile import WHOLE, expected_points, finished, windows
 

@@ -14,7 +14,7 @@ from extraction_dagster.defs.instance.backfills import BackfillPlan, BackfillPro
 from extraction_dagster.defs.instance.launching import FinishedRun
 from extraction_dagster.defs.instance.runs import InstanceRuns
 from extraction_dagster.defs.partitions import add_ranges
-from extraction_dagster.errors import BackfillUnknownError, RangeBusyError
+from extraction_dagster.errors.runs import BackfillUnknownError, RangeBusyError
 from extraction_dagster.records import IdRange
 
 # Loading the definitions: Dagster looks at a resource's fields as it did with an older pydantic.

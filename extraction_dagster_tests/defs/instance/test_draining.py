@@ -11,7 +11,7 @@ from extraction_dagster.defs.instance import draining
 from extraction_dagster.defs.instance.cursor_store import CursorStore
 from extraction_dagster.defs.instance.draining import drain
 from extraction_dagster.defs.instance.launching import open_instance
-from extraction_dagster.errors import RunFailedError, SensorBusyError
+from extraction_dagster.errors.runs import RunFailedError, SensorBusyError
 from extraction_dagster.settings import load_settings
 from extraction_dagster.stages.catalog.catalog import open_catalog
 from extraction_dagster.stages.embed.models.registry import embedding_fingerprint

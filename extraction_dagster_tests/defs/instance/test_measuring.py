@@ -11,7 +11,7 @@ from dagster._daemon.types import DaemonHeartbeat
 from extraction_dagster.defs.instance import measuring
 from extraction_dagster.defs.instance.cursor_store import CursorStore
 from extraction_dagster.defs.instance.measuring import InstanceMeter, read_instance, recent_rates
-from extraction_dagster.errors import InstanceError
+from extraction_dagster.errors.runs import InstanceError
 
 RUN = dg.DagsterRunStatus
 

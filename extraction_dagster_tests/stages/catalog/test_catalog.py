@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from pydantic import SecretStr
 
-from extraction_dagster.errors import StateError
+from extraction_dagster.errors.catalog import StateError
 from extraction_dagster.records import Failure, IdRange, VideoRow
 from extraction_dagster.stages.catalog.catalog import Fingerprints, status_of
 from extraction_dagster.stages.catalog.ledger import LedgerEntry

@@ -6,7 +6,7 @@ from datetime import datetime
 import pytest
 import sqlalchemy as sa
 
-from extraction_dagster.errors import DatabaseUrlError, SourceTableError, SourceUnreachableError
+from extraction_dagster.errors.catalog import DatabaseUrlError, SourceTableError, SourceUnreachableError
 from extraction_dagster.records import IdRange, VideoRow
 from extraction_dagster.stages.catalog.database import describe, make_engine, parse_url
 from extraction_dagster.stages.catalog.source_table import SourceRow, SourceTable

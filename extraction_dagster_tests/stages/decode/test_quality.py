@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extraction_dagster.errors import FramesRejectedError
+from extraction_dagster.errors.decode import FramesRejectedError
 from extraction_dagster.records import FrameBatch
 from extraction_dagster.settings import Settings
 from extraction_dagster.shards.frame_store import frames_fingerprint

@@ -6,7 +6,7 @@ import torch  # noqa: TID253 - its error is injected
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extraction_dagster.errors import EmbeddingMemoryError, ModelOutputError
+from extraction_dagster.errors.embed import EmbeddingMemoryError, ModelOutputError
 from extraction_dagster.stages.embed.batching import BatchEmbedder, embed_pieces
 from extraction_dagster.stages.embed.passes import Finished
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from extraction_dagster.errors import EmbeddingShardError
+from extraction_dagster.errors.shards import EmbeddingShardError
 from extraction_dagster.records import EmbeddingBatch, Failure, IdRange
 from extraction_dagster.shards.embedding_store import EmbeddedRecord, EmbeddingShard, EmbeddingStore
 

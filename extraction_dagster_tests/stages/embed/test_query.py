@@ -7,7 +7,7 @@ import cv2  # noqa: TID253 - writes the files
 import numpy as np
 import pytest
 
-from extraction_dagster.errors import QueryImageError
+from extraction_dagster.errors.embed import QueryImageError
 from extraction_dagster.stages.embed.query import embed_query_image, load_query_image
 
 

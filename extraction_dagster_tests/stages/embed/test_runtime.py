@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch  # noqa: TID253 - what the settings act on
 
-from extraction_dagster.errors import EmbeddingDeviceError
+from extraction_dagster.errors.embed import EmbeddingDeviceError
 from extraction_dagster.settings import Settings
 from extraction_dagster.stages.embed import gpu_lease
 from extraction_dagster.stages.embed.runtime import (

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from extraction_dagster.errors import EmbeddingMemoryError
+from extraction_dagster.errors.embed import EmbeddingMemoryError
 from extraction_dagster.records import Failure, IdRange
 from extraction_dagster.shards.embedding_store import EmbeddedRecord, EmbeddingStore
 from extraction_dagster.stages.embed.models.registry import load_model

@@ -2,7 +2,7 @@
 
 import pytest
 
-from extraction_dagster.errors import PointsMissingError
+from extraction_dagster.errors.index import PointsMissingError
 from extraction_dagster.records import IdRange
 from extraction_dagster.stages.index.compare import Comparison, ExpectedPoints, compare_points, copy_points
 from extraction_dagster.stages.index.edge.store import EdgeStore

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from extraction_dagster.errors import ExportError
+from extraction_dagster.errors.index import ExportError
 from extraction_dagster.records import VideoRow
 from extraction_dagster.stages.index.export import export_points
 from extraction_dagster.stages.index.points import point_id

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import simplejpeg
 
-from extraction_dagster.errors import GalleryError
+from extraction_dagster.errors.index import GalleryError
 from extraction_dagster.stages.index.gallery import Card, render_gallery, write_gallery
 
 EVIL = "<script>document.title='owned'</script>\" onerror=\"document.title='owned'"

@@ -6,11 +6,11 @@ from datetime import UTC, datetime
 import numpy as np
 import pytest
 
-from extraction_dagster.errors import (
+from extraction_dagster.errors.base import RecordShapeError
+from extraction_dagster.errors.index import (
     CollectionInUseError,
     CollectionMismatchError,
     CollectionMissingError,
-    RecordShapeError,
     StoreNotOpenError,
 )
 from extraction_dagster.records import IdRange

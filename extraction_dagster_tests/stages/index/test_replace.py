@@ -2,7 +2,8 @@
 
 import pytest
 
-from extraction_dagster.errors import PointsMissingError, RecordShapeError
+from extraction_dagster.errors.base import RecordShapeError
+from extraction_dagster.errors.index import PointsMissingError
 from extraction_dagster.settings import Settings
 from extraction_dagster.stages.index.points import point_id
 from extraction_dagster.stages.index.replace import count_by_record, delete_records, replace_records

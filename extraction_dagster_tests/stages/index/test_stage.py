@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from extraction_dagster.errors import CollectionMismatchError, PointStoreError
+from extraction_dagster.errors.index import CollectionMismatchError, PointStoreError
 from extraction_dagster.records import EmbeddingBatch, Failure, VideoRow
 from extraction_dagster.stages.index.edge.store import EdgeStore
 from extraction_dagster.stages.index.points import PointBatch, point_id

@@ -2,7 +2,7 @@
 
 import pytest
 
-from extraction_dagster.errors import CollectionInUseError, CollectionMissingError, CollectionNotReadyError
+from extraction_dagster.errors.index import CollectionInUseError, CollectionMissingError, CollectionNotReadyError
 from extraction_dagster.records import IdRange
 from extraction_dagster.stages.catalog.catalog import Fingerprints
 from extraction_dagster.stages.index.edge.store import EdgeStore

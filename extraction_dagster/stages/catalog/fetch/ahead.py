@@ -7,7 +7,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from extraction_dagster.errors import FetchSetupError
+from extraction_dagster.errors.fetch import FetchSetupError
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable

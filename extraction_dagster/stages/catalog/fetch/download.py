@@ -6,7 +6,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from extraction_dagster.errors import DownloadTimeoutError, ExtractionError
+from extraction_dagster.errors.base import ExtractionError
+from extraction_dagster.errors.fetch import DownloadTimeoutError
 
 if TYPE_CHECKING:
     import threading

@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 import tenacity
 
-from extraction_dagster.errors import FileForbiddenError, FileUnavailableError, SchemeError
+from extraction_dagster.errors.fetch import FileForbiddenError, FileUnavailableError, SchemeError
 from extraction_dagster.stages.catalog.fetch.buckets import BucketDownload
 from extraction_dagster.stages.catalog.fetch.cache import OVERHEAD_BYTES, DownloadCache
 from extraction_dagster.stages.catalog.fetch.download import Deadline, PassingFaultError

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urljoin
 
 from extraction_dagster import __version__
-from extraction_dagster.errors import (
+from extraction_dagster.errors.fetch import (
     AddressForbiddenError,
     FileEncodedError,
     FileRefusedError,

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from extraction_dagster.errors import (
+from extraction_dagster.errors.decode import (
     NoVideoStreamError,
     VideoEncryptedError,
     VideoFormatError,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from extraction_dagster.errors import FramesTooManyError
+from extraction_dagster.errors.decode import FramesTooManyError
 
 if TYPE_CHECKING:
     from pathlib import Path

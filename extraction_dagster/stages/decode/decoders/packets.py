@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from extraction_dagster.errors import VideoEncryptedError, VideoTooLongError
+from extraction_dagster.errors.decode import VideoEncryptedError, VideoTooLongError
 from extraction_dagster.stages.decode.decoders.container import open_video, packets_of, raise_out_of_memory
 
 if TYPE_CHECKING:

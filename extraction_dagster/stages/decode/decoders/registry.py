@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from extraction_dagster.errors import SettingsError
+from extraction_dagster.errors.base import SettingsError
 
 if TYPE_CHECKING:
     from extraction_dagster.stages.decode.decoders.decoder import Decoder

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from extraction_dagster.errors import VideoDecodeError, VideoTooLongError
+from extraction_dagster.errors.decode import VideoDecodeError, VideoTooLongError
 from extraction_dagster.records import FrameBatch
 from extraction_dagster.stages.decode.decoders.container import open_video, packets_of, raise_out_of_memory
 from extraction_dagster.stages.decode.decoders.decoder import DecodedVideo, shortfall

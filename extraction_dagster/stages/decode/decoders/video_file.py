@@ -12,7 +12,7 @@ import stat
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from extraction_dagster.errors import VideoOpenError
+from extraction_dagster.errors.decode import VideoOpenError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

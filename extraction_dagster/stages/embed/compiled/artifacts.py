@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from extraction_dagster.errors import ArtifactFolderError
+from extraction_dagster.errors.embed import ArtifactFolderError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

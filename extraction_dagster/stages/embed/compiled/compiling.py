@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from extraction_dagster.errors import CompileError
+from extraction_dagster.errors.embed import CompileError
 from extraction_dagster.stages.embed.runtime import batch_size
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import ctypes
 import weakref
 from typing import TYPE_CHECKING, Any, Final
 
-from extraction_dagster.errors import CompiledNetworkError
+from extraction_dagster.errors.embed import CompiledNetworkError
 
 if TYPE_CHECKING:
     from pathlib import Path

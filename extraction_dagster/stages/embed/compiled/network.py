@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
 
-from extraction_dagster.errors import ArtifactFolderError, CompiledNetworkError, CompileError
+from extraction_dagster.errors.embed import ArtifactFolderError, CompiledNetworkError, CompileError
 from extraction_dagster.records import fingerprint
 from extraction_dagster.stages.embed.compiled.artifacts import ArtifactFolder
 from extraction_dagster.stages.embed.compiled.compiling import ONNX, compile_in, find_compiler

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from extraction_dagster.errors import CompiledNetworkError
+from extraction_dagster.errors.embed import CompiledNetworkError
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from extraction_dagster.errors import ModelFilesError
+from extraction_dagster.errors.embed import ModelFilesError
 from extraction_dagster.stages.embed.models.config import asks_elsewhere, code_names, numbers
 from extraction_dagster.stages.embed.models.safetensors_header import HeaderError, num_weights, tensor_shapes
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from extraction_dagster.errors import EmbeddingModelError, ModelFilesError, ModelLibraryError
+from extraction_dagster.errors.embed import EmbeddingModelError, ModelFilesError, ModelLibraryError
 from extraction_dagster.stages.embed.models.folder import (
     CONFIG,
     PREPROCESSORS,

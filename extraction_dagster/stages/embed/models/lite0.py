@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from extraction_dagster.errors import ModelFilesError
+from extraction_dagster.errors.embed import ModelFilesError
 from extraction_dagster.stages.embed.gpu_lease import LEASES
 from extraction_dagster.stages.embed.models.lite0_network import MEAN, STD, checkpoint_shapes, fold, has_onednn
 from extraction_dagster.stages.embed.models.preprocess import SQUASH, arithmetic, squash

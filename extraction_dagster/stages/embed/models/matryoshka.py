@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from extraction_dagster.errors import SettingsError
+from extraction_dagster.errors.base import SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -9,7 +9,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from extraction_dagster.errors import EmbeddingModelError
+from extraction_dagster.errors.embed import EmbeddingModelError
 from extraction_dagster.records import fingerprint
 from extraction_dagster.stages.embed.models import hub
 from extraction_dagster.stages.embed.models import lite0 as efficientnet_lite0

@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from extraction_dagster.errors import ExtractionError, ModelFilesError, ModelLibraryError
+from extraction_dagster.errors.base import ExtractionError
+from extraction_dagster.errors.embed import ModelFilesError, ModelLibraryError
 from extraction_dagster.stages.embed.gpu_lease import LEASES
 from extraction_dagster.stages.embed.models import hub
 from extraction_dagster.stages.embed.models.folder import inspect_folder

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import IO, TYPE_CHECKING, Any
 
-from extraction_dagster.errors import CollectionInUseError, StoreBusyError, StoreEngineError, StoreUnreadableError
+from extraction_dagster.errors.index import CollectionInUseError, StoreBusyError, StoreEngineError, StoreUnreadableError
 from extraction_dagster.stages.index.protocol import CollectionSpec
 
 if TYPE_CHECKING:

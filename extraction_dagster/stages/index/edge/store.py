@@ -13,10 +13,10 @@ from uuid import UUID
 
 import numpy as np
 
-from extraction_dagster.errors import (
+from extraction_dagster.errors.base import RecordShapeError
+from extraction_dagster.errors.index import (
     CollectionMismatchError,
     CollectionMissingError,
-    RecordShapeError,
     StoreBusyError,
     StoreEngineError,
     StoreNotOpenError,

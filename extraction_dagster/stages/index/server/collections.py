@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from extraction_dagster.errors import (
+from extraction_dagster.errors.index import (
     CollectionInUseError,
     CollectionMismatchError,
     CollectionMissingError,

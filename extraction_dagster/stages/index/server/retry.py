@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import tenacity
 
-from extraction_dagster.errors import StoreRefusedError, StoreUnavailableError
+from extraction_dagster.errors.index import StoreRefusedError, StoreUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

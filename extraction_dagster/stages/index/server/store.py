@@ -12,11 +12,8 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 import numpy as np
 
-from extraction_dagster.errors import (
-    CollectionMissingError,
-    RecordShapeError,
-    StoreNotOpenError,
-)
+from extraction_dagster.errors.base import RecordShapeError
+from extraction_dagster.errors.index import CollectionMissingError, StoreNotOpenError
 from extraction_dagster.stages.index.filters import PointFilter, translate
 from extraction_dagster.stages.index.points import PointBatch
 from extraction_dagster.stages.index.protocol import (

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from extraction_dagster.errors import DownloadCacheError, FileUnavailableError
+from extraction_dagster.errors.fetch import DownloadCacheError, FileUnavailableError
 from extraction_dagster.records import IdRange, VideoRow
 from extraction_dagster.shards.frame_store import FrameStore
 from extraction_dagster.stages.catalog.fetch.ahead import Fetched, fetch_ahead

@@ -8,7 +8,7 @@ from urllib.parse import quote
 import fsspec
 import pytest
 
-from extraction_dagster.errors import (
+from extraction_dagster.errors.fetch import (
     AddressForbiddenError,
     DownloadTimeoutError,
     FetchCredentialsError,

@@ -5,7 +5,8 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from extraction_dagster.errors import ExtractionError, FileForbiddenError, FileUnavailableError, SchemeError
+from extraction_dagster.errors.base import ExtractionError
+from extraction_dagster.errors.fetch import FileForbiddenError, FileUnavailableError, SchemeError
 from extraction_dagster.records import VideoRow
 from extraction_dagster.settings import Settings
 from extraction_dagster.stages.catalog.fetch.fetching import Fetcher, fetch_local

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from extraction_dagster.errors import (
+from extraction_dagster.errors.fetch import (
     AddressForbiddenError,
     DownloadTimeoutError,
     FileEncodedError,

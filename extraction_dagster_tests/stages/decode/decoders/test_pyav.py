@@ -4,7 +4,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from extraction_dagster.errors import VideoTooLargeError
+from extraction_dagster.errors.decode import VideoTooLargeError
 from extraction_dagster.stages.decode.decoders.container import open_video
 from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits
 from extraction_dagster.stages.decode.decoders.packets import read_packets

@@ -6,10 +6,10 @@ Where decord is wrong, the strict expected failure names the cause; it is judged
 import numpy as np
 import pytest
 
-from extraction_dagster.errors import (
+from extraction_dagster.errors.base import SettingsError
+from extraction_dagster.errors.decode import (
     FramesTooManyError,
     NoVideoStreamError,
-    SettingsError,
     VideoDecodeError,
     VideoFormatError,
     VideoOpenError,

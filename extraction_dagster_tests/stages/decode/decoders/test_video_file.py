@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from extraction_dagster.errors import VideoOpenError
+from extraction_dagster.errors.decode import VideoOpenError
 from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits
 from extraction_dagster.stages.decode.decoders.registry import make_decoder
 from extraction_dagster.stages.decode.decoders.video_file import open_file

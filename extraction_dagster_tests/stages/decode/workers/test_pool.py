@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from extraction_dagster.errors import DecodeWorkerStartError
+from extraction_dagster.errors.decode import DecodeWorkerStartError
 from extraction_dagster.stages.decode.task import DecodeJob
 from extraction_dagster.stages.decode.workers.pool import PoolOptions, decode_all
 
@@ -15,7 +15,7 @@ from extraction_dagster.stages.decode.workers.pool import PoolOptions, decode_al
 FAULTS = """
 import ctypes, dataclasses, os, pathlib, signal, socket, subprocess, sys, time
 import numpy as np
-from extraction_dagster.errors import NoVideoStreamError
+from extraction_dagster.errors.decode import NoVideoStreamError
 from extraction_dagster.records import EncodedFrames
 from extraction_dagster.stages.decode.workers import messages
 

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from extraction_dagster.errors import ArtifactFolderError
+from extraction_dagster.errors.embed import ArtifactFolderError
 from extraction_dagster.stages.embed.compiled.artifacts import ArtifactFolder
 
 DAY = 86_400

@@ -12,7 +12,7 @@ import torch  # noqa: TID253 - weights are made with it
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, dynamic_module_utils  # noqa: TID253 - saves; its cache is put into the test's folder
 
-from extraction_dagster.errors import ModelFilesError
+from extraction_dagster.errors.embed import ModelFilesError
 from extraction_dagster.settings import Settings
 from extraction_dagster.stages.embed.models.folder import inspect_folder
 from extraction_dagster.stages.embed.models.registry import embedding_fingerprint, load_model

@@ -6,7 +6,8 @@ import huggingface_hub
 import numpy as np
 import pytest
 
-from extraction_dagster.errors import EmbeddingModelError, ModelFilesError, SettingsError
+from extraction_dagster.errors.base import SettingsError
+from extraction_dagster.errors.embed import EmbeddingModelError, ModelFilesError
 from extraction_dagster.settings import Settings
 from extraction_dagster.stages.embed.models.registry import (
     embedding_fingerprint,

@@ -10,7 +10,7 @@ import pytest
 import torch  # noqa: TID253 - the reference side
 from efficientnet_lite_pytorch import EfficientNet
 
-from extraction_dagster.errors import EmbeddingDeviceError, ModelFilesError
+from extraction_dagster.errors.embed import EmbeddingDeviceError, ModelFilesError
 from extraction_dagster.settings import Settings
 from extraction_dagster.stages.embed.models import lite0 as efficientnet_lite0
 from extraction_dagster.stages.embed.models.lite0 import read_checkpoint, weights_path

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from extraction_dagster.errors import EmbeddingModelError
+from extraction_dagster.errors.embed import EmbeddingModelError
 from extraction_dagster.settings import Settings
 from extraction_dagster.stages.embed.models import lite0 as efficientnet_lite0
 from extraction_dagster.stages.embed.models.registry import (

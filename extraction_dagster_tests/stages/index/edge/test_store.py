@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from extraction_dagster.errors import StoreBusyError, StoreEngineError, StoreUnreadableError
+from extraction_dagster.errors.index import StoreBusyError, StoreEngineError, StoreUnreadableError
 from extraction_dagster.stages.index.edge.store import EdgeStore
 from extraction_dagster.stages.index.points import build_points, point_id
 from extraction_dagster.stages.index.protocol import CollectionSpec

@@ -6,11 +6,7 @@ import random
 import grpc
 import pytest
 
-from extraction_dagster.errors import (
-    CollectionNameTakenError,
-    StoreRefusedError,
-    StoreUnavailableError,
-)
+from extraction_dagster.errors.index import CollectionNameTakenError, StoreRefusedError, StoreUnavailableError
 from extraction_dagster.records import VideoRow
 from extraction_dagster.settings import Settings
 from extraction_dagster.stages.index.points import build_points

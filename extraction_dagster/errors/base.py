@@ -1,0 +1,61 @@
+"""The family, and the errors of every room."""
+
+from __future__ import annotations
+
+
+class ExtractionError(Exception):
+    """Base of the family.
+
+    Attributes:
+        permanent: Trying again can't help; the record is parked at once.
+    """
+
+    permanent: bool = False
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Rebuild the error from its finished sentence, so that it crosses process boundaries."""
+        return (_rebuild, (type(self), self.args, self.__dict__))
+
+
+def _rebuild(kind: type[ExtractionError], args: tuple[object, ...], state: dict[str, object]) -> ExtractionError:
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
+
+def one_line(said: str, most: int = 500) -> str:
+    """What a stranger's file says, fit for a terminal: no line break, no escape sequence, of some length."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in said[:most])
+
+
+class SettingsError(ExtractionError):
+    """A setting is wrong, unknown, or does not fit another."""
+
+    def __init__(self, setting: str, got: str, expected: str) -> None:
+        super().__init__(
+            f"Setting {setting} is {got}, expected {expected}. Correct it in the environment or in .env; "
+            f"'extraction doctor' lists every setting."
+        )
+
+
+class PartitionKeyError(ExtractionError):
+    """A partition key is not a range of ids."""
+
+    def __init__(self, key: str, why: str) -> None:
+        super().__init__(
+            f"{key!r} is not a range of ids: {why}. Expected FIRST-LAST with both ends included, for example 1-1000."
+        )
+
+
+class RecordShapeError(ExtractionError):
+    """A record between rooms was built from arrays that do not fit together; a bug, never a user's mistake."""
+
+    def __init__(self, record: str, why: str, shapes: str) -> None:
+        super().__init__(f"{record} refused: {why}; got {shapes}.")
+
+
+def some(record_ids: list[int]) -> str:
+    """Name a few of many records: `records 1, 2, 3, 4, 5, …`."""
+    shown = ", ".join(map(str, record_ids[:5]))
+    return f"records {shown}{', …' if len(record_ids) > 5 else ''}"  # noqa: PLR2004 - as many as shown

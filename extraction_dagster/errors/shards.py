@@ -1,0 +1,54 @@
+"""Errors of stored frames and vectors."""
+
+from __future__ import annotations
+
+from extraction_dagster.errors.base import ExtractionError
+
+
+class StoredFrameError(ExtractionError):
+    """A frame in the frame store is no readable JPEG."""
+
+    def __init__(self, record_id: int, frame_number: int, said: str) -> None:
+        super().__init__(
+            f"Stored frame {frame_number} of record {record_id} is no readable JPEG ({said}), expected what the decode "
+            f"stage wrote. No vector of the record was kept; the range goes on. Decode it again, then "
+            f"'extraction retry {record_id}'."
+        )
+
+
+class EmbeddingShardError(ExtractionError):
+    """A file is no embedding shard of this store, or it is damaged."""
+
+    def __init__(self, path: str, got: str, expected: str) -> None:
+        super().__init__(
+            f"Embedding shard {path!r} can't be read: got {got}, expected {expected}. Other shards are not touched. "
+            f"Delete the file and run its range again: it is made anew from the stored frames."
+        )
+
+
+class FrameShardError(ExtractionError):
+    """A frame shard can't be read back."""
+
+    def __init__(self, path: str, why: str) -> None:
+        super().__init__(
+            f"Frame shard {path!r} can't be read: {why}. Its records are to be decoded again: remove the file and "
+            f"materialize video_frames for its range."
+        )
+
+
+class FrameStoreError(ExtractionError):
+    """Frames can't be read or written where they are kept."""
+
+    def __init__(self, folder: str, why: str) -> None:
+        super().__init__(
+            f"The frames in {folder!r} can't be reached: {why}. No record is to blame, and what was written is kept. "
+            f"Correct EXTRACTION_FRAMES_URI, or the store's own configuration (AWS_… variables, say); then run "
+            f"the range again."
+        )
+
+
+class FramesExportError(ExtractionError):
+    """Frames can't be exported."""
+
+    def __init__(self, path: str, why: str, *, survives: str) -> None:
+        super().__init__(f"Frames can't be exported to {path!r}: {why}. {survives}")
