@@ -25,7 +25,7 @@ from extraction_dagster.errors.embed import EmbeddingMemoryError, ModelOutputErr
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from extraction_dagster.stages.embed.models.registry import EmbeddingModel
+    from extraction_dagster.stages.embed.models.interface import EmbeddingModel
     from extraction_dagster.stages.embed.passes import Pending
 
 _log = logging.getLogger(__name__)

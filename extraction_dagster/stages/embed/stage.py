@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from extraction_dagster.records import EncodedFrames, IdRange
     from extraction_dagster.settings import Settings
     from extraction_dagster.shards.embedding_store import EmbeddingShard, EmbeddingStore
-    from extraction_dagster.stages.embed.models.registry import EmbeddingModel
+    from extraction_dagster.stages.embed.models.interface import EmbeddingModel
 
 _PIECES_AHEAD = 4
 
