@@ -16,7 +16,15 @@ import urllib.parse
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, DotEnvSettingsSource, NoDecode, SettingsConfigDict
 
 from extraction_dagster.errors.base import SettingsError
@@ -52,7 +60,6 @@ RETIRED: Final = {
     "vector_dtype": "a new collection keeps vectors as float16, as the embedding shards do; one that exists is kept",
 }
 _warned: set[str] = set()
-Names = Annotated[tuple[str, ...], NoDecode]
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?"
 # A host or an IPv6 address in brackets; after '*.' at least two labels; a port if it is not the scheme's own.
 _HOST = re.compile(rf"(?:\*\.{_LABEL}\.)?{_LABEL}(?:\.{_LABEL})*(?::\d{{1,5}})?|\[[0-9A-Fa-f:]+\](?::\d{{1,5}})?")
@@ -61,6 +68,32 @@ _SHORTEST_PREFIX = 8
 _NOTIFIERS = ("none", "log", "webhook", "slack")
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 _OWNER = re.compile(r"team:[A-Za-z0-9_.-]{1,100}|[A-Za-z0-9_.+-]{1,100}@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+")
+
+
+def _split(value: object) -> object:
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+def _each(pattern: re.Pattern[str], examples: str) -> AfterValidator:
+    """Refuse a list that has a part which the pattern does not match."""
+
+    def check(value: tuple[str, ...]) -> tuple[str, ...]:
+        if wrong := [part for part in value if not pattern.fullmatch(part)]:
+            message = f"{examples} (refused: {wrong[0]})"
+            raise ValueError(message)
+        return value
+
+    return AfterValidator(check)
+
+
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Hosts = Annotated[
+    Names,
+    _each(_HOST, "hosts such as media.example.com, *.cdn.example.com or media.example.com:8443"),
+    AfterValidator(lambda hosts: tuple(host.lower() for host in hosts)),
+]
+Buckets = Annotated[Names, _each(_BUCKET, "buckets such as s3://videos or gs://videos")]
+Owners = Annotated[Names, _each(_OWNER, "owners such as team:video or someone@example.com")]
 
 
 class Settings(BaseSettings):
@@ -166,12 +199,12 @@ class Settings(BaseSettings):
     allowed_roots: Names = Field(
         (), description="Folders from which files may be read, separated by commas; home/videos when unset."
     )
-    allowed_hosts: Names = Field(
+    allowed_hosts: Hosts = Field(
         (),
         description="Servers from which https:// files may be read, separated by commas: media.example.com, "
         "*.cdn.example.com, media.example.com:8443; none when unset.",
     )
-    allowed_buckets: Names = Field(
+    allowed_buckets: Buckets = Field(
         (),
         description="Buckets from which files may be read, separated by commas: s3://videos,gs://videos; none when "
         "unset.",
@@ -345,7 +378,7 @@ class Settings(BaseSettings):
     )
 
     # What Dagster shows
-    owners: Names = Field(
+    owners: Owners = Field(
         ("team:extraction",),
         description="Owners of the assets, separated by commas: team:names or e-mail addresses.",
     )
@@ -396,20 +429,6 @@ class Settings(BaseSettings):
         empty: dict[str, None] = {name: None for name in _NONE_WHEN_EMPTY if values.get(name) == ""}
         return {name: value for name, value in values.items() if value != ""} | empty
 
-    @field_validator(
-        "source_payload_columns",
-        "allowed_roots",
-        "allowed_hosts",
-        "allowed_buckets",
-        "allowed_networks",
-        "trust_remote_code",
-        "owners",
-        mode="before",
-    )
-    @classmethod
-    def _split(cls, value: object) -> object:
-        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
-
     @field_validator("compile", mode="before")
     @classmethod
     def _no_retired_value(cls, value: object) -> object:
@@ -427,24 +446,6 @@ class Settings(BaseSettings):
             raise ValueError(message)
         return value
 
-    @field_validator("allowed_hosts", mode="after")
-    @classmethod
-    def _hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if wrong := [host for host in value if not _HOST.fullmatch(host)]:
-            message = (
-                f"hosts such as media.example.com, *.cdn.example.com or media.example.com:8443 (refused: {wrong[0]})"
-            )
-            raise ValueError(message)
-        return tuple(host.lower() for host in value)
-
-    @field_validator("allowed_buckets", mode="after")
-    @classmethod
-    def _buckets(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if wrong := [bucket for bucket in value if not _BUCKET.fullmatch(bucket)]:
-            message = f"buckets such as s3://videos or gs://videos (refused: {wrong[0]})"
-            raise ValueError(message)
-        return value
-
     @field_validator("allowed_networks", mode="after")
     @classmethod
     def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -456,14 +457,6 @@ class Settings(BaseSettings):
             if network is None or network.prefixlen < _SHORTEST_PREFIX:
                 message = f"networks such as 10.1.0.0/16 or fd00:1::/64, none larger than a /8 (refused: {text})"
                 raise ValueError(message)
-        return value
-
-    @field_validator("owners", mode="after")
-    @classmethod
-    def _owners(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if wrong := [owner for owner in value if not _OWNER.fullmatch(owner)]:
-            message = f"owners such as team:video or someone@example.com (refused: {wrong[0]})"
-            raise ValueError(message)
         return value
 
     @field_validator("qdrant_url", mode="after")
