@@ -63,7 +63,7 @@ def load_query_image(path: str | os.PathLike[str], *, max_pixels: int = MAX_QUER
 
 
 def embed_query_image(model: EmbeddingModel, image: np.ndarray, *, shown: str = "query") -> np.ndarray:
-    """The vector of one image, made as the stored ones are, save that it stays float32.
+    """The vector of one image, made as the stored ones are, but kept in float32.
 
     Args:
         model: The model that made the stored vectors.

@@ -45,9 +45,9 @@ def import_torch() -> None:
     By default a thread of libgomp that waits for the others spins. When other processes want the cores as well, that
     time is lost to everyone: at a load of 10 on 2 cores a frame cost 37 to 54 CPU ms, and 14 to 15 with sleeping
     threads, as on a quiet machine. libgomp reads the variable once, when torch loads it, so it is set for that moment
-    alone; whoever set it, or GOMP_SPINCOUNT, keeps their choice.
+    alone; a value that was set before, or GOMP_SPINCOUNT, stays.
 
-    Importing makes a million objects that stay. Looking through them for garbage, time and again, is a tenth of what a
+    Importing makes a million objects that stay. Looking through them for garbage again and again is a tenth of what a
     process spends until its first vector, so that it is not done meanwhile, and never again for those.
     """
     collects = gc.isenabled()
@@ -111,7 +111,7 @@ def lease_gpu(devices: Sequence[str], folder: Path) -> str:
 
     Args:
         devices: `"cuda:0"`, `"cuda:1"`, ...
-        folder: Where the locks lie; made if it is not there.
+        folder: Where the locks are; made if it does not exist.
     """
     if len(devices) == 1:
         return devices[0]
