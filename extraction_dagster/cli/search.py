@@ -19,7 +19,7 @@ from extraction_dagster.stages.index.search import VideoHit, open_for_search, se
 if TYPE_CHECKING:
     import numpy as np
 
-    from extraction_dagster.stages.embed.models.registry import EmbeddingModel
+    from extraction_dagster.stages.embed.models.interface import EmbeddingModel
 
 _MOST_QUERY_PICTURES = 8
 
@@ -127,8 +127,7 @@ def _cell(text: str | None) -> Text:
 
 def _query(settings: Settings, *, image: Path | None, video: Path | None, text: str | None) -> _Query:
     from extraction_dagster.stages.embed.models.registry import load_model
-    from extraction_dagster.stages.embed.query import embed_query_image, load_query_image
-    from extraction_dagster.stages.embed.query_video import embed_query_video
+    from extraction_dagster.stages.embed.query import embed_query_image, embed_query_video, load_query_image
 
     if image is not None:
         picture = load_query_image(image)  # before the model is loaded: a wrong file is refused at once
@@ -147,7 +146,7 @@ def _spec(settings: Settings, model: "EmbeddingModel") -> CollectionSpec:
 
 
 def _embed_text(model: "EmbeddingModel", text: str) -> "np.ndarray":
-    from extraction_dagster.stages.embed.models.registry import TextEmbeddingModel
+    from extraction_dagster.stages.embed.models.interface import TextEmbeddingModel
     from extraction_dagster.stages.embed.vectors import normalise
 
     if not isinstance(model, TextEmbeddingModel):

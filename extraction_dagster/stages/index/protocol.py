@@ -64,9 +64,8 @@ class CollectionSpec:
             settings.collection_name,
             dim,
             fingerprint,
-            settings.vector_dtype,
-            settings.quantization,
-            settings.vectors_on_disk,
+            quantization=settings.quantization,
+            on_disk=settings.vectors_on_disk,
         )
 
     @property

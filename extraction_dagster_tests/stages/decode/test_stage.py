@@ -14,6 +14,7 @@ from extraction_dagster.shards.frame_export import export_frames
 from extraction_dagster.shards.frame_store import FrameStore
 from extraction_dagster.stages.catalog.catalog import Fingerprints
 from extraction_dagster.stages.catalog.ledger import LedgerEntry
+from extraction_dagster.stages.decode import stage
 from extraction_dagster.stages.decode.quality import Quality
 from extraction_dagster.stages.decode.retention import prune_frames
 from extraction_dagster.stages.decode.sampling import Sampling
@@ -23,9 +24,10 @@ RANGE = IdRange(1, 100)
 
 
 @pytest.fixture
-def settings(tmp_path, clip_path):
+def settings(tmp_path, clip_path, monkeypatch):
+    monkeypatch.setattr(stage, "_MAX_SHARD_SECONDS", 3600)
     root = Path(clip_path("h264")).parent.parent
-    return Settings(home=tmp_path, allowed_roots=(str(root),), decode_workers=2, fps=2.0, shard_seconds=3600)
+    return Settings(home=tmp_path, allowed_roots=(str(root),), decode_workers=2, fps=2.0)
 
 
 @pytest.fixture
@@ -121,9 +123,9 @@ def test_a_shard_lands_once_it_holds_its_share_of_videos(clip_path, settings, st
     assert landed_ids(store) == [1, 2, 3, 4, 5]
 
 
-def test_a_shard_lands_once_its_first_video_is_old_enough(clip_path, settings, store):
-    eager = settings.model_copy(update={"shard_seconds": 1e-9})
-    landed = list(decode_rows(rows(clip_path, 3), store=store, partition=RANGE, settings=eager))
+def test_a_shard_lands_once_its_first_video_is_old_enough(clip_path, settings, store, monkeypatch):
+    monkeypatch.setattr(stage, "_MAX_SHARD_SECONDS", 1e-9)
+    landed = list(decode_rows(rows(clip_path, 3), store=store, partition=RANGE, settings=settings))
     assert [shard.num_videos for shard in landed] == [1, 1, 1]
 
 
@@ -197,6 +199,7 @@ from extraction_dagster.stages.catalog.ledger import LedgerEntry
 from extraction_dagster.shards.compaction import Compacted, CompactionOptions, compact_frames
 from extraction_dagster.shards.frame_export import export_frames
 from extraction_dagster.shards.frame_store import FrameStore
+from extraction_dagster.stages.decode import stage
 from extraction_dagster.stages.decode.quality import Quality
 from extraction_dagster.stages.decode.retention import prune_frames
 from extraction_dagster.stages.decode.sampling import Sampling

@@ -1,13 +1,13 @@
-"""Write `docs/settings.md` out of `settings.py`: `python -m extraction_dagster.settings_doc > docs/settings.md`."""
+"""Write `docs/settings.md` out of `settings.py`: `python docs/write_settings.py`, which `make docs` calls."""
 
 from __future__ import annotations
 
 import inspect
 import re
-import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from extraction_dagster.settings import PREFIX, Settings
+from extraction_dagster.settings import PREFIX, RETIRED, Settings
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -18,6 +18,13 @@ Each setting is an environment variable, or a line of a file `.env` in the worki
 An empty value counts as unset, but for the columns that may be `empty for none`. A misspelt name is refused.
 This page is generated from `extraction_dagster/settings.py` by `make docs`.
 """
+_GONE = """
+## Settings that are gone
+
+Each is warned of and has no effect; the next release refuses it.
+
+| variable | what holds now |
+| --- | --- |"""
 _TABLE = "| variable | default | meaning |\n| --- | --- | --- |"
 _SECTION_OR_FIELD = re.compile(r"^    # (?P<section>.+)$|^    (?P<field>[a-z]\w*): ", re.MULTILINE)
 
@@ -33,6 +40,10 @@ def settings_page() -> str:
             info = Settings.model_fields[name]
             meaning = (info.description or "").replace("|", "\\|")
             lines.append(f"| `{PREFIX}{name.upper()}` | {_default(info)} | {meaning} |")
+    lines.append(_GONE)
+    for retired, holds in RETIRED.items():
+        name, equals, value = retired.partition("=")
+        lines.append(f"| `{PREFIX}{name.upper()}{equals}{value}` | {holds} |")
     return "\n".join(lines) + "\n"
 
 
@@ -44,4 +55,6 @@ def _default(info: FieldInfo) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(settings_page())
+    page = Path(__file__).with_name("settings.md")
+    page.write_text(settings_page(), "utf-8")
+    print(f"Wrote docs/{page.name}")

@@ -10,8 +10,8 @@ import torch  # noqa: TID253 - what the passes call
 
 from extraction_dagster.settings import Settings
 from extraction_dagster.stages.embed.batching import BatchEmbedder, embed_pieces
-from extraction_dagster.stages.embed.cuda_passes import CudaPasses
 from extraction_dagster.stages.embed.models.registry import load_model
+from extraction_dagster.stages.embed.passes import CudaPasses
 from extraction_dagster.stages.embed.vectors import normalise
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
