@@ -6,10 +6,10 @@ from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 
 import dagster as dg
-from dagster._daemon.controller import get_daemon_statuses
 
 from extraction_dagster.defs.instance.cursor_store import CursorStore
 from extraction_dagster.defs.instance.launching import open_instance
+from extraction_dagster.defs.instance.private_api import daemon_statuses
 from extraction_dagster.settings import Settings
 from extraction_dagster.watch.figures import InstanceFigures
 
@@ -26,7 +26,6 @@ _ENDED = {
 _RECENT = timedelta(hours=1)
 _RATE_SECONDS = 900.0
 _MOST_EVENTS = 200
-_SILENCE_SECONDS = 150.0  # beside the 30 s between two signs of life: after three minutes a daemon is gone
 # Where each rate is read: the asset, and the number in its metadata.
 _MADE = {"videos": "qdrant_points", "frames": "video_frames", "points": "qdrant_points"}
 
@@ -60,7 +59,7 @@ def read_instance(instance: dg.DagsterInstance) -> InstanceFigures:
     """Everything that an instance says."""
     store = CursorStore(instance)
     required = sorted(instance.get_required_daemon_types())
-    statuses = get_daemon_statuses(instance, daemon_types=required, heartbeat_tolerance_seconds=_SILENCE_SECONDS)
+    statuses = daemon_statuses(instance, required)
     since = datetime.now(UTC) - _RECENT
     return InstanceFigures(
         cursor=store.read(),
