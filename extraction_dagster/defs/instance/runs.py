@@ -38,7 +38,6 @@ _AT_WORK = _ACTIVE[2:]
 _ENDED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
 _BACKFILL_DAEMONS = ("BACKFILL", "QUEUED_RUN_COORDINATOR")
 _LOOK_BACK = 12
-_RATE_SAMPLE = 20
 _STARTED_PROCESS = re.compile(r"Started process for run \(pid: (\d+)\)")  # Dagster's own words, before the first step
 
 
@@ -213,18 +212,3 @@ def range_keys(subset: AssetGraphSubset) -> set[str]:
     """The ranges of a subset, of whichever of our assets."""
     of_assets = subset.partitions_subsets_by_asset_key
     return {key for name in ASSETS if (found := of_assets.get(dg.AssetKey(name))) for key in found.get_partition_keys()}
-
-
-def recent_rate(instance: dg.DagsterInstance) -> float | None:
-    """Videos a second over the newest materializations of the last asset that indexed any; None before two of them."""
-    records = instance.fetch_materializations(dg.AssetKey("qdrant_points"), limit=_RATE_SAMPLE).records
-    made: list[tuple[float, int]] = []
-    for record in records:
-        materialization = record.asset_materialization
-        videos = materialization.metadata.get("videos") if materialization else None
-        if videos is not None and isinstance(videos.value, int) and videos.value:
-            made.append((record.timestamp, videos.value))
-    if len(made) < 2 or made[0][0] <= made[-1][0]:  # noqa: PLR2004 - a rate needs two points in time
-        return None
-    # The oldest one only says when counting begins.
-    return round(sum(videos for _, videos in made[:-1]) / (made[0][0] - made[-1][0]), 3)
