@@ -178,7 +178,7 @@ def made_lately(instance):
 
 def test_the_command_the_chart_and_prometheus_show_the_same_numbers_with_a_floor_set(instance):
     made_lately(instance)
-    finish(1, 3)
+    finish(3)
     with open_catalog(load_settings()) as catalog:
         failure = Failure(4, "", "decode", "VideoDecodeError", "broken", permanent=True)
         catalog.record_failures(catalog.plan(IdRange(4, 4), MADE_WITH), [failure], run_id="r")
