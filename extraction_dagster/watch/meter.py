@@ -10,7 +10,7 @@ import contextlib
 import logging
 import time
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from extraction_dagster.errors.base import ExtractionError
@@ -20,31 +20,20 @@ from extraction_dagster.stages.catalog.catalog import Catalog
 from extraction_dagster.stages.index.protocol import open_point_store
 from extraction_dagster.ticks.cursor import CursorState
 from extraction_dagster.ticks.mirrors import make_mirror
-from extraction_dagster.watch.figures import (
-    Census,
-    Figures,
-    InstanceFigures,
-    MirrorFigures,
-    recall_census,
-    remember_census,
-)
-from extraction_dagster.watch.progress import (
-    Progress,
-    ProgressMemory,
-    measure_progress,
-    recall_progress,
-    remember_progress,
-)
+from extraction_dagster.watch.figures import Census, Figures, MirrorFigures, recall_census, remember_census
+from extraction_dagster.watch.progress import measure_progress, recall_progress, remember_progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from extraction_dagster.settings import Settings
+    from extraction_dagster.watch.figures import InstanceFigures
+    from extraction_dagster.watch.progress import Progress
 
 _log = logging.getLogger(__name__)
 _EVERY_ID = IdRange(-(2**63), 2**63 - 1)
 _MOST_SECONDS_A_CALL = 10.0  # to a Qdrant server: what can't be counted now is counted another time
-_REMEMBER_EVERY_SECONDS = 60.0
+_REMEMBER_EVERY = timedelta(minutes=1)  # not at each scrape
 _LEAST_CENSUS_SECONDS = 60.0
 _CENSUS_SHARE = 50  # a census that takes a second is taken every 50 s at most
 
@@ -67,8 +56,6 @@ class Meter:
         limit = min(settings.qdrant_timeout_seconds, _MOST_SECONDS_A_CALL)
         self._hasty_settings = settings.model_copy(update={"qdrant_timeout_seconds": limit})
         self._catalog: Catalog | None = None
-        self._memory = ProgressMemory()
-        self._remembered_at = float("-inf")
         self._faults: dict[str, str] = {}
 
     def close(self) -> None:
@@ -149,22 +136,19 @@ class Meter:
         return self._catalog
 
     def _progress(self, catalog: Catalog, cursor: CursorState, instance: InstanceFigures, now: float) -> Progress:
-        kept = recall_progress(catalog.state_engine)  # the sensor's looks are remembered there as well
-        if kept.moved_at is not None and (self._memory.moved_at is None or kept.moved_at > self._memory.moved_at):
-            self._memory = kept
-        before = self._memory.last_processed_id
+        memory = recall_progress(catalog.state_engine)  # of the sensor's looks as well
+        last, moved_at = memory.last_processed_id, memory.moved_at
         progress = measure_progress(
             catalog,
             cursor,
-            self._memory,
+            memory,
             now=datetime.fromtimestamp(now, UTC),
             active_runs=sum(instance.runs.values()),
             videos_per_second=instance.rates.get("videos"),
         )
-        if self._memory.last_processed_id != before or now - self._remembered_at >= _REMEMBER_EVERY_SECONDS:
+        if moved_at is None or last != progress.last_processed_id or progress.moved_at - moved_at >= _REMEMBER_EVERY:
             with contextlib.suppress(ExtractionError):
-                remember_progress(catalog.state_engine, self._memory)
-                self._remembered_at = now
+                remember_progress(catalog.state_engine, memory)
         return progress
 
     def _mirror(self, catalog: Catalog, last_processed_id: int | None, parts: dict[str, bool]) -> MirrorFigures | None:

@@ -1,7 +1,7 @@
 """What Dagster's instance says of how far things are; each look-up is flat in partitions, runs and rows."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 
@@ -77,21 +77,19 @@ def read_instance(instance: dg.DagsterInstance) -> InstanceFigures:
 
 
 def video_rate(instance: dg.DagsterInstance) -> float | None:
-    """Videos a second over the newest runs, the same that the metrics show; None when none has ended lately."""
-    return _rates(instance, "qdrant_points", now=time.time()).get("videos")
+    """Videos a second over the newest runs, as the metrics show it; None when none has ended lately."""
+    return recent_rates(instance, now=time.time(), assets=["qdrant_points"]).get("videos")
 
 
-def recent_rates(instance: dg.DagsterInstance, *, now: float) -> dict[str, float]:
+def recent_rates(instance: dg.DagsterInstance, *, now: float, assets: Iterable[str] = tuple(_MADE)) -> dict[str, float]:
     """Videos, frames and points a second over the newest runs; none of them when no run has ended lately."""
-    return {name: rate for asset in _MADE for name, rate in _rates(instance, asset, now=now).items()}
-
-
-def _rates(instance: dg.DagsterInstance, asset: str, *, now: float) -> dict[str, float]:
-    records, since = _newest(instance, dg.AssetKey(asset), now)
-    if not records:
-        return {}
-    made = {name: sum(_number(record, name) for record in records) for name in _MADE[asset]}
-    return {name: round(number / max(now - since, 1.0), 4) for name, number in made.items()}
+    rates: dict[str, float] = {}
+    for asset in assets:
+        records, since = _newest(instance, dg.AssetKey(asset), now)
+        for name in _MADE[asset] if records else ():
+            made = sum(_number(record, name) for record in records)
+            rates[name] = round(made / max(now - since, 1.0), 4)
+    return rates
 
 
 def _newest(instance: dg.DagsterInstance, asset: dg.AssetKey, now: float) -> tuple[Sequence[dg.EventLogRecord], float]:
