@@ -1,4 +1,4 @@
-"""Who is told, and how: the log, a webhook, a chat that takes what Slack takes, or a function of one's own.
+"""How notices are delivered: to the log, a webhook, a chat that takes what Slack takes, or a function of one's own.
 
 What is posted goes to the address that was set and to no other, within seconds, tried a few times.
 """
@@ -50,7 +50,7 @@ class _TransientError(Exception):
 
 
 def make_notifier(settings: Settings) -> Notifier | None:
-    """The notifier that the settings ask for; None when nobody is to be told.
+    """The notifier that the settings ask for; None when notices are off.
 
     Raises:
         NotifierError: A function of one's own can't be imported, or is none.
@@ -83,7 +83,7 @@ def deliver(notifier: Notifier, failure: RunFailure, *, seconds: float = _DELIVE
         except NoticeError as error:
             faults.append(error.why)
         except BaseException as error:  # noqa: BLE001 - also of a function that calls sys.exit
-            # Its words may hold an address with its secret: only its type is shown.
+            # The error's words may hold an address with its secret: only its type is shown.
             faults.append(f"{type(error).__name__} was raised")
 
     thread = threading.Thread(target=work, daemon=True, name="notifier")

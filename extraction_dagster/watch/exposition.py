@@ -98,7 +98,7 @@ def _of_instance(instance: InstanceFigures) -> Iterator[Metric]:
     began = "When a daemon last began a tick of the sensor."
     yield from _known(
         ("sensor_last_tick_timestamp_seconds", began, instance.last_tick_at),
-        ("sensor_enabled", "Whether nobody has stopped the sensor.", instance.is_switched_on),
+        ("sensor_enabled", "Whether the sensor is on: it was not stopped.", instance.is_switched_on),
     )
     for name in ("frames", "points", "videos"):
         help_text = f"The {name} made a second by the newest runs; 0 when none has ended lately."

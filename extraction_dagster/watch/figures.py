@@ -31,7 +31,7 @@ class InstanceFigures:
         runs: Runs that have not ended, by status.
         ended_runs: Runs that ended within the last hour, by status.
         last_tick_at: When the sensor last ticked, in seconds since the epoch; None before the first tick.
-        is_switched_on: Whether nobody has stopped the sensor.
+        is_switched_on: Whether the sensor is on: it was not stopped.
         daemons: Whether each daemon that is needed lives.
         rates: Videos, frames and points a second, of those that were made lately.
     """

@@ -1,6 +1,6 @@
 """A scrape: the newest figures and the newest census, each taken by a thread of its own; and the endpoint for it.
 
-A database that does not answer, or a census of a hundred million rows, holds up nobody who asks.
+A database that does not answer, or a census of a hundred million rows, delays no answer.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _HELP = b"Metrics are at /metrics\n"
 class Latest(Generic[_Value]):
     """The newest of something that takes time: taken by one thread when it is asked for and the one before is old.
 
-    When a database does not answer, one thread hangs and nobody else: those who ask wait for as long as they said, and
-    get what there is.
+    When a database does not answer, that thread alone hangs: callers wait for as long as they said, and get the value
+    before.
 
     Args:
         take: Takes a value; an exception is logged, and the value before stays.

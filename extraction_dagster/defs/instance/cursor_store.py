@@ -1,4 +1,4 @@
-"""Dagster's cursor store, for those who are not the sensor: the commands, and `extraction run`."""
+"""The sensor's cursor in Dagster's storage, for the commands: read it, write it, see whether a daemon uses it."""
 
 import dagster as dg
 
@@ -49,12 +49,12 @@ class CursorStore:
         return max(filter(None, (data.last_tick_start_timestamp, data.last_tick_timestamp)), default=None)
 
     def is_switched_on(self) -> bool:
-        """Whether a daemon would tick the sensor: nobody has stopped it."""
+        """Whether the sensor is on: it was not stopped."""
         state = self._state()
         return state is None or state.status != InstigatorStatus.STOPPED
 
     def is_ticking(self) -> bool:
-        """Whether a daemon ticks the sensor: it gave a sign of life within three minutes, be it of an error."""
+        """Whether a daemon ticks the sensor: it gave a heartbeat within three minutes, errors or not."""
         if not self.is_switched_on():
             return False
         return bool(daemon_statuses(self._instance, ["SENSOR"], ignore_errors=True)["SENSOR"].healthy)

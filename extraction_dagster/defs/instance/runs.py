@@ -1,4 +1,4 @@
-"""Runs of ranges and what backfills will run, as a tick asks for them: a cost that no number of partitions changes."""
+"""Runs of ranges, and the ranges of backfills, as a tick asks for them; flat in the number of partitions."""
 
 import json
 import re
@@ -49,7 +49,7 @@ def active_runs(instance: dg.DagsterInstance) -> list[dg.DagsterRun]:
 def fail_dead_runs(instance: dg.DagsterInstance) -> None:
     """End the runs whose process was killed, and free the pool slots that they held.
 
-    Without this, a run whose worker and whose code server were both killed would keep its range and its slots for ever.
+    Otherwise a run whose worker and code server were both killed would keep its range and its slots for ever.
     """
     for run in active_runs(instance):
         if _is_gone(instance, run):
@@ -61,7 +61,7 @@ def fail_dead_runs(instance: dg.DagsterInstance) -> None:
 
 
 def _free_slots_of_ended_runs(instance: dg.DagsterInstance) -> None:
-    """Free the pool slots of runs that were ended because their process was killed: nobody gave them back.
+    """Free the pool slots of runs that were ended because their process was killed before it gave them back.
 
     The code server ends such a run within a second; Dagster itself frees its slots minutes later, and a pool of one
     would stand still until then.
@@ -114,14 +114,14 @@ class InstanceRuns:
 
     Args:
         instance: The instance.
-        under_daemon: Whether a daemon asks, so that nobody has to look for a living one.
+        under_daemon: Whether a daemon asks, so that its heartbeat need not be looked up.
     """
 
     def __init__(self, instance: dg.DagsterInstance, *, under_daemon: bool = False) -> None:
         self._instance, self._under_daemon = instance, under_daemon
 
     def active(self) -> list[IdRange]:
-        """Ranges that have an active run, whoever launched it; those of backfills apart."""
+        """Ranges that have an active run of the sensor, a command or the UI; those of backfills are not among them."""
         fail_dead_runs(self._instance)
         return [
             found for run in active_runs(self._instance) if BACKFILL_TAG not in run.tags and (found := range_of(run))
@@ -209,6 +209,6 @@ def waiting_ranges(instance: dg.DagsterInstance, backfill: PartitionBackfill) ->
 
 
 def range_keys(subset: AssetGraphSubset) -> set[str]:
-    """The ranges of a subset, of whichever of our assets."""
+    """The ranges of a subset, of any of our assets."""
     of_assets = subset.partitions_subsets_by_asset_key
     return {key for name in ASSETS if (found := of_assets.get(dg.AssetKey(name))) for key in found.get_partition_keys()}
