@@ -90,7 +90,7 @@ def command(  # noqa: PLR0913 - each is an option that a person may type
             _watch(backfills, watch, as_json=as_json)
         else:
             plan = _plan(backfills, settings, wanted, assets=assets, stale_only=stale_only)
-            document = {**_document(plan), "daemon_running": backfills.is_served()}
+            document = {**_document(plan), "daemon_running": backfills.has_daemons()}
             if not as_json:
                 _tell(plan, dry_run=dry_run)
             if not (document["daemon_running"] or dry_run or here or wait):
@@ -111,7 +111,7 @@ def _span(text: str | None) -> IdRange | None:
 
 
 def _assets(only: str | None) -> tuple[str, ...]:
-    from extraction_dagster.defs.instance.backfilled import ASSETS
+    from extraction_dagster.defs.instance.runs import ASSETS
 
     names = ASSETS if only is None else tuple(name.strip() for name in only.split(",") if name.strip())
     unknown = sorted(set(names) - set(ASSETS))
@@ -236,14 +236,14 @@ def _until_over(backfills: "Backfills", backfill_id: str, show: Callable[..., No
         said = line
         if seen.is_over:
             return seen
-        if not warned and not backfills.is_served():
+        if not warned and not backfills.has_daemons():
             warned = True
             _log.warning("No Dagster daemon is running: the backfill goes on once there is one")
         time.sleep(_POLL_SECONDS)
 
 
 def _process_here(backfills: "Backfills", plan: "BackfillPlan", document: dict[str, Any], *, as_json: bool) -> None:
-    from extraction_dagster.defs.instance.backfill_here import process_here
+    from extraction_dagster.defs.instance.backfills import process_here
 
     with console.long_work():
         done = process_here(backfills.instance, plan)

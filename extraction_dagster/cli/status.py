@@ -1,5 +1,6 @@
 """`extraction status`: how far things are."""
 
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
@@ -10,6 +11,7 @@ from extraction_dagster.errors.ticks import CursorError
 from extraction_dagster.settings import Settings, load_settings
 from extraction_dagster.stages.catalog.catalog import Catalog, open_catalog
 from extraction_dagster.ticks.cursor import CursorState
+from extraction_dagster.watch.progress import Progress, eta_seconds, measure_progress, recall_progress
 
 _SECONDS = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
 
@@ -21,9 +23,12 @@ def command(
     """Show the watermark, how many records are done, pending, failed and parked, the rate, and when it will be done."""
     settings = load_settings()
     with open_catalog(settings) as catalog:
-        status = {**catalog.status(), **_progress(settings, catalog)}
-    rate, pending = status["videos_per_second"], status["pending"]
-    status["eta_seconds"] = round(pending / rate) if rate and pending else 0 if pending == 0 else None
+        progress = _progress(settings, catalog)
+        lag = progress.lag_rows if progress.is_lag_counted else catalog.source.count_above(progress.after_id)
+        status: dict[str, Any] = catalog.status(floor_id=progress.floor_id)
+    status |= {name: getattr(progress, name) for name in ("last_processed_id", "frontier_id", "floor_id")}
+    status |= {"lag_rows": lag, "active_runs": progress.active_runs, "videos_per_second": progress.videos_per_second}
+    status["eta_seconds"] = eta_seconds(status["pending"], progress.videos_per_second)
     if as_json:
         console.print_json(status)
         return
@@ -34,24 +39,22 @@ def command(
     console.out.print(table)
 
 
-def _progress(settings: Settings, catalog: Catalog) -> dict[str, Any]:
-    """What Dagster's instance knows: the cursor, and the rate of the newest materializations."""
+def _progress(settings: Settings, catalog: Catalog) -> Progress:
+    """The record that the charts and the metrics show as well; a cursor that can't be used is left out."""
     from extraction_dagster.defs.instance.cursor_store import CursorStore
     from extraction_dagster.defs.instance.launching import open_instance
-    from extraction_dagster.defs.instance.runs import active_runs, recent_rate
+    from extraction_dagster.defs.instance.measuring import video_rate
+    from extraction_dagster.defs.instance.runs import active_runs
 
-    progress: dict[str, Any] = dict.fromkeys(("last_processed_id", "frontier_id", "floor_id"))
     with open_instance(settings) as instance:
-        stored, active, rate = CursorStore(instance).read(), len(active_runs(instance)), recent_rate(instance)
+        stored, active, rate = CursorStore(instance).read(), len(active_runs(instance)), video_rate(instance)
     try:
-        state = CursorState.from_json(stored, source=catalog.source.identity) if stored else None
+        cursor = CursorState.from_json(stored, source=catalog.source.identity) if stored else None
     except CursorError as error:
         console.err.print(f"warning: {error}", markup=False)
-        state = None
-    if state is not None:
-        progress = {name: getattr(state, name) for name in progress}
-    lag = catalog.source.count_above(progress["last_processed_id"])
-    return {**progress, "lag_rows": lag, "active_runs": active, "videos_per_second": rate}
+        cursor = None
+    memory = recall_progress(catalog.state_engine)
+    return measure_progress(catalog, cursor, memory, now=datetime.now(UTC), active_runs=active, videos_per_second=rate)
 
 
 def _duration(seconds: float) -> str:

@@ -72,7 +72,7 @@ class OtherModelError(ExtractionError):
 
 
 class FramesMissingError(ExtractionError):
-    """Records are to be embedded anew, and their frames are not stored."""
+    """Records are to be embedded again, and their frames are not stored."""
 
     permanent = True
 
@@ -84,7 +84,7 @@ class FramesMissingError(ExtractionError):
 
 
 class VectorsMissingError(ExtractionError):
-    """Records are to be indexed anew, and their vectors are not stored."""
+    """Records are to be indexed again, and their vectors are not stored."""
 
     permanent = True
 
@@ -99,7 +99,7 @@ _MOST_RANGES = 5  # named in one sentence
 
 
 class BackfillUnknownError(ExtractionError):
-    """A backfill was named that there is not."""
+    """No backfill has the id that was named."""
 
     def __init__(self, backfill_id: str, why: str) -> None:
         super().__init__(
@@ -109,7 +109,7 @@ class BackfillUnknownError(ExtractionError):
 
 
 class DaemonMissingError(ExtractionError):
-    """A command would wait for runs that nobody starts."""
+    """A command would wait for runs that no daemon starts."""
 
     def __init__(self) -> None:
         super().__init__(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
+from extraction_dagster.records import IdRange
 from extraction_dagster.stages.catalog.database import make_engine, writing
 from extraction_dagster.stages.catalog.ledger import Ledger, LedgerEntry, State
 from extraction_dagster.stages.catalog.source_table import SourceRow, SourceTable
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     import sqlalchemy as sa
 
-    from extraction_dagster.records import Failure, IdRange, VideoRow
+    from extraction_dagster.records import Failure, VideoRow
     from extraction_dagster.settings import Settings
 
 _SUMMARY = {
@@ -281,10 +282,14 @@ class Catalog:
             counts[_SUMMARY[entry.state] if entry else "done" if row.marked_done else "pending"] += 1
         return ", ".join(f"{counts[name]} {name}" for name in ("done", "pending", "failed", "parked"))
 
-    def status(self) -> dict[str, int | str | None]:
+    def status(self, *, floor_id: int | None = None) -> dict[str, int | str | None]:
         """The whole table in numbers; the keys are stable.
 
-        With marks, a row that they say is done counts as done, whoever did it; without, the ledger counts.
+        With marks, a row that they say is done counts as done, whoever did it; without, the ledger counts. A failed
+        record whose wait is over counts as failed and as pending.
+
+        Args:
+            floor_id: The cursor's floor; rows at or below are not pending.
         """
         counts, extent, eligible = self.ledger.counts(), self.source.extent(), self.source.count()
         failed, parked = counts.get("failed", 0), counts.get("parked", 0)
@@ -298,8 +303,18 @@ class Catalog:
             "done": done,
             "failed": failed,
             "parked": parked,
-            "pending": max(eligible - done - failed - parked, 0),
+            "pending": self._count_pending(floor_id),
         }
+
+    def _count_pending(self, floor_id: int | None) -> int:
+        """From counts alone; rows that are gone and have a ledger entry blur it a little."""
+        if floor_id is not None and floor_id >= 2**63 - 1:
+            return 0
+        above = IdRange(-(2**63) if floor_id is None else floor_id + 1, 2**63 - 1)
+        unfinished = self.source.count_unmarked(above)
+        if unfinished is None:
+            unfinished = self.source.count(above) - self.ledger.counts(above).get("done", 0)
+        return max(unfinished - self.ledger.count_held_back(above, now=datetime.now(UTC)), 0)
 
     def _mark(
         self,

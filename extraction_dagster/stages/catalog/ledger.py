@@ -144,6 +144,15 @@ class Ledger:
             found = {state: int(number) for state, number in connection.execute(query)}
         return {"failed": 0, "parked": 0} | found
 
+    def count_held_back(self, id_range: IdRange, *, now: datetime) -> int:
+        """The number of records of a range that are parked or wait for their next try."""
+        table = LEDGER_TABLE.c
+        held_back = sa.or_(table.state == "parked", table.not_before > now)
+        query = sa.select(sa.func.count()).where(STOPPED, held_back)
+        query = query.where(table.record_id.between(id_range.first_id, id_range.last_id))
+        with reading(self.engine, what="read the ledger") as connection:
+            return int(connection.execute(query).scalar_one())
+
     def last_change(self, id_range: IdRange, most: int) -> datetime | None:
         """When an entry of a range was last written, by the clocks of those who write; looks at the last `most`."""
         table = LEDGER_TABLE.c

@@ -188,11 +188,13 @@ class SourceTable:
         with reading(self._engine, what=f"read source table {self.name!r}") as connection:
             return connection.execute(newest).scalar_one_or_none()
 
-    def count_unmarked(self) -> int | None:
+    def count_unmarked(self, id_range: IdRange | None = None) -> int | None:
         """The number of eligible rows that are not marked as done; None without mark columns."""
         if self.unmarked is None:
             return None
         query = sa.select(sa.func.count()).select_from(self.table).where(self.unmarked, self.eligible)
+        if id_range is not None:
+            query = query.where(self.id.between(id_range.first_id, id_range.last_id))
         with reading(self._engine, what=f"read source table {self.name!r}") as connection:
             return int(connection.execute(query).scalar_one())
 

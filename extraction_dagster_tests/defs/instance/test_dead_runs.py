@@ -10,7 +10,7 @@ import dagster as dg
 import pytest
 from dagster._core.events import EngineEventData
 
-from extraction_dagster.defs.instance.runs import bury_dead_runs
+from extraction_dagster.defs.instance.runs import fail_dead_runs
 from extraction_dagster.defs.partitions import PROCESS_TAG, process_tags
 
 STARTED, FAILED = dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.FAILURE
@@ -37,8 +37,8 @@ def add(instance, tags):
     return instance.add_run(dg.DagsterRun(job_name="extraction_job", run_id=run_id, status=STARTED, tags=tags))
 
 
-def after_burial(instance, run):
-    bury_dead_runs(instance)
+def status_after_the_check(instance, run):
+    fail_dead_runs(instance)
     return instance.get_run_by_id(run.run_id).status
 
 
@@ -46,14 +46,14 @@ def after_burial(instance, run):
 def test_a_local_worker_that_died_before_its_first_step_is_told_by_its_process_id(instance, dead_id, where, expected):
     run = add(instance, where)
     instance.report_engine_event(f"Started process for run (pid: {dead_id}).", run, EngineEventData.in_process(dead_id))
-    assert after_burial(instance, run) == expected
+    assert status_after_the_check(instance, run) == expected
 
 
 def test_a_local_worker_that_lives_and_has_not_come_to_its_first_step_goes_on(instance):
     run = add(instance, LOCAL)
     own = os.getpid()
     instance.report_engine_event(f"Started process for run (pid: {own}).", run, EngineEventData.in_process(own))
-    assert after_burial(instance, run) == STARTED
+    assert status_after_the_check(instance, run) == STARTED
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_a_slot_of_a_run_that_was_ended_with_its_killed_worker_goes_to_the_next_
     assert takes_the_slot(on_disk, killed)
     assert not takes_the_slot(on_disk, waiting)
     on_disk.report_run_failed(killed, "The code server noticed.")
-    bury_dead_runs(on_disk)
+    fail_dead_runs(on_disk)
     assert takes_the_slot(on_disk, waiting)
 
 
@@ -88,5 +88,5 @@ def test_a_run_that_was_ended_while_its_process_works_on_keeps_its_slot(on_disk)
     assert takes_the_slot(on_disk, ended)
     assert not takes_the_slot(on_disk, waiting)
     on_disk.report_run_canceled(ended, "Marked as canceled by force.")
-    bury_dead_runs(on_disk)
+    fail_dead_runs(on_disk)
     assert not takes_the_slot(on_disk, waiting)

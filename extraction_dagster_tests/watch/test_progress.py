@@ -8,10 +8,12 @@ from extraction_dagster.records import Failure, IdRange
 from extraction_dagster.stages.catalog.catalog import Fingerprints
 from extraction_dagster.stages.catalog.state_tables import LEDGER_TABLE
 from extraction_dagster.ticks.cursor import CursorState
-from extraction_dagster.watch.how_far import (
-    Figures,
+from extraction_dagster.ticks.memory import remember_text
+from extraction_dagster.watch import progress
+from extraction_dagster.watch.progress import (
+    Progress,
     ProgressMemory,
-    look,
+    measure_progress,
     recall_progress,
     remember_progress,
 )
@@ -29,6 +31,10 @@ def catalog(database):
     catalog.close()
 
 
+def look(catalog, state, memory, *, now=START, **work):
+    return measure_progress(catalog, state, memory, now=now, **work)
+
+
 def cursor(**values):
     return CursorState("0" * 16, **values)
 
@@ -44,19 +50,19 @@ def fail(catalog, record_id, *, permanent=False):
     catalog.record_failures(catalog.plan(ALL, MADE_WITH), [failure], run_id="r")
 
 
-def test_before_the_first_tick_everything_is_due(catalog):
-    standing = look(catalog, None, ProgressMemory(), now=START)
-    assert standing.figures == Figures(newest_id=10, lag_rows=10, pending_rows=10)
-    assert "last_processed_id" not in standing.figures.numbers()
-    assert not standing.is_stuck
+def test_before_the_first_tick_everything_is_pending(catalog):
+    found = look(catalog, None, ProgressMemory())
+    assert found == Progress(newest_id=10, lag_rows=10, pending_rows=10, moved_at=START)
+    assert "last_processed_id" not in found.numbers()
 
 
 def test_the_figures_of_a_table_that_is_half_done(catalog):
     finish(catalog, 1, 2, 3, 5)
     fail(catalog, 4)
     fail(catalog, 6, permanent=True)
-    standing = look(catalog, cursor(last_processed_id=3, frontier_id=6), ProgressMemory(), now=START)
-    assert standing.figures.numbers() == {
+    state = cursor(last_processed_id=3, frontier_id=6)
+    found = look(catalog, state, ProgressMemory(), active_runs=2, videos_per_second=0.5)
+    assert found.numbers() == {
         "last_processed_id": 3,
         "frontier_id": 6,
         "newest_id": 10,
@@ -66,18 +72,32 @@ def test_the_figures_of_a_table_that_is_half_done(catalog):
         "waiting_rows": 1,
         "failed_records": 1,
         "parked_records": 1,
+        "active_runs": 2,
+        "videos_per_second": 0.5,
+        "eta_seconds": 8,
     }
 
 
-def test_rows_at_or_below_the_operators_floor_are_nobodys_business(catalog):
-    figures = look(catalog, cursor(floor_id=8), ProgressMemory(), now=START).figures
-    assert (figures.lag_rows, figures.lag_ids, figures.pending_rows) == (2, 2, 2)
+def test_rows_at_or_below_the_operators_floor_do_not_count(catalog):
+    found = look(catalog, cursor(floor_id=8), ProgressMemory())
+    assert (found.floor_id, found.lag_rows, found.lag_ids, found.pending_rows) == (8, 2, 2, 2)
+
+
+@pytest.mark.parametrize(("rate", "expected"), [(2.0, 5), (None, None)])
+def test_when_it_will_be_done_follows_from_the_rate(catalog, rate, expected):
+    assert look(catalog, None, ProgressMemory(), videos_per_second=rate).eta_seconds == expected
+
+
+def test_of_a_backlog_that_is_not_counted_to_its_end_nobody_knows_when_it_will_be_done(catalog, monkeypatch):
+    monkeypatch.setattr(progress, "MOST_SCANNED", 10)
+    assert "eta_seconds" not in look(catalog, None, ProgressMemory(), videos_per_second=2.0).numbers()
 
 
 def test_an_empty_table_has_no_newest_id(database):
     database.create()
     catalog = database.catalog()
-    assert look(catalog, None, ProgressMemory(), now=START).figures == Figures()
+    found = look(catalog, None, ProgressMemory(), now=START)
+    assert (found, found.eta_seconds) == (Progress(moved_at=START), 0)
     catalog.close()
 
 
@@ -85,8 +105,8 @@ def test_rows_that_are_not_eligible_do_not_count(database):
     database.create(ids=(1, 2, 3))
     database.insert(4, is_downloaded=True)
     catalog = database.catalog(source_predicate="is_downloaded")
-    figures = look(catalog, None, ProgressMemory(), now=START).figures
-    assert (figures.lag_rows, figures.pending_rows, figures.newest_id) == (1, 1, 4)
+    found = look(catalog, None, ProgressMemory())
+    assert (found.lag_rows, found.pending_rows, found.newest_id) == (1, 1, 4)
     catalog.close()
 
 
@@ -108,7 +128,7 @@ def test_rows_that_wait_without_a_sign_of_work_are_stuck_after_the_time_that_is_
     assert not after(memory, catalog, state, minutes=0).is_stuck
     assert not after(memory, catalog, state, minutes=59).is_stuck
     stuck = after(memory, catalog, state, minutes=60)
-    assert (stuck.is_stuck, stuck.moved_at) == (True, START)
+    assert (stuck.is_stuck, stuck.moved_at, stuck.stalled_seconds) == (True, START, 3600)
 
 
 def test_a_watermark_that_moves_is_a_sign_of_work(catalog):
@@ -130,29 +150,36 @@ def test_a_shard_marked_in_a_long_range_is_a_sign_of_work_long_before_the_waterm
     assert after(memory, catalog, state, minutes=115).is_stuck
 
 
-def test_nothing_is_stuck_while_nothing_is_due(catalog):
+def test_nothing_is_stuck_while_nothing_is_pending(catalog):
     finish(catalog, *range(1, 10))
     fail(catalog, 10)
     memory, state = ProgressMemory(), cursor(last_processed_id=9, frontier_id=10)
     with catalog.state_engine.begin() as connection:  # its next try is far away
         connection.execute(LEDGER_TABLE.update().values(not_before=START + timedelta(days=9)))
     for minutes in (0, 500):
-        standing = after(memory, catalog, state, minutes=minutes)
-        assert (standing.figures.waiting_rows, standing.is_stuck) == (1, False)
-        assert standing.moved_at == START + timedelta(minutes=minutes)
+        found = after(memory, catalog, state, minutes=minutes)
+        assert (found.waiting_rows, found.is_stuck, found.stalled_seconds) == (1, False, 0)
+        assert found.moved_at == START + timedelta(minutes=minutes)
 
 
 # Memory
 
 
 def test_what_one_look_remembers_the_next_one_finds(catalog):
-    memory = ProgressMemory(7, START, START - timedelta(minutes=1), {"lag_rows": 3, "videos_per_second": 0.5})
+    memory = ProgressMemory(7, START)
     remember_progress(catalog.state_engine, memory)
     assert recall_progress(catalog.state_engine) == memory
     remember_progress(catalog.state_engine, ProgressMemory())
     assert recall_progress(catalog.state_engine) == ProgressMemory()
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"watermark": 1, "moved_at": "soon", "reported_at": null}'])
-def test_what_can_not_be_read_is_forgotten(text):
-    assert ProgressMemory.from_json(text) == ProgressMemory()
+def test_what_an_earlier_release_kept_is_read(catalog):
+    kept = '{"watermark": 7, "moved_at": "2025-06-01T12:00:00+00:00", "reported_at": null, "reported": {}}'
+    remember_text(catalog.state_engine, "progress_memory", kept)
+    assert recall_progress(catalog.state_engine) == ProgressMemory(7, datetime(2025, 6, 1, 12, tzinfo=UTC))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"watermark": 1, "moved_at": "soon"}', '{"watermark": 1}'])
+def test_what_can_not_be_read_is_forgotten(catalog, text):
+    remember_text(catalog.state_engine, "progress_memory", text)
+    assert recall_progress(catalog.state_engine) == ProgressMemory()
