@@ -5,7 +5,7 @@ from pathlib import Path
 from extraction_dagster.cli import console
 from extraction_dagster.settings import load_settings
 from extraction_dagster.stages.catalog.catalog import Catalog, open_catalog
-from extraction_dagster.stages.catalog.pending_index import make_pending_index
+from extraction_dagster.stages.catalog.pending import make_pending_index
 
 
 def command() -> None:

@@ -21,7 +21,8 @@ def command(
     """Show the watermark, how many records are done, pending, failed and parked, the rate, and when it will be done."""
     settings = load_settings()
     with open_catalog(settings) as catalog:
-        status = {**catalog.status(), **_progress(settings, catalog)}
+        progress = _progress(settings, catalog)
+        status = {**catalog.status(floor_id=progress["floor_id"]), **progress}
     rate, pending = status["videos_per_second"], status["pending"]
     status["eta_seconds"] = round(pending / rate) if rate and pending else 0 if pending == 0 else None
     if as_json:
