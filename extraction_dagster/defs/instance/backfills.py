@@ -30,7 +30,7 @@ from extraction_dagster.errors.runs import BackfillUnknownError
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import Settings
 from extraction_dagster.stages.catalog.catalog import Catalog
-from extraction_dagster.stages.catalog.cover import cover_span
+from extraction_dagster.stages.catalog.ranges import cover_span
 
 _CHUNK = 1000  # ranges registered in one call: SQLite takes no more than some ten thousand
 _LAST = "-1"  # priority of the runs: rows that come in meanwhile go first
