@@ -1,4 +1,4 @@
-"""What ticks remember from one to the next, kept in the state database: a daemon loads its code anew each minute.
+"""What ticks remember from one to the next, kept in the state database: a daemon loads its code each minute.
 
 None of it matters for what is right, only for when: what can't be read is forgotten.
 """

@@ -134,7 +134,7 @@ class TableMirror:
     def write(self, last_processed_id: int | None, *, now: datetime) -> None:
         """Replace the row in one transaction; no row when there is no watermark."""
         with _translated(self.name, "written"), writing(self._engine, what="write the checkpoint table") as connection:
-            if connection.dialect.name == "postgresql":  # two that write at once would wait for each other for ever
+            if connection.dialect.name == "postgresql":  # two that write at once would deadlock
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_WRITERS_LOCK)))
             CHECKPOINT_TABLE.create(connection, checkfirst=True)
             connection.execute(sa.delete(CHECKPOINT_TABLE))
@@ -205,7 +205,7 @@ def adopt(mirror: Mirror) -> int | None:
     """The watermark to start from when the cursor store has none.
 
     Raises:
-        LostCursorError: The mirror is corrupt: with both lost, nobody but the operator can say where to start.
+        LostCursorError: The mirror is corrupt: with both lost, only the operator can say where to start.
         MirrorError: The mirror can't be reached.
     """
     found = mirror.read()

@@ -89,7 +89,7 @@ class Observed:
     """What a tick sees; active ranges are looked up before rows are, so that a run that ends in between is no loss.
 
     Attributes:
-        active: Ranges that have an active run, whoever launched it; those of backfills apart.
+        active: Ranges that have an active run, launched by the sensor or by people; those of backfills apart.
         window: Unfinished rows between the watermark and the frontier.
         ahead: Unfinished rows above the frontier.
         swept: Pending rows at or below the watermark: late commits, cleared marks, changed versions.

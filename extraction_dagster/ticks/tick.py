@@ -32,7 +32,7 @@ class Runs(Protocol):
     """What a tick needs to know of runs and partitions; Dagster's instance answers."""
 
     def active(self) -> Sequence[IdRange]:
-        """Ranges that have an active run, whoever launched it; those of backfills apart."""
+        """Ranges that have an active run, launched by the sensor or by people; those of backfills apart."""
         ...
 
     def backfilled(self) -> Sequence[IdRange]:

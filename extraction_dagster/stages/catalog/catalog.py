@@ -44,7 +44,7 @@ class PlannedRow:
 
     @property
     def video(self) -> VideoRow:
-        """The row with its full content version: the source's version, and how often it was asked for again."""
+        """The row with its full content version: the source's version, and its revision."""
         if self.entry is not None and self.entry.source_version == self.source_version:
             return replace(self.row.video, content_version=self.entry.content_version)
         revision = self.entry.revision if self.entry else 0
@@ -181,8 +181,8 @@ class Catalog:
             retry_delay_seconds=self.settings.retry_delay_seconds,
         )
 
-    def request_again(self, record_ids: Sequence[int]) -> None:
-        """Make records pending whose points are not there; stored frames and vectors are used again.
+    def make_pending(self, record_ids: Sequence[int]) -> None:
+        """Make records pending whose points are not there; their stored frames and vectors are used.
 
         The mark is cleared first: a crash in between leaves a cleared mark, which is pending as well.
         """
@@ -196,6 +196,8 @@ class Catalog:
             self.ledger.upsert(connection, entries)
             if self.one_database:
                 self.source.unmark(connection, record_ids)
+
+    request_again = make_pending  # until ranges/ and index/ call it by the new name
 
     def forget(self, record_ids: Sequence[int]) -> None:
         """Forget records that were deleted from the source table."""
@@ -229,8 +231,8 @@ class Catalog:
     def status(self, *, floor_id: int | None = None) -> dict[str, int | str | None]:
         """The whole table in numbers; the keys are stable.
 
-        With marks, a row that they say is done counts as done, whoever did it; without, the ledger counts. A failed
-        record whose wait is over counts as failed and as pending.
+        With marks, a row that they say is done counts as done, even one that the ledger does not know; without
+        marks, the ledger counts. A failed record whose wait is over counts as failed and as pending.
 
         Args:
             floor_id: The cursor's floor; rows at or below are not pending.

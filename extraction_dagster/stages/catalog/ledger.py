@@ -48,7 +48,7 @@ class LedgerEntry:
         source_version: The version column when the row was last handled, our own marks included: a trigger that
             stamps every update changes it, and must not make the row look new.
         content_version: Names what was decoded; it stays when only our own marks changed the row.
-        revision: How often the row was asked for again.
+        revision: How often the row was to be decoded once more: a cleared mark, or a forced run.
         frames_fingerprint: What its frames were made with.
         embedding_fingerprint: What its vectors were made with.
         num_frames: Stored frames.

@@ -55,7 +55,7 @@ def status_of(
     """Decide what is to be done with an eligible row.
 
     With fingerprints, a row that was done with other settings is to be done again: a materialization brings its range
-    up to date. Without, it stays done: a changed setting alone makes nobody's table pending.
+    up to date. Without, it stays done: a changed setting alone makes no row pending.
 
     A row that the source marks as done and the ledger has never seen was done before this project came: it stays done.
 
@@ -328,7 +328,7 @@ def make_pending_index(source: SourceTable, engine: sa.Engine) -> PendingIndex:
 
 
 def _is_left_over(connection: sa.Connection, index: sa.Index) -> bool:
-    """Whether PostgreSQL has marked the index as invalid, and nobody is building it at this moment."""
+    """Whether PostgreSQL has marked the index as invalid, and no build of it is running."""
     if connection.dialect.name != "postgresql" or index.table is None:
         return False
     quote = connection.dialect.identifier_preparer.quote

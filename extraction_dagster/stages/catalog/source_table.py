@@ -65,7 +65,7 @@ class SourceTable:
             columns.find(name, "EXTRACTION_SOURCE_PAYLOAD_COLUMNS") for name in settings.source_payload_columns
         ]
         version = columns.find_optional(settings.source_version_column, "EXTRACTION_SOURCE_VERSION_COLUMN")
-        # As text, made by the database: one form for reading and for comparing, whoever wrote the value and how.
+        # As text, made by the database: one form for reading and for comparing.
         self._version = None if version is None else sa.func.coalesce(sa.cast(version, sa.Text), "")
         # Marks that we may not set say nothing of what we did: on a read-only source the ledger alone knows.
         extracted, embedded = (
