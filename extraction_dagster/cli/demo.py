@@ -83,7 +83,7 @@ def _report(settings: Settings, work: _Work) -> None:
     """What there is now, read from the table and the store, not from memory."""
     with open_catalog(settings) as catalog, open_point_store(settings) as store:
         status, failures = catalog.status(), catalog.ledger.errors(limit=20)
-        frames = catalog.ledger.num_frames()
+        frames, _ = catalog.ledger.totals()
         store.open_collection(settings.collection_name)
         points = store.count()
     table = Table(title="The demo's collection", show_header=False, title_justify="left")

@@ -18,7 +18,6 @@ from extraction_dagster.cli import (
     console,
     demo,
     doctor,
-    errors,
     frames,
     init,
     launch,
@@ -26,10 +25,9 @@ from extraction_dagster.cli import (
     notify,
     points,
     reconcile,
-    retry,
+    records,
     run,
     search,
-    status,
 )
 from extraction_dagster.errors.base import ExtractionError
 from extraction_dagster.interrupts import delivered_again_when_dropped
@@ -57,13 +55,15 @@ def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-for module in (init, demo, run, status, launch, errors, retry, reconcile, search, metrics, notify, doctor):
+for module in (init, demo, run, launch, reconcile, search, metrics, notify, doctor):
     app.command(name=module.__name__.rpartition(".")[2])(_interruptible(module.command))
+for command in (records.status, records.errors, records.retry):
+    app.command(name=command.__name__)(_interruptible(command))
 app.command(name="backfill", cls=backfill.TakesNegativeIds)(_interruptible(backfill.command))
 for group in (checkpoint, collection, frames, points):
-    for command in group.app.registered_commands:
-        if command.callback is not None:
-            command.callback = _interruptible(command.callback)
+    for member in group.app.registered_commands:
+        if member.callback is not None:
+            member.callback = _interruptible(member.callback)
     app.add_typer(group.app, name=group.__name__.rpartition(".")[2])
 
 

@@ -57,7 +57,7 @@ def test_one_poison_record_leaves_the_others_done_is_parked_after_three_tries_an
     assert "500 parked, decode, PoisonError" in site.extraction("errors")
 
     site.poison()
-    assert "1 records are due again" in site.extraction("retry", "500")
+    assert "1 records are pending now" in site.extraction("retry", "500")
     site.wait(lambda: site.states() == {"done": 1000}, seconds=240, what="the record that was brought back is done")
     assert "No record has failed" in site.extraction("errors")
     site.stop()

@@ -32,7 +32,8 @@ class UtcDateTime(sa.types.TypeDecorator[datetime]):
 
 # Literal text: databases use a partial index only for a query that repeats its condition to the letter.
 UNFINISHED = sa.text("state <> 'done' AND state <> 'parked'")
-STOPPED = sa.text("(state = 'failed' OR state = 'parked')")
+FAILED_OR_PARKED = sa.text("(state = 'failed' OR state = 'parked')")
+NOT_CONSUMED = sa.text("consumed_at IS NULL")
 METADATA = sa.MetaData()
 META_TABLE = sa.Table(
     "extraction_meta",
@@ -58,7 +59,9 @@ LEDGER_TABLE = sa.Table(
     sa.Column("updated_at", UtcDateTime, nullable=False),
     # Few records are begun or wait: this index stays small whatever the ledger's size.
     sa.Index("extraction_ledger_unfinished", "record_id", postgresql_where=UNFINISHED, sqlite_where=UNFINISHED),
-    sa.Index("extraction_ledger_stopped", "record_id", postgresql_where=STOPPED, sqlite_where=STOPPED),
+    sa.Index(
+        "extraction_ledger_stopped", "record_id", postgresql_where=FAILED_OR_PARKED, sqlite_where=FAILED_OR_PARKED
+    ),
 )
 ERRORS_TABLE = sa.Table(
     "extraction_errors",
@@ -85,6 +88,7 @@ REQUESTS_TABLE = sa.Table(
     sa.Column("requested_at", UtcDateTime, nullable=False),
     sa.Column("applied_epoch", sa.Integer),
     sa.Column("consumed_at", UtcDateTime),
+    sa.Index("extraction_requests_waiting", "id", postgresql_where=NOT_CONSUMED, sqlite_where=NOT_CONSUMED),
 )
 
 
