@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
@@ -89,12 +89,23 @@ class VideoRow:
     payload: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _refuse(record: str, why: str, **arrays: object) -> NoReturn:
-    shapes = ", ".join(
-        f"{name} {value.dtype} {value.shape}" if isinstance(value, np.ndarray) else f"{name} {value!r}"
-        for name, value in arrays.items()
-    )
-    raise RecordShapeError(record, why, shapes)
+def _refuse(record: str, why: str, **values: object) -> NoReturn:
+    raise RecordShapeError(record, why, ", ".join(f"{name} {_shown(value)}" for name, value in values.items()))
+
+
+def _shown(value: object) -> str:
+    """An array by dtype and shape, JPEGs by their number, anything else as it is."""
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {value.shape}"
+    if isinstance(value, list | tuple) and value and isinstance(value[0], bytes):
+        return f"{len(value)} JPEGs"
+    return repr(value)
+
+
+def _repr_of_arrays(batch: FrameBatch | EncodedFrames | EmbeddingBatch) -> str:
+    """How a batch is printed: `FrameBatch(data: uint8 (2, 240, 320, 3), pts_seconds: float64 (2,), …)`."""
+    shown = ", ".join(f"{item.name}: {_shown(getattr(batch, item.name))}" for item in fields(batch))
+    return f"{type(batch).__name__}({shown})"
 
 
 def _ascending(values: np.ndarray) -> bool:
@@ -127,6 +138,10 @@ class FrameBatch:
     def __len__(self) -> int:
         """The number of frames, N."""
         return len(self.data)
+
+    def __repr__(self) -> str:
+        """Shapes and dtypes, never pixels."""
+        return _repr_of_arrays(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +182,10 @@ class EncodedFrames:
     def __len__(self) -> int:
         """The number of frames, N."""
         return len(self.jpegs)
+
+    def __repr__(self) -> str:
+        """The number of JPEGs in place of their bytes, shapes and dtypes in place of arrays."""
+        return _repr_of_arrays(self)
 
 
 def _check_times(record: str, length: int, arrays: Mapping[str, np.ndarray]) -> None:
@@ -212,6 +231,10 @@ class EmbeddingBatch:
     def __len__(self) -> int:
         """The number of vectors, N."""
         return len(self.vectors)
+
+    def __repr__(self) -> str:
+        """Shapes and dtypes, never numbers."""
+        return _repr_of_arrays(self)
 
     @property
     def dim(self) -> int:

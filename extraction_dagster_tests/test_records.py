@@ -112,6 +112,31 @@ def test_a_frame_batch_knows_its_length():
     assert len(frames()) == 2
 
 
+def test_a_frame_batch_prints_shapes_and_no_pixels():
+    assert repr(frames(data=np.full((2, 4, 6, 3), 77, np.uint8))) == (
+        "FrameBatch(data: uint8 (2, 4, 6, 3), pts_seconds: float64 (2,), target_seconds: float64 (2,), "
+        "frame_number: int64 (2,))"
+    )
+
+
+def test_encoded_frames_print_no_bytes():
+    seconds = np.zeros(2)
+    shown = repr(EncodedFrames(7, "v1", [b"jpeg", b"jpeg"], seconds, seconds, np.arange(2), 398, 224, partial="cut"))
+    assert shown == (
+        "EncodedFrames(record_id: 7, content_version: 'v1', jpegs: 2 JPEGs, pts_seconds: float64 (2,), "
+        "target_seconds: float64 (2,), frame_number: int64 (2,), width_px: 398, height_px: 224, "
+        "duration_seconds: None, partial: 'cut')"
+    )
+
+
+def test_an_embedding_batch_prints_no_vectors():
+    ids = np.arange(2)
+    assert repr(EmbeddingBatch(np.ones((2, 1280), np.float16), ids, ids, np.zeros(2))) == (
+        "EmbeddingBatch(vectors: float16 (2, 1280), record_id: int64 (2,), frame_number: int64 (2,), "
+        "pts_seconds: float64 (2,))"
+    )
+
+
 def test_a_frame_batch_may_be_empty():
     empty = np.zeros(0)
     batch = FrameBatch(np.zeros((0, 4, 6, 3), np.uint8), empty, empty, np.zeros(0, np.int64))

@@ -1,8 +1,8 @@
 """How long frame shards stay: `EXTRACTION_KEEP_FRAMES`.
 
 A shard goes as a whole, once none of its records needs it: each is done or parked with the settings of today, or a
-newer shard holds it, or nobody knows it any more. Removing one too early costs a decode, never a point: a row that
-is asked for again without its frames is decoded again.
+newer shard holds it, or the ledger has not known it for a day. Removing one too early costs a decode, never a point: a
+row that is asked for again without its frames is decoded again.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
-from extraction_dagster.shards.names import written_at
+from extraction_dagster.shards.store import written_at
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
     from extraction_dagster.records import IdRange
-    from extraction_dagster.shards.frame_shard import FrameShard, ShardRecord
-    from extraction_dagster.shards.frame_store import FrameStore
+    from extraction_dagster.shards.frame_store import FrameShard, FrameStore, ShardRecord
     from extraction_dagster.stages.catalog.catalog import Fingerprints
     from extraction_dagster.stages.catalog.ledger import LedgerEntry
 
