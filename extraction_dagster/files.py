@@ -3,7 +3,7 @@
     state.json                                    what readers see
     .state.json.4711-1f2e3d4c.9a8b7c6d.tmp        process 4711 of this machine writes it; renamed once it is whole
 
-A process that is killed leaves its temporary file behind; whoever writes `state.json` next removes it.
+A process that is killed leaves its temporary file behind; the next writer of `state.json` removes it.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
@@ -143,6 +143,10 @@ class FrameBatch:
         """Shapes and dtypes, never pixels."""
         return _repr_of_arrays(self)
 
+    def __getitem__(self, chosen: slice | np.ndarray) -> FrameBatch:
+        """Some of the frames: a slice, a mask of shape (N,), or ascending indexes."""
+        return replace(self, **{item.name: getattr(self, item.name)[chosen] for item in fields(self)})
+
 
 @dataclass(frozen=True, slots=True)
 class EncodedFrames:
@@ -236,6 +240,10 @@ class EmbeddingBatch:
         """Shapes and dtypes, never numbers."""
         return _repr_of_arrays(self)
 
+    def __getitem__(self, chosen: slice | np.ndarray) -> EmbeddingBatch:
+        """Some of the vectors: a slice, a mask of shape (N,), or indexes."""
+        return replace(self, **{item.name: getattr(self, item.name)[chosen] for item in fields(self)})
+
     @property
     def dim(self) -> int:
         """The length of each vector."""
@@ -243,10 +251,7 @@ class EmbeddingBatch:
 
     def of_records(self, record_ids: Collection[int]) -> EmbeddingBatch:
         """The vectors of some records, in the same order."""
-        chosen = np.isin(self.record_id, np.array(list(record_ids), np.int64))
-        return EmbeddingBatch(
-            self.vectors[chosen], self.record_id[chosen], self.frame_number[chosen], self.pts_seconds[chosen]
-        )
+        return self[np.isin(self.record_id, np.array(list(record_ids), np.int64))]
 
 
 @dataclass(frozen=True, slots=True)

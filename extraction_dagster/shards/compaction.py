@@ -98,7 +98,7 @@ def plan_compaction(shards: Sequence[S], options: CompactionOptions, *, not_yet:
     before = datetime.now(UTC) - options.untouched
     superseded: list[S] = []
     groups: list[list[S]] = [[]]
-    room = _Room(options.max_records)
+    num_records = num_bytes = 0  # of the last group
     for shard in ordered:
         live = _live(shard, newest)
         if not _was_written_before(shard.name, before) or not live.isdisjoint(not_yet):
@@ -106,11 +106,11 @@ def plan_compaction(shards: Sequence[S], options: CompactionOptions, *, not_yet:
         if shard.records and not live:
             superseded.append(shard)
         elif len(live) <= options.max_records // 2 and shard.size_bytes <= _MOST_BYTES // 2:
-            if not room.take(len(live), shard.size_bytes):
+            if num_records + len(live) > options.max_records or num_bytes + shard.size_bytes > _MOST_BYTES:
                 groups.append([])
-                room = _Room(options.max_records)
-                room.take(len(live), shard.size_bytes)
+                num_records = num_bytes = 0
             groups[-1].append(shard)
+            num_records, num_bytes = num_records + len(live), num_bytes + shard.size_bytes
     return Plan(newest, superseded, [group for group in groups if len(group) >= options.enough_shards])
 
 
@@ -152,19 +152,6 @@ def compact(
 def _under_way(shards: Sequence[Shard], entries: Mapping[int, LedgerEntry]) -> set[int]:
     held = {record.record_id for shard in shards for record in shard.records}
     return {key for key in held if key not in entries or entries[key].state not in _SETTLED}
-
-
-class _Room:
-    """What still fits into a merged shard."""
-
-    def __init__(self, records: int) -> None:
-        self._records, self._bytes = records, _MOST_BYTES
-
-    def take(self, records: int, num_bytes: int) -> bool:
-        fits = records <= self._records and num_bytes <= self._bytes
-        if fits:
-            self._records, self._bytes = self._records - records, self._bytes - num_bytes
-        return fits
 
 
 def _live(shard: Shard, newest: Mapping[int, str]) -> set[int]:

@@ -17,7 +17,6 @@ import json
 import logging
 import tarfile
 from collections import defaultdict
-from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from extraction_dagster.errors.shards import FramesExportError
@@ -32,19 +31,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 _NOTHING = "No file was left behind."
-
-
-@dataclass(frozen=True, slots=True)
-class ExportedFrame:
-    """What is said of a frame beside its JPEG."""
-
-    record_id: int
-    frame_number: int
-    pts_seconds: float
-    target_seconds: float
-    width_px: int
-    height_px: int
-    content_version: str
+_FACTS = ("record_id", "frame_number", "pts_seconds", "target_seconds", "width_px", "height_px", "content_version")
+_Frame = tuple[dict[str, int | float | str], bytes]  # what is said of a frame, and its JPEG
 
 
 def find_frames(store: FrameStore, wanted: Collection[tuple[int, int]]) -> dict[tuple[int, int], bytes]:
@@ -94,7 +82,7 @@ def export_frames(
         raise FramesExportError(str(out), why, survives="It was not touched. Choose another for --to.")
     videos = frames = 0
 
-    def counted() -> Iterator[tuple[ExportedFrame, bytes]]:
+    def counted() -> Iterator[_Frame]:
         nonlocal videos, frames
         for video in _videos(store, newest):
             yield from _frames(video)
@@ -137,32 +125,32 @@ def _videos(store: FrameStore, newest: dict[int, FrameShard]) -> Iterator[Encode
                 yield video
 
 
-def _frames(video: EncodedFrames) -> Iterator[tuple[ExportedFrame, bytes]]:
+def _frames(video: EncodedFrames) -> Iterator[_Frame]:
     columns = (video.frame_number.tolist(), video.pts_seconds.tolist(), video.target_seconds.tolist(), video.jpegs)
     for number, pts, target, jpeg in zip(*columns, strict=True):
-        size = (video.width_px, video.height_px)
-        yield ExportedFrame(video.record_id, number, pts, target, *size, video.content_version), jpeg
+        of_video = (video.width_px, video.height_px, video.content_version)
+        yield dict(zip(_FACTS, (video.record_id, number, pts, target, *of_video), strict=True)), jpeg
 
 
-def _write_folder(folder: Path, frames: Iterable[tuple[ExportedFrame, bytes]]) -> None:
+def _write_folder(folder: Path, frames: Iterable[_Frame]) -> None:
     """Write JPEGs, a folder a record, with a table of contents."""
     with (folder / "frames.csv").open("w", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, [*ExportedFrame.__slots__, "file"])
+        table = csv.DictWriter(file, [*_FACTS, "file"])
         table.writeheader()
         for frame, jpeg in frames:
-            name = f"{frame.record_id}/{frame.frame_number:08d}.jpg"
+            name = f"{frame['record_id']}/{frame['frame_number']:08d}.jpg"
             path = folder / name
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(jpeg)
-            table.writerow({**asdict(frame), "file": name})
+            table.writerow({**frame, "file": name})
 
 
-def _write_tar(path: Path, frames: Iterable[tuple[ExportedFrame, bytes]]) -> None:
+def _write_tar(path: Path, frames: Iterable[_Frame]) -> None:
     """Write a WebDataset tar: no time, owner or order of its own, so that the same frames give the same file."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for frame, jpeg in frames:
-            key = f"{frame.record_id}-{frame.frame_number:08d}"
-            for suffix, content in ((".jpg", jpeg), (".json", json.dumps(asdict(frame)).encode())):
+            key = f"{frame['record_id']}-{frame['frame_number']:08d}"
+            for suffix, content in ((".jpg", jpeg), (".json", json.dumps(frame).encode())):
                 entry = tarfile.TarInfo(key + suffix)
                 entry.size = len(content)
                 tar.addfile(entry, io.BytesIO(content))

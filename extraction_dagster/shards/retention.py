@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from extraction_dagster.shards.store import written_at
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Iterable
 
     from extraction_dagster.records import IdRange
     from extraction_dagster.shards.frame_store import FrameShard, FrameStore, ShardRecord
@@ -80,31 +80,25 @@ def prune_frames(  # noqa: PLR0913 - each is a different part of the question
 def _finished(
     shards: Iterable[FrameShard], entries: dict[int, LedgerEntry], made_with: Fingerprints, *, now: datetime
 ) -> list[FrameShard]:
-    """Those that no record needs; shards come oldest first."""
+    """Those that no record needs."""
     newer: set[int] = set()
     finished = []
     for shard in sorted(shards, key=lambda shard: shard.name, reverse=True):
         unknown_goes = now - written_at(shard.name) >= _UNKNOWN
-        if all(_needless(record, newer, entries, made_with, unknown_goes=unknown_goes) for record in shard.records):
+        needed = [
+            record
+            for record in shard.records
+            if record.record_id not in newer
+            and _is_needed(record, entries.get(record.record_id), made_with, unknown_goes=unknown_goes)
+        ]
+        if not needed:
             finished.append(shard)
         newer.update(record.record_id for record in shard.records)
     return finished
 
 
-def _needless(
-    record: ShardRecord,
-    newer: Collection[int],
-    entries: dict[int, LedgerEntry],
-    made_with: Fingerprints,
-    *,
-    unknown_goes: bool,
-) -> bool:
-    entry = entries.get(record.record_id)
-    if record.record_id in newer:
-        return True
+def _is_needed(record: ShardRecord, entry: LedgerEntry | None, made_with: Fingerprints, *, unknown_goes: bool) -> bool:
     if entry is None or entry.content_version != record.content_version:
-        return unknown_goes
-    if entry.state == "parked":
-        return True
+        return not unknown_goes
     today = (entry.frames_fingerprint, entry.embedding_fingerprint) == (made_with.frames, made_with.embedding)
-    return entry.state == "done" and today
+    return not (entry.state == "parked" or (entry.state == "done" and today))

@@ -55,7 +55,7 @@ def new_name() -> str:
 
 
 def merged_name(names: Sequence[str]) -> str:
-    """The name of the shard that takes the place of some: just after the last of them, the same whoever merges them."""
+    """The name of the shard that takes the place of some: just after the last of them, the same in every process."""
     return _name(written_at(max(names)) + _TICK, hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()[:12])
 
 
