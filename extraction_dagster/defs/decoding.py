@@ -9,6 +9,7 @@ from extraction_dagster import progress
 from extraction_dagster.defs.contact_sheet import ContactSheet
 from extraction_dagster.defs.metadata import Stopwatch
 from extraction_dagster.defs.range_work import RangeWork, Report, stored
+from extraction_dagster.errors.shards import ShardStoreError
 from extraction_dagster.records import IdRange
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def decode_range(work: RangeWork) -> Report:
 
 def let_frames_go(work: RangeWork) -> None:
     """Remove frames that the settings keep no longer, now that their records are done."""
-    from extraction_dagster.stages.decode.retention import keep_time, prune_frames  # noqa: PLC0415
+    from extraction_dagster.shards.retention import keep_time, prune_frames  # noqa: PLC0415
 
     keep = keep_time(work.settings.keep_frames)
     if keep is not None:
@@ -73,14 +74,13 @@ def let_frames_go(work: RangeWork) -> None:
 
 def merge_small_shards(work: RangeWork) -> None:
     """Merge small shards once there are many; what can't be merged now is left as it is."""
-    from extraction_dagster.shards.compaction import CompactionOptions, compact_frames  # noqa: PLC0415
-    from extraction_dagster.shards.embedding_compaction import compact_embeddings  # noqa: PLC0415
+    from extraction_dagster.shards.compaction import CompactionOptions, compact  # noqa: PLC0415
 
     options = CompactionOptions.from_settings(work.settings)
     try:
-        compact_frames(work.extraction.frame_store(), work.id_range, work.entries(), options)
-        compact_embeddings(work.extraction.embedding_store(), work.id_range, options)
-    except OSError as error:
+        compact(work.extraction.frame_store(), work.id_range, options, entries=work.entries())
+        compact(work.extraction.embedding_store(), work.id_range, options)
+    except (OSError, ShardStoreError) as error:
         _log.warning("Small shards of range %s stay as they are: %s", work.id_range, error)
 
 

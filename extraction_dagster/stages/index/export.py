@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from extraction_dagster.errors.index import ExportError
+from extraction_dagster.files import replacing
 from extraction_dagster.settings import RESERVED_PAYLOAD_KEYS
 
 if TYPE_CHECKING:
@@ -46,17 +47,15 @@ def export_points(
     """
     if path.is_dir():
         raise ExportError(str(path), os.strerror(errno.EISDIR))
-    beside = path.with_name(f".{path.name}.part")
     try:
-        written = _write(store, spec, beside, on_written)
-        expected = store.count()
-        if written != expected:
-            raise ExportError(str(path), f"{written} points were written, and the store holds {expected}: try again")
-        beside.replace(path)
+        with replacing(path, mode=None, durable=False) as beside:
+            written = _write(store, spec, beside, on_written)
+            expected = store.count()
+            if written != expected:
+                why = f"{written} points were written, and the store holds {expected}: try again"
+                raise ExportError(str(path), why)
     except OSError as error:
         raise ExportError(str(path), error.strerror or type(error).__name__) from error
-    finally:
-        beside.unlink(missing_ok=True)
     return written
 
 

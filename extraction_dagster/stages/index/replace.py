@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from extraction_dagster.errors.index import PointsMissingError
-from extraction_dagster.records import EmbeddingBatch
 from extraction_dagster.stages.index.filters import PointFilter
 from extraction_dagster.stages.index.points import build_points
 
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from datetime import datetime
 
-    from extraction_dagster.records import VideoRow
+    from extraction_dagster.records import EmbeddingBatch, VideoRow
     from extraction_dagster.stages.index.points import PointBatch
     from extraction_dagster.stages.index.protocol import PointStore
 
@@ -109,12 +108,7 @@ def _parts(embeddings: EmbeddingBatch) -> Iterator[EmbeddingBatch]:
     records = np.unique(embeddings.record_id)
     for start in range(0, len(records), _RECORDS_PER_STEP):
         chosen = np.isin(embeddings.record_id, records[start : start + _RECORDS_PER_STEP])
-        yield EmbeddingBatch(
-            embeddings.vectors[chosen],
-            embeddings.record_id[chosen],
-            embeddings.frame_number[chosen],
-            embeddings.pts_seconds[chosen],
-        )
+        yield embeddings[chosen]
 
 
 def _replace(

@@ -45,7 +45,7 @@ def test_an_export_holds_every_point_with_payload_and_vector(filled, spec, tmp_p
     assert (rows[8, 15]["payload"], rows[8, 15]["platform"]) == (None, None)
     assert table.schema.field("vector").type.list_size == 8
     assert b'"fingerprint": "abc123"' in table.schema.metadata[b"extraction"]
-    assert [file.name for file in tmp_path.iterdir() if file.suffix in {".parquet", ".part"}] == ["points.parquet"]
+    assert [file.name for file in tmp_path.iterdir() if file.suffix in {".parquet", ".tmp"}] == ["points.parquet"]
 
 
 def test_an_export_that_misses_points_is_refused_and_leaves_the_old_file(filled, spec, tmp_path, monkeypatch):
@@ -59,7 +59,7 @@ def test_an_export_that_misses_points_is_refused_and_leaves_the_old_file(filled,
         export_points(filled, spec, tmp_path / "nowhere" / "points.parquet")
     with pytest.raises(ExportError, match=r"exported to '\.': Is a directory"):
         export_points(filled, spec, Path())
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob(".*.tmp"))
 
 
 def test_an_empty_collection_gives_an_empty_file(opened, spec, tmp_path):

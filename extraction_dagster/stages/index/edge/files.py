@@ -11,7 +11,6 @@ Under `qdrant/video_frames/`:
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
@@ -23,6 +22,7 @@ from datetime import UTC, datetime
 from typing import IO, TYPE_CHECKING, Any
 
 from extraction_dagster.errors.index import CollectionInUseError, StoreBusyError, StoreEngineError, StoreUnreadableError
+from extraction_dagster.files import sync_folder, write_atomically
 from extraction_dagster.stages.index.protocol import CollectionSpec
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class EdgeFiles:
         build(building / "shard")
         _write(building / "collection.json", {"v": _FORMAT, **asdict(spec)})
         building.rename(self.folder / spec.fingerprint)
-        _sync(self.folder)
+        sync_folder(self.folder)
 
     def drop(self, fingerprint: str) -> None:
         """Remove a collection's files.
@@ -169,18 +169,4 @@ def _read(path: Path, *keys: str) -> dict[str, Any]:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    """Write a file that is whole or absent: temporary file, fsync, rename, fsync of the folder."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    with contextlib.ExitStack() as stack:
-        stack.callback(os.close, descriptor)
-        os.fsync(descriptor)
+    write_atomically(path, json.dumps(content).encode(), mode=None)

@@ -13,14 +13,8 @@ from hypothesis import strategies as st
 
 from extraction_dagster.records import EncodedFrames, IdRange
 from extraction_dagster.settings import Settings
-from extraction_dagster.shards.compaction import (
-    Compacted,
-    CompactionOptions,
-    compact_frames,
-    plan_compaction,
-)
-from extraction_dagster.shards.frame_shard import FrameShard, ShardRecord
-from extraction_dagster.shards.frame_store import FrameStore
+from extraction_dagster.shards.compaction import Compacted, CompactionOptions, compact, plan_compaction
+from extraction_dagster.shards.frame_store import FrameShard, FrameStore, ShardRecord
 from extraction_dagster.stages.catalog.ledger import LedgerEntry
 
 RANGE = IdRange(1, 1000)
@@ -73,7 +67,7 @@ def test_small_shards_become_one_whose_frames_are_as_they_were(store):
     for number in range(1, 7):
         write(store, video(number))
     before = newest(store)
-    assert compact_frames(store, RANGE, done(*range(1, 7)), AT_ONCE) == Compacted(removed=6, written=1)
+    assert compact(store, RANGE, AT_ONCE, entries=done(*range(1, 7))) == Compacted(removed=6, written=1)
     assert records(store) == [[1, 2, 3, 4, 5, 6]]
     assert newest(store) == before
 
@@ -83,7 +77,7 @@ def test_of_several_copies_the_newest_stays_and_what_nobody_needs_goes(store):
     write(store, video(1, "v2"))
     write(store, video(3))
     write(store, video(3, "v2"))
-    assert compact_frames(store, RANGE, done(1, 2, 3), AT_ONCE) == Compacted(removed=4, written=1)
+    assert compact(store, RANGE, AT_ONCE, entries=done(1, 2, 3)) == Compacted(removed=4, written=1)
     assert {key: value[1] for key, value in newest(store).items()} == {1: "v2", 2: "v1", 3: "v2"}
     assert records(store) == [[2, 1, 3]]
 
@@ -92,7 +86,7 @@ def test_large_shards_stay_and_a_merged_one_holds_no_more_than_it_may(store):
     write(store, *(video(number) for number in range(100, 105)))
     for number in range(1, 11):
         write(store, video(number))
-    assert compact_frames(store, RANGE, done(*range(1, 200)), AT_ONCE) == Compacted(removed=10, written=2)
+    assert compact(store, RANGE, AT_ONCE, entries=done(*range(1, 200))) == Compacted(removed=10, written=2)
     assert records(store) == [[100, 101, 102, 103, 104], [1, 2, 3, 4, 5, 6, 7, 8], [9, 10]]
 
 
@@ -101,7 +95,7 @@ def test_what_comes_later_is_newer_than_what_was_merged(store):
     write(store, video(2))
     later = write(store, video(1, "v2"))
     for _ in range(2):
-        compact_frames(store, RANGE, done(1, 2), AT_ONCE)
+        compact(store, RANGE, AT_ONCE, entries=done(1, 2))
         assert newest(store)[1][1] == "v2"
     written_afterwards = write(store, video(1, "v3"))
     assert written_afterwards.name > later.name
@@ -112,8 +106,8 @@ def test_what_comes_later_is_newer_than_what_was_merged(store):
 def test_doing_it_again_does_nothing(store):
     for number in range(1, 7):
         write(store, video(number))
-    compact_frames(store, RANGE, done(*range(1, 7)), AT_ONCE)
-    assert compact_frames(store, RANGE, done(*range(1, 7)), AT_ONCE) == Compacted()
+    compact(store, RANGE, AT_ONCE, entries=done(*range(1, 7)))
+    assert compact(store, RANGE, AT_ONCE, entries=done(*range(1, 7))) == Compacted()
 
 
 @pytest.mark.parametrize("state", ["extracted", "embedded", "failed", "todo"])
@@ -121,7 +115,7 @@ def test_a_shard_with_a_record_that_is_under_way_is_left_alone(state, store):
     kept = write(store, video(1), video(2))
     write(store, video(3))
     write(store, video(4))
-    compact_frames(store, RANGE, done(2, 3, 4) | done(1, state=state), AT_ONCE)
+    compact(store, RANGE, AT_ONCE, entries=done(2, 3, 4) | done(1, state=state))
     assert records(store) == [[1, 2], [3, 4]]
     assert store.shards(RANGE)[0] == kept
 
@@ -129,7 +123,7 @@ def test_a_shard_with_a_record_that_is_under_way_is_left_alone(state, store):
 def test_a_record_that_the_ledger_does_not_know_is_under_way(store):
     write(store, video(1))
     write(store, video(2))
-    assert compact_frames(store, RANGE, {}, AT_ONCE) == Compacted()
+    assert compact(store, RANGE, AT_ONCE, entries={}) == Compacted()
 
 
 def test_young_shards_and_few_ones_are_left_alone(store):
@@ -137,36 +131,36 @@ def test_young_shards_and_few_ones_are_left_alone(store):
         write(store, video(number))
     entries = done(1, 2, 3)
     hour = CompactionOptions(max_records=8, enough_shards=2)
-    assert compact_frames(store, RANGE, entries, hour) == Compacted()
+    assert compact(store, RANGE, hour, entries=entries) == Compacted()
     four = CompactionOptions(max_records=8, enough_shards=4, untouched=timedelta())
-    assert compact_frames(store, RANGE, entries, four) == Compacted()
+    assert compact(store, RANGE, four, entries=entries) == Compacted()
 
 
 def test_the_settings_say_how_many_videos_a_merged_shard_holds():
     assert CompactionOptions.from_settings(Settings(shard_records=10)) == CompactionOptions(10, 8, timedelta(hours=1))
 
 
-def test_a_damaged_shard_is_left_to_whoever_needs_it(tmp_path, caplog):
+def test_a_damaged_shard_is_left_as_it_is(tmp_path, caplog):
     store = FrameStore(str(tmp_path), "f1")
     shard = write(store, video(1))
     write(store, video(2))
     content = bytearray(Path(shard.path).read_bytes())
     content[4:60] = bytes(56)
     Path(shard.path).write_bytes(content)
-    assert compact_frames(store, RANGE, done(1, 2), AT_ONCE) == Compacted()
+    assert compact(store, RANGE, AT_ONCE, entries=done(1, 2)) == Compacted()
     assert records(store) == [[1], [2]]
     assert "stay as they are" in caplog.text
 
 
-def test_a_shard_that_another_process_merged_meanwhile_is_no_matter(tmp_path, caplog):
+def test_a_shard_that_another_process_merged_meanwhile_is_left_out(tmp_path, caplog):
     store = FrameStore(str(tmp_path), "f1")
     for number in (1, 2):
         write(store, video(number))
     listed = store.shards(RANGE)
     before = newest(store)
-    compact_frames(store, RANGE, done(1, 2), AT_ONCE)
+    compact(store, RANGE, AT_ONCE, entries=done(1, 2))
     store.shards = lambda _partition: listed
-    assert compact_frames(store, RANGE, done(1, 2), AT_ONCE) == Compacted()
+    assert compact(store, RANGE, AT_ONCE, entries=done(1, 2)) == Compacted()
     assert newest(FrameStore(str(tmp_path), "f1")) == before
     assert "stay as they are" in caplog.text
 
@@ -178,11 +172,11 @@ def test_two_that_merge_the_same_shards_at_once_write_the_same_file(tmp_path):
     before, write_shard = newest(store), store.write_shard
 
     def after_another(partition, videos, **fields):
-        compact_frames(FrameStore(str(tmp_path), "f1"), RANGE, done(1, 2), AT_ONCE)
+        compact(FrameStore(str(tmp_path), "f1"), RANGE, AT_ONCE, entries=done(1, 2))
         return write_shard(partition, videos, **fields)
 
     store.write_shard = after_another
-    compact_frames(store, RANGE, done(1, 2), AT_ONCE)
+    compact(store, RANGE, AT_ONCE, entries=done(1, 2))
     assert records(store) == [[1, 2]]
     assert newest(store) == before
 
@@ -193,7 +187,7 @@ from pathlib import Path
 from datetime import timedelta
 from extraction_dagster.records import IdRange
 from extraction_dagster.stages.catalog.ledger import LedgerEntry
-from extraction_dagster.shards.compaction import CompactionOptions, compact_frames
+from extraction_dagster.shards.compaction import CompactionOptions, compact
 from extraction_dagster.shards.frame_store import FrameStore
 
 root, step, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
@@ -215,7 +209,7 @@ if step == "replace":
 if step == "remove":
     FrameStore.remove = die_at(FrameStore.remove)
 entries = {n: LedgerEntry(n, "done", content_version="v1") for n in range(1, 100)}
-compact_frames(FrameStore(root, "f1"), IdRange(1, 1000), entries, CompactionOptions(8, 2, timedelta()))
+compact(FrameStore(root, "f1"), IdRange(1, 1000), CompactionOptions(8, 2, timedelta()), entries=entries)
 """
 
 
@@ -238,7 +232,7 @@ def test_a_kill_at_any_moment_loses_nothing_and_the_next_one_ends_it(step, numbe
     )
     assert killed.returncode == -9
     assert newest(FrameStore(str(tmp_path), "f1")) == before
-    compact_frames(store, RANGE, done(*range(1, 8)), AT_ONCE)
+    compact(store, RANGE, AT_ONCE, entries=done(*range(1, 8)))
     assert newest(store) == before
     assert records(store) == [[2, 1, 3, 4, 5, 6, 7]]
 

@@ -1,4 +1,4 @@
-"""Frames as files for others: whole or not at all, the newest of each record."""
+"""Frames for others: single ones by number, and files that are whole or not there; the newest of each record."""
 
 import csv
 import json
@@ -9,7 +9,7 @@ import pytest
 
 from extraction_dagster.errors.shards import FramesExportError
 from extraction_dagster.records import EncodedFrames, IdRange
-from extraction_dagster.shards.frame_export import export_frames
+from extraction_dagster.shards.frame_export import export_frames, find_frames
 from extraction_dagster.shards.frame_store import FrameStore
 
 RANGE = IdRange(1, 10)
@@ -126,3 +126,35 @@ def test_a_place_that_can_not_be_written_is_named(store, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FramesExportError, match=r"out\.tar': (Not a directory|File exists)\. No file was left behind"):
         export_frames(store, RANGE, tmp_path / "file" / "out.tar")
+
+
+@pytest.fixture
+def empty(root):
+    return FrameStore(root, "f2")
+
+
+def test_frames_are_found_whatever_range_and_shard_they_lie_in(empty):
+    empty.write_shard(IdRange(-5, 9), [video(-5, [0, 30]), video(7, range(0, 3000, 5))])
+    empty.write_shard(IdRange(10, 99), [video(10, [0])])
+    wanted = [(-5, 30), (7, 2995), (7, 5), (7, 6), (10, 0), (11, 0), (500, 0)]
+    assert find_frames(empty, wanted) == {
+        (-5, 30): b"jpeg -5 30 v1",
+        (7, 2995): b"jpeg 7 2995 v1",
+        (7, 5): b"jpeg 7 5 v1",
+        (10, 0): b"jpeg 10 0 v1",
+    }
+
+
+def test_the_newest_frame_counts_and_an_older_one_serves_where_it_is_missing(empty):
+    empty.write_shard(IdRange(1, 9), [video(7, [0, 30], "old")])
+    empty.write_shard(IdRange(1, 9), [video(7, [0, 60], "new")])
+    assert find_frames(empty, [(7, 0), (7, 30)]) == {(7, 0): b"jpeg 7 0 new", (7, 30): b"jpeg 7 30 old"}
+
+
+def test_a_store_without_frames_and_a_damaged_shard_give_none(empty, tmp_path):
+    assert find_frames(empty, [(7, 0)]) == {}
+    folder = tmp_path / "frames" / "f2" / "1-9"
+    folder.mkdir(parents=True)
+    (folder / "20260101T000000000000Z-aa.parquet").write_bytes(b"PAR1 nothing")
+    (folder.parent / "notes").mkdir()
+    assert find_frames(empty, [(7, 0)]) == {}

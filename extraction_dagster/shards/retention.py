@@ -1,8 +1,8 @@
 """How long frame shards stay: `EXTRACTION_KEEP_FRAMES`.
 
 A shard goes as a whole, once none of its records needs it: each is done or parked with the settings of today, or a
-newer shard holds it, or nobody knows it any more. Removing one too early costs a decode, never a point: a row that
-is asked for again without its frames is decoded again.
+newer shard holds it, or the ledger has not known it for a day. Removing one too early costs a decode, never a point: a
+row that is asked for again without its frames is decoded again.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
-from extraction_dagster.shards.names import written_at
+from extraction_dagster.shards.store import written_at
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Iterable
 
     from extraction_dagster.records import IdRange
-    from extraction_dagster.shards.frame_shard import FrameShard, ShardRecord
-    from extraction_dagster.shards.frame_store import FrameStore
+    from extraction_dagster.shards.frame_store import FrameShard, FrameStore, ShardRecord
     from extraction_dagster.stages.catalog.catalog import Fingerprints
     from extraction_dagster.stages.catalog.ledger import LedgerEntry
 
@@ -81,31 +80,25 @@ def prune_frames(  # noqa: PLR0913 - each is a different part of the question
 def _finished(
     shards: Iterable[FrameShard], entries: dict[int, LedgerEntry], made_with: Fingerprints, *, now: datetime
 ) -> list[FrameShard]:
-    """Those that no record needs; shards come oldest first."""
+    """Those that no record needs."""
     newer: set[int] = set()
     finished = []
     for shard in sorted(shards, key=lambda shard: shard.name, reverse=True):
         unknown_goes = now - written_at(shard.name) >= _UNKNOWN
-        if all(_needless(record, newer, entries, made_with, unknown_goes=unknown_goes) for record in shard.records):
+        needed = [
+            record
+            for record in shard.records
+            if record.record_id not in newer
+            and _is_needed(record, entries.get(record.record_id), made_with, unknown_goes=unknown_goes)
+        ]
+        if not needed:
             finished.append(shard)
         newer.update(record.record_id for record in shard.records)
     return finished
 
 
-def _needless(
-    record: ShardRecord,
-    newer: Collection[int],
-    entries: dict[int, LedgerEntry],
-    made_with: Fingerprints,
-    *,
-    unknown_goes: bool,
-) -> bool:
-    entry = entries.get(record.record_id)
-    if record.record_id in newer:
-        return True
+def _is_needed(record: ShardRecord, entry: LedgerEntry | None, made_with: Fingerprints, *, unknown_goes: bool) -> bool:
     if entry is None or entry.content_version != record.content_version:
-        return unknown_goes
-    if entry.state == "parked":
-        return True
+        return not unknown_goes
     today = (entry.frames_fingerprint, entry.embedding_fingerprint) == (made_with.frames, made_with.embedding)
-    return entry.state == "done" and today
+    return not (entry.state == "parked" or (entry.state == "done" and today))

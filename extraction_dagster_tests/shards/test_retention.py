@@ -8,10 +8,10 @@ import pytest
 from extraction_dagster.records import EncodedFrames, IdRange
 from extraction_dagster.settings import Settings
 from extraction_dagster.shards.frame_store import FrameStore
-from extraction_dagster.shards.names import written_at
+from extraction_dagster.shards.retention import Removed, keep_time, prune_frames
+from extraction_dagster.shards.store import written_at
 from extraction_dagster.stages.catalog.catalog import Fingerprints
 from extraction_dagster.stages.catalog.ledger import LedgerEntry
-from extraction_dagster.stages.decode.retention import Removed, keep_time, prune_frames
 
 RANGE, TODAY = IdRange(1, 10), Fingerprints(frames="f1", embedding="e1")
 DAY = timedelta(days=1)

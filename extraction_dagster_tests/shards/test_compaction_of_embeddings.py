@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 from extraction_dagster.records import EmbeddingBatch, Failure, IdRange
-from extraction_dagster.shards.compaction import Compacted, CompactionOptions
-from extraction_dagster.shards.embedding_compaction import compact_embeddings
+from extraction_dagster.shards.compaction import Compacted, CompactionOptions, compact
 from extraction_dagster.shards.embedding_store import EmbeddedRecord, EmbeddingStore
-from extraction_dagster.shards.names import new_name
+from extraction_dagster.shards.store import new_name
 
 RANGE = IdRange(1, 1000)
 AT_ONCE = CompactionOptions(max_records=8, enough_shards=2, untouched=timedelta())
@@ -40,7 +39,7 @@ def test_vectors_of_merged_shards_are_as_they_were_and_older_copies_go(store):
     write(store, (1, "v1", 0.25), (2, "v1", 0.5))
     write(store, (1, "v2", 0.75), failures=[FAILURE])
     write(store, (3, "v1", 1.0))
-    assert compact_embeddings(store, RANGE, AT_ONCE) == Compacted(removed=3, written=1)
+    assert compact(store, RANGE, AT_ONCE) == Compacted(removed=3, written=1)
     (merged,) = store.shards(RANGE)
     batch = store.read(merged)
     assert merged.records == (EmbeddedRecord(2, "v1", 2), EmbeddedRecord(1, "v2", 2), EmbeddedRecord(3, "v1", 2))
@@ -49,20 +48,20 @@ def test_vectors_of_merged_shards_are_as_they_were_and_older_copies_go(store):
     assert batch.vectors.tolist() == [[value] * 4 for value in (0.5, 0.5, 0.75, 0.75, 1.0, 1.0)]
     assert batch.frame_number.tolist() == [0, 1, 0, 1, 0, 1]
     assert batch.pts_seconds.tolist() == [0.0, 0.25, 0.0, 0.25, 0.0, 0.25]
-    assert compact_embeddings(store, RANGE, AT_ONCE) == Compacted()
+    assert compact(store, RANGE, AT_ONCE) == Compacted()
 
 
 def test_a_shard_of_which_newer_ones_hold_everything_goes(store):
     write(store, *((number, "v1", 0.25) for number in range(1, 7)))
     newer = write(store, *((number, "v2", 0.5) for number in range(1, 7)))
-    assert compact_embeddings(store, RANGE, AT_ONCE) == Compacted(removed=1)
+    assert compact(store, RANGE, AT_ONCE) == Compacted(removed=1)
     assert store.shards(RANGE) == [newer]
 
 
 def test_a_shard_of_failures_alone_is_no_copy_of_anything(store):
     write(store, failures=[FAILURE])
     write(store, (1, "v1", 0.5))
-    compact_embeddings(store, RANGE, AT_ONCE)
+    compact(store, RANGE, AT_ONCE)
     (merged,) = store.shards(RANGE)
     assert (merged.records, merged.failures) == ((EmbeddedRecord(1, "v1", 2),), (FAILURE,))
 
@@ -70,20 +69,20 @@ def test_a_shard_of_failures_alone_is_no_copy_of_anything(store):
 def test_young_shards_and_those_of_other_names_are_left_alone(store, tmp_path):
     write(store, (1, "v1", 0.5))
     write(store, (2, "v1", 0.5))
-    assert compact_embeddings(store, RANGE, CompactionOptions(max_records=8, enough_shards=2)) == Compacted()
+    assert compact(store, RANGE, CompactionOptions(max_records=8, enough_shards=2)) == Compacted()
     named = EmbeddingStore(str(tmp_path), "beef")
     write(named, (1, "v1", 0.5), name="0001-abc")
     write(named, (2, "v1", 0.5), name="0002-abc")
-    assert compact_embeddings(named, RANGE, AT_ONCE) == Compacted()
+    assert compact(named, RANGE, AT_ONCE) == Compacted()
 
 
-def test_a_damaged_shard_is_left_to_whoever_needs_it(store, caplog):
+def test_a_damaged_shard_is_left_as_it_is(store, caplog):
     shard = write(store, (1, "v1", 0.5))
     write(store, (2, "v1", 0.5))
     content = bytearray(Path(shard.path).read_bytes())
     content[4:40] = bytes(36)
     Path(shard.path).write_bytes(content)
-    assert compact_embeddings(store, RANGE, AT_ONCE) == Compacted()
+    assert compact(store, RANGE, AT_ONCE) == Compacted()
     assert "stay as they are" in caplog.text
 
 
