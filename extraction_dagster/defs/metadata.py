@@ -19,7 +19,7 @@ _LONGEST_MESSAGE = 400
 _LONG_WORD = re.compile(r"[^\s'\"]{20,}")
 _WORD_END = 18
 # The states of a record that has what the asset makes.
-_HAS = {
+_STATES_WITH = {
     "video_frames": {"extracted", "embedded", "done"},
     "frame_embeddings": {"embedded", "done"},
     "qdrant_points": {"done"},
@@ -73,7 +73,7 @@ def _stopped(entry: LedgerEntry) -> dg.TableRecord:
 
 
 def as_metadata(numbers: Mapping[str, float], texts: Mapping[str, str]) -> dict[str, dg.MetadataValue]:
-    """Numbers as numbers, for a chart needs them so; texts that say something."""
+    """Numbers as numbers, since a chart needs them so; texts unless they are empty."""
     shown: dict[str, dg.MetadataValue] = {
         name: dg.MetadataValue.int(value) if isinstance(value, int) else dg.MetadataValue.float(value)
         for name, value in numbers.items()
@@ -93,7 +93,7 @@ def in_table(message: str) -> str:
 def code_versions(settings: Settings) -> dict[str, str]:
     """The code version of each asset: the settings that decide what it holds, and no other.
 
-    Dagster does not hand staleness on, so vectors and points carry the choice of frames as well: they differ with it.
+    Dagster does not pass staleness downstream; so the versions of vectors and points hold the choice of frames as well.
     """
     frames, embedding = frames_fingerprint(settings), embedding_settings_fingerprint(settings)
     vectors = fingerprint(frames=frames, embedding=embedding)
@@ -101,8 +101,8 @@ def code_versions(settings: Settings) -> dict[str, str]:
 
 
 def data_version(asset: str, entries: Mapping[int, LedgerEntry]) -> dg.DataVersion:
-    """What a range of an asset holds: it stays when a run finds nothing to do, and changes with any record."""
-    held = [_content(asset, entry) for _, entry in sorted(entries.items()) if entry.state in _HAS[asset]]
+    """Names what a range of an asset holds: changes with any record, stays when a run finds nothing to do."""
+    held = [_content(asset, entry) for _, entry in sorted(entries.items()) if entry.state in _STATES_WITH[asset]]
     return dg.DataVersion(fingerprint(asset=asset, records=held))
 
 

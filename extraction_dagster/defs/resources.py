@@ -23,14 +23,14 @@ from extraction_dagster.stages.catalog.catalog import Catalog, Fingerprints, ope
 
 
 class DecoderChoice(Enum):
-    """The launchpad offers an enumeration's names."""
+    """The decoders that the launchpad offers, by name."""
 
     pyav = "pyav"
     decord = "decord"
 
 
 class SamplingChoice(Enum):
-    """As above."""
+    """The ways of sampling that the launchpad offers, by name."""
 
     fps = "fps"
     uniform = "uniform"
@@ -110,10 +110,9 @@ class Extraction(dg.ConfigurableResource):  # type: ignore[type-arg]  # not gene
         with open_point_store(settings, wait_seconds=settings.qdrant_timeout_seconds) as store:
             there = store.collections(settings.collection_name)
         if wanted not in there:
+            of_model = {name: value for name, value in self.options.items() if name in {"model", "embedding_dim"}}
             raise OtherModelError(
-                describe_options(
-                    {name: value for name, value in self.options.items() if name in {"model", "embedding_dim"}}
-                ),
+                describe_options(of_model),
                 fingerprint=wanted,
                 collection=settings.collection_name,
                 there=", ".join(sorted(there)) or "none",
@@ -123,7 +122,7 @@ class Extraction(dg.ConfigurableResource):  # type: ignore[type-arg]  # not gene
 
 @contextmanager
 def plain_failures() -> Iterator[None]:
-    """Show an error of ours as the one clear line that it is, not as a stack of frames."""
+    """Show an error of this project as its one clear line, without a traceback."""
     try:
         yield
     except ExtractionError as error:

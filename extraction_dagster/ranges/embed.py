@@ -14,14 +14,7 @@ from typing import TYPE_CHECKING
 
 from extraction_dagster import progress
 from extraction_dagster.errors.runs import FramesMissingError, SettingsChangedError
-from extraction_dagster.ranges.work import (
-    RangeWork,
-    Report,
-    Stopwatch,
-    frames_by_record,
-    vectors_fingerprint,
-    was_done,
-)
+from extraction_dagster.ranges.work import RangeWork, Report, Stopwatch, frames_by_record, vectors_fingerprint, was_done
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

@@ -97,3 +97,18 @@ def test_a_run_that_is_launched_again_is_not_bound_to_the_settings_of_the_first(
     )
     assert again.success
     assert world.points() == {1: 6, 2: 6, 3: 6}
+
+
+def test_a_model_whose_files_were_replaced_since_the_step_began_embeds_nothing(world, monkeypatch):
+    honest = registry.embedding_fingerprint
+    change_before(
+        monkeypatch,
+        registry,
+        "load_model",
+        lambda: monkeypatch.setattr(registry, "embedding_fingerprint", lambda settings: f"new-{honest(settings)}"),
+    )
+    result = world.run()
+    assert not result.success
+    assert "and now they give" in why(result)
+    assert stored(world, "embeddings") == set()
+    assert world.ledger("state")[:3] == [("extracted",)] * 3
