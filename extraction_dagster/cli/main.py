@@ -30,7 +30,7 @@ from extraction_dagster.cli import (
     search,
 )
 from extraction_dagster.errors.base import ExtractionError
-from extraction_dagster.interrupts import delivered_again_when_dropped
+from extraction_dagster.interrupts import redeliver_dropped_interrupts
 
 app = typer.Typer(
     name="extraction",
@@ -85,7 +85,7 @@ def run_app() -> None:
     """Run the command; a known error ends in one line on stderr, never in a traceback."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with delivered_again_when_dropped(KeyboardInterrupt):
+        with redeliver_dropped_interrupts(KeyboardInterrupt):
             app()
     except ExtractionError as error:
         console.err.print(f"error: {error}", style="red", markup=False)

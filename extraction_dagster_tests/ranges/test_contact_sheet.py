@@ -5,7 +5,7 @@ import re
 import numpy as np
 import simplejpeg
 
-from extraction_dagster.defs.contact_sheet import MAX_BYTES, ContactSheet
+from extraction_dagster.ranges.contact_sheet import MAX_BYTES, ContactSheet
 from extraction_dagster.stages.decode.stage import Preview
 
 

@@ -1,33 +1,39 @@
 """A few frames of what a run decoded, as Markdown for Dagster's UI: pictures inside, nothing fetched."""
 
+from __future__ import annotations
+
 import base64
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from extraction_dagster.stages.decode.jpeg import shrink_jpeg
 from extraction_dagster.stages.decode.sampling import evenly
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from extraction_dagster.stages.decode.stage import Preview
 
 _LONGEST_PX = 128
 _QUALITY = 70
 _COLUMNS = 4
-# It lies in Dagster's event log for ever, once for each materialization.
+# It stays in Dagster's event log for ever, once for each materialization.
 MAX_BYTES = 60_000
 
 
 class ContactSheet:
-    """Gathers previews of a whole run while it goes on, evenly, in little memory."""
+    """Gathers previews of a whole run while it goes on, evenly, in little memory.
+
+    Args:
+        limit: Show this many thumbnails at most; none for 0.
+    """
 
     def __init__(self, limit: int) -> None:
-        """Show this many thumbnails at most; none for 0."""
         self._limit = limit
         self._kept: list[Preview] = []
         self._seen, self._stride = 0, 1
 
-    def add(self, previews: "Iterable[Preview]") -> None:
-        """Take in what landed; the more came before, the fewer of it are kept."""
+    def add(self, previews: Iterable[Preview]) -> None:
+        """Add previews of a shard; the more came before, the fewer of them are kept."""
         for preview in previews if self._limit else ():
             if self._seen % self._stride == 0:
                 self._kept.append(preview)
@@ -48,7 +54,7 @@ class ContactSheet:
         return _table(cells) if cells else None
 
 
-def _cell(preview: "Preview") -> tuple[str, str]:
+def _cell(preview: Preview) -> tuple[str, str]:
     caption = f"{preview.record_id} at {preview.pts_seconds:.1f} s"
     small = shrink_jpeg(preview.jpeg, longest_px=_LONGEST_PX, quality=_QUALITY)
     if small is None:
