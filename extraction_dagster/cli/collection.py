@@ -8,7 +8,8 @@ from rich.table import Table
 
 from extraction_dagster.cli import console
 from extraction_dagster.settings import load_settings
-from extraction_dagster.stages.index.protocol import CollectionSpec, open_point_store
+from extraction_dagster.stages.index.protocol import CollectionSpec
+from extraction_dagster.stages.index.stage import open_point_store
 
 app = typer.Typer(
     help="The collections under EXTRACTION_COLLECTION_NAME: one in use, others beside it.", no_args_is_help=True

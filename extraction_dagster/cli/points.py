@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from extraction_dagster.cli import console
 from extraction_dagster.settings import Settings, load_settings
-from extraction_dagster.stages.index.protocol import open_point_store
+from extraction_dagster.stages.index.stage import open_point_store
 
 app = typer.Typer(help="Take the collection's points elsewhere.", no_args_is_help=True)
 
@@ -40,7 +40,7 @@ def copy(
 
     The server's key is EXTRACTION_QDRANT_API_KEY. Afterwards set EXTRACTION_QDRANT_URL to the server.
     """
-    from extraction_dagster.stages.index.compare import copy_points
+    from extraction_dagster.stages.index.export import copy_points
 
     settings = load_settings()
     target_settings = _aimed_at(settings, to, grpc_port)

@@ -35,7 +35,8 @@ def command(
     Ends with exit code 1 while differences remain.
     """
     from extraction_dagster.stages.embed.models.registry import embedding_fingerprint
-    from extraction_dagster.stages.index.reconcile import WHOLE, reconcile
+    from extraction_dagster.stages.index.compare import WHOLE
+    from extraction_dagster.stages.index.reconcile import reconcile
 
     settings = load_settings()
     within = IdRange.parse(id_range) if id_range else WHOLE
@@ -62,7 +63,7 @@ def command(
 
 def _opener(settings: Settings) -> "Callable[[], PointStore]":
     """Opens the store: at once the first time, so that it is said who holds it; later on it waits, as runs do."""
-    from extraction_dagster.stages.index.protocol import open_point_store
+    from extraction_dagster.stages.index.stage import open_point_store
 
     patience = itertools.chain([0.0], itertools.repeat(settings.qdrant_timeout_seconds))
     return lambda: open_point_store(settings, wait_seconds=next(patience))

@@ -13,8 +13,9 @@ from extraction_dagster.cli import console
 from extraction_dagster.errors.embed import TextSearchError
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import Settings, load_settings
-from extraction_dagster.stages.index.protocol import CollectionSpec, Hit, open_point_store
+from extraction_dagster.stages.index.protocol import CollectionSpec, Hit
 from extraction_dagster.stages.index.search import VideoHit, open_for_search, search_images, search_videos
+from extraction_dagster.stages.index.stage import open_point_store
 
 if TYPE_CHECKING:
     import numpy as np

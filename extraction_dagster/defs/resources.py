@@ -119,7 +119,7 @@ class Extraction(dg.ConfigurableResource):  # type: ignore[type-arg]  # not gene
         wanted, usual = _fingerprints(settings).embedding, _fingerprints(load_settings()).embedding
         if wanted == usual:
             return
-        from extraction_dagster.stages.index.protocol import open_point_store  # noqa: PLC0415
+        from extraction_dagster.stages.index.stage import open_point_store  # noqa: PLC0415
 
         with open_point_store(settings, wait_seconds=settings.qdrant_timeout_seconds) as store:
             there = store.collections(settings.collection_name)

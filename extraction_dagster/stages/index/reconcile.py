@@ -15,26 +15,26 @@ from __future__ import annotations
 import contextlib
 import time
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from extraction_dagster.errors.index import CollectionMissingError
-from extraction_dagster.records import IdRange
-from extraction_dagster.stages.catalog.catalog import status_of
-from extraction_dagster.stages.index.compare import Comparison, ExpectedPoints, compare_points
-from extraction_dagster.stages.index.points import generation
-from extraction_dagster.stages.index.replace import delete_records
+from extraction_dagster.stages.index.compare import (
+    WHOLE,
+    compare_points,
+    expected_points,
+    finished,
+    windows,
+)
+from extraction_dagster.stages.index.stage import delete_records
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
-    from types import TracebackType
+    from collections.abc import Callable, Iterable, Mapping
 
+    from extraction_dagster.records import IdRange
     from extraction_dagster.stages.catalog.catalog import Catalog
     from extraction_dagster.stages.catalog.ledger import LedgerEntry
-    from extraction_dagster.stages.catalog.source_table import SourceRow
     from extraction_dagster.stages.index.protocol import PointStore
 
-WHOLE = IdRange(-(2**63), 2**63 - 1)
 _WINDOW_RECORDS = 1000
 _HOLD_SECONDS = 5.0
 _PAUSE_SECONDS = 0.25
@@ -177,7 +177,7 @@ def reconcile(  # noqa: PLR0913 - what is compared with what
     homes = _collections(open_store, collection_name, embedding)
     for home in homes:
         view = _View(catalog, home, homes)
-        with _Turns(open_store, collection_name, home, hold_seconds) as turns:
+        with contextlib.closing(_Turns(open_store, collection_name, home, hold_seconds)) as turns:
             removed = 0
             for window in windows(catalog, within, window_records):
                 found = view.compare(turns.store(), window)
@@ -245,14 +245,6 @@ class _Turns:
         if store is not None:
             store.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
 
 @dataclass(frozen=True, slots=True)
 class _View:
@@ -271,7 +263,7 @@ class _View:
             for record_id in finished(rows, entries)
             if self._is_here(entries[record_id])
         }
-        found = _all_lost(expected) if store is None else compare_points(store, expected, within=window)
+        found = compare_points(store, expected, within=window)
         unseen = {
             record_id: entries[record_id].num_points or 0
             for record_id in finished(rows, entries)
@@ -330,48 +322,12 @@ def compare_range(catalog: Catalog, store: PointStore | None, *, within: IdRange
             for key, entry in entries.items()
             if entry.state == "done" and entry.embedding_fingerprint == fingerprint
         }
-        held = _all_lost(expected) if store is None else compare_points(store, expected, within=within)
+        held = compare_points(store, expected, within=within)
         points = sum(item.num_points for item in expected.values())
         found = Differences(within, len(expected), points, lost=held.lost, stale=held.stale)
         if found.agrees:
             break
     return found
-
-
-def finished(rows: Mapping[int, SourceRow], entries: Mapping[int, LedgerEntry]) -> list[int]:
-    """The eligible rows that are done and were not asked for again since."""
-    now = datetime.now(UTC)
-    return [
-        key
-        for key, row in rows.items()
-        if status_of(row.video.content_version, row.marked_done, entries[key], None, now=now) == "done"
-    ]
-
-
-def windows(catalog: Catalog, within: IdRange, size: int) -> Iterator[IdRange]:
-    """Cut a range so that each window holds `size` ledger entries; nothing lies between two windows."""
-    first = within.first_id
-    while True:
-        end = catalog.ledger.window_end(None if first == WHOLE.first_id else first - 1, size)
-        if end is None or end >= within.last_id:
-            yield IdRange(first, within.last_id)
-            return
-        yield IdRange(first, end)
-        first = end + 1
-
-
-def expected_points(entry: LedgerEntry) -> ExpectedPoints:
-    """What the ledger says of a record's points."""
-    made_from = generation(
-        embedding_fingerprint=entry.embedding_fingerprint or "",
-        frames_fingerprint=entry.frames_fingerprint or "",
-        content_version=entry.content_version,
-    )
-    return ExpectedPoints(entry.num_points or 0, made_from)
-
-
-def _all_lost(expected: Mapping[int, ExpectedPoints]) -> Comparison:
-    return Comparison(lost={record_id: item.num_points for record_id, item in expected.items()})
 
 
 def _repair(catalog: Catalog, store: PointStore | None, found: Differences) -> int:

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from extraction_dagster.errors.index import CollectionNotReadyError
-from extraction_dagster.stages.index.compare import compare_points
-from extraction_dagster.stages.index.reconcile import WHOLE, expected_points, finished, windows
+from extraction_dagster.stages.index.compare import WHOLE, compare_points, expected_points, finished, windows
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

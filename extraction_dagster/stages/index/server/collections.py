@@ -5,12 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from extraction_dagster.errors.index import (
-    CollectionInUseError,
-    CollectionMismatchError,
-    CollectionMissingError,
-    CollectionNameTakenError,
-)
+from extraction_dagster.errors.index import CollectionInUseError, CollectionMissingError, CollectionNameTakenError
 from extraction_dagster.stages.index.protocol import PAYLOAD_INDEXES, CollectionSpec
 from extraction_dagster.stages.index.server.retry import is_already_there, require_completed
 
@@ -79,9 +74,7 @@ class ServerCollections:
         """
         if not self.exists(target):
             self._create(target, spec)
-        found = self.spec(target, spec.name)
-        if (found.dim, found.fingerprint) != (spec.dim, spec.fingerprint):
-            raise CollectionMismatchError(spec.name, self.url, got=found.vectors, expected=spec.vectors)
+        spec.require_same_vectors(self.spec(target, spec.name), self.url)
         info = self.call("look up a collection", lambda: self.client.get_collection(target))
         for field, kind in PAYLOAD_INDEXES.items():
             if field not in (info.payload_schema or {}):
