@@ -35,7 +35,7 @@ _MIN_INT, _MAX_INT = -(2**63), 2**63 - 1
 
 
 def point_id(record_id: int, frame_number: int) -> str:
-    """The id of a frame's point: the same for ever, whatever the model or the run."""
+    """The id of a frame's point. It never changes: neither the model nor the run is part of it."""
     return str(uuid.uuid5(_NAMESPACE, f"{record_id}/{frame_number}"))
 
 

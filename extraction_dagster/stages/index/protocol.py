@@ -156,7 +156,7 @@ class PointStore(abc.ABC):
 
     @abc.abstractmethod
     def open_collection(self, name: str, *, fingerprint: str | None = None) -> CollectionSpec:
-        """Open a collection, whatever its vectors, and say what it holds.
+        """Open a collection with any vectors, and say what it holds.
 
         Args:
             name: The name by which it is asked for.
@@ -243,7 +243,7 @@ class PointStore(abc.ABC):
 
     @abc.abstractmethod
     def optimize(self) -> None:
-        """Give back the room of removed points and build the vector index, where the engine leaves that to us."""
+        """Free the disk space of removed points and build the vector index, if the engine does not do so by itself."""
 
     @abc.abstractmethod
     def flush(self) -> None:
@@ -251,7 +251,7 @@ class PointStore(abc.ABC):
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Let go of the store."""
+        """Release the store."""
 
     def __enter__(self) -> Self:
         """The store."""
@@ -260,7 +260,7 @@ class PointStore(abc.ABC):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Let go of the store."""
+        """Release the store."""
         self.close()
 
     def _pages(self, filters: PointFilter | None, size: int, *, content: bool) -> Iterator[list[Any]]:

@@ -110,7 +110,7 @@ def search_videos(
         frame 3     A 0.7             score of A 0.80 with 2 votes, of B 0.53 with 1
 
     So a video wins by being like the query from end to end, not by one frame that happens to be; an excerpt of a
-    video finds the whole, whatever else the whole shows. Nothing is left out: a video in the collection finds itself.
+    video finds the whole. Nothing is left out: a video in the collection finds itself.
 
     Args:
         store: With its collection open.
@@ -148,7 +148,7 @@ def _best_of_videos(
 ) -> list[Hit]:
     """Ask again without the videos already found, until there are enough.
 
-    One long video can fill any number of hits; excluding it by id brings the others in, whatever their number.
+    One long video can fill any number of hits; excluding it by its id makes room for the others.
     """
     best: dict[int, Hit] = {}
     while len(best) < limit:

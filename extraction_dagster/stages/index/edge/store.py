@@ -18,7 +18,7 @@ from extraction_dagster.errors.index import (
     StoreNotOpenError,
     StoreUnreadableError,
 )
-from extraction_dagster.stages.index.edge.files import EdgeFiles
+from extraction_dagster.stages.index.edge.collection_folder import EdgeFiles
 from extraction_dagster.stages.index.points import Dialect
 from extraction_dagster.stages.index.protocol import PAYLOAD_INDEXES, CollectionSpec, PointStore
 
@@ -101,7 +101,7 @@ class EdgeStore(PointStore):
                 files.release()
 
     def optimize(self) -> None:
-        """Give back the room of removed points and build the vector index."""
+        """Free the disk space of removed points and build the vector index."""
         _, _, engine = self._open("optimize")
         with self._engine_errors("optimize"):
             engine.optimize()
@@ -123,7 +123,7 @@ class EdgeStore(PointStore):
 
     @contextlib.contextmanager
     def _opening(self, name: str) -> Iterator[EdgeFiles]:
-        """Hold the folder of a name; release it again when opening fails."""
+        """Lock the folder of a name; unlock it again when opening fails."""
         if self._files is None or self._files.folder.name != name:
             self.close()
             self._files = EdgeFiles(self._home / name)
