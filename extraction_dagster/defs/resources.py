@@ -105,7 +105,7 @@ class Extraction(dg.ConfigurableResource):  # type: ignore[type-arg]  # not gene
         wanted = fingerprints.embedding
         if not self.options or wanted == fingerprints_of(load_settings()).embedding:
             return
-        from extraction_dagster.stages.index.protocol import open_point_store  # noqa: PLC0415 - loads the engine
+        from extraction_dagster.stages.index.stage import open_point_store  # noqa: PLC0415
 
         with open_point_store(settings, wait_seconds=settings.qdrant_timeout_seconds) as store:
             there = store.collections(settings.collection_name)

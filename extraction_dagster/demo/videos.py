@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from extraction_dagster.demo.clips import CLIPS, CONTAINERS, Clip, write_clip
-from extraction_dagster.errors.demo import DemoFolderError
+from extraction_dagster.errors.base import DemoFolderError
 from extraction_dagster.files import replacing
 
 if TYPE_CHECKING:

@@ -35,7 +35,7 @@ def index_range(work: RangeWork) -> Report:
         PointsMissingError: The store does not hold what it acknowledged; the rows are not marked.
         PointsChangedError: It did, and does not any more; the rows are pending again.
     """
-    from extraction_dagster.stages.index.protocol import open_point_store  # noqa: PLC0415 - loads the engine
+    from extraction_dagster.stages.index.stage import open_point_store  # noqa: PLC0415 - loads the engine
 
     watch, report, rows = Stopwatch(), Report(), work.selected
     newest_first = work.embedding_store.shards(work.id_range)[::-1]

@@ -215,7 +215,7 @@ def test_points_that_the_store_lost_fail_the_check_and_the_run_and_mark_nothing(
 
 def test_points_that_vanish_after_they_were_verified_are_pending_again(world):
     from extraction_dagster.stages.index.edge.store import EdgeStore  # noqa: PLC0415 - loads the engine
-    from extraction_dagster.stages.index.replace import delete_records  # noqa: PLC0415
+    from extraction_dagster.stages.index.stage import delete_records  # noqa: PLC0415
 
     world.run()
     with EdgeStore(world.home / "qdrant") as store:
@@ -234,7 +234,7 @@ def test_points_that_vanish_after_they_were_verified_are_pending_again(world):
 @pytest.mark.parametrize("lost", [("embeddings",), ("embeddings", "qdrant")], ids=["vectors", "vectors and store"])
 def test_a_range_is_not_green_without_its_points_although_no_vectors_are_stored(world, lost):
     from extraction_dagster.stages.index.edge.store import EdgeStore  # noqa: PLC0415 - loads the engine
-    from extraction_dagster.stages.index.replace import delete_records  # noqa: PLC0415
+    from extraction_dagster.stages.index.stage import delete_records  # noqa: PLC0415
 
     world.run()
     with EdgeStore(world.home / "qdrant") as store:

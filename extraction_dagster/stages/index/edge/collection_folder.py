@@ -1,12 +1,12 @@
-"""The embedded store's own files: who holds it, which collection is in use, what each holds.
+"""The folder of the embedded store: who holds it, which collection is in use, what each holds.
 
 Under `qdrant/video_frames/`:
 
-- `lock`: held by one process; says which.
+- `lock`: locked by one process, which is named in it.
 - `pointer.json`: `{"v": 1, "current": "3f2a…"}`.
 - `3f2a…/collection.json`: `{"v": 1, "name": "video_frames", "dim": 1280, "fingerprint": "3f2a…", …}`.
 - `3f2a…/shard/`: the engine's files.
-- `building-3f2a…/`: a creation that was cut off; removed at the next one.
+- `building-3f2a…/`, `dropped-3f2a…/`: left by a killed process; removed when a collection is created.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class EdgeFiles:
     _lock: IO[str] | None = field(default=None, init=False)
 
     def acquire(self, *, wait_seconds: float = 0.0) -> None:
-        """Hold the folder until `release`, or until this process ends in whatever way.
+        """Lock the folder until `release`, or until this process ends, also by kill -9.
 
         Args:
-            wait_seconds: How long to wait while another holds it: most hold it for a moment only.
+            wait_seconds: How long to wait while another process has the lock.
 
         Raises:
             StoreBusyError: Another process, or another store in this one, holds it.
@@ -69,7 +69,7 @@ class EdgeFiles:
         self._lock = lock
 
     def release(self) -> None:
-        """Let go of the folder."""
+        """Unlock the folder."""
         if self._lock is not None:
             self._lock.truncate(0)
             self._lock.close()
@@ -102,7 +102,7 @@ class EdgeFiles:
         )
 
     def exists(self, fingerprint: str) -> bool:
-        """Whether a fingerprint's collection was created, and to the end."""
+        """Whether a fingerprint's collection was created completely."""
         return (self.folder / fingerprint / "collection.json").exists()
 
     def fingerprints(self) -> list[str]:
@@ -110,7 +110,7 @@ class EdgeFiles:
         return sorted(path.parent.name for path in self.folder.glob("*/collection.json") if self._is_whole(path.parent))
 
     def create(self, spec: CollectionSpec, build: Callable[[Path], None]) -> None:
-        """Create a collection in one step: a process killed on the way leaves nothing that looks finished."""
+        """Create a collection in one step: a process killed meanwhile leaves nothing that looks finished."""
         for leftover in [*self.folder.glob("building-*"), *self.folder.glob("dropped-*")]:
             shutil.rmtree(leftover)
         building = self.folder / f"building-{spec.fingerprint}"

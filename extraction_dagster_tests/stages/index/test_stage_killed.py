@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from extraction_dagster.stages.index.filters import PointFilter
-from extraction_dagster.stages.index.points import point_id
+from extraction_dagster.stages.index.points import PointFilter, point_id
 
 pytestmark = pytest.mark.slow
 _MOST_SECONDS = 600  # for all kills of a test, on a busy machine

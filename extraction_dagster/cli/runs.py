@@ -1,4 +1,4 @@
-"""`extraction backfill FIRST-LAST`: process a span of ids, range by range, through Dagster's queue."""
+"""The commands that process rows: `run` what is due, `launch` one range, `backfill` a span of ranges."""
 
 import logging
 import re
@@ -12,7 +12,7 @@ from typer.core import TyperCommand
 from extraction_dagster.cli import console
 from extraction_dagster.errors.base import PartitionKeyError
 from extraction_dagster.errors.catalog import EmptyRangeError
-from extraction_dagster.errors.runs import BackfillFailedError, DaemonMissingError
+from extraction_dagster.errors.runs import BackfillFailedError, DaemonMissingError, RunFailedError
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import Settings, load_settings
 from extraction_dagster.stages.catalog.catalog import open_catalog
@@ -30,17 +30,61 @@ _NO_DAEMON = (
 _NEGATIVE = re.compile(r"-\d.*")
 
 
+def run(
+    *,
+    follow: Annotated[bool, typer.Option("--follow", help="Wait for new rows instead of ending.")] = False,
+) -> None:
+    """Process every row that is due, range by range, until none is left; Ctrl+C stops, the next call resumes.
+
+    The same as the sensor under a daemon, with the same cursor: use one or the other.
+    """
+    from extraction_dagster.defs.instance.draining import drain
+    from extraction_dagster.defs.instance.launching import open_instance
+
+    settings = load_settings()
+    with open_catalog(settings):
+        pass  # refuses a table that can't be used before anything is started
+    with open_instance(settings) as instance, console.long_work():
+        drained = drain(instance, settings, follow=follow)
+    console.out.print(f"Processed {drained.num_processed} records; no row is due.")
+    if drained.num_waiting:
+        console.out.print(f"{drained.num_waiting} failed records wait for their next try.")
+    if drained.num_active:
+        console.out.print(f"On {drained.num_active} ranges other runs are working.")
+
+
+def launch(wanted: console.Range) -> None:
+    """Process one range of ids now: video_frames, frame_embeddings, qdrant_points.
+
+    The run is in Dagster's run history like any other. Records that are done already are skipped.
+    """
+    from extraction_dagster.defs.instance.launching import launch as process
+    from extraction_dagster.defs.instance.launching import open_instance
+
+    settings = load_settings()
+    with open_catalog(settings) as catalog:  # refuses a table that can't be used before a run is made of it
+        if not catalog.source.count(wanted):
+            raise EmptyRangeError(wanted.partition_key, catalog.source.name, catalog.source.extent())
+    with open_instance(settings) as instance, console.long_work():
+        done = process(instance, wanted)
+    if not done.success:
+        raise RunFailedError(wanted.partition_key, done.run_id, done.error)
+    with open_catalog(settings) as catalog:
+        states = catalog.summary(wanted)
+    console.out.print(f"Range {wanted} (run {done.run_id}): {states}")
+
+
 class TakesNegativeIds(TyperCommand):
     """A command whose argument may begin with a minus: no option of it begins with a digit."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]  # Typer's own click
-        """Put `-5--1` where it is taken for what it is."""
+        """Put `-5--1` behind `--`, so that it is not taken for an option."""
         spans = [] if "--" in args else [argument for argument in args if _NEGATIVE.fullmatch(argument)]
         rest = [argument for argument in args if argument not in spans]
         return super().parse_args(ctx, [*rest, "--", *spans] if spans else rest)
 
 
-def command(  # noqa: PLR0913 - each is an option that a person may type
+def backfill(  # noqa: PLR0913 - each is an option that a person may type
     span: Annotated[
         str | None, typer.Argument(metavar="[FIRST-LAST]", help="Span of ids, both ends included: 1-50000.")
     ] = None,
@@ -64,20 +108,18 @@ def command(  # noqa: PLR0913 - each is an option that a person may type
     ] = False,
     watch: Annotated[str | None, typer.Option(metavar="ID", help="Show the progress of this backfill.")] = None,
     cancel: Annotated[str | None, typer.Option(metavar="ID", help="Cancel this backfill and its runs.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Process a span of ids, range by range: a backfill that Dagster's daemon works off and the UI shows.
 
-    Ranges that are there are used as they are; where there is none, new ones are cut at the batch size. A range on
+    Ranges that exist are used as they are; where there is none, new ones are cut at the batch size. A range on
     which a run is working is left out. Records that are done already are skipped.
     """
     if sum((span is not None, everything, watch is not None, cancel is not None)) != 1:
-        message = "give FIRST-LAST, or --all, or --watch ID, or --cancel ID: exactly one of them"
-        raise typer.BadParameter(message)
+        raise typer.BadParameter("give FIRST-LAST, or --all, or --watch ID, or --cancel ID: exactly one of them")
     if here and wait:
-        message = "--here waits anyway; --wait is for a backfill that a daemon works off"
-        raise typer.BadParameter(message)
-    wanted, assets = _span(span), _assets(only)
+        raise typer.BadParameter("--here waits anyway; --wait is for a backfill that a daemon works off")
+    wanted, assets, say = _span(span), _assets(only), console.Answer(as_json)
     from extraction_dagster.defs.instance.backfills import Backfills
     from extraction_dagster.defs.instance.launching import open_instance
 
@@ -87,20 +129,19 @@ def command(  # noqa: PLR0913 - each is an option that a person may type
         if cancel is not None:
             _cancel(backfills, cancel)
         elif watch is not None:
-            _watch(backfills, watch, as_json=as_json)
+            _watch(backfills, watch, {}, say)
         else:
             plan = _plan(backfills, settings, wanted, assets=assets, stale_only=stale_only)
             document = {**_document(plan), "daemon_running": backfills.has_daemons()}
-            if not as_json:
-                _tell(plan, dry_run=dry_run)
+            _tell(plan, say, dry_run=dry_run)
             if not (document["daemon_running"] or dry_run or here or wait):
                 console.err.print(_NO_DAEMON, markup=False)
             if dry_run or not plan.ranges:
-                _show({**document, "state": "dry run" if dry_run else "nothing to do"}, as_json=as_json)
+                say.document({**document, "state": "dry run" if dry_run else "nothing to do"})
             elif here:
-                _process_here(backfills, plan, document, as_json=as_json)
+                _process_here(backfills, plan, document, say)
             else:
-                _launch(backfills, settings, plan, document, wait=wait, as_json=as_json)
+                _launch(backfills, settings, plan, document, say, wait=wait)
 
 
 def _span(text: str | None) -> IdRange | None:
@@ -116,8 +157,7 @@ def _assets(only: str | None) -> tuple[str, ...]:
     names = ASSETS if only is None else tuple(name.strip() for name in only.split(",") if name.strip())
     unknown = sorted(set(names) - set(ASSETS))
     if unknown or not names:
-        message = f"{', '.join(unknown) or 'nothing'} is no asset: choose from {', '.join(ASSETS)}"
-        raise typer.BadParameter(message)
+        raise typer.BadParameter(f"{', '.join(unknown) or 'nothing'} is not an asset: choose from {', '.join(ASSETS)}")
     return names
 
 
@@ -148,23 +188,18 @@ def _document(plan: "BackfillPlan") -> dict[str, Any]:
     }
 
 
-def _show(document: dict[str, Any], *, as_json: bool) -> None:
-    if as_json:
-        console.print_json(document)
-
-
-def _tell(plan: "BackfillPlan", *, dry_run: bool) -> None:
+def _tell(plan: "BackfillPlan", say: console.Answer, *, dry_run: bool) -> None:
     old = len(plan.ranges) - len(plan.new)
     count = f"{len(plan.ranges)} ranges, {old} of them there already and {len(plan.new)} new"
-    console.out.print(f"Backfill of {plan.span}, {', '.join(plan.assets)}: {count}.")
+    say.text(f"Backfill of {plan.span}, {', '.join(plan.assets)}: {count}.")
     if plan.fresh:
-        console.out.print(f"Left out, nothing is stale: {_named([str(item) for item in plan.fresh])}.")
+        say.text(f"Left out, nothing is stale: {_named([str(item) for item in plan.fresh])}.")
     if plan.busy:
-        console.out.print(f"Left out, at work: {_named([f'{item} ({by})' for item, by in plan.busy.items()])}.")
+        say.text(f"Left out, at work: {_named([f'{item} ({by})' for item, by in plan.busy.items()])}.")
     if dry_run and plan.ranges:
-        console.out.print(f"Would launch: {_named([str(item) for item in plan.ranges])}.")
+        say.text(f"Would launch: {_named([str(item) for item in plan.ranges])}.")
     elif not plan.ranges:
-        console.out.print("Nothing to launch.")
+        say.text("Nothing to launch.")
 
 
 def _named(items: list[str]) -> str:
@@ -182,21 +217,19 @@ def _launch(  # noqa: PLR0913 - a plan, and how it is told
     settings: Settings,
     plan: "BackfillPlan",
     document: dict[str, Any],
+    say: console.Answer,
     *,
     wait: bool,
-    as_json: bool,
 ) -> None:
     if wait and not document["daemon_running"]:
         raise DaemonMissingError
     backfill_id = backfills.start(plan, settings)
-    if not as_json:
-        console.out.print(f"Launched backfill {backfill_id}: Runs > Backfills in the UI shows it.")
+    say.text(f"Launched backfill {backfill_id}: Runs > Backfills in the UI shows it.")
     if wait:
-        _watch(backfills, backfill_id, document=document, as_json=as_json)
+        _watch(backfills, backfill_id, document, say)
         return
-    _show({**document, "backfill_id": backfill_id, "state": "launched"}, as_json=as_json)
-    if not as_json:
-        console.out.print(_how_to(backfill_id), markup=False)
+    say.document({**document, "backfill_id": backfill_id, "state": "launched"})
+    say.text(_how_to(backfill_id))
 
 
 def _cancel(backfills: "Backfills", backfill_id: str) -> None:
@@ -206,7 +239,7 @@ def _cancel(backfills: "Backfills", backfill_id: str) -> None:
         console.out.print(f"Backfill {backfill_id} was over already.")
 
 
-def _watch(backfills: "Backfills", backfill_id: str, *, document: dict[str, Any] | None = None, as_json: bool) -> None:
+def _watch(backfills: "Backfills", backfill_id: str, document: dict[str, Any], say: console.Answer) -> None:
     """Show the progress until it is over; Ctrl+C ends the watching alone."""
     try:
         with console.long_work(), console.counting("ranges") as show:
@@ -216,12 +249,11 @@ def _watch(backfills: "Backfills", backfill_id: str, *, document: dict[str, Any]
         raise typer.Exit(130) from None
     failed = [str(id_range) for id_range in seen.failed]
     outcome = {"backfill_id": backfill_id, "state": seen.state, "finished": seen.finished, "failed_ranges": failed}
-    _show({**(document or {}), **outcome}, as_json=as_json)
+    say.document({**document, **outcome})
     if seen.state != "done":
         what, reason = f"Backfill {backfill_id} {seen.state}", seen.error.partition("\n")[0]
         raise BackfillFailedError(what, failed, total=seen.total, finished=seen.finished, reason=reason)
-    if not as_json:
-        console.out.print(f"Backfill {backfill_id} is done: {seen.finished} ranges.")
+    say.text(f"Backfill {backfill_id} is done: {seen.finished} ranges.")
 
 
 def _until_over(backfills: "Backfills", backfill_id: str, show: Callable[..., None]) -> "BackfillProgress":
@@ -242,16 +274,15 @@ def _until_over(backfills: "Backfills", backfill_id: str, show: Callable[..., No
         time.sleep(_POLL_SECONDS)
 
 
-def _process_here(backfills: "Backfills", plan: "BackfillPlan", document: dict[str, Any], *, as_json: bool) -> None:
+def _process_here(backfills: "Backfills", plan: "BackfillPlan", document: dict[str, Any], say: console.Answer) -> None:
     from extraction_dagster.defs.instance.backfills import process_here
 
     with console.long_work():
         done = process_here(backfills.instance, plan)
     failed = [str(id_range) for id_range in done.failed]
     state = "failed" if failed else "done"
-    _show({**document, "state": state, "finished": done.finished, "failed_ranges": failed}, as_json=as_json)
+    say.document({**document, "state": state, "finished": done.finished, "failed_ranges": failed})
     if failed:
         what = f"Backfill of {plan.span} failed"
         raise BackfillFailedError(what, failed, total=len(plan.ranges), finished=done.finished, reason=done.reason)
-    if not as_json:
-        console.out.print(f"Backfill of {plan.span} is done: {done.finished} ranges.")
+    say.text(f"Backfill of {plan.span} is done: {done.finished} ranges.")

@@ -64,8 +64,8 @@ def plain(text):
         ([], "give FIRST-LAST, or --all, or --watch ID, or --cancel ID: exactly one of them"),
         (["1-5", "--all"], "exactly one of them"),
         (["1-5", "6-7"], "unexpected extra argument"),
-        (["1-5", "--only", "frames"], "frames is no asset: choose from video_frames, frame_embeddings, qdrant_points"),
-        (["1-5", "--only", " , "], "nothing is no asset"),
+        (["1-5", "--only", "frames"], "frames is not an asset: choose from video_frames, frame_embeddings,"),
+        (["1-5", "--only", " , "], "nothing is not an asset"),
         (["1-5", "--here", "--wait"], "--here waits anyway"),
         (["1-5", "--dryrun"], "No such option: --dryrun"),
     ],
@@ -185,7 +185,7 @@ def test_ctrl_c_ends_the_watching_alone_and_says_how_to_cancel(ended, monkeypatc
         raise KeyboardInterrupt
 
     ended("running", 1)
-    monkeypatch.setattr("extraction_dagster.cli.backfill.time.sleep", interrupt)
+    monkeypatch.setattr("extraction_dagster.cli.runs.time.sleep", interrupt)
     done = extraction("backfill", "--watch", "abcdefgh", code=130)
     assert "backfill abcdefgh goes on" in done.stderr
     assert "extraction backfill --cancel abcdefgh" in done.stderr
