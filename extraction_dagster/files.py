@@ -56,7 +56,8 @@ def replacing(path: Path, *, mode: int | None = 0o600, durable: bool = True, fol
     Raises:
         OSError: It can't be written; the old file is untouched, and nothing is left beside it.
     """
-    sweep(path.parent, f"{glob.escape(_prefix(path.name))}*.tmp")
+    # The folder may be anybody's: only names that this module gives go.
+    sweep(path.parent, f"{glob.escape(_prefix(path.name))}*-????????.????????.tmp")
     beside = path.with_name(temporary_name(path.name))
     if folder:
         beside.mkdir()
@@ -107,7 +108,7 @@ def sweep(folder: Path, pattern: str = ".*.tmp") -> None:
         pattern: Which names; all temporary files by default, which only a folder of our own may be swept of.
     """
     for path in folder.glob(pattern):
-        with suppress(FileNotFoundError):  # another process sweeps too
+        with suppress(OSError):  # another process sweeps too, or it is another user's
             if _is_abandoned(path):
                 logger.warning("Removing %s, which a killed process left behind.", path)
                 _remove(path)

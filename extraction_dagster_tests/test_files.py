@@ -87,6 +87,7 @@ def test_temporaries_of_the_dead_are_swept_and_those_of_the_living_are_not(tmp_p
     others = [".state.x.cc.tmp", temporary(".other", gone.pid), temporary(".state", gone.pid, place="0" * 8)]
     for name in (dead, living, *others):
         (tmp_path / name).touch()
+    os.utime(tmp_path / ".state.x.cc.tmp", (0, 0))  # somebody's own, however old it is
     write_atomically(tmp_path / "state", b"new")
     assert names(tmp_path) == sorted(["state", living, *others])
 
@@ -103,6 +104,19 @@ def test_temporaries_of_other_machines_and_versions_go_after_an_hour_without_a_c
     assert names(tmp_path) == sorted(["state", ".hidden", temporary(".state", os.getpid())])
     assert caplog.text.count("which a killed process left behind") == 3
     sweep(tmp_path / "missing")
+
+
+def test_a_leftover_that_can_not_be_removed_keeps_nobody_from_writing(tmp_path, monkeypatch):
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        pass
+    (tmp_path / temporary(".state", gone.pid)).touch()
+
+    def refuse(*_, **__):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "unlink", refuse)  # as in a folder like /tmp, where it is another user's
+    write_atomically(tmp_path / "state", b"new")
+    assert names(tmp_path) == sorted([temporary(".state", gone.pid), "state"])
 
 
 def test_a_folder_takes_the_place_of_an_empty_one_and_is_not_there_before_its_end(tmp_path):

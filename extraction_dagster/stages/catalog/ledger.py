@@ -95,7 +95,7 @@ class Ledger:
 
     def entries(self, id_range: IdRange) -> dict[int, LedgerEntry]:
         """The entries of a range, by record."""
-        query = _ENTRY_QUERY.where(LEDGER_TABLE.c.record_id.between(id_range.first_id, id_range.last_id))
+        query = _ENTRY_QUERY.where(_within(id_range))
         with reading(self.engine, what="read the ledger") as connection:
             return {row["record_id"]: LedgerEntry(**row) for row in connection.execute(query).mappings()}
 
@@ -114,9 +114,7 @@ class Ledger:
 
     def counts(self, id_range: IdRange | None = None) -> dict[str, int]:
         """The number of records by state, of all or of a range."""
-        query = sa.select(LEDGER_TABLE.c.state, sa.func.count()).group_by(LEDGER_TABLE.c.state)
-        if id_range is not None:
-            query = query.where(LEDGER_TABLE.c.record_id.between(id_range.first_id, id_range.last_id))
+        query = sa.select(LEDGER_TABLE.c.state, sa.func.count()).where(_within(id_range)).group_by(LEDGER_TABLE.c.state)
         with reading(self.engine, what="read the ledger") as connection:
             return {state: int(number) for state, number in connection.execute(query)}
 
@@ -131,15 +129,12 @@ class Ledger:
         """The number of records, of all or of a range, that are parked or wait for their next try."""
         table = LEDGER_TABLE.c
         held_back = sa.or_(table.state == "parked", table.not_before > now)
-        query = sa.select(sa.func.count()).where(FAILED_OR_PARKED, held_back)
-        if id_range is not None:
-            query = query.where(table.record_id.between(id_range.first_id, id_range.last_id))
-        return int(self._value(query))
+        return int(self._value(sa.select(sa.func.count()).where(FAILED_OR_PARKED, held_back, _within(id_range))))
 
     def last_change(self, id_range: IdRange, most: int) -> datetime | None:
         """When an entry of a range was last written, by the clocks of those who write; looks at the last `most`."""
         table = LEDGER_TABLE.c
-        entries = sa.select(table.updated_at).where(table.record_id.between(id_range.first_id, id_range.last_id))
+        entries = sa.select(table.updated_at).where(_within(id_range))
         newest = sa.select(sa.func.max(entries.order_by(table.record_id.desc()).limit(most).subquery().c.updated_at))
         found: datetime | None = self._value(newest)
         return found
@@ -266,8 +261,8 @@ class Ledger:
                 connection.execute(sa.update(LEDGER_TABLE).where(table.record_id.in_(chunk)).values(**change))
         return chosen
 
-    def forget_done(self, after_id: int) -> int:
-        """Make every record above an id pending, whatever became of it; returns how many there were."""
+    def forget_done(self, after_id: int) -> None:
+        """Make every record above an id pending, whatever became of it."""
         table = LEDGER_TABLE.c
         revision = table.revision + 1
         change = {
@@ -279,9 +274,7 @@ class Ledger:
             "updated_at": datetime.now(UTC),
         }
         with writing(self.engine, what="write the ledger") as connection:
-            return connection.execute(
-                sa.update(LEDGER_TABLE).where(table.record_id > after_id).values(**change)
-            ).rowcount
+            connection.execute(sa.update(LEDGER_TABLE).where(table.record_id > after_id).values(**change))
 
     def _value(self, query: sa.Select[Any]) -> Any:  # noqa: ANN401 - whatever the query asks for
         """The single value of a query; None where it gives no row."""
@@ -302,6 +295,11 @@ class Ledger:
 
 
 _ENTRY_QUERY = sa.select(*(column for column in LEDGER_TABLE.c if column.name != "updated_at"))
+
+
+def _within(id_range: IdRange | None) -> sa.ColumnElement[bool]:
+    """That a record is in a range; of all for None."""
+    return sa.true() if id_range is None else LEDGER_TABLE.c.record_id.between(id_range.first_id, id_range.last_id)
 
 
 def _back_off(delay_seconds: float, tries: int) -> float:

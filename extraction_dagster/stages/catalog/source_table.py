@@ -123,20 +123,14 @@ class SourceTable:
 
     def rows(self, id_range: IdRange) -> Iterator[SourceRow]:
         """Every eligible row of the range, in ascending order of ids."""
-        version = sa.literal("") if self._version is None else self._version
-        query = (
-            sa.select(*self._needed_columns(), version.label(_VERSION_LABEL))
-            .where(self.id.between(id_range.first_id, id_range.last_id), self.eligible)
-            .order_by(self.id)
-        )
+        query = self._select().where(self.id.between(id_range.first_id, id_range.last_id)).order_by(self.id)
         with reading(self._engine, what=f"read source table {self.name!r}") as connection:
             for row in connection.execution_options(yield_per=1000).execute(query).mappings():
                 yield self._source_row(row)
 
     def rows_of(self, record_ids: Iterable[int]) -> Iterator[SourceRow]:
         """The eligible ones of these rows."""
-        version = sa.literal("") if self._version is None else self._version
-        query = sa.select(*self._needed_columns(), version.label(_VERSION_LABEL)).where(self.eligible)
+        query = self._select()
         with reading(self._engine, what=f"read source table {self.name!r}") as connection:
             for chunk in chunks(list(record_ids)):
                 for row in connection.execute(query.where(self.id.in_(chunk))).mappings():
@@ -273,10 +267,13 @@ class SourceTable:
             query = query.where(self.id.between(id_range.first_id, id_range.last_id))
         return int(self._one(query)[0])
 
-    def _needed_columns(self) -> list[sa.Column[Any]]:
+    def _select(self) -> sa.Select[*tuple[Any, ...]]:
+        """What a `SourceRow` needs of the eligible rows."""
         optional = (self._platform, self._code, self._extracted, self._embedded)
         columns = [self.id, *self._uri_columns, *self._payload, *(column for column in optional if column is not None)]
-        return list({column.name: column for column in columns}.values())
+        version = sa.literal("") if self._version is None else self._version
+        once = {column.name: column for column in columns}
+        return sa.select(*once.values(), version.label(_VERSION_LABEL)).where(self.eligible)
 
     def _source_row(self, row: sa.RowMapping) -> SourceRow:
         return SourceRow(

@@ -34,6 +34,7 @@ class UtcDateTime(sa.types.TypeDecorator[datetime]):
 UNFINISHED = sa.text("state <> 'done' AND state <> 'parked'")
 FAILED_OR_PARKED = sa.text("(state = 'failed' OR state = 'parked')")
 NOT_CONSUMED = sa.text("consumed_at IS NULL")
+_COUNTED = sa.BigInteger().with_variant(sa.Integer, "sqlite")  # SQLite counts up ids of this type alone
 METADATA = sa.MetaData()
 META_TABLE = sa.Table(
     "extraction_meta",
@@ -66,9 +67,7 @@ LEDGER_TABLE = sa.Table(
 ERRORS_TABLE = sa.Table(
     "extraction_errors",
     METADATA,
-    sa.Column(
-        "id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), sa.Identity(), primary_key=True, autoincrement=True
-    ),
+    sa.Column("id", _COUNTED, sa.Identity(), primary_key=True, autoincrement=True),
     sa.Column("record_id", sa.BigInteger, nullable=False, index=True),
     sa.Column("stage", sa.String(16), nullable=False),
     sa.Column("error_type", sa.String(128), nullable=False),
@@ -80,9 +79,7 @@ ERRORS_TABLE = sa.Table(
 REQUESTS_TABLE = sa.Table(
     "extraction_requests",
     METADATA,
-    sa.Column(
-        "id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), sa.Identity(), primary_key=True, autoincrement=True
-    ),
+    sa.Column("id", _COUNTED, sa.Identity(), primary_key=True, autoincrement=True),
     sa.Column("kind", sa.String(16), nullable=False),
     sa.Column("value", sa.BigInteger),
     sa.Column("requested_at", UtcDateTime, nullable=False),
