@@ -45,7 +45,7 @@ def make_fetcher(server, settings):
             "fetch_stall_seconds": 20.0,
             **overrides,
         }
-        fetcher = Fetcher.from_settings(
+        fetcher = Fetcher(
             settings(**known),
             resolve=resolve or (lambda host, _port: ["127.0.0.1"] if host in NAMES else []),
             tls=tls or server.trust,

@@ -5,13 +5,12 @@ import numpy as np
 import pytest
 
 from extraction_dagster.errors.decode import VideoTooLargeError
-from extraction_dagster.stages.decode.decoders.container import open_video
+from extraction_dagster.stages.decode.decoders import pyav as pyav_decoder
+from extraction_dagster.stages.decode.decoders.container import open_file, open_video
 from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits
 from extraction_dagster.stages.decode.decoders.packets import read_packets
-from extraction_dagster.stages.decode.decoders.pyav import PyAVDecoder
-from extraction_dagster.stages.decode.decoders.registry import pyav as pyav_decoder
+from extraction_dagster.stages.decode.decoders.pyav import decode_with_pyav
 from extraction_dagster.stages.decode.decoders.sequential import decode_sequentially, display_times
-from extraction_dagster.stages.decode.decoders.video_file import open_file
 from extraction_dagster.stages.decode.sampling import Sampling
 
 UPRIGHT = {"h264 turned by 90": -1, "h264 turned by 180": 2, "h264 turned by 270": 1}
@@ -24,7 +23,7 @@ KEYFRAMES_ONLY_ONCE_DECODED = {"ffv1 in Matroska", "gif"}
 
 
 def decode(path, *, sampling=None, short_side_px=500, **limits):
-    return PyAVDecoder().decode(
+    return decode_with_pyav(
         path,
         sampling=sampling or Sampling("uniform", num_frames=16),
         short_side_px=short_side_px,
@@ -271,7 +270,7 @@ def times(*ticks):
     return order.tolist(), shown.tolist()
 
 
-def test_a_clock_that_starts_anew_goes_on():
+def test_a_clock_that_starts_again_goes_on():
     assert times(50, 55, 0, 5) == ([0, 1, 2, 3], [0, 5, 10, 15])
 
 
