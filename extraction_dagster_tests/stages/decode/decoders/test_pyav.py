@@ -195,6 +195,34 @@ def test_damaged_frames_are_those_of_a_full_decode_and_flagged(clip_path, tmp_pa
     assert np.array_equal(video.frames.data, np.stack(shown))
 
 
+def flip_until_one_frame_is_damaged(path, wanted):
+    """Flip one bit of an H.264 video, so that its codec refuses no packet and calls one frame damaged."""
+    import av
+
+    content = path.read_bytes()
+    for at in range(content.index(b"mdat") + 1500, len(content), 7):
+        wanted.write_bytes(content[:at] + bytes([content[at] ^ 0x10]) + content[at + 1 :])
+        try:
+            with av.open(str(wanted)) as container:
+                container.streams.video[0].codec_context.thread_count = 1
+                damaged = [frame.is_corrupt for frame in container.decode(video=0)]
+        except av.error.FFmpegError:
+            continue
+        if len(damaged) == 48 and sum(damaged) == 1:
+            return damaged.index(True)
+    pytest.fail("no bit does it")
+
+
+def test_a_frame_that_the_codec_calls_damaged_is_flagged_though_every_packet_decodes(clip_path, tmp_path):
+    path = tmp_path / "bit.mp4"
+    number = flip_until_one_frame_is_damaged(clip_path("h264"), path)
+    video = decode(path, sampling=Sampling("fps", fps=24.0))
+    assert video.partial == "1 of 48 sampled frames are damaged"
+    with open_file(path) as file:
+        full = decode_sequentially(file, Sampling("fps", fps=24.0), 500, DecodeLimits())
+    assert np.array_equal(video.frames.data[number], full.frames.data[number])
+
+
 def test_cover_art_is_no_video_and_the_largest_track_is_the_video(tmp_path, clip_path, number_in):
     import av
     from av.stream import Disposition
