@@ -44,7 +44,7 @@ def make_fetcher(server, settings):
             "allowed_networks": ("127.0.0.1/32",),
             **overrides,
         }
-        fetcher = Fetcher.from_settings(
+        fetcher = Fetcher(
             settings(**known),
             resolve=resolve or (lambda host, _port: ["127.0.0.1"] if host in NAMES else []),
             tls=tls or server.trust,

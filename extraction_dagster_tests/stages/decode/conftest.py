@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from extraction_dagster.demo.priority import take_ordinary_priority
+from extraction_dagster.demo.videos import take_ordinary_priority
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -12,7 +12,7 @@ import pytest
 
 from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits
 from extraction_dagster.stages.decode.decoders.geometry import Geometry
-from extraction_dagster.stages.decode.decoders.pyav import PyAVDecoder
+from extraction_dagster.stages.decode.decoders.pyav import decode_with_pyav
 from extraction_dagster.stages.decode.sampling import Sampling
 from extraction_dagster.stages.decode.task import DecodeJob
 from extraction_dagster.stages.decode.workers.pool import PoolOptions, decode_all
@@ -124,7 +124,7 @@ def compare(path):
     from av.video.reformatter import VideoReformatter
 
     sampling = Sampling("uniform", num_frames=12)
-    video = PyAVDecoder().decode(path, sampling=sampling, short_side_px=96, limits=DecodeLimits())
+    video = decode_with_pyav(path, sampling=sampling, short_side_px=96, limits=DecodeLimits())
     ticks = [at for at, _ in everything(path)]
     if None in ticks or len(set(ticks)) < len(ticks) or (np.diff(ticks) < 0).any():
         return None

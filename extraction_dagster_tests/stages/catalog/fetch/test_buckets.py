@@ -57,7 +57,7 @@ def make_fetcher(settings):
 
     def make(*, store=None, attempts=3, **overrides):
         chosen = settings(**{"allowed_buckets": ("s3://videos",), **overrides})
-        fetcher = Fetcher.from_settings(chosen, attempts=attempts, wait_seconds=0.001)
+        fetcher = Fetcher(chosen, attempts=attempts, wait_seconds=0.001)
         if store is not None:
             fetcher._buckets._make["s3"] = fetcher._buckets._make["gs"] = lambda: store
         made.append(fetcher)
@@ -183,7 +183,7 @@ def test_a_store_that_is_slow_ends_with_the_time(make_fetcher, row):
 @pytest.mark.usefixtures("s3")
 def test_missing_credentials_are_no_records_fault(make_fetcher, row, monkeypatch):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-    with pytest.raises(FetchCredentialsError, match=r"s3://videos/a\.mp4' do not do: NoCredentialsError"):
+    with pytest.raises(FetchCredentialsError, match=r"s3://videos/a\.mp4' are not accepted: NoCredentialsError"):
         make_fetcher().fetch(row("s3://videos/a.mp4"))
 
 
@@ -191,8 +191,8 @@ def test_missing_credentials_are_no_records_fault(make_fetcher, row, monkeypatch
     ("code", "kind", "says"),
     [
         ("AccessDenied", FileRefusedError, "403 Forbidden"),
-        ("ExpiredToken", FetchCredentialsError, "do not do: ExpiredToken"),
-        ("SignatureDoesNotMatch", FetchCredentialsError, "do not do: SignatureDoesNotMatch"),
+        ("ExpiredToken", FetchCredentialsError, "are not accepted: ExpiredToken"),
+        ("SignatureDoesNotMatch", FetchCredentialsError, "are not accepted: SignatureDoesNotMatch"),
         ("NoSuchBucket", FileRefusedError, "404 Not Found"),
         ("SlowDown", FileUnavailableError, r"the store failed \(SlowDown\), in 3 tries"),
         ("InternalError", FileUnavailableError, r"the store failed \(InternalError\), in 3 tries"),
@@ -231,8 +231,8 @@ def test_a_missing_package_is_named_with_its_extra_before_any_row(scheme, packag
     there = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else there(name))
     with pytest.raises(FetchExtraMissingError, match=rf"{package} is not .*'extraction-dagster\[{scheme}\]'"):
-        Fetcher.from_settings(settings(allowed_buckets=(f"{scheme}://videos",)))
-    Fetcher.from_settings(settings())
+        Fetcher(settings(allowed_buckets=(f"{scheme}://videos",)))
+    Fetcher(settings())
 
 
 def test_google_objects_arrive_whole_and_in_one_version(plain_server, make_fetcher, row):

@@ -3,6 +3,8 @@
 Where decord is wrong, the strict expected failure names the cause; it is judged against a plain full decode.
 """
 
+from typing import get_args, get_type_hints
+
 import numpy as np
 import pytest
 
@@ -16,9 +18,11 @@ from extraction_dagster.errors.decode import (
     VideoTooLargeError,
     VideoTooLongError,
 )
+from extraction_dagster.settings import Settings
 from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits
-from extraction_dagster.stages.decode.decoders.registry import make_decoder
+from extraction_dagster.stages.decode.decoders.decord import decode_with_decord
 from extraction_dagster.stages.decode.sampling import Sampling
+from extraction_dagster.stages.decode.task import DECODERS, DecodeJob, decode_job
 
 UPRIGHT_TURNS = {"h264 turned by 90": 1, "h264 turned by 180": 2, "h264 turned by 270": 3}
 SEEKS_WRONG = "decord seeks to a keyframe whose leading frames need the group of pictures before it"
@@ -78,7 +82,7 @@ DECORD_MISNAMES_KEYFRAMES = {
 
 @pytest.fixture(params=["pyav", "decord"])
 def decoder(request):
-    return make_decoder(request.param)
+    return DECODERS[request.param]
 
 
 @pytest.mark.parametrize(
@@ -87,10 +91,10 @@ def decoder(request):
 def test_a_decoder_gives_the_frames_shown_at_the_sampled_times(  # noqa: PLR0913, PLR0917 - fixtures
     decoder, sampling, clip_name, clip_path, truth_of, number_in, request
 ):
-    if decoder.name == "decord" and clip_name in DECORD_IS_WRONG:
+    if decoder is decode_with_decord and clip_name in DECORD_IS_WRONG:
         request.applymarker(pytest.mark.xfail(reason=DECORD_IS_WRONG[clip_name], strict=True))
     truth = truth_of(clip_name)
-    video = decoder.decode(clip_path(clip_name), sampling=sampling, short_side_px=500, limits=DecodeLimits())
+    video = decoder(clip_path(clip_name), sampling=sampling, short_side_px=500, limits=DecodeLimits())
     shown = [truth.shown_at(target) for target in video.frames.target_seconds]
     assert video.frames.frame_number.tolist() == shown
     assert np.abs(video.frames.pts_seconds - truth.seconds[shown]).max() < 1e-4
@@ -103,11 +107,11 @@ def test_a_decoder_gives_the_frames_shown_at_the_sampled_times(  # noqa: PLR0913
 def test_keyframes_are_those_of_a_full_decode(  # noqa: PLR0913, PLR0917 - fixtures
     decoder, clip_name, clip_path, truth_of, number_in, request
 ):
-    if decoder.name == "decord" and clip_name in DECORD_MISNAMES_KEYFRAMES:
+    if decoder is decode_with_decord and clip_name in DECORD_MISNAMES_KEYFRAMES:
         request.applymarker(pytest.mark.xfail(reason=DECORD_MISNAMES_KEYFRAMES[clip_name], strict=True))
     truth = truth_of(clip_name)
     sampling = Sampling("keyframes", max_frames=48)
-    frames = decoder.decode(clip_path(clip_name), sampling=sampling, short_side_px=500, limits=DecodeLimits()).frames
+    frames = decoder(clip_path(clip_name), sampling=sampling, short_side_px=500, limits=DecodeLimits()).frames
     assert frames.frame_number.tolist() == truth.keyframes
     assert np.abs(frames.pts_seconds - truth.seconds[truth.keyframes]).max() < 1e-4
     assert frames.target_seconds.tolist() == frames.pts_seconds.tolist()
@@ -118,7 +122,7 @@ def test_keyframes_are_those_of_a_full_decode(  # noqa: PLR0913, PLR0917 - fixtu
 
 def test_keyframes_are_filled_up_to_the_fewest_frames(decoder, clip_path, number_in):
     sampling = Sampling("keyframes", min_frames=8)
-    frames = decoder.decode(clip_path("av1"), sampling=sampling, short_side_px=500, limits=DecodeLimits()).frames
+    frames = decoder(clip_path("av1"), sampling=sampling, short_side_px=500, limits=DecodeLimits()).frames
     # Keyframes 0, 12, 24, 36; the middles of eighths are 3, 9, 15, … 45, of which every other one is added.
     assert frames.frame_number.tolist() == [0, 3, 12, 15, 24, 27, 36, 39]
     assert [number_in(image) for image in frames.data] == [0, 3, 12, 15, 24, 27, 36, 39]
@@ -138,7 +142,7 @@ def test_the_short_side_is_scaled_never_up_and_pixels_come_out_square(
     decoder, clip, short_side_px, height_and_width, clip_path
 ):
     sampling = Sampling("uniform", num_frames=2)
-    video = decoder.decode(clip_path(clip), sampling=sampling, short_side_px=short_side_px, limits=DecodeLimits())
+    video = decoder(clip_path(clip), sampling=sampling, short_side_px=short_side_px, limits=DecodeLimits())
     assert video.frames.data.shape == (2, *height_and_width, 3)
 
 
@@ -147,11 +151,9 @@ def test_half_a_file_is_flagged_or_refused_never_a_silent_success(decoder, rende
     content = whole.read_bytes()
     (tmp_path / "half.mp4").write_bytes(content[: len(content) // 2])
     try:
-        video = decoder.decode(
-            tmp_path / "half.mp4", sampling=Sampling(fps=2.0), short_side_px=112, limits=DecodeLimits()
-        )
+        video = decoder(tmp_path / "half.mp4", sampling=Sampling(fps=2.0), short_side_px=112, limits=DecodeLimits())
     except VideoDecodeError:
-        assert decoder.name == "decord"  # now and then: its threads race
+        assert decoder is decode_with_decord  # now and then: its threads race
         return
     assert video.duration_seconds == 10.0
     assert video.partial is not None
@@ -166,7 +168,7 @@ def test_a_file_whose_media_is_blank_is_an_error_never_an_empty_success(decoder,
     with pytest.raises(
         VideoDecodeError, match=r"blank.mp4' decoded 0 frames of the 48 that it lists, expected at least"
     ):
-        decoder.decode(tmp_path / "blank.mp4", sampling=Sampling(), short_side_px=224, limits=DecodeLimits())
+        decoder(tmp_path / "blank.mp4", sampling=Sampling(), short_side_px=224, limits=DecodeLimits())
 
 
 @pytest.mark.parametrize("content", [b"", b"\0", b"{'error': 'not found'}" * 50, bytes(65_536)])
@@ -174,7 +176,7 @@ def test_a_file_that_is_no_video_is_an_error_that_names_it(decoder, content, tmp
     path = tmp_path / "page.mp4"
     path.write_bytes(content)
     with pytest.raises(VideoOpenError, match=r"page.mp4' can't be opened: .*Expected a complete file"):
-        decoder.decode(path, sampling=Sampling(), short_side_px=224, limits=DecodeLimits())
+        decoder(path, sampling=Sampling(), short_side_px=224, limits=DecodeLimits())
 
 
 @pytest.mark.parametrize(
@@ -188,7 +190,7 @@ def test_a_script_named_as_a_video_never_reads_another_file(decoder, script, cli
     (tmp_path / "secret.mp4").write_bytes(clip_path("h264").read_bytes())
     (tmp_path / "script.mp4").write_text(script)
     with pytest.raises((VideoFormatError, VideoOpenError), match=r"script\.mp4"):
-        decoder.decode(tmp_path / "script.mp4", sampling=Sampling(), short_side_px=224, limits=DecodeLimits())
+        decoder(tmp_path / "script.mp4", sampling=Sampling(), short_side_px=224, limits=DecodeLimits())
 
 
 def test_a_recognised_format_off_the_list_is_refused_for_good(decoder, tmp_path, clip_path):
@@ -203,7 +205,7 @@ def test_a_recognised_format_off_the_list_is_refused_for_good(decoder, tmp_path,
     with pytest.raises(
         VideoFormatError, match=r"photo\.mp4' is refused: its content is not one of the containers"
     ) as raised:
-        decoder.decode(tmp_path / "photo.mp4", sampling=Sampling(), short_side_px=224, limits=DecodeLimits())
+        decoder(tmp_path / "photo.mp4", sampling=Sampling(), short_side_px=224, limits=DecodeLimits())
     assert raised.value.permanent
 
 
@@ -216,20 +218,20 @@ def test_sound_alone_is_no_video(decoder, tmp_path):
         frame.sample_rate = 44_100
         sink.mux(stream.encode(frame) + stream.encode(None))
     with pytest.raises(NoVideoStreamError, match=r"song.mp4' has no video stream .*found audio \(aac\)") as raised:
-        decoder.decode(tmp_path / "song.mp4", sampling=Sampling(), short_side_px=224, limits=DecodeLimits())
+        decoder(tmp_path / "song.mp4", sampling=Sampling(), short_side_px=224, limits=DecodeLimits())
     assert raised.value.permanent
 
 
 def test_too_many_pixels_are_refused_before_decoding(decoder, clip_path):
     limits = DecodeLimits(max_pixels=160 * 112 - 1)
     with pytest.raises(VideoTooLargeError, match=r"is 160x112 \(17920 pixels\), expected at most 17919"):
-        decoder.decode(clip_path("h264"), sampling=Sampling(), short_side_px=224, limits=limits)
+        decoder(clip_path("h264"), sampling=Sampling(), short_side_px=224, limits=limits)
 
 
 def test_too_long_a_video_is_refused(decoder, clip_path):
     limits = DecodeLimits(max_duration_seconds=1.0)
     with pytest.raises(VideoTooLongError, match=r"lasts \d s or more, expected at most 1 s"):
-        decoder.decode(clip_path("h264"), sampling=Sampling(), short_side_px=224, limits=limits)
+        decoder(clip_path("h264"), sampling=Sampling(), short_side_px=224, limits=limits)
 
 
 def test_more_frames_than_fit_the_memory_are_refused(decoder, clip_path):
@@ -237,9 +239,13 @@ def test_more_frames_than_fit_the_memory_are_refused(decoder, clip_path):
     with pytest.raises(
         FramesTooManyError, match="would give 10 frames of 537600 bytes together, expected at most 483840"
     ):
-        decoder.decode(clip_path("h264"), sampling=Sampling("uniform", num_frames=10), short_side_px=224, limits=limits)
+        decoder(clip_path("h264"), sampling=Sampling("uniform", num_frames=10), short_side_px=224, limits=limits)
 
 
 def test_an_unknown_decoder_is_refused():
     with pytest.raises(SettingsError, match="EXTRACTION_DECODER is 'cv2', expected pyav or decord"):
-        make_decoder("cv2")
+        decode_job(DecodeJob(1, "", "a.mp4", decoder="cv2"))
+
+
+def test_the_setting_names_every_decoder():
+    assert get_args(get_type_hints(Settings)["decoder"]) == tuple(DECODERS) == ("pyav", "decord")

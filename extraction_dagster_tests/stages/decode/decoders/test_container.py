@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 
 from extraction_dagster.errors.decode import VideoOpenError
+from extraction_dagster.stages.decode.decoders.container import open_file
 from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits
-from extraction_dagster.stages.decode.decoders.registry import make_decoder
-from extraction_dagster.stages.decode.decoders.video_file import open_file
 from extraction_dagster.stages.decode.sampling import Sampling
+from extraction_dagster.stages.decode.task import DECODERS
 
 
 def decode(decoder, path):
     sampling = Sampling("uniform", num_frames=4)
-    return make_decoder(decoder).decode(path, sampling=sampling, short_side_px=56, limits=DecodeLimits())
+    return DECODERS[decoder](path, sampling=sampling, short_side_px=56, limits=DecodeLimits())
 
 
 @pytest.fixture
