@@ -55,9 +55,7 @@ types: $(STAMP) ## Check types
 check: lint types ## Check style, format and types
 
 docs: $(STAMP) ## Write the pages that are generated from the code
-	@$(BIN)/python -m extraction_dagster.settings_doc > docs/.settings.md
-	@mv docs/.settings.md docs/settings.md
-	@echo "Wrote docs/settings.md"
+	@$(BIN)/python docs/write_settings.py
 
 screenshots: $(STAMP) ## Take the pictures in docs/screenshots anew, in headless Chromium, from the demo's data
 	@$(BIN)/python docs/take_screenshots.py

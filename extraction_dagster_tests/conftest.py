@@ -1,4 +1,4 @@
-"""What every test gets: a clean environment, settings, real databases, the demo's videos, skips that can't rot."""
+"""What every test gets: a clean environment, settings, real databases and buckets, videos, skips that can't rot."""
 
 import contextlib
 import fcntl
@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import uuid
 import warnings
 from fractions import Fraction
@@ -33,11 +34,11 @@ _LONGEST_FIRST = (
     "continuous/test_continuous_runs.py",
     "stages/decode/test_corpus.py",
     "defs/test_jobs.py",
-    "cli/test_run.py",
+    "cli/test_runs_interrupted.py",
     "test_way_of_the_data.py",
     "stages/embed/test_stage.py",
     "defs/test_versions.py",
-    "stages/index/test_replace_killed.py",
+    "stages/index/test_stage_killed.py",
     "defs/test_model_change.py",
     "stages/embed/compiled/test_compiling.py",
     "defs/test_assets.py",
@@ -124,6 +125,72 @@ def settings(tmp_path):
         return Settings(**{"home": tmp_path, **overrides})
 
     return make
+
+
+@contextlib.contextmanager
+def _serving_s3():
+    """A real S3 API in this process; a fault while it starts is raised, never waited out. Yields its address."""
+    import werkzeug.serving  # noqa: PLC0415 - lazy: slow to import
+    from moto.server import DomainDispatcherApplication, create_backend_app  # noqa: PLC0415 - as above
+
+    application = DomainDispatcherApplication(create_backend_app)
+    server = werkzeug.serving.make_server("127.0.0.1", 0, application, threaded=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join(30)
+        server.server_close()
+
+
+@pytest.fixture(scope="session")
+def s3_address():
+    """An S3 API that is there as long as the tests run."""
+    with _serving_s3() as address:
+        yield address
+
+
+@pytest.fixture
+def serving_s3():
+    """`with serving_s3() as address`: an S3 API that stops where the block ends."""
+    return _serving_s3
+
+
+@pytest.fixture
+def s3_environment(s3_address, monkeypatch, tmp_path):
+    """The environment that leads to the S3 API, and to nothing of whoever runs the tests."""
+    known = {
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "canary-4711",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL_S3": s3_address,
+        "AWS_CONFIG_FILE": str(tmp_path / "none"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    for name, value in known.items():
+        monkeypatch.setenv(name, value)
+    return known
+
+
+@pytest.fixture
+def s3_root(s3_environment):  # noqa: ARG001 - for what it sets
+    """`s3://` and an empty bucket of the test's own."""
+    import s3fs  # noqa: PLC0415 - lazy: slow to import
+
+    bucket = f"frames-{uuid.uuid4().hex}"
+    s3fs.S3FileSystem(skip_instance_cache=True).mkdir(bucket)
+    return f"s3://{bucket}"
+
+
+@pytest.fixture(params=["folder", "memory", "s3"])
+def root(request, tmp_path):
+    """A place for frames on each kind of file system."""
+    if request.param == "s3":
+        return f"{request.getfixturevalue('s3_root')}/frames"
+    return str(tmp_path / "frames") if request.param == "folder" else f"memory://{tmp_path.name}/frames"
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from extraction_dagster.defs.instance.launching import launch, open_instance
-from extraction_dagster.defs.versions import code_versions, data_version
+from extraction_dagster.defs.metadata import code_versions, data_version
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import load_settings
 from extraction_dagster.stages.catalog.ledger import LedgerEntry
@@ -39,7 +39,7 @@ VECTORS = {"frame_embeddings", "qdrant_points"}
         ({"scene_distance": 0.5}, set()),
         ({"solid_deviation": 9.0}, set()),  # of a step that is off
         ({"decode_workers": 7, "decode_timeout_seconds": 9.0, "shard_records": 5}, set()),
-        ({"embed_batch_size": 3, "embed_threads": 1, "device": "cpu", "compile": "on"}, set()),
+        ({"embed_batch_size": 3, "embed_threads": 1, "device": "cpu", "compile": "onnxruntime"}, set()),
         ({"batch_size": 9, "max_attempts": 9, "max_in_flight": 9, "stuck_seconds": 900}, set()),
         ({"keep_frames": "none", "frames_uri": "memory://frames", "contact_sheet_frames": 0}, set()),
         ({"qdrant_url": "http://localhost:6333", "collection_name": "other"}, set()),

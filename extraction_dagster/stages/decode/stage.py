@@ -1,6 +1,6 @@
 """The decode stage: rows in, frame shards and failures out.
 
-A shard lands as soon as it holds `shard_records` videos or its first video is `shard_seconds` old, so that killing the
+A shard lands as soon as it holds `shard_records` videos or its first video is 5 seconds old, so that killing the
 process costs seconds. A graceful stop loses no finished video: an interruption that strikes inside the iterator
 (Ctrl+C, a run's termination) first yields what is finished as a last `LandedShard`, then goes on; and whoever closes
 the iterator early, or fails in a loop over it, has been given everything that was finished. Videos in flight are
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
     from extraction_dagster.records import EncodedFrames, IdRange, VideoRow
     from extraction_dagster.settings import Settings
-    from extraction_dagster.shards.frame_shard import FrameShard
-    from extraction_dagster.shards.frame_store import FrameStore
+    from extraction_dagster.shards.frame_store import FrameShard, FrameStore
     from extraction_dagster.stages.decode.quality import Quality
     from extraction_dagster.stages.decode.sampling import Sampling
     from extraction_dagster.stages.decode.workers.pool import Decoded
 
 # A shard is held in memory twice while it is written.
 _MAX_SHARD_BYTES = 2**27
+_MAX_SHARD_SECONDS = 5.0
 _PREVIEWS_PER_SHARD = 24
 
 
@@ -175,7 +175,7 @@ class _Batch:
 
     def __init__(self, store: FrameStore, partition: IdRange, settings: Settings) -> None:
         self._store, self._partition = store, partition
-        self._max_videos, self._max_seconds = settings.shard_records, settings.shard_seconds
+        self._max_videos, self._max_seconds = settings.shard_records, _MAX_SHARD_SECONDS
         self.failures: list[Failure] = []
         self._videos: list[EncodedFrames] = []
         self._bytes = 0

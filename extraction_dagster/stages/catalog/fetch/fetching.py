@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 _REMOTE = frozenset({"https", "http", "s3", "gs"})
 _SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,5}")
 _LONGEST_WAIT_SECONDS = 30.0
+_MAX_IDLE_SECONDS = 7 * 86_400.0
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -134,12 +135,14 @@ class Fetcher:
         self._stopped = threading.Event()
 
     @classmethod
-    def from_settings(
+    def from_settings(  # noqa: PLR0913 - what a test replaces, each by name
         cls,
         settings: Settings,
         *,
         resolve: Callable[[str, int], Sequence[str]] = resolve_host,
         tls: Callable[[], ssl.SSLContext] = ssl.create_default_context,
+        attempts: int = 4,
+        stall_seconds: float = 30.0,
         wait_seconds: float = 0.5,
     ) -> Self:
         """A fetcher as the settings say.
@@ -148,6 +151,8 @@ class Fetcher:
             settings: Roots, hosts, buckets, limits.
             resolve: Gives the numeric addresses of a host; they are judged all the same.
             tls: Makes what certificates are checked with.
+            attempts: Tries of one download before its record fails.
+            stall_seconds: A connection that is silent for so long is given up and tried again.
             wait_seconds: Longest wait before the second try; doubles at each further one.
 
         Raises:
@@ -160,19 +165,18 @@ class Fetcher:
             allow_http=settings.allow_http,
             resolve=resolve,
         )
-        stall = settings.fetch_stall_seconds
         return cls(
             roots=settings.resolved_allowed_roots,
             cache=DownloadCache(
                 (settings.home / "cache" / "videos").resolve(),  # no link leads to a file that is decoded
                 max_bytes=settings.cache_bytes,
-                max_idle_seconds=settings.cache_seconds,
+                max_idle_seconds=_MAX_IDLE_SECONDS,
                 patience_seconds=settings.fetch_timeout_seconds,
             ),
-            https=HttpsDownload(guard, max_file_bytes=largest, stall_seconds=stall, tls=tls),
-            buckets=BucketDownload(settings.allowed_buckets, max_file_bytes=largest, stall_seconds=stall),
+            https=HttpsDownload(guard, max_file_bytes=largest, stall_seconds=stall_seconds, tls=tls),
+            buckets=BucketDownload(settings.allowed_buckets, max_file_bytes=largest, stall_seconds=stall_seconds),
             timeout_seconds=settings.fetch_timeout_seconds,
-            attempts=settings.fetch_attempts,
+            attempts=attempts,
             wait_seconds=wait_seconds,
         )
 

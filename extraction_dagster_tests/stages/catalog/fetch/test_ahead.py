@@ -132,12 +132,12 @@ def trusting(server, monkeypatch, tmp_path, settings, demo_folder):
     """The settings that a person would make for a server in their own network, with their own authority."""
     server.authority.cert_pem.write_to_path(tmp_path / "authority.pem")
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "authority.pem"))
+    monkeypatch.setattr("extraction_dagster.stages.decode.stage._MAX_SHARD_SECONDS", 3600)
     known = {
         "allowed_hosts": (f"localhost:{server.server_port}",),
         "allowed_networks": ("127.0.0.0/8", "::1/128"),
         "allowed_roots": (str(demo_folder),),
         "decode_workers": 2,
-        "shard_seconds": 3600,
     }
     return lambda **overrides: settings(**known, **overrides)
 

@@ -169,9 +169,8 @@ def any_fetcher(tmp_path_factory):
         allowed_hosts=("host", "*.a.example"),
         allowed_buckets=("s3://videos",),
         allow_http=True,
-        fetch_attempts=1,
     )
-    fetcher = Fetcher.from_settings(settings, resolve=lambda _host, _port: [], wait_seconds=0.001)
+    fetcher = Fetcher.from_settings(settings, resolve=lambda _host, _port: [], attempts=1, wait_seconds=0.001)
     fetcher._buckets._make["s3"] = Empty
     yield fetcher
     fetcher.close()
