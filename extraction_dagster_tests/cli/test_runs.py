@@ -4,7 +4,6 @@ import json
 import os
 import re
 import sqlite3
-import subprocess
 import sys
 from pathlib import Path
 
@@ -193,23 +192,13 @@ def test_ctrl_c_ends_the_watching_alone_and_says_how_to_cancel(ended, monkeypatc
 
 
 @pytest.mark.slow
-def test_here_ranges_are_processed_without_a_daemon_and_a_second_time_nothing_is_stale(
-    tmp_path, demo_folder, demo_videos
-):
-    good = [video for video in demo_videos if video.platform == "rendered"][:3]
-    make_table(tmp_path, [(number, video.path) for number, video in enumerate(good, 1)])
-    (tmp_path / ".extraction" / "videos").symlink_to(demo_folder)
+def test_here_ranges_are_processed_without_a_daemon_and_a_second_time_nothing_is_stale(tmp_path, small_clips, commands):
+    make_table(tmp_path, [(number, f"{name}.mp4") for number, name in enumerate("abc", 1)])
+    (tmp_path / ".extraction" / "videos").symlink_to(small_clips)
 
     def backfill(*arguments, code=0):
-        done = subprocess.run(
-            [EXTRACTION, "backfill", *arguments],
-            cwd=tmp_path,
-            env={**os.environ, "EXTRACTION_BATCH_SIZE": "2", "NO_COLOR": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
-        )
+        environment = {**os.environ, "EXTRACTION_BATCH_SIZE": "2", "NO_COLOR": "1"}
+        done = commands.run([EXTRACTION, "backfill", *arguments], cwd=tmp_path, env=environment)
         assert done.returncode == code, done.stdout + done.stderr
         return done
 

@@ -6,7 +6,6 @@ import random
 import re
 import signal
 import sqlite3
-import subprocess
 import sys
 import threading
 import time
@@ -39,21 +38,19 @@ def make_folder(folder, demo_folder, demo_videos):
     return folder
 
 
-def start(folder):
-    environment = {"EXTRACTION_BATCH_SIZE": "5", "EXTRACTION_SHARD_RECORDS": "1", "NO_COLOR": "1"}
-    process = subprocess.Popen(
-        [EXTRACTION, "run"],
-        cwd=folder,
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    watchdog = threading.Timer(300, process.kill)  # nobody reads for ever what a process that hangs never writes
-    watchdog.daemon = True
-    watchdog.start()
-    return process
+@pytest.fixture(scope="module")
+def start(commands):
+    """`start(folder)`: `extraction run` there."""
+
+    def start(folder):
+        environment = {"EXTRACTION_BATCH_SIZE": "5", "EXTRACTION_SHARD_RECORDS": "1", "NO_COLOR": "1"}
+        process = commands.start([EXTRACTION, "run"], cwd=folder, env={**os.environ, **environment})
+        watchdog = threading.Timer(300, process.kill)  # nobody reads for ever what a process that hangs never writes
+        watchdog.daemon = True
+        watchdog.start()
+        return process
+
+    return start
 
 
 def finish(process):
@@ -83,7 +80,7 @@ def points(folder):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, demo_folder, demo_videos):
+def undisturbed(tmp_path_factory, demo_folder, demo_videos, start):
     folder = make_folder(tmp_path_factory.mktemp("undisturbed"), demo_folder, demo_videos)
     return folder, *finish(start(folder))
 
@@ -103,7 +100,7 @@ def test_a_table_is_drained_and_the_log_says_what_was_done(undisturbed):
     assert [state for _, state, _, _ in ledger(folder)] == ["done"] * NUM_ROWS + ["parked"]
 
 
-def test_a_second_run_does_nothing_and_says_where_it_resumed(undisturbed):
+def test_a_second_run_does_nothing_and_says_where_it_resumed(undisturbed, start):
     folder, *_ = undisturbed
     before = points(folder)
     code, out, err = finish(start(folder))
@@ -113,7 +110,7 @@ def test_a_second_run_does_nothing_and_says_where_it_resumed(undisturbed):
     assert points(folder) == before
 
 
-def test_a_run_stopped_three_times_ends_as_an_undisturbed_one(undisturbed, tmp_path, demo_folder, demo_videos):
+def test_a_run_stopped_three_times_ends_as_an_undisturbed_one(undisturbed, tmp_path, demo_folder, demo_videos, start):
     folder, chance = make_folder(tmp_path / "stopped", demo_folder, demo_videos), random.Random(7)
     num_decoded = 0
     for stop in range(4):
@@ -139,14 +136,7 @@ def test_a_run_stopped_three_times_ends_as_an_undisturbed_one(undisturbed, tmp_p
     assert NUM_ROWS - 3 <= num_decoded <= NUM_ROWS
 
 
-def test_show_tells_the_watermark_of_a_drained_table(undisturbed):
+def test_show_tells_the_watermark_of_a_drained_table(undisturbed, commands):
     folder, *_ = undisturbed
-    done = subprocess.run(
-        [EXTRACTION, "checkpoint", "show", "--json"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=300,
-    )
+    done = commands.run([EXTRACTION, "checkpoint", "show", "--json"], cwd=folder, check=True)
     assert json.loads(done.stdout)["last_processed_id"] == 99

@@ -41,12 +41,12 @@ def start():
             os.killpg(parent.pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("kills", [25, pytest.param(100, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kills", [10, pytest.param(100, marks=pytest.mark.soak)])
 def test_a_killed_process_loses_nothing_and_the_next_one_arrives(tmp_path, replacing, start, kills):
     _kill_again_and_again(replacing, start, (tmp_path / "qdrant",), kills, most_seconds=0.005)
 
 
-@pytest.mark.parametrize("kills", [10, pytest.param(100, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kills", [4, pytest.param(100, marks=pytest.mark.soak)])
 def test_a_process_killed_beside_a_faulty_server_loses_nothing(  # noqa: PLR0913, PLR0917 - fixtures
     tmp_path, replacing, start, stand_in, wire, kills
 ):

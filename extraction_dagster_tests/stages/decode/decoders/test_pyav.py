@@ -50,18 +50,18 @@ def test_pixels_and_times_equal_those_of_a_full_decode(sampling, clip_name, clip
     assert_exact(video, truth_of(clip_name), UPRIGHT.get(clip_name, 0))
 
 
-def test_decoding_from_the_beginning_gives_the_same_frames(clip_name, clip_path, truth_of):
+def test_decoding_from_the_beginning_gives_the_same_frames(mechanism, clip_path, truth_of):
     sampling = Sampling("uniform", num_frames=16)
-    with open_file(clip_path(clip_name)) as file:
+    with open_file(clip_path(mechanism)) as file:
         video = decode_sequentially(file, sampling, 500, DecodeLimits())
-    assert_exact(video, truth_of(clip_name), UPRIGHT.get(clip_name, 0))
+    assert_exact(video, truth_of(mechanism), UPRIGHT.get(mechanism, 0))
 
 
-def test_every_single_frame_can_be_had_alone(clip_name, clip_path, truth_of, number_in):
-    truth = truth_of(clip_name)
-    video = decode(clip_path(clip_name), sampling=Sampling("fps", fps=1e6))
+def test_every_single_frame_can_be_had_alone(mechanism, clip_path, truth_of, number_in):
+    truth = truth_of(mechanism)
+    video = decode(clip_path(mechanism), sampling=Sampling("fps", fps=1e6))
     assert video.frames.frame_number.tolist() == list(range(len(truth.seconds)))
-    if clip_name not in UPRIGHT:
+    if mechanism not in UPRIGHT:
         numbers = [number_in(image) for image in video.frames.data]
         assert numbers == [number_in(image) for image in truth.pictures]
 
@@ -155,8 +155,8 @@ def test_a_stream_decoded_as_a_whole_of_which_a_packet_is_no_frame_is_that_of_a_
     assert np.array_equal(video.frames.data, full.frames.data)
 
 
-def test_a_file_too_large_to_keep_is_read_twice_with_the_same_result(clip_name, clip_path):
-    kept, reread = decode(clip_path(clip_name)), decode(clip_path(clip_name), max_packet_bytes=1)
+def test_a_file_too_large_to_keep_is_read_twice_with_the_same_result(mechanism, clip_path):
+    kept, reread = decode(clip_path(mechanism)), decode(clip_path(mechanism), max_packet_bytes=1)
     assert np.array_equal(kept.frames.data, reread.frames.data)
     assert kept.frames.pts_seconds.tolist() == reread.frames.pts_seconds.tolist()
 
