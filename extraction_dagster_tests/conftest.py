@@ -1,4 +1,4 @@
-"""What every test gets: a clean environment, settings, real databases, the demo's videos, skips that can't rot."""
+"""What every test gets: a clean environment, settings, real databases and buckets, videos, skips that can't rot."""
 
 import fcntl
 import gc
@@ -7,8 +7,10 @@ import os
 import shutil
 import signal
 import tempfile
+import threading
 import uuid
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import hypothesis
@@ -82,6 +84,72 @@ def settings(tmp_path):
         return Settings(**{"home": tmp_path, **overrides})
 
     return make
+
+
+@contextmanager
+def _serving_s3():
+    """A real S3 API in this process; a fault while it starts is raised, never waited out. Yields its address."""
+    import werkzeug.serving  # noqa: PLC0415 - lazy: slow to import
+    from moto.server import DomainDispatcherApplication, create_backend_app  # noqa: PLC0415 - as above
+
+    application = DomainDispatcherApplication(create_backend_app)
+    server = werkzeug.serving.make_server("127.0.0.1", 0, application, threaded=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join(30)
+        server.server_close()
+
+
+@pytest.fixture(scope="session")
+def s3_address():
+    """An S3 API that is there as long as the tests run."""
+    with _serving_s3() as address:
+        yield address
+
+
+@pytest.fixture
+def serving_s3():
+    """`with serving_s3() as address`: an S3 API that stops where the block ends."""
+    return _serving_s3
+
+
+@pytest.fixture
+def s3_environment(s3_address, monkeypatch, tmp_path):
+    """The environment that leads to the S3 API, and to nothing of whoever runs the tests."""
+    known = {
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "canary-4711",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL_S3": s3_address,
+        "AWS_CONFIG_FILE": str(tmp_path / "none"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    for name, value in known.items():
+        monkeypatch.setenv(name, value)
+    return known
+
+
+@pytest.fixture
+def s3_root(s3_environment):  # noqa: ARG001 - for what it sets
+    """`s3://` and an empty bucket of the test's own."""
+    import s3fs  # noqa: PLC0415 - lazy: slow to import
+
+    bucket = f"frames-{uuid.uuid4().hex}"
+    s3fs.S3FileSystem(skip_instance_cache=True).mkdir(bucket)
+    return f"s3://{bucket}"
+
+
+@pytest.fixture(params=["folder", "memory", "s3"])
+def root(request, tmp_path):
+    """A place for frames on each kind of file system."""
+    if request.param == "s3":
+        return f"{request.getfixturevalue('s3_root')}/frames"
+    return str(tmp_path / "frames") if request.param == "folder" else f"memory://{tmp_path.name}/frames"
 
 
 @pytest.fixture(scope="session")

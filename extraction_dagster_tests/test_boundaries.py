@@ -1,13 +1,17 @@
 """Who may import what: seen from fresh interpreters, not from the source text."""
 
+import ast
 import json
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import extraction_dagster
 
 DAEMONS = "dagster._daemon"  # half a CPU second for whoever runs no daemon
+PRIVATE_API = "defs/instance/private_api.py"  # where Dagster's private modules and storages may be used
+STORAGES = {"event_log_storage", "run_storage", "schedule_storage", "daemon_cursor_storage"}
 HEAVY = ["torch", "decord", "av", "qdrant_client", "qdrant_edge", "cv2"]
 
 
@@ -62,6 +66,30 @@ def test_the_rooms_load_without_any_heavy_package():
         print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))
     """)
     assert loaded == []
+
+
+def uses_of_dagsters_private_parts(tree):
+    """Imports from modules of an underscore, and attributes that are a storage of the instance."""
+    for node in ast.walk(tree):
+        modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for name in modules:
+            package, *rest = name.split(".")
+            if package == "dagster_shared" or (package.startswith("dagster") and any(part[0] == "_" for part in rest)):
+                yield name
+        if isinstance(node, ast.Attribute) and node.attr in STORAGES:
+            yield node.attr
+
+
+def test_dagsters_private_parts_are_used_in_one_file():
+    folder = Path(extraction_dagster.__file__).parent
+    found = {
+        path.relative_to(folder).as_posix(): names
+        for path in folder.rglob("*.py")
+        if (names := sorted(uses_of_dagsters_private_parts(ast.parse(path.read_text()))))
+    }
+    assert found.pop(PRIVATE_API)
+    assert found == {}
 
 
 def test_the_package_says_its_version():

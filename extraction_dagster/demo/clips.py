@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, cast
 from extraction_dagster.demo.canvas import Canvas
 from extraction_dagster.demo.priority import take_ordinary_priority
 from extraction_dagster.demo.scenes import SCENES
-from extraction_dagster.errors.demo import DemoEncoderError
+from extraction_dagster.errors.base import DemoEncoderError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from extraction_dagster.demo.clips import CLIPS, CONTAINERS, Clip, write_clip
-from extraction_dagster.errors.demo import DemoFolderError
+from extraction_dagster.errors.base import DemoFolderError
+from extraction_dagster.files import replacing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -110,18 +111,14 @@ def _about(clip: Clip) -> str:
 
 def _write(path: Path, make: Callable[[Path], None]) -> None:
     """Have the file written under another name, then rename it into place; a finished file is left alone."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         if path.is_file():
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        make(unfinished)
-        unfinished.replace(path)
+        with replacing(path, mode=None, durable=False) as beside:
+            make(beside)
     except OSError as error:
         raise DemoFolderError(str(path), error.strerror or type(error).__name__) from error
-    finally:
-        if path.parent.is_dir():
-            unfinished.unlink(missing_ok=True)
 
 
 def _truncated(path: Path) -> None:

@@ -15,8 +15,8 @@ from extraction_dagster.stages.embed.query import embed_query_image, embed_query
 from extraction_dagster.stages.embed.vectors import normalise
 from extraction_dagster.stages.index.edge.store import EdgeStore
 from extraction_dagster.stages.index.protocol import CollectionSpec
-from extraction_dagster.stages.index.replace import replace_records
 from extraction_dagster.stages.index.search import search_images, search_videos
+from extraction_dagster.stages.index.stage import replace_records
 
 pytestmark = pytest.mark.slow
 BROKEN = ("truncated", "no_video")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from extraction_dagster.defs.instance.launching import launch, open_instance, template
-from extraction_dagster.defs.versions import code_versions, data_version
+from extraction_dagster.defs.metadata import code_versions, data_version
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import load_settings
 from extraction_dagster.stages.catalog.ledger import LedgerEntry

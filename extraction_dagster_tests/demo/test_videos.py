@@ -16,7 +16,7 @@ import pytest
 from extraction_dagster.demo import clips, videos
 from extraction_dagster.demo.clips import CLIPS, Clip, write_clip
 from extraction_dagster.demo.videos import DemoVideo, make_videos, real_clips_hint
-from extraction_dagster.errors.demo import DemoEncoderError, DemoFolderError
+from extraction_dagster.errors.base import DemoEncoderError, DemoFolderError
 
 TINY = Clip("plasma", "h264", 32, 32, 1, 5, "000000 ffffff")
 IDS = [*range(1, 13), *range(101, 113), *range(201, 205)]

@@ -11,8 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from extraction_dagster.records import IdRange
 from extraction_dagster.stages.catalog.pending import Scan, Unfinished
 from extraction_dagster.ticks.cursor import CursorState
-from extraction_dagster.ticks.mirroring import adopt, follow
-from extraction_dagster.ticks.mirrors import Reading
+from extraction_dagster.ticks.mirrors import Reading, adopt, follow
 from extraction_dagster.ticks.planner import History, Observed, Patience, Rules, plan_tick
 
 SOURCE = "0" * 16
@@ -54,7 +53,7 @@ class World:
     def unfinished(self):
         return {number for number, became in self.rows.items() if became in {"todo", "failed"}}
 
-    def is_due(self, number):
+    def is_pending(self, number):
         return self.rows[number] == "todo" or (self.rows[number] == "failed" and self.retry_at[number] <= self.now)
 
     def scan(self, after, up_to, budget):
@@ -65,7 +64,7 @@ class World:
         left = [number for number in heads if number in self.unfinished()]
         end = left[0] - 1 if left else high if reached is None else reached
         finished = [number for number in inside if number <= end]
-        rows = tuple(Unfinished(number, due=self.is_due(number)) for number in left)
+        rows = tuple(Unfinished(number, pending=self.is_pending(number)) for number in left)
         return Scan(rows, reached, finished[-1] if finished else None)
 
     def load(self):
@@ -85,7 +84,7 @@ class World:
             for number in sorted(self.rows)
             if sweeps
             and last is not None
-            and self.is_due(number)
+            and self.is_pending(number)
             and (floor is None or number > floor)
             and number <= last
         ]
@@ -145,7 +144,7 @@ class World:
                 between = range(max(frontier, reached) + 1, request.id_range.first_id)
                 is_crowded = sum(number in between for number in self.rows) >= self.rules.most_rows
                 assert not between or is_crowded or self.is_backfilled(between.stop - 1), "ranges must touch"
-                passed = [number for number in self.rows if number in between and self.is_due(number)]
+                passed = [number for number in self.rows if number in between and self.is_pending(number)]
                 assert all(self.is_backfilled(number) for number in passed), "rows were left behind"
                 frontier = request.id_range.last_id
             if request.is_new:
@@ -173,7 +172,7 @@ class World:
 
     def end(self, id_range, outcomes, *, success):
         for number, became in zip(sorted(self.active.pop(id_range)), outcomes, strict=False):
-            if number in self.rows and self.is_due(number) and became is not None:
+            if number in self.rows and self.is_pending(number) and became is not None:
                 self.rows[number] = became
                 self.retry_at[number] = self.now + timedelta(seconds=60)
         self.of_backfill.discard(id_range)
@@ -390,9 +389,9 @@ class ForgetsRowsThatWait(World):
 
     @staticmethod
     def plan(cursor, seen, rules, patience, *, now):
-        due = tuple(row for row in seen.window.unfinished if row.due)
-        finished = due[0].record_id - 1 if due else cursor.frontier_id
-        window = replace(seen.window, unfinished=due, finished_up_to=finished)
+        pending = tuple(row for row in seen.window.unfinished if row.pending)
+        finished = pending[0].record_id - 1 if pending else cursor.frontier_id
+        window = replace(seen.window, unfinished=pending, finished_up_to=finished)
         return plan_tick(cursor, replace(seen, window=window), rules, patience, now=now)
 
 

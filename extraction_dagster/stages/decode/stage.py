@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 
     from extraction_dagster.records import EncodedFrames, IdRange, VideoRow
     from extraction_dagster.settings import Settings
-    from extraction_dagster.shards.frame_shard import FrameShard
-    from extraction_dagster.shards.frame_store import FrameStore
+    from extraction_dagster.shards.frame_store import FrameShard, FrameStore
     from extraction_dagster.stages.decode.quality import Quality
     from extraction_dagster.stages.decode.sampling import Sampling
     from extraction_dagster.stages.decode.workers.pool import Decoded

@@ -9,14 +9,14 @@ import pytest
 
 from extraction_dagster.records import IdRange, VideoRow
 from extraction_dagster.settings import Settings
-from extraction_dagster.shards.compaction import Compacted, CompactionOptions, compact_frames
+from extraction_dagster.shards.compaction import Compacted, CompactionOptions, compact
 from extraction_dagster.shards.frame_export import export_frames
 from extraction_dagster.shards.frame_store import FrameStore
+from extraction_dagster.shards.retention import prune_frames
 from extraction_dagster.stages.catalog.catalog import Fingerprints
 from extraction_dagster.stages.catalog.ledger import LedgerEntry
 from extraction_dagster.stages.decode import stage
 from extraction_dagster.stages.decode.quality import Quality
-from extraction_dagster.stages.decode.retention import prune_frames
 from extraction_dagster.stages.decode.sampling import Sampling
 from extraction_dagster.stages.decode.stage import decode_rows
 
@@ -91,7 +91,7 @@ def test_frames_live_in_a_bucket_until_nobody_needs_them(clip_path, settings, s3
         for number in (1, 2, 3)
     }
     at_once = CompactionOptions(max_records=64, enough_shards=2, untouched=timedelta())
-    assert compact_frames(store, RANGE, done, at_once) == Compacted(removed=3, written=1)
+    assert compact(store, RANGE, at_once, entries=done) == Compacted(removed=3, written=1)
     assert (len(store.shards(RANGE)), landed_ids(store)) == (1, [1, 2, 3])
     assert export_frames(store, RANGE, tmp_path / "out") == (3, 12)
     assert (tmp_path / "out" / "3" / "00000036.jpg").read_bytes()[:2] == b"\xff\xd8"
@@ -196,12 +196,12 @@ from extraction_dagster.records import IdRange, VideoRow
 from extraction_dagster.settings import Settings
 from extraction_dagster.stages.catalog.catalog import Fingerprints
 from extraction_dagster.stages.catalog.ledger import LedgerEntry
-from extraction_dagster.shards.compaction import Compacted, CompactionOptions, compact_frames
+from extraction_dagster.shards.compaction import Compacted, CompactionOptions, compact
 from extraction_dagster.shards.frame_export import export_frames
 from extraction_dagster.shards.frame_store import FrameStore
 from extraction_dagster.stages.decode import stage
+from extraction_dagster.shards.retention import prune_frames
 from extraction_dagster.stages.decode.quality import Quality
-from extraction_dagster.stages.decode.retention import prune_frames
 from extraction_dagster.stages.decode.sampling import Sampling
 from extraction_dagster.stages.decode.stage import decode_rows
 home, clip = sys.argv[1:]

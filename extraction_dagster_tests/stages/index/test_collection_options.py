@@ -6,8 +6,8 @@ import pytest
 
 from extraction_dagster.stages.index.edge.store import EdgeStore
 from extraction_dagster.stages.index.protocol import CollectionSpec
-from extraction_dagster.stages.index.replace import replace_records
 from extraction_dagster.stages.index.search import search_images
+from extraction_dagster.stages.index.stage import replace_records
 
 OPTIONS = [("float32", "none", False), ("float16", "scalar", True)]
 

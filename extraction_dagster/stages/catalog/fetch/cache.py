@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from extraction_dagster.errors.fetch import DownloadCacheError, FileUnavailableError
+from extraction_dagster.files import write_atomically
 from extraction_dagster.stages.catalog.fetch.download import FileVersion, PassingFaultError
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ class DownloadCache:
         held: dict[str, _Held] = {}
         with os.scandir(self.folder) as found:
             for item in found:
-                if item.name in {_LOCK, _RESERVED}:
+                if item.name in {_LOCK, _RESERVED} or item.name.startswith("."):  # a note that is being written
                     continue
                 entry = held.setdefault(item.name.partition(".")[0], _Held())
                 with suppress(FileNotFoundError):
@@ -151,7 +152,7 @@ class DownloadCache:
         lock = _try_lock(self.folder / f"{key}.lock")
         if lock is None:
             return False
-        for path in (*self.folder.glob(f"{key}.[!l]*"), self.folder / f"{key}.lock"):
+        for path in (*self.folder.glob(f"{key}.[!l]*"), *self.folder.glob(f".{key}.*"), self.folder / f"{key}.lock"):
             path.unlink(missing_ok=True)
         os.close(lock)
         return True
@@ -309,8 +310,4 @@ def _read_version(path: Path) -> FileVersion | None:
 
 
 def _write_json(path: Path, content: object) -> None:
-    beside = path.with_name(f"{path.name}.new")
-    file = os.open(beside, os.O_WRONLY | os.O_TRUNC | _FLAGS, 0o600)
-    with os.fdopen(file, "w") as stream:
-        json.dump(content, stream)
-    beside.replace(path)
+    write_atomically(path, json.dumps(content).encode(), durable=False)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from extraction_dagster.errors.embed import ArtifactFolderError
+from extraction_dagster.files import publish
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -87,10 +88,8 @@ class ArtifactFolder:
     def keep(self, key: str, made: Path) -> Path:
         """Put a compiled network in its place, whole or not at all; those unused for a month go."""
         made.chmod(0o600)
-        with made.open("rb") as file:
-            os.fsync(file.fileno())
         path = self.folder / f"{key}-{self._sha256(made)}{made.suffix}"
-        made.replace(path)
+        publish(made, path)
         (self.folder / f"{key}.failed").unlink(missing_ok=True)
         for other in self.folder.glob("*-*.*"):
             with suppress(FileNotFoundError):
