@@ -328,12 +328,7 @@ def _leaves(described: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
 
 
 class _HeaderError(ValueError):
-    """The header can't be read, or does not fit the file.
-
-    Attributes:
-        got: What was found.
-        expected: What was expected.
-    """
+    """The header of a safetensors file can't be read, or does not fit the file."""
 
     def __init__(self, got: str, expected: str = "a safetensors file") -> None:
         self.got, self.expected = got, expected

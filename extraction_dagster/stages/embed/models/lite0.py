@@ -172,7 +172,7 @@ HEAD = Layer("_conv_head", "_bn1", _STAGES[-1][-1], DIM)
 
 
 def blocks() -> Iterator[tuple[Layer, ...]]:
-    """The layers of each block: expand (save in the first), filter each channel, project."""
+    """The layers of each block: expand (not in the first), filter each channel, project."""
     inputs, number = _STEM_CHANNELS, 0
     for count, kernel, stride, expansion, outputs in _STAGES:
         for n in range(count):

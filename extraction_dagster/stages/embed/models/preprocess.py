@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from contextlib import AbstractContextManager
 
     from extraction_dagster.settings import Settings
@@ -48,11 +48,16 @@ def squash(
     Returns:
         uint8, shape (N, height_px, width_px, 3).
     """
-    groups = [np.stack(list(group)) for _, group in groupby(images, key=lambda image: image.shape)]
-    resized = [resize(group, height_px, width_px, mode="bicubic", device=device) for group in groups]
-    if not resized:
-        return np.empty((0, height_px, width_px, 3), np.uint8)
-    return resized[0] if len(resized) == 1 else np.concatenate(resized)
+    none = np.empty((0, height_px, width_px, 3), np.uint8)
+    return _by_size(images, lambda same: resize(same, height_px, width_px, mode="bicubic", device=device), none=none)
+
+
+def _by_size(
+    images: Sequence[np.ndarray] | np.ndarray, work: Callable[[np.ndarray], np.ndarray], *, none: np.ndarray
+) -> np.ndarray:
+    """Work on neighbours of one size together; gives `none` when there are no images."""
+    done = [work(np.stack(list(same))) for _, same in groupby(images, key=lambda image: image.shape)]
+    return np.concatenate(done) if len(done) > 1 else (*done, none)[0]
 
 
 def resize(images: np.ndarray, height_px: int, width_px: int, *, mode: str, device: str | None) -> np.ndarray:
@@ -150,11 +155,8 @@ class ProcessorPixels:
 
     def prepare(self, images: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
         """Resize and crop uint8 (H, W, 3) RGB images to uint8 (N, h, w, 3); safe in any thread."""
-        groups = [np.stack(list(group)) for _, group in groupby(images, key=lambda image: image.shape)]
-        ready = [self._ready(group, fast=self.fast) for group in groups]
-        if not ready:
-            return np.empty((0, 1, 1, 3), np.uint8)
-        return ready[0] if len(ready) == 1 else np.concatenate(ready)
+        none = np.empty((0, 1, 1, 3), np.uint8)
+        return _by_size(images, lambda same: self._ready(same, fast=self.fast), none=none)
 
     def _ready(self, images: np.ndarray, *, fast: bool) -> np.ndarray:
         return self._resize_and_crop(images) if fast else self._by_processor(images)
