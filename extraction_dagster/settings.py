@@ -1,7 +1,7 @@
 """Every setting: its name, default, description and check. This is their only home.
 
 Each field `name` is read from the environment as `EXTRACTION_NAME`, or from a `.env` file in the working directory.
-`docs/settings.md` is generated from this file; a test holds the two equal. The file is long because it is one table of
+`docs/settings.md` is generated from this file; a test holds the two equal. Long because it is one table of
 every setting, under headings in the order of the data's way.
 """
 

@@ -116,12 +116,12 @@ def test_imports_in_functions_and_for_types_are_read():
         if TYPE_CHECKING:
             from extraction_dagster.stages.index.stage import Indexed
         def go():
-            from extraction_dagster import progress, __version__
+            from extraction_dagster import step_progress, __version__
     """
     assert list(imports_in(textwrap.dedent(source))) == [
         (3, "extraction_dagster.records"),
         (5, "extraction_dagster.stages.index.stage"),
-        (7, "extraction_dagster.progress"),
+        (7, "extraction_dagster.step_progress"),
         (7, "extraction_dagster"),
     ]
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from extraction_dagster import progress
+from extraction_dagster import step_progress
 from extraction_dagster.records import IdRange
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
@@ -110,7 +110,7 @@ def long_work() -> Iterator[None]:
             yield
         return
     lines = RichHandler(console=err, show_path=False, show_time=False)
-    with _logged(lines, logging.WARNING), _bars() as bars, progress.listening(_Bars(bars)):
+    with _logged(lines, logging.WARNING), _bars() as bars, step_progress.listening(_Bars(bars)):
         yield
 
 

@@ -29,7 +29,8 @@ def export(
 ) -> None:
     """Write the stored frames of a range as JPEG files with a table (frames.csv), or as one WebDataset tar."""
     from extraction_dagster.shards.frame_export import export_frames
-    from extraction_dagster.shards.frame_store import FrameStore, frames_fingerprint
+    from extraction_dagster.shards.frame_store import FrameStore
+    from extraction_dagster.stages.decode.task import frames_fingerprint
 
     if to.suffix.lower() in _PACKED:
         raise typer.BadParameter(f"--to expects a folder or a name that ends in .tar, not {to.suffix}")
@@ -47,9 +48,10 @@ def prune(
     ] = None,
 ) -> None:
     """Remove frame shards whose records are all done, when EXTRACTION_KEEP_FRAMES says that they go."""
-    from extraction_dagster.shards.frame_store import FrameStore, frames_fingerprint
+    from extraction_dagster.shards.frame_store import FrameStore
     from extraction_dagster.shards.retention import keep_time, prune_frames
     from extraction_dagster.stages.catalog.catalog import Fingerprints, open_catalog
+    from extraction_dagster.stages.decode.task import frames_fingerprint
     from extraction_dagster.stages.embed.models.registry import embedding_fingerprint
 
     settings = load_settings()
@@ -82,8 +84,9 @@ def compact(
     from extraction_dagster.shards.compaction import Compacted, CompactionOptions
     from extraction_dagster.shards.compaction import compact as compact_shards
     from extraction_dagster.shards.embedding_store import EmbeddingStore
-    from extraction_dagster.shards.frame_store import FrameStore, frames_fingerprint
+    from extraction_dagster.shards.frame_store import FrameStore
     from extraction_dagster.stages.catalog.catalog import open_catalog
+    from extraction_dagster.stages.decode.task import frames_fingerprint
     from extraction_dagster.stages.embed.models.registry import embedding_fingerprint
 
     settings = load_settings()

@@ -42,8 +42,7 @@ def _progress(settings: Settings, catalog: Catalog) -> Progress:
     """The record that the charts and the metrics show as well; a cursor that can't be used is left out."""
     from extraction_dagster.defs.instance.cursor_store import CursorStore
     from extraction_dagster.defs.instance.launching import open_instance
-    from extraction_dagster.defs.instance.measuring import video_rate
-    from extraction_dagster.defs.instance.runs import active_runs
+    from extraction_dagster.defs.instance.runs import active_runs, video_rate
 
     with open_instance(settings) as instance:
         stored, active, rate = CursorStore(instance).read(), len(active_runs(instance)), video_rate(instance)

@@ -180,7 +180,8 @@ def _plain(hit: Hit | VideoHit) -> dict[str, Any]:
 
 def _write_gallery(settings: Settings, query: _Query, hits: list[Hit] | list[VideoHit], path: Path) -> None:
     from extraction_dagster.shards.frame_export import find_frames
-    from extraction_dagster.shards.frame_store import FrameStore, frames_fingerprint
+    from extraction_dagster.shards.frame_store import FrameStore
+    from extraction_dagster.stages.decode.task import frames_fingerprint
     from extraction_dagster.stages.index.gallery import Card, render_gallery, write_gallery
 
     frames = FrameStore(settings.resolved_frames_uri, frames_fingerprint(settings))

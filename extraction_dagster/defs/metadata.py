@@ -8,8 +8,8 @@ import dagster as dg
 from extraction_dagster.addresses import scrubbed
 from extraction_dagster.records import Failure, fingerprint
 from extraction_dagster.settings import Settings
-from extraction_dagster.shards.frame_store import frames_fingerprint
 from extraction_dagster.stages.catalog.ledger import LedgerEntry
+from extraction_dagster.stages.decode.task import frames_fingerprint
 from extraction_dagster.stages.embed.models.registry import embedding_settings_fingerprint
 
 CODE_VERSION_TAG = "dagster/code_version"

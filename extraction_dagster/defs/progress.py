@@ -12,8 +12,7 @@ from typing import Any
 import dagster as dg
 
 from extraction_dagster.defs.instance.cursor_store import CursorStore
-from extraction_dagster.defs.instance.measuring import video_rate
-from extraction_dagster.defs.instance.runs import active_runs
+from extraction_dagster.defs.instance.runs import active_runs, video_rate
 from extraction_dagster.defs.metadata import as_metadata
 from extraction_dagster.defs.resources import Extraction, plain_failures
 from extraction_dagster.settings import Settings, load_settings

@@ -14,7 +14,7 @@ from collections import Counter
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from extraction_dagster import progress
+from extraction_dagster import step_progress
 from extraction_dagster.ranges.contact_sheet import ContactSheet
 from extraction_dagster.ranges.work import RangeWork, Report, Stopwatch, frames_by_record
 
@@ -45,7 +45,7 @@ def decode_range(work: RangeWork) -> Report:
         _log.info("Processing batch of %d records (IDs: %d - %d)", len(rows), *ids)
     else:
         _log.info("Nothing to decode (IDs: %d - %d)", *ids)
-    progress.begin("video_frames", len(rows))
+    step_progress.begin("video_frames", len(rows))
     sheet = ContactSheet(work.settings.contact_sheet_frames)
     shards = decode_rows(rows, store=work.frame_store, partition=work.id_range, settings=work.settings)
     with closing(shards):  # an interruption keeps, and marks, what was finished by then
@@ -72,7 +72,7 @@ def _record(work: RangeWork, landed: LandedShard) -> None:
     if landed.shard is not None:
         _mark_extracted(work, {record.record_id: record.num_frames for record in landed.shard.records})
     work.record_failures(landed.failures)
-    progress.advance("video_frames", landed.num_videos + len(landed.failures))
+    step_progress.advance("video_frames", landed.num_videos + len(landed.failures))
 
 
 def _is_unmarked(planned: PlannedRow) -> bool:

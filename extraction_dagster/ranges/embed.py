@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from extraction_dagster import progress
+from extraction_dagster import step_progress
 from extraction_dagster.errors.runs import FramesMissingError, SettingsChangedError
 from extraction_dagster.ranges.work import RangeWork, Report, Stopwatch, frames_by_record, vectors_fingerprint, was_done
 
@@ -38,7 +38,7 @@ def embed_range(work: RangeWork) -> Report:
     shards = [
         shard for shard in work.frame_store.shards(work.id_range) if frames_by_record([shard], rows).keys() - there
     ]
-    progress.begin("frame_embeddings", sum(len(shard.records) for shard in shards))
+    step_progress.begin("frame_embeddings", sum(len(shard.records) for shard in shards))
     num_frames = num_bytes = 0
     written: list[EmbeddingShard] = []
     for done in _embed(work, shards, watch) if shards else ():
@@ -47,7 +47,7 @@ def embed_range(work: RangeWork) -> Report:
         report.failures += failed
         num_frames, num_bytes = num_frames + done.num_frames, num_bytes + 2 * done.shard.dim * done.num_frames
         written.append(done.shard)
-        progress.advance("frame_embeddings", len(done.shard.records) + len(done.failures))
+        step_progress.advance("frame_embeddings", len(done.shard.records) + len(done.failures))
     with watch.phase("verify"):
         report.unnormalised = _count_unnormalised(store, written)
     have = there | frames_by_record(written, rows)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from extraction_dagster import progress
+from extraction_dagster import step_progress
 from extraction_dagster.errors.index import PointsChangedError
 from extraction_dagster.errors.runs import VectorsMissingError
 from extraction_dagster.errors.shards import ShardStoreError
@@ -41,7 +41,7 @@ def index_range(work: RangeWork) -> Report:
     newest_first = work.embedding_store.shards(work.id_range)[::-1]
     shards = [(shard, records) for shard in newest_first if (records := frames_by_record([shard], rows))]
     have = {record_id for _, records in shards for record_id in records}
-    progress.begin("qdrant_points", len(have))
+    step_progress.begin("qdrant_points", len(have))
     if newest_first or _should_hold_points(work):
         with open_point_store(work.settings, wait_seconds=work.settings.qdrant_timeout_seconds) as store:
             is_there = _open_collection(work, store, dim=newest_first[0].dim if newest_first else None)
@@ -112,7 +112,7 @@ def _replace_points(
     report.num_points.update(indexed.num_points)
     report.failures.extend(indexed.failures)
     _log.info("Marked %d records as embedded", len(indexed.num_points))
-    progress.advance("qdrant_points", len(videos))
+    step_progress.advance("qdrant_points", len(videos))
 
 
 def _verify_range(work: RangeWork, store: PointStore | None) -> int:

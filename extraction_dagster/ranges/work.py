@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from extraction_dagster.errors.catalog import EmptyRangeError
 from extraction_dagster.shards.embedding_store import EmbeddingStore
-from extraction_dagster.shards.frame_store import FrameStore, frames_fingerprint
+from extraction_dagster.shards.frame_store import FrameStore
 from extraction_dagster.stages.catalog.catalog import Fingerprints, open_catalog
+from extraction_dagster.stages.decode.task import frames_fingerprint
 from extraction_dagster.stages.embed.models.registry import embedding_fingerprint
 
 if TYPE_CHECKING:

@@ -14,12 +14,8 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from extraction_dagster.errors.shards import FrameShardError, FrameStoreError
-from extraction_dagster.records import EncodedFrames, fingerprint
+from extraction_dagster.records import EncodedFrames
 from extraction_dagster.shards.store import ShardStore, new_name
-from extraction_dagster.stages.decode.decoders.geometry import SCALING
-from extraction_dagster.stages.decode.jpeg import SUBSAMPLING
-from extraction_dagster.stages.decode.quality import Quality
-from extraction_dagster.stages.decode.sampling import Sampling
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -27,31 +23,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from extraction_dagster.records import IdRange
-    from extraction_dagster.settings import Settings
 
 FORMAT = 1
 _ROWS_PER_GROUP = 300
-
-
-def frames_fingerprint(settings: Settings, *, sampling: Sampling | None = None, quality: Quality | None = None) -> str:
-    """What decides the stored frames: decoder, choice of frames, size, JPEG. Nothing else changes it.
-
-    Args:
-        settings: Say what is not given.
-        sampling: How frames are chosen.
-        quality: Which of them are kept.
-    """
-    steps = (quality or Quality.from_settings(settings)).identity
-    return fingerprint(
-        layout=FORMAT,
-        decoder=settings.decoder,
-        sampling=(sampling or Sampling.from_settings(settings)).identity,
-        short_side_px=settings.short_side_px,
-        scaling=SCALING,
-        jpeg_quality=settings.jpeg_quality,
-        jpeg_subsampling=SUBSAMPLING,
-        **({"quality": steps} if steps else {}),  # without a step, nothing that could differ
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ import sqlite3
 import threading
 import time
 
-from extraction_dagster import progress
+from extraction_dagster import step_progress
 from extraction_dagster.errors.fetch import FileUnavailableError
 from extraction_dagster.ranges.decode import decode_range
 from extraction_dagster.ranges.work import open_range
@@ -50,7 +50,7 @@ def test_dead_links_are_written_down_while_the_last_one_is_still_tried(sqlite_da
 
     monkeypatch.setattr(Fetcher, "fetch", fetch)
     watcher = threading.Thread(target=watch)
-    with progress.listening(count), open_range(settings, IdRange(1, 100), begins=True) as work:
+    with step_progress.listening(count), open_range(settings, IdRange(1, 100), begins=True) as work:
         watcher.start()
         report = decode_range(work)
         watcher.join()

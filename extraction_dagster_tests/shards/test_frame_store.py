@@ -10,9 +10,10 @@ import pytest
 from extraction_dagster.errors.shards import FrameShardError, FrameStoreError
 from extraction_dagster.records import EncodedFrames, IdRange
 from extraction_dagster.settings import Settings
-from extraction_dagster.shards.frame_store import FrameStore, ShardRecord, frames_fingerprint
+from extraction_dagster.shards.frame_store import FrameStore, ShardRecord
 from extraction_dagster.stages.decode.quality import Quality
 from extraction_dagster.stages.decode.sampling import Sampling
+from extraction_dagster.stages.decode.task import frames_fingerprint
 
 RANGE = IdRange(1, 1000)
 

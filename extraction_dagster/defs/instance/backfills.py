@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import dagster as dg
 
-from extraction_dagster import progress
+from extraction_dagster import step_progress
 from extraction_dagster.defs.instance.launching import launch
 from extraction_dagster.defs.instance.private_api import (
     BULK_ACTION_TERMINAL_STATUSES,
@@ -259,7 +259,7 @@ def process_here(instance: dg.DagsterInstance, plan: BackfillPlan) -> Processed:
         KeyboardInterrupt: Ctrl+C; finished shards are kept.
     """
     finished, failed, reason, in_a_row = 0, list[IdRange](), "", 0
-    progress.begin("ranges", len(plan.ranges))
+    step_progress.begin("ranges", len(plan.ranges))
     for number, id_range in enumerate(plan.ranges, 1):
         _log.info("Range %s, %d of %d", id_range, number, len(plan.ranges))
         try:
@@ -272,7 +272,7 @@ def process_here(instance: dg.DagsterInstance, plan: BackfillPlan) -> Processed:
                 _log.error("Range %s failed (run %s): %s", id_range, run.run_id, run.error)
                 reason = reason or f"Range {id_range}: {run.error}"
                 failed.append(id_range)
-        progress.advance("ranges")
+        step_progress.advance("ranges")
         if in_a_row == _GIVE_UP_AFTER:
             failed += plan.ranges[number:]
             break

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from extraction_dagster.errors.base import SettingsError
+from extraction_dagster.records import fingerprint
+from extraction_dagster.shards.frame_store import FORMAT
 from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits
 from extraction_dagster.stages.decode.decoders.decord import decode_with_decord
+from extraction_dagster.stages.decode.decoders.geometry import SCALING
 from extraction_dagster.stages.decode.decoders.pyav import decode_with_pyav
-from extraction_dagster.stages.decode.jpeg import encode_frames
+from extraction_dagster.stages.decode.jpeg import SUBSAMPLING, encode_frames
 from extraction_dagster.stages.decode.quality import Quality, refine
 from extraction_dagster.stages.decode.sampling import Sampling
 
@@ -105,3 +108,24 @@ def _limit_opencv_threads() -> None:
     import cv2
 
     cv2.setNumThreads(1)
+
+
+def frames_fingerprint(settings: Settings, *, sampling: Sampling | None = None, quality: Quality | None = None) -> str:
+    """What decides the stored frames: decoder, choice of frames, size, JPEG. Nothing else changes it.
+
+    Args:
+        settings: Say what is not given.
+        sampling: How frames are chosen.
+        quality: Which of them are kept.
+    """
+    steps = (quality or Quality.from_settings(settings)).identity
+    return fingerprint(
+        layout=FORMAT,
+        decoder=settings.decoder,
+        sampling=(sampling or Sampling.from_settings(settings)).identity,
+        short_side_px=settings.short_side_px,
+        scaling=SCALING,
+        jpeg_quality=settings.jpeg_quality,
+        jpeg_subsampling=SUBSAMPLING,
+        **({"quality": steps} if steps else {}),  # without a step, nothing that could differ
+    )
