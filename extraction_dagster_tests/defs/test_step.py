@@ -6,7 +6,7 @@ import pytest
 
 from extraction_dagster.stages.catalog.catalog import Catalog
 from extraction_dagster.stages.embed.models import registry
-from extraction_dagster.stages.index import protocol
+from extraction_dagster.stages.index import stage
 
 # Dagster itself reads pydantic's old attribute.
 pytestmark = pytest.mark.filterwarnings("ignore:The `__fields__` attribute is deprecated")
@@ -77,7 +77,7 @@ def test_vectors_are_stored_and_marked_under_the_settings_that_made_them(world, 
 
 
 def test_points_are_made_and_marked_under_the_settings_with_which_the_step_began(world, monkeypatch):
-    change_before(monkeypatch, protocol, "open_point_store", lambda: monkeypatch.setenv("EXTRACTION_FPS", "2"))
+    change_before(monkeypatch, stage, "open_point_store", lambda: monkeypatch.setenv("EXTRACTION_FPS", "2"))
     monkeypatch.setenv("EXTRACTION_KEEP_FRAMES", "none")
     assert world.run().success
     (frames,), (vectors,) = marked(world), marked(world, "embedding_fingerprint")
