@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -27,43 +27,12 @@ if TYPE_CHECKING:
     from extraction_dagster.records import EncodedFrames, IdRange
     from extraction_dagster.settings import Settings
     from extraction_dagster.shards.embedding_store import EmbeddingShard, EmbeddingStore
+    from extraction_dagster.shards.frame_store import FrameShard, FrameStore
     from extraction_dagster.stages.embed.models.interface import EmbeddingModel
 
 _PIECES_AHEAD = 4
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-class SourceRecord(Protocol):
-    """What the stage needs to know of a record in a frame shard."""
-
-    @property
-    def record_id(self) -> int: ...  # noqa: D102 - says itself
-    @property
-    def content_version(self) -> str: ...  # noqa: D102 - as above
-    @property
-    def num_frames(self) -> int: ...  # noqa: D102 - as above
-
-
-class SourceShard(Protocol):
-    """What the stage needs to know of a frame shard."""
-
-    @property
-    def name(self) -> str: ...  # noqa: D102 - says itself
-    @property
-    def records(self) -> Sequence[SourceRecord]: ...  # noqa: D102 - as above
-
-
-S = TypeVar("S", bound=SourceShard)
-S_contra = TypeVar("S_contra", bound=SourceShard, contravariant=True)
-
-
-class FrameSource(Protocol[S_contra]):
-    """Where frames come from; the frame store is one."""
-
-    def read(self, shard: S_contra) -> Iterable[EncodedFrames]:
-        """The shard's records in order, one at a time."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,19 +87,19 @@ class _Result:
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece(Generic[S]):
+class _Piece:
     """A mark in the stream: some frames of a record, those that can't be read, or the end of its shard."""
 
-    shard: S
+    shard: FrameShard
     result: _Result | None
     frames: range = range(0)
     error: StoredFrameError | None = None
 
 
 def embed_shards(  # noqa: PLR0913 - the shards and what handles them, each by name
-    shards: Iterable[S],
+    shards: Iterable[FrameShard],
     *,
-    frames: FrameSource[S],
+    frames: FrameStore,
     store: EmbeddingStore,
     model: EmbeddingModel,
     partition: IdRange,
@@ -144,7 +113,7 @@ def embed_shards(  # noqa: PLR0913 - the shards and what handles them, each by n
 
     Args:
         shards: Frame shards.
-        frames: Reads them.
+        frames: Reads them; only its `read` is called.
         store: Takes the vectors.
         model: The resident model.
         partition: The partition that the shards belong to.
@@ -160,7 +129,7 @@ def embed_shards(  # noqa: PLR0913 - the shards and what handles them, each by n
         ModelOutputError: The model gave something else than one vector per frame.
     """
     stored = {shard.name: shard for shard in store.shards(partition)}
-    todo: list[S] = []
+    todo: list[FrameShard] = []
     for shard in shards:
         there = stored.get(shard.name)
         if reuse and there is not None and _is_current(there, shard):
@@ -235,7 +204,7 @@ class _Clock:
         return cpu, wall
 
 
-def _is_current(there: EmbeddingShard, shard: SourceShard) -> bool:
+def _is_current(there: EmbeddingShard, shard: FrameShard) -> bool:
     frames = {record.record_id: (record.content_version, record.num_frames) for record in shard.records}
     vectors = {record.record_id: (record.content_version, record.num_frames) for record in there.records}
     lost = {failure.record_id: failure.content_version for failure in there.failures if failure.permanent}
@@ -248,7 +217,7 @@ def _is_current(there: EmbeddingShard, shard: SourceShard) -> bool:
     )
 
 
-def _pieces(shards: Sequence[S], source: FrameSource[S], size: int) -> Iterator[_Piece[S]]:
+def _pieces(shards: Sequence[FrameShard], source: FrameStore, size: int) -> Iterator[_Piece]:
     """The stream of a reading thread: each record's frames, at most `size` at a time, then its shard's end."""
     for shard in shards:
         for frames in source.read(shard):
@@ -258,7 +227,7 @@ def _pieces(shards: Sequence[S], source: FrameSource[S], size: int) -> Iterator[
         yield _Piece(shard, None)
 
 
-def _prepared(model: EmbeddingModel, piece: _Piece[S]) -> tuple[_Piece[S], np.ndarray]:
+def _prepared(model: EmbeddingModel, piece: _Piece) -> tuple[_Piece, np.ndarray]:
     """The piece and its pixels; without any where a frame can't be read."""
     if piece.result is not None:
         try:
