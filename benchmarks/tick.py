@@ -40,7 +40,7 @@ from extraction_dagster.defs.progress import progress_events
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import load_settings
 from extraction_dagster.stages.catalog.catalog import open_catalog
-from extraction_dagster.stages.catalog.pending_index import pending_index
+from extraction_dagster.stages.catalog.pending import pending_index
 from extraction_dagster.ticks.cursor import CursorState
 from extraction_dagster.ticks.memory import Memory, recall, remember
 from extraction_dagster.ticks.tick import Ticked, tick

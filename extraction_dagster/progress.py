@@ -1,4 +1,4 @@
-"""Progress of long work, from the rooms to whoever listens: a terminal's bar, or nobody."""
+"""Progress of long work: the steps report it, and listeners (a terminal's bars) show it; often there is none."""
 
 from __future__ import annotations
 

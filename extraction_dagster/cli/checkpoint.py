@@ -13,8 +13,7 @@ from extraction_dagster.errors.base import ExtractionError
 from extraction_dagster.settings import Settings, load_settings
 from extraction_dagster.stages.catalog.catalog import Catalog, open_catalog
 from extraction_dagster.ticks.cursor import CursorState
-from extraction_dagster.ticks.legacy import read_legacy_checkpoint
-from extraction_dagster.ticks.mirrors import make_mirror
+from extraction_dagster.ticks.mirrors import make_mirror, read_legacy_checkpoint
 from extraction_dagster.ticks.requests import Requests
 
 app = typer.Typer(no_args_is_help=True, help="Look at the checkpoint, or say where to start.")
@@ -69,7 +68,7 @@ def _document(settings: Settings, catalog: Catalog, stored: str | None) -> dict[
 def set_(
     last_processed_id: Annotated[int, typer.Argument(metavar="ID", min=-(2**63), max=2**63 - 1)],
     *,
-    reprocess: Annotated[bool, typer.Option("--reprocess", help="Rows above ID that are done are done again.")] = False,
+    reprocess: Annotated[bool, typer.Option("--reprocess", help="Rows above ID that are done become pending.")] = False,
 ) -> None:
     """Start after ID: rows at or below are left alone, rows above are processed; done ones stay done."""
     settings = load_settings()
@@ -83,7 +82,8 @@ def set_(
 def reset(
     *,
     storage: Annotated[
-        Literal["all", "cursor", "json", "table"], typer.Option(help="What to reset; a mirror alone is rewritten anew.")
+        Literal["all", "cursor", "json", "table"],
+        typer.Option(help="What to reset; a mirror alone is written by the next tick."),
     ] = "all",
 ) -> None:
     """Start from the beginning: every row that is not done is processed; done ones stay done."""
@@ -94,7 +94,7 @@ def reset(
             mirror = make_mirror(mirrored, catalog.state_engine)
             if mirror is not None:
                 mirror.write(None, now=datetime.now(UTC))
-                console.out.print(f"Cleared {mirror.name}; the next tick writes the watermark anew where it is used.")
+                console.out.print(f"Cleared {mirror.name}; the next tick writes the watermark where it is used.")
             return
         _ask(settings, catalog, "reset", None)
 

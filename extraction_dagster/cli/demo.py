@@ -17,7 +17,7 @@ from extraction_dagster.records import IdRange
 from extraction_dagster.settings import Settings, load_settings
 from extraction_dagster.stages.catalog.catalog import open_catalog
 from extraction_dagster.stages.catalog.ranges import cut_backlog
-from extraction_dagster.stages.index.protocol import open_point_store
+from extraction_dagster.stages.index.stage import open_point_store
 
 if TYPE_CHECKING:
     from extraction_dagster.defs.instance.launching import FinishedRun
@@ -83,7 +83,7 @@ def _report(settings: Settings, work: _Work) -> None:
     """What there is now, read from the table and the store, not from memory."""
     with open_catalog(settings) as catalog, open_point_store(settings) as store:
         status, failures = catalog.status(), catalog.ledger.errors(limit=20)
-        frames = catalog.ledger.num_frames()
+        frames, _ = catalog.ledger.totals()
         store.open_collection(settings.collection_name)
         points = store.count()
     table = Table(title="The demo's collection", show_header=False, title_justify="left")

@@ -59,7 +59,7 @@ class RunOptionError(ExtractionError):
 
 
 class OtherModelError(ExtractionError):
-    """A run was given another model than the settings, and no collection waits for its vectors."""
+    """A run was given another model than the settings, and no collection was staged for its vectors."""
 
     permanent = True
 
@@ -68,6 +68,19 @@ class OtherModelError(ExtractionError):
             f"The run's config ({options}) gives vectors of fingerprint {fingerprint}, and no collection "
             f"{collection!r} takes them (there: {there}). Nothing was started: vectors of two models never mix. "
             f"Run '{environment} extraction collection stage' first, or leave the model out."
+        )
+
+
+class SettingsChangedError(ExtractionError):
+    """Between two steps of one run, other settings (or another file of the model) gave other fingerprints."""
+
+    permanent = True
+
+    def __init__(self, key: str, *, began: str, now: str) -> None:
+        super().__init__(
+            f"Range {key}: settings that decide frames or vectors have changed since its run began: it began with "
+            f"{began}, and now they give {now}. Nothing was stored under the new ones, and what was finished is kept. "
+            f"Launch the range again ('extraction launch {key}'), or leave that to the sensor."
         )
 
 

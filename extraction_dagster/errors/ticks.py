@@ -12,7 +12,7 @@ class CursorError(ExtractionError):
         super().__init__(
             f"The stored cursor can't be used: {why}. Nothing was changed, and the rows still know what is done. "
             f"Look at it with 'extraction checkpoint show'; 'extraction checkpoint reset --storage cursor' "
-            f"derives it anew from the rows."
+            f"derives it from the rows once more."
         )
 
 

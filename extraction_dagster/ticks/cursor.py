@@ -16,23 +16,12 @@ import json
 import re
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeGuard
 
 from extraction_dagster.errors.ticks import CursorError
-from extraction_dagster.ticks.strict_json import parse_strictly
 
-_MAX_BYTES = 64 * 1024
-_MIN_ID, _MAX_ID = -(2**63), 2**63 - 1
-_KEYS = {
-    "v",
-    "source",
-    "last_processed_id",
-    "frontier_id",
-    "floor_id",
-    "seq",
-    "reset_epoch",
-    "updated_at",
-}
+MAX_BYTES = 64 * 1024  # of a cursor, a mirror or an earlier script's checkpoint: whatever is larger is none
+_KEYS = {"v", "source", "last_processed_id", "frontier_id", "floor_id", "seq", "reset_epoch", "updated_at"}
 _VERSION = 1
 _EPOCH = datetime.fromtimestamp(0, UTC)
 
@@ -78,8 +67,8 @@ class CursorState:
         Raises:
             CursorError: The text is no state of this version, or it belongs to another source table.
         """
-        if len(text.encode()) > _MAX_BYTES:
-            raise CursorError(f"it has {len(text.encode())} bytes, expected at most {_MAX_BYTES}")
+        if len(text.encode()) > MAX_BYTES:
+            raise CursorError(f"it has {len(text.encode())} bytes, expected at most {MAX_BYTES}")
         values = _parse(text)
         if values["source"] != source:
             raise CursorError(f"it belongs to source {values['source']!r}, this one is {source!r}")
@@ -113,7 +102,7 @@ def _integer(values: dict[str, Any], name: str, *, optional: bool = False) -> in
     value = values[name]
     if value is None and optional:
         return None
-    if type(value) is not int or not _MIN_ID <= value <= _MAX_ID:
+    if not is_id(value):
         raise CursorError(f"its {name} is {value!r}, expected an integer that fits BIGINT")
     return value
 
@@ -130,3 +119,31 @@ def _time(value: object) -> datetime:
         return datetime.strptime(str(value), "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
     except ValueError:
         raise CursorError(f"its updated_at is {value!r}, expected for example 2025-01-31T12:00:00Z") from None
+
+
+def is_id(value: object) -> TypeGuard[int]:
+    """Whether a value out of a document is an id: an integer that fits BIGINT, and no boolean."""
+    return type(value) is int and -(2**63) <= value < 2**63
+
+
+def parse_strictly(data: str | bytes) -> Any:  # noqa: ANN401 - any JSON document
+    """Parse JSON as it is written by us: no key twice, no NaN; whatever else was written by somebody else.
+
+    Raises:
+        ValueError: It is no JSON, has a key twice, NaN or Infinity, or is nested too deep.
+    """
+    try:
+        return json.loads(data, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a key stands twice")
+    return values
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number")

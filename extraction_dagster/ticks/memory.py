@@ -1,4 +1,4 @@
-"""What ticks remember from one to the next, kept in the state database: a daemon loads its code anew each minute.
+"""What ticks remember from one to the next, kept in the state database: a daemon loads its code each minute.
 
 None of it matters for what is right, only for when: what can't be read is forgotten.
 """
@@ -26,18 +26,18 @@ class Memory:
         patience: Since when rows wait for their range to fill.
         ticks: Ticks so far.
         sweep_after_id: Where the look through the rows below the watermark goes on.
-        sweeps_again: Whether that look found due rows last time: they may still wait for their turn.
+        sweep_found_rows: Whether that look found pending rows last time: they may still wait for their turn.
     """
 
     patience: Patience = field(default_factory=Patience)
     ticks: int = 0
     sweep_after_id: int | None = None
-    sweeps_again: bool = False
+    sweep_found_rows: bool = False
 
     def to_json(self) -> str:
         """As it is kept."""
         since = {kind: moment.isoformat() for kind, moment in self.patience.since.items()}
-        values = {"since": since, "ticks": self.ticks, "after": self.sweep_after_id, "again": self.sweeps_again}
+        values = {"since": since, "ticks": self.ticks, "after": self.sweep_after_id, "again": self.sweep_found_rows}
         return json.dumps(values)
 
     @classmethod

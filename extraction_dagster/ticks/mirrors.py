@@ -1,31 +1,34 @@
 """Mirrors of the watermark, for people and programs that look for it in a JSON file or in a table.
 
-They are one-way: the cursor store wins. Only when the cursor store is lost does a mirror speak.
+They are one-way: the cursor store wins, and each tick makes the mirror say the same. Only when the cursor store is lost
+is a mirror's watermark adopted. At the end: the checkpoint that an earlier script left in such a file or table.
 """
 
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import sqlalchemy as sa
 
 from extraction_dagster.errors.base import ExtractionError
-from extraction_dagster.errors.ticks import MirrorError
+from extraction_dagster.errors.ticks import LegacyCheckpointError, LostCursorError, MirrorError
 from extraction_dagster.files import read_small, write_atomically
 from extraction_dagster.stages.catalog.database import describe, reading, writing
 from extraction_dagster.stages.catalog.state_tables import UtcDateTime
-from extraction_dagster.ticks.strict_json import parse_strictly
+from extraction_dagster.ticks.cursor import MAX_BYTES, is_id, parse_strictly
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from extraction_dagster.settings import Settings
 
-_MAX_BYTES = 64 * 1024
-_MIN_ID, _MAX_ID = -(2**63), 2**63 - 1
+_WRITERS_LOCK = 0x636865636B70
+_LEGACY_NAMES = ("last_processed_id", "last_id", "id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,69 +46,37 @@ class Reading:
     why: str = ""
 
 
-class Mirror(Protocol):
-    """A copy of the watermark somewhere else."""
-
-    @property
-    def name(self) -> str:
-        """Where it is, as it may be printed."""
-
-    def read(self) -> Reading:
-        """What it says.
-
-        Raises:
-            MirrorError: It can't be reached.
-        """
-
-    def write(self, last_processed_id: int | None, *, now: datetime) -> None:
-        """Make it say something else, forwards or backwards.
-
-        Raises:
-            MirrorError: It can't be written; the old value stands.
-        """
-
-    def quarantine(self, *, now: datetime) -> str:
-        """Move what is corrupt out of the way and say where it is.
-
-        Raises:
-            MirrorError: It can't be moved.
-        """
-
-
 class JsonMirror:
-    """A JSON file: `{"last_processed_id": 12345, "updated_at": "2025-01-31T12:00:00Z"}`."""
+    """A JSON file: `{"last_processed_id": 12345, "updated_at": "2025-01-31T12:00:00Z"}`; its folder is made.
+
+    Each method raises MirrorError when the file can't be reached; what was written before stands.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Mirror to a file; its folder is made when it is missing."""
         self._path = path
         self.name = str(path)
 
     def read(self) -> Reading:
         """What the file says."""
         try:
-            data = read_small(self._path, max_bytes=_MAX_BYTES)
+            with _translated(self.name, "read"):
+                data = read_small(self._path, max_bytes=MAX_BYTES)
         except ValueError as error:
             return Reading("corrupt", why=str(error))
-        except OSError as error:
-            raise MirrorError(self.name, "read", error.strerror or str(error)) from error
         return Reading("missing") if data is None else _read_json(data)
 
     def write(self, last_processed_id: int | None, *, now: datetime) -> None:
         """Replace the file at once."""
         document = {"last_processed_id": last_processed_id, "updated_at": f"{now.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"}
-        try:
+        with _translated(self.name, "written"):
             self._path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self._path, (json.dumps(document) + "\n").encode())
-        except OSError as error:
-            raise MirrorError(self.name, "written", error.strerror or str(error)) from error
 
     def quarantine(self, *, now: datetime) -> str:
         """Rename the file."""
         target = self._path.with_name(f"{self._path.name}.corrupt-{now.astimezone(UTC):%Y%m%dT%H%M%S%fZ}")
-        try:
+        with _translated(self.name, "moved"):
             self._path.rename(target)
-        except OSError as error:
-            raise MirrorError(self.name, "moved", error.strerror or str(error)) from error
         return str(target)
 
 
@@ -117,7 +88,7 @@ def _read_json(data: bytes) -> Reading:
     if not isinstance(values, dict) or set(values) != {"last_processed_id", "updated_at"}:
         return Reading("corrupt", why="expected exactly the keys last_processed_id and updated_at")
     value = values["last_processed_id"]
-    if value is not None and (type(value) is not int or not _MIN_ID <= value <= _MAX_ID):
+    if value is not None and not is_id(value):
         return Reading("corrupt", why="its last_processed_id is no integer that fits BIGINT")
     try:
         datetime.fromisoformat(str(values["updated_at"]))
@@ -138,26 +109,22 @@ _ONE_ROW = sa.text(
 )
 
 
-_WRITERS_LOCK = 0x636865636B70
-
-
 class TableMirror:
-    """The table `extraction_checkpoint(id BIGINT PRIMARY KEY, updated_at TIMESTAMPTZ)`, exactly one row."""
+    """The table `extraction_checkpoint(id BIGINT PRIMARY KEY, updated_at TIMESTAMPTZ)`, exactly one row.
+
+    Each method raises MirrorError when the table can't be reached; the first write makes it.
+    """
 
     def __init__(self, engine: sa.Engine) -> None:
-        """Mirror to a table of this database; it is created when it is missing."""
         self._engine = engine
         self.name = f"table extraction_checkpoint at {describe(engine.url)}"
 
     def read(self) -> Reading:
         """What the table says."""
-        try:
-            with reading(self._engine, what="read the checkpoint table") as connection:
-                if not sa.inspect(connection).has_table(CHECKPOINT_TABLE.name):
-                    return Reading("missing")
-                ids = list(connection.execute(sa.select(CHECKPOINT_TABLE.c.id).limit(2)).scalars())
-        except ExtractionError as error:
-            raise MirrorError(self.name, "read", str(error)) from error
+        with _translated(self.name, "read"), reading(self._engine, what="read the checkpoint table") as connection:
+            if not sa.inspect(connection).has_table(CHECKPOINT_TABLE.name):
+                return Reading("missing")
+            ids = list(connection.execute(sa.select(CHECKPOINT_TABLE.c.id).limit(2)).scalars())
         if len(ids) > 1:
             return Reading("corrupt", why="it has more than one row")
         if ids and type(ids[0]) is not int:  # SQLite keeps anything in any column
@@ -166,29 +133,37 @@ class TableMirror:
 
     def write(self, last_processed_id: int | None, *, now: datetime) -> None:
         """Replace the row in one transaction; no row when there is no watermark."""
-        try:
-            with writing(self._engine, what="write the checkpoint table") as connection:
-                if connection.dialect.name == "postgresql":  # two that write at once would wait for each other for ever
-                    connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_WRITERS_LOCK)))
-                CHECKPOINT_TABLE.create(connection, checkfirst=True)
-                connection.execute(sa.delete(CHECKPOINT_TABLE))
-                connection.execute(_ONE_ROW)
-                if last_processed_id is not None:
-                    connection.execute(sa.insert(CHECKPOINT_TABLE).values(id=last_processed_id, updated_at=now))
-        except (ExtractionError, sa.exc.SQLAlchemyError) as error:
-            raise MirrorError(self.name, "written", str(error)) from error
+        with _translated(self.name, "written"), writing(self._engine, what="write the checkpoint table") as connection:
+            if connection.dialect.name == "postgresql":  # two that write at once would deadlock
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_WRITERS_LOCK)))
+            CHECKPOINT_TABLE.create(connection, checkfirst=True)
+            connection.execute(sa.delete(CHECKPOINT_TABLE))
+            connection.execute(_ONE_ROW)
+            if last_processed_id is not None:
+                connection.execute(sa.insert(CHECKPOINT_TABLE).values(id=last_processed_id, updated_at=now))
 
     def quarantine(self, *, now: datetime) -> str:
         """Copy the rows into a table of their own; the next write replaces them."""
         target = f"extraction_checkpoint_corrupt_{now.astimezone(UTC):%Y%m%dt%H%M%S%f}"
-        try:
-            with writing(self._engine, what="quarantine the checkpoint table") as connection:
-                copy = CHECKPOINT_TABLE.to_metadata(sa.MetaData(), name=target)
-                copy.create(connection)
-                connection.execute(copy.insert().from_select(["id", "updated_at"], sa.select(CHECKPOINT_TABLE)))
-        except (ExtractionError, sa.exc.SQLAlchemyError) as error:
-            raise MirrorError(self.name, "copied", str(error)) from error
+        what = "quarantine the checkpoint table"
+        with _translated(self.name, "copied"), writing(self._engine, what=what) as connection:
+            copy = CHECKPOINT_TABLE.to_metadata(sa.MetaData(), name=target)
+            copy.create(connection)
+            connection.execute(copy.insert().from_select(["id", "updated_at"], sa.select(CHECKPOINT_TABLE)))
         return f"table {target}"
+
+
+@contextmanager
+def _translated(name: str, action: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise MirrorError(name, action, error.strerror or str(error)) from error
+    except (ExtractionError, sa.exc.SQLAlchemyError) as error:
+        raise MirrorError(name, action, str(error)) from error
+
+
+Mirror = JsonMirror | TableMirror
 
 
 def make_mirror(settings: Settings, state_engine: sa.Engine) -> Mirror | None:
@@ -196,3 +171,93 @@ def make_mirror(settings: Settings, state_engine: sa.Engine) -> Mirror | None:
     if settings.checkpoint_mirror == "json":
         return JsonMirror(settings.checkpoint_path or settings.home / ".checkpoint")
     return TableMirror(state_engine) if settings.checkpoint_mirror == "table" else None
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """Something that a person should read in the log."""
+
+    level: Literal["info", "warning", "error"]
+    text: str
+
+
+def follow(mirror: Mirror, last_processed_id: int | None, *, now: datetime) -> list[Notice]:
+    """Make the mirror say what the cursor says; the cursor wins. A mirror that fails never stops a tick."""
+    notices, name = list[Notice](), mirror.name
+    try:
+        found = mirror.read()
+        mirrored = found.last_processed_id
+        if found.state == "corrupt":
+            kept = mirror.quarantine(now=now)
+            notices.append(Notice("error", f"Checkpoint mirror {name} was corrupt: {found.why}. Kept as {kept}."))
+        elif mirrored == last_processed_id and (found.state == "ok" or last_processed_id is None):
+            return []
+        elif mirrored is not None and (last_processed_id is None or mirrored > last_processed_id):
+            text = f"Checkpoint mirror {name} said {mirrored}, ahead of the cursor: rewritten."
+            notices.append(Notice("warning", text))
+        mirror.write(last_processed_id, now=now)
+    except MirrorError as error:
+        return [Notice("warning", str(error))]
+    return notices
+
+
+def adopt(mirror: Mirror) -> int | None:
+    """The watermark to start from when the cursor store has none.
+
+    Raises:
+        LostCursorError: The mirror is corrupt: with both lost, only the operator can say where to start.
+        MirrorError: The mirror can't be reached.
+    """
+    found = mirror.read()
+    if found.state == "corrupt":
+        raise LostCursorError(mirror.name, found.why)
+    return found.last_processed_id
+
+
+def read_legacy_checkpoint(file: Path | None, *engines: sa.Engine) -> int:
+    """The last processed id of an earlier script.
+
+    Args:
+        file: A file that holds a number, or a JSON object with `last_processed_id`; None to read the table.
+        engines: Databases that may have the table `extraction_checkpoint`; the first that has it is asked, and of
+            several rows the greatest id counts.
+
+    Raises:
+        LegacyCheckpointError: There is none, or it can't be understood.
+    """
+    return _from_table(engines) if file is None else _from_file(file)
+
+
+def _from_file(file: Path) -> int:
+    try:
+        data = read_small(file, max_bytes=MAX_BYTES)
+    except (OSError, ValueError) as error:
+        raise LegacyCheckpointError(str(file), f"it can't be read ({error})") from None
+    if data is None:
+        raise LegacyCheckpointError(str(file), "there is no such file")
+    try:
+        value = parse_strictly(data)
+    except ValueError:
+        raise LegacyCheckpointError(str(file), "it is neither JSON nor a number") from None
+    if isinstance(value, dict):
+        value = next((value[name] for name in _LEGACY_NAMES if name in value), None)
+    if not is_id(value):
+        raise LegacyCheckpointError(str(file), "it holds no last_processed_id that is an integer")
+    return value
+
+
+def _from_table(engines: Sequence[sa.Engine]) -> int:
+    for engine in engines:
+        with reading(engine, what="read the checkpoint table") as connection:
+            if not sa.inspect(connection).has_table(CHECKPOINT_TABLE.name):
+                continue
+            value = connection.execute(sa.select(sa.func.max(CHECKPOINT_TABLE.c.id))).scalar_one()
+        if type(value) is int:
+            return value
+        why = "it has no row" if value is None else "it holds an id that is no integer"
+        raise LegacyCheckpointError(_place(engine), why)
+    raise LegacyCheckpointError(" or ".join(dict.fromkeys(map(_place, engines))), "there is no such table")
+
+
+def _place(engine: sa.Engine) -> str:
+    return f"table {CHECKPOINT_TABLE.name} at {describe(engine.url)}"

@@ -5,7 +5,7 @@ It reads nothing and writes nothing, so that it can be tested against every orde
 - the watermark moves over rows that are done or parked, never over an unfinished one, and never back;
 - each range handed out starts right after the frontier, so that no id falls between two ranges; but rows that were done
   before there were ranges, more than a run can look through, are in none;
-- a row that is due is in a range that has an active run, or gets one, or waits for its turn: none is forgotten.
+- a pending row is in a range that has an active run, or gets one, or waits for its turn: none is forgotten.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _MAX_ID = 2**63 - 1
 _LONGEST_DELAY_SECONDS = 3600.0
-_MOST_BATCHES = 2  # of due rows in a range that is asked for again as it is
+_MOST_BATCHES = 2  # of pending rows in a range that is requested once more as it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +89,14 @@ class Observed:
     """What a tick sees; active ranges are looked up before rows are, so that a run that ends in between is no loss.
 
     Attributes:
-        active: Ranges that have an active run, whoever launched it; those of backfills apart.
+        active: Ranges that have an active run, launched by the sensor or by people; those of backfills apart.
         window: Unfinished rows between the watermark and the frontier.
         ahead: Unfinished rows above the frontier.
-        swept: Due rows at or below the watermark: late commits, cleared marks, changed versions.
+        swept: Pending rows at or below the watermark: late commits, cleared marks, changed versions.
         density: Ids to a record, over the newest records; asked for when the tail is cut.
-        partitions: The ranges that hold any of these ids, which ascend; asked for when a row below the frontier is due
-            and no active run covers it.
-        history: The ended runs of a range; asked for when it is to be requested again.
+        partitions: The ranges that hold any of these ids, which ascend; asked for when a row below the frontier is
+            pending and no active run covers it.
+        history: The ended runs of a range; asked for when it is to be requested once more.
         backfilled: Ranges that backfills take care of, by a run or soon; they take no place among those in flight.
         room: How far a range between two ids reaches before it holds a number of rows, done ones too; asked for when
             a new range would be wide enough for as many as the rules allow.
@@ -140,7 +140,7 @@ def plan_tick(cursor: CursorState, seen: Observed, rules: Rules, patience: Patie
     """Decide a tick."""
     planner = _Planner(cursor, seen, rules, patience, now)
     planner.move_watermark()
-    planner.request_again()
+    planner.request_below_frontier()
     planner.cut_new_ranges()
     return Tick(planner.cursor, tuple(planner.requests))
 
@@ -163,10 +163,10 @@ class _Planner:
             # Rows that were done before anybody cut a range for them need none: both marks pass them.
             self._move(last_processed_id=ahead.finished_up_to, frontier_id=ahead.finished_up_to)
 
-    def request_again(self) -> None:
-        """Ranges that still have a due row and no active run: late rows, failed runs, retries, the growing tail."""
-        due = {*self._seen.swept, *self._seen.window.due_ids}
-        uncovered = sorted(record_id for record_id in due if not _within_any(self._taken, record_id))
+    def request_below_frontier(self) -> None:
+        """Ranges that still have a pending row and no active run: late rows, failed runs, retries, the growing tail."""
+        pending = {*self._seen.swept, *self._seen.window.pending_ids}
+        uncovered = sorted(record_id for record_id in pending if not _within_any(self._taken, record_id))
         partitions = set(self._seen.partitions(uncovered)) if uncovered and self._slots() > 0 else set()
         wanted = _assign(uncovered, partitions, self._rules.batch_size) if self._slots() > 0 else []
         tail_waits = False
@@ -186,19 +186,19 @@ class _Planner:
     def cut_new_ranges(self) -> None:
         """Full batches of a backlog, each cut at its last record; then the tail, cut ahead."""
         rules, ahead = self._rules, self._seen.ahead
-        left = self._pass_backfilled(ahead.due_ids)
-        due = list(takewhile(lambda record_id: not _within_any(self._taken, record_id), left))
-        more_follows = ahead.reached_id is not None or len(due) < len(left)
-        if not due:
+        left = self._pass_backfilled(ahead.pending_ids)
+        pending = list(takewhile(lambda record_id: not _within_any(self._taken, record_id), left))
+        more_follows = ahead.reached_id is not None or len(pending) < len(left)
+        if not pending:
             self._patience.end("ahead")
-        while due and self._slots() > 0:
-            first = due[0] if self.cursor.frontier_id is None else self.cursor.frontier_id + 1
-            number = self._num_with_room(first, due)
+        while pending and self._slots() > 0:
+            first = pending[0] if self.cursor.frontier_id is None else self.cursor.frontier_id + 1
+            number = self._num_with_room(first, pending)
             if not number:  # so many rows in between are done that no range is to hold them
-                first = due[0]
-                number = self._num_with_room(first, due)
-            batch, due = due[:number], due[number:]
-            whole = len(batch) == rules.batch_size or bool(due) or more_follows
+                first = pending[0]
+                number = self._num_with_room(first, pending)
+            batch, pending = pending[:number], pending[number:]
+            whole = len(batch) == rules.batch_size or bool(pending) or more_follows
             if not whole and not self._patience.is_over("ahead", now=self._now, seconds=rules.max_wait_seconds):
                 return
             last = batch[-1] if whole else self._ahead(first, batch[-1])
@@ -209,7 +209,7 @@ class _Planner:
     def _cut_where_needed(
         self, wanted: Iterable[tuple[IdRange | None, Sequence[int]]]
     ) -> Iterator[tuple[IdRange, Sequence[int]]]:
-        """Ranges with their due rows; rows that have no range yet get ranges of their own, one by one as asked for."""
+        """Ranges with their pending rows; rows that have none yet get ranges of their own, one by one as asked for."""
         for known, members in wanted:
             if known is not None:
                 yield known, members
@@ -220,26 +220,26 @@ class _Planner:
                 part, left = left[:number], left[number:]
                 yield IdRange(part[0], part[-1]), part
 
-    def _num_with_room(self, first: int, due: Sequence[int]) -> int:
+    def _num_with_room(self, first: int, pending: Sequence[int]) -> int:
         """How many of these rows, a batch at most, a range that begins at an id has room for."""
-        number = min(len(due), self._rules.batch_size)
-        return bisect_right(due, self._room(first, due[number - 1]), hi=number)
+        number = min(len(pending), self._rules.batch_size)
+        return bisect_right(pending, self._room(first, pending[number - 1]), hi=number)
 
     def _room(self, first: int, last: int) -> int:
         """How far a range between two ids may reach; fewer ids than a range may hold rows need no question."""
         most = self._rules.most_rows
         return last if last - first < most else self._seen.room(first, last, most)
 
-    def _pass_backfilled(self, due: Sequence[int]) -> Sequence[int]:
-        """Move the frontier over rows that a backfill has been handed, so that those behind them need not wait for it.
+    def _pass_backfilled(self, pending: Sequence[int]) -> Sequence[int]:
+        """Move the frontier over rows that a backfill has been handed: those behind them need not wait for it.
 
         Returns:
             The rows above the frontier as it is then.
         """
-        while due and (within := _within_any(self._backfilled, due[0])):
+        while pending and (within := _within_any(self._backfilled, pending[0])):
             self._move(frontier_id=within.last_id)
-            due = due[bisect_right(due, within.last_id) :]
-        return due
+            pending = pending[bisect_right(pending, within.last_id) :]
+        return pending
 
     def _ahead(self, first: int, last: int) -> int:
         """How far a batch will reach at the recent density of ids, so that a trickle of rows fills one range."""

@@ -37,10 +37,9 @@ class OperatorRequest:
 
 
 class Requests:
-    """The requests table."""
+    """The requests table of a state database."""
 
     def __init__(self, engine: sa.Engine) -> None:
-        """Use the state database."""
         self._engine = engine
 
     def add(self, kind: Literal["set", "reset"], value: int | None = None) -> None:

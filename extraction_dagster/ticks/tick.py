@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from extraction_dagster.errors.ticks import CursorError
 from extraction_dagster.stages.catalog.pending import Scan, scan
 from extraction_dagster.ticks.cursor import CursorState
-from extraction_dagster.ticks.mirroring import Notice, adopt, follow
-from extraction_dagster.ticks.mirrors import make_mirror
+from extraction_dagster.ticks.mirrors import Mirror, Notice, adopt, follow, make_mirror
 from extraction_dagster.ticks.planner import History, Observed, Request, Rules, plan_tick
 from extraction_dagster.ticks.requests import Requests
 
@@ -21,20 +21,18 @@ if TYPE_CHECKING:
     from extraction_dagster.records import IdRange
     from extraction_dagster.stages.catalog.catalog import Catalog
     from extraction_dagster.ticks.memory import Memory
-    from extraction_dagster.ticks.mirrors import Mirror
 
 _LEAST_BUDGET = 5_000
 _SWEEP_BUDGET = 20_000
 _SECONDS_AHEAD = 0.3
 _NOTHING = Scan((), None, None)
-_MIN_ID = -(2**63)
 
 
 class Runs(Protocol):
     """What a tick needs to know of runs and partitions; Dagster's instance answers."""
 
     def active(self) -> Sequence[IdRange]:
-        """Ranges that have an active run, whoever launched it; those of backfills apart."""
+        """Ranges that have an active run, launched by the sensor or by people; those of backfills apart."""
         ...
 
     def backfilled(self) -> Sequence[IdRange]:
@@ -81,6 +79,8 @@ def tick(  # noqa: PLR0913 - what it sees, and how it is asked
 ) -> Ticked:
     """Decide a tick.
 
+    The rows say what is pending (`stages/catalog/pending.py`), the cursor where to look, the planner what to request.
+
     Args:
         catalog: The source table and the ledger.
         runs: Runs and partitions.
@@ -126,7 +126,7 @@ def tick(  # noqa: PLR0913 - what it sees, and how it is asked
     if planned.cursor.last_processed_id != before.last_processed_id:
         text = f"Updated checkpoint: last processed ID = {planned.cursor.last_processed_id}"
         notices.insert(0, Notice("info", text))
-    waiting = len(window.unfinished) - len(window.due_ids)
+    waiting = len(window.unfinished) - len(window.pending_ids)
     return Ticked(planned.cursor, planned.requests, tuple(notices), waiting, len(active))
 
 
@@ -149,15 +149,16 @@ def _load(catalog: Catalog, stored: str | None, mirror: Mirror | None, *, now: d
 def _window(catalog: Catalog, cursor: CursorState) -> Scan:
     if cursor.frontier_id is None:
         return _NOTHING
-    after = cursor.last_processed_id if cursor.last_processed_id is not None else cursor.floor_id
-    return scan(catalog, after_id=after, up_to_id=cursor.frontier_id, budget=_SWEEP_BUDGET)
+    after_id, up_to_id, floor_id = cursor.last_processed_id, cursor.frontier_id, cursor.floor_id
+    return scan(catalog, after_id=after_id, up_to_id=up_to_id, floor_id=floor_id, budget=_SWEEP_BUDGET)
 
 
 def _ahead(catalog: Catalog, cursor: CursorState, budget: int) -> Scan:
     """The unfinished rows above the frontier; rows that are done already are passed over, for a moment at most."""
     after, finished, end = cursor.frontier_id, None, time.monotonic() + _SECONDS_AHEAD
     while True:
-        found = scan(catalog, after_id=after, up_to_id=None, budget=max(budget, _LEAST_BUDGET))
+        most = max(budget, _LEAST_BUDGET)
+        found = scan(catalog, after_id=after, up_to_id=None, floor_id=cursor.floor_id, budget=most)
         finished = found.finished_up_to if found.finished_up_to is not None else finished
         if found.unfinished or found.reached_id is None or time.monotonic() > end:
             return Scan(found.unfinished, found.reached_id, finished)
@@ -165,27 +166,23 @@ def _ahead(catalog: Catalog, cursor: CursorState, budget: int) -> Scan:
 
 
 def _sweep(catalog: Catalog, cursor: CursorState, memory: Memory, *, sweep_all: bool) -> list[int]:
-    """Due rows at or below the watermark: a part of them each time, so that a tick's cost stays the same.
+    """Pending rows at or below the watermark: a part of them each time, so that a tick's cost stays the same.
 
     With marks and without a version column, unmarked rows are all there is to find, and there are few: every Nth tick.
     Otherwise each row is compared with the ledger, a part of the table in each tick.
     """
-    settings, source = catalog.settings, catalog.source
+    settings, source, up_to_id = catalog.settings, catalog.source, cursor.last_processed_id
     every_row = source.has_version or not source.has_marks
-    if cursor.last_processed_id is None or not (
-        sweep_all or every_row or memory.sweeps_again or memory.ticks % settings.sweep_every_ticks == 0
-    ):
+    is_turn = sweep_all or every_row or memory.sweep_found_rows or memory.ticks % settings.sweep_every_ticks == 0
+    if up_to_id is None or not is_turn:
         return []
-    due: list[int] = []
-    after = cursor.floor_id
-    if not sweep_all and memory.sweep_after_id is not None:
-        after = max(memory.sweep_after_id, _MIN_ID if after is None else after)  # the floor may have moved since
+    pending: list[int] = []
+    after = None if sweep_all else memory.sweep_after_id
+    look = partial(scan, catalog, up_to_id=up_to_id, floor_id=cursor.floor_id, budget=_SWEEP_BUDGET)
     while True:
-        found = scan(
-            catalog, after_id=after, up_to_id=cursor.last_processed_id, budget=_SWEEP_BUDGET, every_row=every_row
-        )
-        due += found.due_ids
+        found = look(after_id=after, every_row=every_row)
+        pending += found.pending_ids
         after = memory.sweep_after_id = found.reached_id
-        if not sweep_all or found.reached_id is None or len(due) > _SWEEP_BUDGET:
-            memory.sweeps_again = bool(due)
-            return due
+        if not sweep_all or found.reached_id is None or len(pending) > _SWEEP_BUDGET:
+            memory.sweep_found_rows = bool(pending)
+            return pending

@@ -17,7 +17,7 @@ from extraction_dagster.errors.base import ExtractionError
 from extraction_dagster.errors.index import CollectionMissingError, StoreBusyError
 from extraction_dagster.records import IdRange
 from extraction_dagster.stages.catalog.catalog import Catalog
-from extraction_dagster.stages.index.protocol import open_point_store
+from extraction_dagster.stages.index.stage import open_point_store
 from extraction_dagster.ticks.cursor import CursorState
 from extraction_dagster.ticks.mirrors import make_mirror
 from extraction_dagster.watch.figures import Census, Figures, MirrorFigures, recall_census, remember_census

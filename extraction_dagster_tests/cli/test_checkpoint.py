@@ -105,7 +105,7 @@ def test_set_takes_a_negative_id_after_two_dashes_and_refuses_what_is_none():
     assert shown()["floor_id"] == -3
 
 
-def test_reprocess_makes_what_is_done_above_the_id_due_again():
+def test_reprocess_makes_what_is_done_above_the_id_pending():
     extraction("checkpoint", "set", "1", "--reprocess")
     assert states() == {1: "done", 2: "todo", 5: "todo", 6: "todo"}
 
@@ -134,24 +134,3 @@ def test_a_checkpoint_that_is_not_there_changes_nothing():
     done = CliRunner().invoke(app, ["checkpoint", "import", "none"])
     assert isinstance(done.exception, LegacyCheckpointError)
     assert shown()["floor_id"] is None
-
-
-def test_retry_brings_back_what_is_named_and_says_what_it_left():
-    done = extraction("retry", "5", "1", code=1)
-    assert "1 records are due again." in done.stdout
-    assert "Not failed or parked, left as they are: 1" in done.stderr
-    assert states() == {1: "done", 2: "done", 5: "todo", 6: "parked"}
-
-
-def test_retry_takes_all_or_those_of_one_type():
-    assert "0 records are due again." in extraction("retry", "--error", "Scheme").stdout
-    assert "1 records are due again." in extraction("retry", "--error", "SchemeError").stdout
-    assert states()[6] == "todo"
-    assert "1 records are due again." in extraction("retry", "--all").stdout
-    assert states() == {1: "done", 2: "done", 5: "todo", 6: "todo"}
-
-
-@pytest.mark.parametrize("arguments", [(), ("5", "--all"), ("--all", "--error", "SchemeError")])
-def test_retry_needs_exactly_one_choice(arguments):
-    extraction("retry", *arguments, code=2)
-    assert states()[5] == "failed"

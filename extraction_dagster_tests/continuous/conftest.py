@@ -18,7 +18,7 @@ from extraction_dagster.defs.instance.launching import open_instance
 from extraction_dagster.settings import load_settings
 from extraction_dagster.stages.catalog.catalog import open_catalog
 from extraction_dagster.stages.catalog.database import make_engine
-from extraction_dagster.stages.catalog.pending_index import pending_index
+from extraction_dagster.stages.catalog.pending import pending_index
 from extraction_dagster.ticks.cursor import CursorState
 
 REPOSITORY = Path(__file__).parents[2]

@@ -8,7 +8,8 @@ import pytest
 
 from extraction_dagster.settings import load_settings
 from extraction_dagster.stages.embed.models.registry import embedding_fingerprint
-from extraction_dagster.stages.index.protocol import CollectionSpec, open_point_store
+from extraction_dagster.stages.index.protocol import CollectionSpec
+from extraction_dagster.stages.index.stage import open_point_store
 
 pytestmark = pytest.mark.soak
 
@@ -57,7 +58,7 @@ def test_one_poison_record_leaves_the_others_done_is_parked_after_three_tries_an
     assert "500 parked, decode, PoisonError" in site.extraction("errors")
 
     site.poison()
-    assert "1 records are due again" in site.extraction("retry", "500")
+    assert "1 records are pending now" in site.extraction("retry", "500")
     site.wait(lambda: site.states() == {"done": 1000}, seconds=240, what="the record that was brought back is done")
     assert "No record has failed" in site.extraction("errors")
     site.stop()

@@ -14,7 +14,7 @@ MEMORY = Memory(
     patience=Patience({"tail": datetime(2025, 1, 31, 12, 0, 1, 500, UTC)}),
     ticks=7,
     sweep_after_id=-3,
-    sweeps_again=True,
+    sweep_found_rows=True,
 )
 
 

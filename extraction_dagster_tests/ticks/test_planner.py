@@ -19,7 +19,7 @@ def state(last=None, frontier=None, floor=None):
 
 def found(*ids, waiting=(), reached=None, finished=None):
     rows = sorted([*((number, True) for number in ids), *((number, False) for number in waiting)])
-    return Scan(tuple(Unfinished(number, due=is_due) for number, is_due in rows), reached, finished)
+    return Scan(tuple(Unfinished(number, pending=is_pending) for number, is_pending in rows), reached, finished)
 
 
 def never(*_arguments):
@@ -143,7 +143,7 @@ def test_of_overlapping_ranges_the_narrowest_is_taken():
     assert asked(tick) == [("40-60", "40-60#101", False), ("1-100", "1-100#102", False)]
 
 
-def test_due_rows_that_no_range_holds_get_ranges_of_their_own_a_batch_to_each():
+def test_pending_rows_that_no_range_holds_get_ranges_of_their_own_a_batch_to_each():
     tick = plan(state(last=99, frontier=99), swept=[1, 5, 9, 12, 50], partitions=ranges("10-20"), history=ended())
     assert asked(tick) == [("1-9", "1-9#101", True), ("10-20", "10-20#102", False), ("50-50", "50-50#103", True)]
 

@@ -3,6 +3,7 @@
 from datetime import UTC, datetime
 
 import pytest
+import sqlalchemy as sa
 
 from extraction_dagster.ticks.cursor import CursorState
 from extraction_dagster.ticks.requests import OperatorRequest, Requests
@@ -71,3 +72,33 @@ def test_a_request_that_was_applied_to_a_lost_cursor_is_applied_to_the_next_one(
     assert len(requests.waiting()) == 1
     assert requests.apply(cursor, now=NOW) is cursor
     assert requests.waiting() == []
+
+
+def test_waiting_requests_are_found_through_their_index_however_many_were_consumed(database):
+    database.create()
+    catalog = database.catalog()
+    series = (
+        "generate_series(1, 20000) AS series(i)"
+        if database.engine.dialect.name == "postgresql"
+        else "(WITH RECURSIVE series(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM series WHERE i < 20000) "
+        "SELECT i FROM series)"
+    )
+    database.execute(
+        "INSERT INTO extraction_requests (kind, requested_at, consumed_at) "
+        f"SELECT 'reset', '2025-01-01 00:00:00', '2025-01-02 00:00:00' FROM {series}"
+    )
+    Requests(catalog.state_engine).add("set", 7)
+    with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql("ANALYZE")
+    queries = []
+
+    def keep(_connection, _cursor, statement, *_):
+        queries.append(statement)
+
+    sa.event.listen(catalog.state_engine, "before_cursor_execute", keep)
+    assert [request.value for request in Requests(catalog.state_engine).waiting()] == [7]
+    (query,) = (text for text in queries if text.startswith("SELECT"))
+    explain = "EXPLAIN " if database.engine.dialect.name == "postgresql" else "EXPLAIN QUERY PLAN "
+    plan = "\n".join(str(row[-1]) for row in database.rows(explain + query))
+    assert "extraction_requests_waiting" in plan
+    catalog.close()

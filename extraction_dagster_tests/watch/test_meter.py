@@ -14,7 +14,8 @@ from pydantic import SecretStr
 from extraction_dagster.records import Failure, IdRange
 from extraction_dagster.stages.catalog.catalog import Fingerprints
 from extraction_dagster.stages.index.points import PointBatch
-from extraction_dagster.stages.index.protocol import CollectionSpec, open_point_store
+from extraction_dagster.stages.index.protocol import CollectionSpec
+from extraction_dagster.stages.index.stage import open_point_store
 from extraction_dagster.ticks.cursor import CursorState
 from extraction_dagster.watch.figures import InstanceFigures, MirrorFigures, recall_census, remember_census
 from extraction_dagster.watch.meter import Meter, census_seconds

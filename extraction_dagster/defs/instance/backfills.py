@@ -39,7 +39,7 @@ from extraction_dagster.errors.runs import BackfillUnknownError, RangeBusyError
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import Settings
 from extraction_dagster.stages.catalog.catalog import Catalog
-from extraction_dagster.stages.catalog.cover import cover_span
+from extraction_dagster.stages.catalog.ranges import cover_span
 
 _log = logging.getLogger(__name__)
 _CHUNK = 1000  # ranges registered in one call: SQLite takes no more than some ten thousand

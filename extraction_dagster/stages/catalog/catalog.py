@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
-from extraction_dagster.records import IdRange
 from extraction_dagster.stages.catalog.database import make_engine, writing
-from extraction_dagster.stages.catalog.ledger import Ledger, LedgerEntry, State
+from extraction_dagster.stages.catalog.ledger import Fingerprints, Ledger, LedgerEntry, State
+from extraction_dagster.stages.catalog.migrations import prepare
+from extraction_dagster.stages.catalog.pending import Status, count_pending, is_pending, status_of
 from extraction_dagster.stages.catalog.source_table import SourceRow, SourceTable
 
 if TYPE_CHECKING:
@@ -18,31 +19,12 @@ if TYPE_CHECKING:
 
     import sqlalchemy as sa
 
-    from extraction_dagster.records import Failure, VideoRow
+    from extraction_dagster.records import Failure, IdRange, VideoRow
     from extraction_dagster.settings import Settings
 
-_SUMMARY = {
-    "todo": "pending",
-    "extracted": "pending",
-    "embedded": "pending",
-    "done": "done",
-    "failed": "failed",
-    "parked": "parked",
-}
-Status = Literal["done", "todo", "again", "waiting", "parked"]
-
-
-@dataclass(frozen=True, slots=True)
-class Fingerprints:
-    """What the frames and vectors of today are made with.
-
-    Attributes:
-        frames: Of everything that changes frames.
-        embedding: Of everything that changes vectors.
-    """
-
-    frames: str
-    embedding: str
+# What became of a record, by its status; a failed one whose wait is over is pending.
+_SUMMARY = {"done": "done", "todo": "pending", "again": "pending", "waiting": "failed", "parked": "parked"}
+__all__ = ["Catalog", "Fingerprints", "PlannedRow", "Status", "open_catalog", "status_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +34,8 @@ class PlannedRow:
     Attributes:
         row: As the source table has it.
         entry: As the ledger has it, or None.
-        status: `todo`: to be processed; `again`: was done, and its mark was cleared since; `waiting`: failed, not yet
-            to be tried again; `parked`: failed for good until somebody says otherwise; `done`.
+        status: `todo`: to be processed; `again`: was done, and its mark was cleared since; `waiting`: failed, and its
+            next try is later; `parked`: failed, and not tried until somebody says so; `done`.
     """
 
     row: SourceRow
@@ -62,7 +44,7 @@ class PlannedRow:
 
     @property
     def video(self) -> VideoRow:
-        """The row with its full content version: the source's version, and how often it was asked for again."""
+        """The row with its full content version: the source's version, and its revision."""
         if self.entry is not None and self.entry.source_version == self.source_version:
             return replace(self.row.video, content_version=self.entry.content_version)
         revision = self.entry.revision if self.entry else 0
@@ -74,57 +56,20 @@ class PlannedRow:
         return self.row.video.content_version
 
 
-def status_of(
-    source_version: str,
-    marked_done: bool | None,  # noqa: FBT001 - three states of a row, not an option
-    entry: LedgerEntry | None,
-    fingerprints: Fingerprints | None,
-    *,
-    now: datetime,
-) -> Status:
-    """Decide what is to be done with a row.
-
-    With fingerprints, a row that was done with other settings is to be done again: a materialization brings its range
-    up to date. Without, it stays done: a changed setting alone makes nobody's table pending.
-
-    A row that the source marks as done and the ledger has never seen was done before this project came: it stays done.
-
-    Args:
-        source_version: The row's version column; empty when there is none.
-        marked_done: What its marks say; None when it has none.
-        entry: Its ledger entry.
-        fingerprints: What frames and vectors are made with today.
-        now: The time to compare `not_before` with.
-    """
-    if entry is None:
-        return "done" if marked_done else "todo"
-    if entry.source_version != source_version:
-        return "todo"
-    if entry.state == "parked":
-        return "parked"
-    if entry.state == "failed":
-        return "waiting" if entry.not_before is not None and entry.not_before > now else "todo"
-    if entry.state != "done":
-        return "todo"
-    if marked_done is False:
-        return "again"
-    made_with = Fingerprints(entry.frames_fingerprint or "", entry.embedding_fingerprint or "")
-    return "done" if fingerprints in {None, made_with} else "todo"
-
-
 def _content_version(source_version: str, revision: int) -> str:
     return f"{source_version}~{revision}" if revision else source_version
 
 
 class Catalog:
-    """The rows of the source table with what is known of each."""
+    """The rows of the source table with what is known of each.
+
+    Opening it reflects and checks the source table, and makes or migrates the state tables.
+
+    Raises:
+        SourceTableError, SourceUnreachableError, DatabaseUrlError, PredicateError, StateError: What they say.
+    """
 
     def __init__(self, settings: Settings) -> None:
-        """Open the databases, reflect and check the source table, create missing state tables.
-
-        Raises:
-            SourceTableError, SourceUnreachableError, DatabaseUrlError, PredicateError, StateError: What they say.
-        """
         self.settings = settings
         self.source_engine = make_engine(settings.resolved_source_url, setting="EXTRACTION_SOURCE_URL")
         self.source = SourceTable(self.source_engine, settings)
@@ -135,7 +80,7 @@ class Catalog:
             else make_engine(settings.resolved_state_url, setting="EXTRACTION_STATE_URL")
         )
         self.ledger = Ledger(self.state_engine)
-        self.ledger.create(self.source.identity)
+        prepare(self.state_engine, self.source.identity)
 
     def close(self) -> None:
         """Give the connections back."""
@@ -155,16 +100,16 @@ class Catalog:
         return plan
 
     def begin(self, id_range: IdRange, fingerprints: Fingerprints, *, force: bool = False) -> dict[int, PlannedRow]:
-        """Plan a range; rows whose mark was cleared get a new revision, so that they are decoded afresh.
+        """Plan a range; rows whose mark was cleared get a new revision, so that they are decoded again.
 
         With `force`, so does every row that was finished or has failed before.
         """
         plan = self.plan(id_range, fingerprints)
-        again = [item for item in plan.values() if item.status == "again" or (force and item.status != "todo")]
-        if not again:
+        revised = [item for item in plan.values() if item.status == "again" or (force and item.status != "todo")]
+        if not revised:
             return plan
         with writing(self.state_engine, what="write the ledger") as connection:
-            self.ledger.upsert(connection, [_next_revision(planned) for planned in again])
+            self.ledger.upsert(connection, [_next_revision(planned) for planned in revised])
         return self.plan(id_range, fingerprints)
 
     def mark_extracted(self, plan: Mapping[int, PlannedRow], num_frames: Mapping[int, int], frames: str) -> None:
@@ -236,8 +181,8 @@ class Catalog:
             retry_delay_seconds=self.settings.retry_delay_seconds,
         )
 
-    def request_again(self, record_ids: Sequence[int]) -> None:
-        """Make records pending whose points are not there; stored frames and vectors are used again.
+    def make_pending(self, record_ids: Sequence[int]) -> None:
+        """Make records pending whose points are not there; their stored frames and vectors are used.
 
         The mark is cleared first: a crash in between leaves a cleared mark, which is pending as well.
         """
@@ -252,13 +197,15 @@ class Catalog:
             if self.one_database:
                 self.source.unmark(connection, record_ids)
 
+    request_again = make_pending  # until ranges/ and index/ call it by the new name
+
     def forget(self, record_ids: Sequence[int]) -> None:
         """Forget records that were deleted from the source table."""
         with writing(self.state_engine, what="write the ledger") as connection:
             self.ledger.remove(connection, record_ids)
 
     def reprocess_after(self, after_id: int) -> None:
-        """Make every row above an id due again, whatever became of it."""
+        """Make every row above an id pending, whatever became of it."""
         self.ledger.forget_done(after_id)
         if not self.source.has_marks:
             return
@@ -266,33 +213,31 @@ class Catalog:
             self.source.clear_marks(connection, after_id)
 
     def num_pending(self, id_range: IdRange) -> int:
-        """The records of a range that a run would process now."""
-        entries, now = self.ledger.entries(id_range), datetime.now(UTC)
-        statuses = (
-            status_of(row.video.content_version, row.marked_done, entries.get(row.video.record_id), None, now=now)
-            for row in self.source.rows(id_range)
-        )
-        return sum(status in {"todo", "again"} for status in statuses)
+        """The records of a range that a run would process now, if a person launched it: no floor holds there."""
+        return sum(is_pending(record_id, status, floor_id=None) for record_id, status in self._statuses(id_range))
 
     def summary(self, id_range: IdRange) -> str:
         """A range in words: how many of its records are done, failed, parked, pending."""
-        entries, counts = self.ledger.entries(id_range), Counter[str]()
+        counts = Counter(_SUMMARY[status] for _, status in self._statuses(id_range))
+        return ", ".join(f"{counts[name]} {name}" for name in ("done", "pending", "failed", "parked"))
+
+    def _statuses(self, id_range: IdRange) -> Iterator[tuple[int, Status]]:
+        """Each eligible row of a range with its status, whatever the settings of today are."""
+        entries, now = self.ledger.entries(id_range), datetime.now(UTC)
         for row in self.source.rows(id_range):
             entry = entries.get(row.video.record_id)
-            counts[_SUMMARY[entry.state] if entry else "done" if row.marked_done else "pending"] += 1
-        return ", ".join(f"{counts[name]} {name}" for name in ("done", "pending", "failed", "parked"))
+            yield row.video.record_id, status_of(row.video.content_version, row.marked_done, entry, None, now=now)
 
     def status(self, *, floor_id: int | None = None) -> dict[str, int | str | None]:
         """The whole table in numbers; the keys are stable.
 
-        With marks, a row that they say is done counts as done, whoever did it; without, the ledger counts. A failed
-        record whose wait is over counts as failed and as pending.
+        With marks, a row that they say is done counts as done, even one that the ledger does not know; without
+        marks, the ledger counts. A failed record whose wait is over counts as failed and as pending.
 
         Args:
             floor_id: The cursor's floor; rows at or below are not pending.
         """
         counts, extent, eligible = self.ledger.counts(), self.source.extent(), self.source.count()
-        failed, parked = counts.get("failed", 0), counts.get("parked", 0)
         unmarked = self.source.count_unmarked()
         done = counts.get("done", 0) if unmarked is None else eligible - unmarked
         return {
@@ -301,20 +246,10 @@ class Catalog:
             "last_id": extent[1] if extent else None,
             "eligible": eligible,
             "done": done,
-            "failed": failed,
-            "parked": parked,
-            "pending": self._count_pending(floor_id),
+            "failed": counts.get("failed", 0),
+            "parked": counts.get("parked", 0),
+            "pending": count_pending(self, floor_id=floor_id, now=datetime.now(UTC)),
         }
-
-    def _count_pending(self, floor_id: int | None) -> int:
-        """From counts alone; rows that are gone and have a ledger entry blur it a little."""
-        if floor_id is not None and floor_id >= 2**63 - 1:
-            return 0
-        above = IdRange(-(2**63) if floor_id is None else floor_id + 1, 2**63 - 1)
-        unfinished = self.source.count_unmarked(above)
-        if unfinished is None:
-            unfinished = self.source.count(above) - self.ledger.counts(above).get("done", 0)
-        return max(unfinished - self.ledger.count_held_back(above, now=datetime.now(UTC)), 0)
 
     def _mark(
         self,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import sqlalchemy as sa
 
 from extraction_dagster.errors.catalog import DatabaseUrlError, SourceUnreachableError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
+_Item = TypeVar("_Item")
+_CHUNK = 500
 _POSTGRES_NAMES = frozenset({"postgres", "postgresql"})
 
 
@@ -108,3 +110,8 @@ def describe(url: sa.URL) -> str:
     """The database as it may be printed: no user, no password, no query string."""
     bare = sa.URL.create(url.drivername, host=url.host, port=url.port, database=url.database)
     return bare.render_as_string(hide_password=True)
+
+
+def chunks(items: Sequence[_Item], size: int = _CHUNK) -> Iterable[Sequence[_Item]]:
+    """Ids, or what else a query names, in pieces that fit every database's limit of bound parameters."""
+    return (items[start : start + size] for start in range(0, len(items), size))

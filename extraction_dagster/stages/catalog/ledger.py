@@ -13,17 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import sqlalchemy as sa
 
-from extraction_dagster.errors.catalog import StateError
-from extraction_dagster.stages.catalog.database import describe, reading, writing
-from extraction_dagster.stages.catalog.source_table import chunks
-from extraction_dagster.stages.catalog.state_tables import (
-    ERRORS_TABLE,
-    LEDGER_TABLE,
-    META_TABLE,
-    METADATA,
-    STOPPED,
-    insert_of,
-)
+from extraction_dagster.stages.catalog.database import chunks, reading, writing
+from extraction_dagster.stages.catalog.state_tables import ERRORS_TABLE, FAILED_OR_PARKED, LEDGER_TABLE, insert_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -32,6 +23,19 @@ if TYPE_CHECKING:
 
 State = Literal["todo", "extracted", "embedded", "done", "failed", "parked"]
 _LONGEST_DELAY_SECONDS = 86_400.0
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprints:
+    """What the frames and vectors of today are made with.
+
+    Attributes:
+        frames: Of everything that changes frames.
+        embedding: Of everything that changes vectors.
+    """
+
+    frames: str
+    embedding: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +48,7 @@ class LedgerEntry:
         source_version: The version column when the row was last handled, our own marks included: a trigger that
             stamps every update changes it, and must not make the row look new.
         content_version: Names what was decoded; it stays when only our own marks changed the row.
-        revision: How often the row was asked for again.
+        revision: How often the row was to be decoded once more: a cleared mark, or a forced run.
         frames_fingerprint: What its frames were made with.
         embedding_fingerprint: What its vectors were made with.
         num_frames: Stored frames.
@@ -83,36 +87,15 @@ class ErrorRow:
 
 
 class Ledger:
-    """Reads and writes the state tables."""
+    """Reads and writes the ledger and the errors table, which `migrations.prepare` makes."""
 
     def __init__(self, engine: sa.Engine) -> None:
-        """Use the state database; `create` makes its tables."""
         self.engine = engine
         self._insert = insert_of(engine)
 
-    def create(self, source_identity: str) -> None:
-        """Create the tables that are missing, and claim them for this source.
-
-        Raises:
-            StateError: They belong to another source.
-        """
-        with writing(self.engine, what="create the state tables") as connection:
-            if self.engine.dialect.name == "postgresql":  # two processes that create at once would collide
-                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(0x657874726163)))
-            METADATA.create_all(connection)
-            claim = self._insert(META_TABLE).values(key="source", value=source_identity).on_conflict_do_nothing()
-            connection.execute(claim)
-            owner = connection.execute(sa.select(META_TABLE.c.value).where(META_TABLE.c.key == "source")).scalar_one()
-        if owner != source_identity:
-            raise StateError(
-                f"those in {describe(self.engine.url)} belong to another source table (its mark is {owner}, this "
-                f"one's is {source_identity})",
-                "Set EXTRACTION_STATE_URL to a database of its own for each source table.",
-            )
-
     def entries(self, id_range: IdRange) -> dict[int, LedgerEntry]:
         """The entries of a range, by record."""
-        query = _ENTRY_QUERY.where(LEDGER_TABLE.c.record_id.between(id_range.first_id, id_range.last_id))
+        query = _ENTRY_QUERY.where(_within(id_range))
         with reading(self.engine, what="read the ledger") as connection:
             return {row["record_id"]: LedgerEntry(**row) for row in connection.execute(query).mappings()}
 
@@ -121,8 +104,8 @@ class Ledger:
         query = sa.select(LEDGER_TABLE.c.record_id).order_by(LEDGER_TABLE.c.record_id).offset(size - 1).limit(1)
         if after_id is not None:
             query = query.where(LEDGER_TABLE.c.record_id > after_id)
-        with reading(self.engine, what="read the ledger") as connection:
-            return connection.execute(query).scalar_one_or_none()
+        end: int | None = self._value(query)
+        return end
 
     def remove(self, connection: sa.Connection, record_ids: Sequence[int]) -> None:
         """Forget records; what is in the errors table stays."""
@@ -131,42 +114,30 @@ class Ledger:
 
     def counts(self, id_range: IdRange | None = None) -> dict[str, int]:
         """The number of records by state, of all or of a range."""
-        query = sa.select(LEDGER_TABLE.c.state, sa.func.count()).group_by(LEDGER_TABLE.c.state)
-        if id_range is not None:
-            query = query.where(LEDGER_TABLE.c.record_id.between(id_range.first_id, id_range.last_id))
+        query = sa.select(LEDGER_TABLE.c.state, sa.func.count()).where(_within(id_range)).group_by(LEDGER_TABLE.c.state)
         with reading(self.engine, what="read the ledger") as connection:
             return {state: int(number) for state, number in connection.execute(query)}
 
-    def count_stopped(self) -> dict[str, int]:
+    def count_failed_and_parked(self) -> dict[str, int]:
         """The number of failed and of parked records, through the index over them."""
-        query = sa.select(LEDGER_TABLE.c.state, sa.func.count()).where(STOPPED).group_by(LEDGER_TABLE.c.state)
+        query = sa.select(LEDGER_TABLE.c.state, sa.func.count()).where(FAILED_OR_PARKED).group_by(LEDGER_TABLE.c.state)
         with reading(self.engine, what="read the ledger") as connection:
             found = {state: int(number) for state, number in connection.execute(query)}
         return {"failed": 0, "parked": 0} | found
 
-    def count_held_back(self, id_range: IdRange, *, now: datetime) -> int:
-        """The number of records of a range that are parked or wait for their next try."""
+    def count_held_back(self, id_range: IdRange | None, *, now: datetime) -> int:
+        """The number of records, of all or of a range, that are parked or wait for their next try."""
         table = LEDGER_TABLE.c
         held_back = sa.or_(table.state == "parked", table.not_before > now)
-        query = sa.select(sa.func.count()).where(STOPPED, held_back)
-        query = query.where(table.record_id.between(id_range.first_id, id_range.last_id))
-        with reading(self.engine, what="read the ledger") as connection:
-            return int(connection.execute(query).scalar_one())
+        return int(self._value(sa.select(sa.func.count()).where(FAILED_OR_PARKED, held_back, _within(id_range))))
 
     def last_change(self, id_range: IdRange, most: int) -> datetime | None:
         """When an entry of a range was last written, by the clocks of those who write; looks at the last `most`."""
         table = LEDGER_TABLE.c
-        entries = sa.select(table.updated_at).where(table.record_id.between(id_range.first_id, id_range.last_id))
+        entries = sa.select(table.updated_at).where(_within(id_range))
         newest = sa.select(sa.func.max(entries.order_by(table.record_id.desc()).limit(most).subquery().c.updated_at))
-        with reading(self.engine, what="read the ledger") as connection:
-            found: datetime | None = connection.execute(newest).scalar_one_or_none()
+        found: datetime | None = self._value(newest)
         return found
-
-    def num_frames(self) -> int:
-        """The number of stored frames of the records that are done."""
-        query = sa.select(sa.func.coalesce(sa.func.sum(LEDGER_TABLE.c.num_frames), 0))
-        with reading(self.engine, what="read the ledger") as connection:
-            return int(connection.execute(query.where(LEDGER_TABLE.c.state == "done")).scalar_one())
 
     def totals(self) -> tuple[int, int]:
         """The stored frames and the verified points of the records that are done."""
@@ -189,8 +160,7 @@ class Ledger:
         table = ERRORS_TABLE.c
         within = table.record_id.between(id_range.first_id, id_range.last_id)  # there is an index of records
         query = sa.select(sa.func.count(sa.distinct(table.record_id))).where(within, table.run_id == run_id)
-        with reading(self.engine, what="read the errors") as connection:
-            return int(connection.execute(query).scalar_one())
+        return int(self._value(query))
 
     def upsert(self, connection: sa.Connection, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write entries; every row has the same keys, `record_id` among them. Other columns keep their values."""
@@ -270,7 +240,7 @@ class Ledger:
             return [ErrorRow(**row) for row in connection.execute(query).mappings()]
 
     def retry(self, *, record_ids: Sequence[int] | None, error_type: str | None) -> list[int]:
-        """Give failed and parked records their tries back, so that they are due at once.
+        """Give failed and parked records their tries back, so that they are pending at once.
 
         Args:
             record_ids: These; None for all.
@@ -280,19 +250,19 @@ class Ledger:
             The records that were brought back, in ascending order.
         """
         table = LEDGER_TABLE.c
-        query = sa.select(table.record_id).where(STOPPED)
+        query = sa.select(table.record_id).where(FAILED_OR_PARKED)
         if error_type is not None:
             query = query.where(table.last_error.startswith(f"{error_type}:", autoescape=True))
         with writing(self.engine, what="write the ledger") as connection:
-            stopped = set(connection.execute(query).scalars())
-            chosen = sorted(stopped if record_ids is None else stopped.intersection(record_ids))
+            found = set(connection.execute(query).scalars())
+            chosen = sorted(found if record_ids is None else found.intersection(record_ids))
             change = {"state": "todo", "attempts": 0, "not_before": None, "updated_at": datetime.now(UTC)}
             for chunk in chunks(chosen):
                 connection.execute(sa.update(LEDGER_TABLE).where(table.record_id.in_(chunk)).values(**change))
         return chosen
 
-    def forget_done(self, after_id: int) -> int:
-        """Make every record above an id due again, whatever became of it; returns how many there were."""
+    def forget_done(self, after_id: int) -> None:
+        """Make every record above an id pending, whatever became of it."""
         table = LEDGER_TABLE.c
         revision = table.revision + 1
         change = {
@@ -304,9 +274,12 @@ class Ledger:
             "updated_at": datetime.now(UTC),
         }
         with writing(self.engine, what="write the ledger") as connection:
-            return connection.execute(
-                sa.update(LEDGER_TABLE).where(table.record_id > after_id).values(**change)
-            ).rowcount
+            connection.execute(sa.update(LEDGER_TABLE).where(table.record_id > after_id).values(**change))
+
+    def _value(self, query: sa.Select[Any]) -> Any:  # noqa: ANN401 - whatever the query asks for
+        """The single value of a query; None where it gives no row."""
+        with reading(self.engine, what="read the ledger") as connection:
+            return connection.execute(query).scalar_one_or_none()
 
     def _attempts(self, connection: sa.Connection, failures: Sequence[Failure]) -> dict[int, int]:
         """How often each record was tried in its present version."""
@@ -322,6 +295,11 @@ class Ledger:
 
 
 _ENTRY_QUERY = sa.select(*(column for column in LEDGER_TABLE.c if column.name != "updated_at"))
+
+
+def _within(id_range: IdRange | None) -> sa.ColumnElement[bool]:
+    """That a record is in a range; of all for None."""
+    return sa.true() if id_range is None else LEDGER_TABLE.c.record_id.between(id_range.first_id, id_range.last_id)
 
 
 def _back_off(delay_seconds: float, tries: int) -> float:

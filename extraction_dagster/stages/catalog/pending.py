@@ -1,7 +1,11 @@
-"""Which rows are unfinished: asked each tick for a window of ids, and never for the whole table at once.
+"""Which rows are pending: defined, found, counted, and the partial index that finds them.
 
-With mark columns the answer comes from a partial index over the rows that are not done, so that it costs the same
-whatever the table's size. Without, the window's rows are compared with the ledger.
+A pending row is eligible, above the operator's floor, and neither done, nor parked, nor waiting for its next try.
+`status_of` and `is_pending` decide it for one row, `scan` for a window of ids, `count_pending` for the whole table.
+
+A tick asks for windows, never for the whole table at once. With mark columns the answer comes from a partial index
+over the rows that are not done, so that it costs the same whatever the table's size. Without, the window's rows are
+compared with the ledger.
 """
 
 from __future__ import annotations
@@ -9,24 +13,98 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import sqlalchemy as sa
+from sqlalchemy.schema import CreateIndex, DropIndex
 
-from extraction_dagster.stages.catalog.catalog import status_of
-from extraction_dagster.stages.catalog.database import reading
-from extraction_dagster.stages.catalog.ledger import LedgerEntry
-from extraction_dagster.stages.catalog.source_table import chunks
+from extraction_dagster.errors.catalog import SourceUnreachableError
+from extraction_dagster.records import IdRange
+from extraction_dagster.stages.catalog.database import chunks, reading, writing
+from extraction_dagster.stages.catalog.ledger import Fingerprints, Ledger, LedgerEntry
 from extraction_dagster.stages.catalog.state_tables import LEDGER_TABLE, UNFINISHED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from extraction_dagster.stages.catalog.catalog import Catalog
+    from extraction_dagster.stages.catalog.source_table import SourceTable
 
 _MAX_ID = 2**63 - 1
 _MIN_ID = -(2**63)
 _DENSE = 4  # ids to a row up to which the ledger is read as one range, not by lists of ids
+Status = Literal["done", "todo", "again", "waiting", "parked"]
+
+
+class Rows(Protocol):
+    """Where rows and what is known of them are read; a `Catalog` is one."""
+
+    source: SourceTable
+    source_engine: sa.Engine
+    ledger: Ledger
+    one_database: bool
+
+
+def status_of(
+    source_version: str,
+    marked_done: bool | None,  # noqa: FBT001 - three states of a row, not an option
+    entry: LedgerEntry | None,
+    fingerprints: Fingerprints | None,
+    *,
+    now: datetime,
+) -> Status:
+    """Decide what is to be done with an eligible row.
+
+    With fingerprints, a row that was done with other settings is to be done again: a materialization brings its range
+    up to date. Without, it stays done: a changed setting alone makes no row pending.
+
+    A row that the source marks as done and the ledger has never seen was done before this project came: it stays done.
+
+    Args:
+        source_version: The row's version column; empty when there is none.
+        marked_done: What its marks say; None when it has none.
+        entry: Its ledger entry.
+        fingerprints: What frames and vectors are made with today.
+        now: The time to compare `not_before` with.
+    """
+    if entry is None:
+        return "done" if marked_done else "todo"
+    if entry.source_version != source_version:
+        return "todo"
+    if entry.state == "parked":
+        return "parked"
+    if entry.state == "failed":
+        return "waiting" if entry.not_before is not None and entry.not_before > now else "todo"
+    if entry.state != "done":
+        return "todo"
+    if marked_done is False:
+        return "again"
+    made_with = Fingerprints(entry.frames_fingerprint or "", entry.embedding_fingerprint or "")
+    return "done" if fingerprints in {None, made_with} else "todo"
+
+
+def is_pending(record_id: int, status: Status, *, floor_id: int | None) -> bool:
+    """Whether an eligible row is pending: neither done, parked nor waiting, and above the operator's floor.
+
+    Args:
+        record_id: The row's id.
+        status: What `status_of` says of it.
+        floor_id: The cursor's floor; None where there is none, as in a range that a person launches.
+    """
+    return status in {"todo", "again"} and (floor_id is None or record_id > floor_id)
+
+
+def count_pending(rows: Rows, *, floor_id: int | None, now: datetime) -> int:
+    """The number of pending rows of the whole table, from counts alone: no row is looked at one by one.
+
+    Rows that are gone and have a ledger entry blur it a little; `scan` is exact.
+    """
+    if floor_id is not None and floor_id >= _MAX_ID:
+        return 0
+    above = None if floor_id is None else IdRange(floor_id + 1, _MAX_ID)
+    unfinished = rows.source.count_unmarked(above)
+    if unfinished is None:
+        unfinished = rows.source.count(above) - rows.ledger.counts(above).get("done", 0)
+    return max(unfinished - rows.ledger.count_held_back(above, now=now), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +113,11 @@ class Unfinished:
 
     Attributes:
         record_id: Its id.
-        due: Whether it may be processed now; a failed one waits for its time.
+        pending: Whether it may be processed now; a failed one waits for its time.
     """
 
     record_id: int
-    due: bool
+    pending: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,29 +136,33 @@ class Scan:
     finished_up_to: int | None
 
     @property
-    def due_ids(self) -> list[int]:
+    def pending_ids(self) -> list[int]:
         """The rows that may be processed now."""
-        return [row.record_id for row in self.unfinished if row.due]
+        return [row.record_id for row in self.unfinished if row.pending]
+
+    due_ids = pending_ids  # until watch/ asks by the new name
 
 
-def scan(
-    catalog: Catalog,
+def scan(  # noqa: PLR0913 - the window, and how to look through it
+    catalog: Rows,
     *,
     after_id: int | None,
     up_to_id: int | None,
     budget: int,
+    floor_id: int | None = None,
     every_row: bool = False,
 ) -> Scan:
-    """Find the unfinished rows with `after_id < id <= up_to_id`.
+    """Find the unfinished rows with `after_id < id <= up_to_id` above the operator's floor, and which are pending.
 
     Args:
         catalog: The source table and the ledger.
         after_id: None for the whole beginning.
         up_to_id: None for the whole end.
         budget: Most rows looked at.
+        floor_id: The cursor's floor: rows at or below are not looked at.
         every_row: Look at rows that are marked as done too: their version may have changed.
     """
-    low = _MIN_ID if after_id is None else after_id + 1
+    low = max((bound + 1 for bound in (after_id, floor_id) if bound is not None), default=_MIN_ID)
     high = _MAX_ID if up_to_id is None else up_to_id
     if low > high:
         return Scan((), None, None)
@@ -99,7 +181,7 @@ _Head = tuple[int, str, bool | None]
 
 
 def _heads(  # noqa: PLR0913 - the window, and how to look through it
-    catalog: Catalog, connection: sa.Connection, low: int, high: int, budget: int, *, every_row: bool
+    catalog: Rows, connection: sa.Connection, low: int, high: int, budget: int, *, every_row: bool
 ) -> list[_Head]:
     """The rows of a window that may be unfinished, in ascending order of ids; at most `budget`."""
     source = catalog.source
@@ -112,7 +194,7 @@ def _heads(  # noqa: PLR0913 - the window, and how to look through it
 
 
 def _add_marked(
-    catalog: Catalog,
+    catalog: Rows,
     connection: sa.Connection,
     heads: dict[int, tuple[str, bool | None]],
     window: tuple[int, int],
@@ -135,7 +217,7 @@ def _add_marked(
         low = page[-1] + 1
 
 
-def _unfinished_entries(catalog: Catalog, connection: sa.Connection, low: int, high: int, budget: int) -> list[int]:
+def _unfinished_entries(catalog: Rows, connection: sa.Connection, low: int, high: int, budget: int) -> list[int]:
     query = (
         sa.select(LEDGER_TABLE.c.record_id)
         .where(UNFINISHED, LEDGER_TABLE.c.record_id.between(low, high))
@@ -146,18 +228,17 @@ def _unfinished_entries(catalog: Catalog, connection: sa.Connection, low: int, h
         return [int(record_id) for record_id in ledger.execute(query).scalars()]
 
 
-def _classify(
-    catalog: Catalog, connection: sa.Connection, heads: Sequence[_Head], now: datetime
-) -> Iterator[Unfinished]:
+def _classify(catalog: Rows, connection: sa.Connection, heads: Sequence[_Head], now: datetime) -> Iterator[Unfinished]:
+    """The unfinished ones of rows that lie above the floor."""
     entries = _entries(catalog, connection, [head[0] for head in heads])
     for record_id, version, done in heads:
         marked_done = None if done is None else bool(done)
         status = status_of(version, marked_done, entries.get(record_id), None, now=now)
         if status not in {"done", "parked"}:
-            yield Unfinished(record_id, due=status != "waiting")
+            yield Unfinished(record_id, is_pending(record_id, status, floor_id=None))
 
 
-def _entries(catalog: Catalog, connection: sa.Connection, ids: Sequence[int]) -> dict[int, LedgerEntry]:
+def _entries(catalog: Rows, connection: sa.Connection, ids: Sequence[int]) -> dict[int, LedgerEntry]:
     if not ids:
         return {}
     table = LEDGER_TABLE.c
@@ -173,7 +254,7 @@ def _entries(catalog: Catalog, connection: sa.Connection, ids: Sequence[int]) ->
 
 
 @contextmanager
-def _snapshot(catalog: Catalog) -> Iterator[sa.Connection]:
+def _snapshot(catalog: Rows) -> Iterator[sa.Connection]:
     """A connection whose statements all see the source as it was at one moment.
 
     Otherwise a row that commits between two statements could be taken for finished, and the watermark would pass it.
@@ -186,10 +267,75 @@ def _snapshot(catalog: Catalog) -> Iterator[sa.Connection]:
 
 
 @contextmanager
-def _ledger(catalog: Catalog, connection: sa.Connection) -> Iterator[sa.Connection]:
+def _ledger(catalog: Rows, connection: sa.Connection) -> Iterator[sa.Connection]:
     """The ledger's connection: the source's own where they share a database, so that they share the moment too."""
     if catalog.one_database:
         yield connection
         return
-    with reading(catalog.state_engine, what="read the ledger") as ledger:
+    with reading(catalog.ledger.engine, what="read the ledger") as ledger:
         yield ledger
+
+
+@dataclass(frozen=True, slots=True)
+class PendingIndex:
+    """What became of the index, and the statement that makes it."""
+
+    state: Literal["made", "there", "refused", "not needed"]
+    sql: str
+
+
+def pending_index(source: SourceTable) -> sa.Index | None:
+    """The index that a table needs; None for a table without mark columns."""
+    if source.unmarked is None:
+        return None
+    name = f"extraction_pending_{source.table.name}"[:63]
+    table = source.table.to_metadata(sa.MetaData())  # an index belongs to a table; the reflected one stays as it is
+    return sa.Index(name, table.c[source.id.name], postgresql_where=source.unmarked, sqlite_where=source.unmarked)
+
+
+def make_pending_index(source: SourceTable, engine: sa.Engine) -> PendingIndex:
+    """Create the index unless it is there; PostgreSQL builds it without blocking writers.
+
+    A build that was cut off leaves an index that no query uses: it is replaced.
+
+    Raises:
+        SourceUnreachableError: The database can't be read.
+    """
+    index = pending_index(source)
+    if index is None:
+        return PendingIndex("not needed", "")
+    sql = " ".join(str(CreateIndex(index).compile(dialect=engine.dialect)).split())
+    with reading(engine, what=f"read source table {source.name!r}") as connection:
+        known = sa.inspect(connection).get_indexes(source.table.name, source.table.schema)
+        is_there = any(item["name"] == index.name for item in known)
+        is_left_over = is_there and _is_left_over(connection, index)
+    if is_there and not is_left_over:
+        return PendingIndex("there", sql)
+    if engine.dialect.name == "postgresql":
+        sql = sql.replace("CREATE INDEX", "CREATE INDEX CONCURRENTLY", 1)
+    try:
+        if engine.dialect.name == "postgresql":  # not inside a transaction
+            with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+                if is_left_over:
+                    connection.execute(DropIndex(index, if_exists=True))
+                connection.exec_driver_sql(sql)
+        else:
+            with writing(engine, what=f"index source table {source.name!r}") as connection:
+                connection.exec_driver_sql(sql)
+    except (sa.exc.ProgrammingError, sa.exc.OperationalError, SourceUnreachableError):
+        return PendingIndex("refused", sql)
+    return PendingIndex("made", sql)
+
+
+def _is_left_over(connection: sa.Connection, index: sa.Index) -> bool:
+    """Whether PostgreSQL has marked the index as invalid, and no build of it is running."""
+    if connection.dialect.name != "postgresql" or index.table is None:
+        return False
+    quote = connection.dialect.identifier_preparer.quote
+    name = ".".join(quote(part) for part in (index.table.schema, index.name) if part)
+    statement = sa.text(
+        "SELECT NOT indisvalid AND NOT EXISTS"
+        " (SELECT 1 FROM pg_stat_progress_create_index AS build WHERE build.index_relid = indexrelid)"
+        " FROM pg_index WHERE indexrelid = to_regclass(:name)"
+    )
+    return bool(connection.execute(statement, {"name": name}).scalar())

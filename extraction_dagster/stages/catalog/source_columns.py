@@ -18,16 +18,10 @@ if TYPE_CHECKING:
 class SourceColumns:
     """The reflected table, asked for columns by the settings that name them.
 
-    Each method raises SourceTableError for what can't work.
+    Opening it and each method raise SourceTableError for what can't work.
     """
 
     def __init__(self, engine: sa.Engine, settings: Settings) -> None:
-        """Reflect the table.
-
-        Raises:
-            SourceTableError: There is no such table.
-            SourceUnreachableError: The database can't be reached or read.
-        """
         self._engine, self._settings = engine, settings
         self.name = ".".join(filter(None, (settings.source_schema, settings.source_table)))
         self.table = self._reflect()
@@ -67,7 +61,7 @@ class SourceColumns:
     def find_mark(self, name: str | None, setting: str) -> sa.Column[Any] | None:
         """A mark column, which must be boolean; None for no name."""
         if self._settings.source_read_only:
-            return None  # nobody sets them: the ledger alone says what is done
+            return None  # they are never set: the ledger alone says what is done
         column = self.find_optional(name, setting)
         if column is not None and not isinstance(column.type, sa.Boolean):
             raise SourceTableError(
@@ -110,7 +104,7 @@ class SourceColumns:
             )
         with reading(self._engine, what=f"read source table {self.name!r}") as connection:
             if self.table.name in sa.inspect(connection).get_view_names(self.table.schema):
-                return column  # a view declares neither keys nor NOT NULL: whoever made it vouches for its ids
+                return column  # a view declares neither keys nor NOT NULL: its ids are trusted
             unique = self._is_unique(column.name, sa.inspect(connection))
             null = column.nullable and connection.execute(sa.select(column).where(column.is_(None)).limit(1)).first()
         if not unique:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import sqlalchemy as sa
 
 from extraction_dagster.records import IdRange, VideoRow, fingerprint
-from extraction_dagster.stages.catalog.database import describe, parse_url, reading
+from extraction_dagster.stages.catalog.database import chunks, describe, parse_url, reading
 from extraction_dagster.stages.catalog.predicate import build_predicate
 from extraction_dagster.stages.catalog.source_columns import SourceColumns
 
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from extraction_dagster.settings import Settings
 
 Step = Literal["extracted", "embedded"]
-_Item = TypeVar("_Item")
-_CHUNK = 500
 _CHUNK_OF_RANGES = 100  # parts of one query: SQLite takes no more than 500, and few keep its planner quick
 _MAX_ID = 2**63 - 1
 _VERSION_LABEL = "extraction_version"
@@ -47,16 +45,15 @@ class SourceRow:
 
 
 class SourceTable:
-    """The configured table, reflected and checked."""
+    """The configured table, reflected and checked.
+
+    Raises:
+        SourceTableError: The table or a column is missing, or the id column can't identify records.
+        SourceUnreachableError: The database can't be reached or read.
+        PredicateError: The predicate is no condition over the table's columns.
+    """
 
     def __init__(self, engine: sa.Engine, settings: Settings) -> None:
-        """Reflect the table and refuse what can't work.
-
-        Raises:
-            SourceTableError: The table or a column is missing, or the id column can't identify records.
-            SourceUnreachableError: The database can't be reached or read.
-            PredicateError: The predicate is no condition over the table's columns.
-        """
         self._engine, self._settings = engine, settings
         columns = SourceColumns(engine, settings)
         self.name, self.table = columns.name, columns.table
@@ -68,7 +65,7 @@ class SourceTable:
             columns.find(name, "EXTRACTION_SOURCE_PAYLOAD_COLUMNS") for name in settings.source_payload_columns
         ]
         version = columns.find_optional(settings.source_version_column, "EXTRACTION_SOURCE_VERSION_COLUMN")
-        # As text, made by the database: one form for reading and for comparing, whoever wrote the value and how.
+        # As text, made by the database: one form for reading and for comparing.
         self._version = None if version is None else sa.func.coalesce(sa.cast(version, sa.Text), "")
         # Marks that we may not set say nothing of what we did: on a read-only source the ledger alone knows.
         extracted, embedded = (
@@ -110,8 +107,7 @@ class SourceTable:
         """Ids to a record, over the newest records; 1.0 for ids without gaps and for an empty table."""
         newest = sa.select(self.id).where(self.eligible).order_by(self.id.desc()).limit(sample).subquery()
         query = sa.select(sa.func.min(newest.c[0]), sa.func.max(newest.c[0]), sa.func.count())
-        with reading(self._engine, what=f"read source table {self.name!r}") as connection:
-            first, last, number = connection.execute(query).one()
+        first, last, number = self._one(query)
         return 1.0 if number < 2 else (last - first) / (number - 1)  # noqa: PLR2004 - two ids make a distance
 
     @property
@@ -127,20 +123,14 @@ class SourceTable:
 
     def rows(self, id_range: IdRange) -> Iterator[SourceRow]:
         """Every eligible row of the range, in ascending order of ids."""
-        version = sa.literal("") if self._version is None else self._version
-        query = (
-            sa.select(*self._needed_columns(), version.label(_VERSION_LABEL))
-            .where(self.id.between(id_range.first_id, id_range.last_id), self.eligible)
-            .order_by(self.id)
-        )
+        query = self._select().where(self.id.between(id_range.first_id, id_range.last_id)).order_by(self.id)
         with reading(self._engine, what=f"read source table {self.name!r}") as connection:
             for row in connection.execution_options(yield_per=1000).execute(query).mappings():
                 yield self._source_row(row)
 
     def rows_of(self, record_ids: Iterable[int]) -> Iterator[SourceRow]:
         """The eligible ones of these rows."""
-        version = sa.literal("") if self._version is None else self._version
-        query = sa.select(*self._needed_columns(), version.label(_VERSION_LABEL)).where(self.eligible)
+        query = self._select()
         with reading(self._engine, what=f"read source table {self.name!r}") as connection:
             for chunk in chunks(list(record_ids)):
                 for row in connection.execute(query.where(self.id.in_(chunk))).mappings():
@@ -159,17 +149,12 @@ class SourceTable:
     def extent(self) -> tuple[int, int] | None:
         """The least and the greatest id of the eligible rows; None when there is none."""
         query = sa.select(sa.func.min(self.id), sa.func.max(self.id)).where(self.eligible)
-        with reading(self._engine, what=f"read source table {self.name!r}") as connection:
-            first, last = connection.execute(query).one()
+        first, last = self._one(query)
         return None if first is None else (int(first), int(last))
 
     def count(self, id_range: IdRange | None = None) -> int:
         """The number of eligible rows, of the whole table or of a range."""
-        query = sa.select(sa.func.count()).select_from(self.table).where(self.eligible)
-        if id_range is not None:
-            query = query.where(self.id.between(id_range.first_id, id_range.last_id))
-        with reading(self._engine, what=f"read source table {self.name!r}") as connection:
-            return int(connection.execute(query).scalar_one())
+        return self._count(self.eligible, id_range)
 
     def count_above(self, record_id: int | None) -> int:
         """The number of eligible rows above an id; of all for None."""
@@ -179,8 +164,7 @@ class SourceTable:
         """The number of eligible rows among the next `most` rows above an id, so that counting never takes long."""
         rows = sa.select(sa.case((self.eligible, 1), else_=0)).select_from(self.table).order_by(self.id).limit(most)
         looked_at = (rows if record_id is None else rows.where(self.id > record_id)).subquery()
-        with reading(self._engine, what=f"read source table {self.name!r}") as connection:
-            return int(connection.execute(sa.select(sa.func.coalesce(sa.func.sum(looked_at.c[0]), 0))).scalar_one())
+        return int(self._one(sa.select(sa.func.coalesce(sa.func.sum(looked_at.c[0]), 0)))[0])
 
     def newest_id(self) -> int | None:
         """The greatest id of the eligible rows; None when there is none."""
@@ -189,14 +173,8 @@ class SourceTable:
             return connection.execute(newest).scalar_one_or_none()
 
     def count_unmarked(self, id_range: IdRange | None = None) -> int | None:
-        """The number of eligible rows that are not marked as done; None without mark columns."""
-        if self.unmarked is None:
-            return None
-        query = sa.select(sa.func.count()).select_from(self.table).where(self.unmarked, self.eligible)
-        if id_range is not None:
-            query = query.where(self.id.between(id_range.first_id, id_range.last_id))
-        with reading(self._engine, what=f"read source table {self.name!r}") as connection:
-            return int(connection.execute(query).scalar_one())
+        """The number of eligible rows, of all or of a range, that are not marked as done; None without mark columns."""
+        return None if self.unmarked is None else self._count(sa.and_(self.unmarked, self.eligible), id_range)
 
     def counts(self, ranges: Sequence[IdRange], *, at_most: int) -> list[int]:
         """The number of eligible rows of each range; of one that holds more than `at_most`, `at_most`."""
@@ -224,8 +202,7 @@ class SourceTable:
             query = query.where(self.id <= up_to_id)
         batch = query.subquery()
         bounds = sa.select(sa.func.min(batch.c[0]), sa.func.max(batch.c[0]), sa.func.count())
-        with reading(self._engine, what=f"read source table {self.name!r}") as connection:
-            first, last, number = connection.execute(bounds).one()
+        first, last, number = self._one(bounds)
         return None if first is None else (int(first), int(last), number == batch_size)
 
     def reach(self, first_id: int, last_id: int, most: int) -> int:
@@ -280,10 +257,23 @@ class SourceTable:
         for chunk in chunks(record_ids):
             connection.execute(statement.where(self.id.in_(chunk)))
 
-    def _needed_columns(self) -> list[sa.Column[Any]]:
+    def _one(self, query: sa.Select[*tuple[Any, ...]]) -> sa.Row[*tuple[Any, ...]]:
+        with reading(self._engine, what=f"read source table {self.name!r}") as connection:
+            return connection.execute(query).one()
+
+    def _count(self, condition: sa.ColumnElement[bool], id_range: IdRange | None) -> int:
+        query = sa.select(sa.func.count()).select_from(self.table).where(condition)
+        if id_range is not None:
+            query = query.where(self.id.between(id_range.first_id, id_range.last_id))
+        return int(self._one(query)[0])
+
+    def _select(self) -> sa.Select[*tuple[Any, ...]]:
+        """What a `SourceRow` needs of the eligible rows."""
         optional = (self._platform, self._code, self._extracted, self._embedded)
         columns = [self.id, *self._uri_columns, *self._payload, *(column for column in optional if column is not None)]
-        return list({column.name: column for column in columns}.values())
+        version = sa.literal("") if self._version is None else self._version
+        once = {column.name: column for column in columns}
+        return sa.select(*once.values(), version.label(_VERSION_LABEL)).where(self.eligible)
 
     def _source_row(self, row: sa.RowMapping) -> SourceRow:
         return SourceRow(
@@ -310,8 +300,3 @@ class SourceTable:
 
 def _text(value: object) -> str | None:
     return None if value is None else str(value)
-
-
-def chunks(items: Sequence[_Item], size: int = _CHUNK) -> Iterable[Sequence[_Item]]:
-    """Ids, or what else a query names, in pieces that fit every database's limit of bound parameters."""
-    return (items[start : start + size] for start in range(0, len(items), size))

@@ -32,7 +32,9 @@ class UtcDateTime(sa.types.TypeDecorator[datetime]):
 
 # Literal text: databases use a partial index only for a query that repeats its condition to the letter.
 UNFINISHED = sa.text("state <> 'done' AND state <> 'parked'")
-STOPPED = sa.text("(state = 'failed' OR state = 'parked')")
+FAILED_OR_PARKED = sa.text("(state = 'failed' OR state = 'parked')")
+NOT_CONSUMED = sa.text("consumed_at IS NULL")
+_COUNTED = sa.BigInteger().with_variant(sa.Integer, "sqlite")  # SQLite counts up ids of this type alone
 METADATA = sa.MetaData()
 META_TABLE = sa.Table(
     "extraction_meta",
@@ -58,14 +60,14 @@ LEDGER_TABLE = sa.Table(
     sa.Column("updated_at", UtcDateTime, nullable=False),
     # Few records are begun or wait: this index stays small whatever the ledger's size.
     sa.Index("extraction_ledger_unfinished", "record_id", postgresql_where=UNFINISHED, sqlite_where=UNFINISHED),
-    sa.Index("extraction_ledger_stopped", "record_id", postgresql_where=STOPPED, sqlite_where=STOPPED),
+    sa.Index(
+        "extraction_ledger_stopped", "record_id", postgresql_where=FAILED_OR_PARKED, sqlite_where=FAILED_OR_PARKED
+    ),
 )
 ERRORS_TABLE = sa.Table(
     "extraction_errors",
     METADATA,
-    sa.Column(
-        "id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), sa.Identity(), primary_key=True, autoincrement=True
-    ),
+    sa.Column("id", _COUNTED, sa.Identity(), primary_key=True, autoincrement=True),
     sa.Column("record_id", sa.BigInteger, nullable=False, index=True),
     sa.Column("stage", sa.String(16), nullable=False),
     sa.Column("error_type", sa.String(128), nullable=False),
@@ -77,14 +79,13 @@ ERRORS_TABLE = sa.Table(
 REQUESTS_TABLE = sa.Table(
     "extraction_requests",
     METADATA,
-    sa.Column(
-        "id", sa.BigInteger().with_variant(sa.Integer, "sqlite"), sa.Identity(), primary_key=True, autoincrement=True
-    ),
+    sa.Column("id", _COUNTED, sa.Identity(), primary_key=True, autoincrement=True),
     sa.Column("kind", sa.String(16), nullable=False),
     sa.Column("value", sa.BigInteger),
     sa.Column("requested_at", UtcDateTime, nullable=False),
     sa.Column("applied_epoch", sa.Integer),
     sa.Column("consumed_at", UtcDateTime),
+    sa.Index("extraction_requests_waiting", "id", postgresql_where=NOT_CONSUMED, sqlite_where=NOT_CONSUMED),
 )
 
 

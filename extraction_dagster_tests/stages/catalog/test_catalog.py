@@ -9,7 +9,7 @@ from extraction_dagster.errors.catalog import StateError
 from extraction_dagster.records import Failure, IdRange, VideoRow
 from extraction_dagster.stages.catalog.catalog import Fingerprints, status_of
 from extraction_dagster.stages.catalog.ledger import LedgerEntry
-from extraction_dagster.stages.catalog.pending_index import make_pending_index
+from extraction_dagster.stages.catalog.pending import make_pending_index
 from extraction_dagster.stages.catalog.source_table import SourceRow
 
 TODAY = Fingerprints(frames="f1", embedding="e1")
@@ -235,6 +235,27 @@ def test_the_summary_counts_records_by_what_became_of_them(database):
         "pending": 1,
     }
     assert catalog.num_pending(ALL) == 1
+    catalog.close()
+
+
+def test_a_failed_record_whose_wait_is_over_is_pending(database):
+    database.create(ids=(1, 2))
+    catalog = database.catalog(retry_delay_seconds=0)
+    fail(catalog, [failure(1)])
+    status = catalog.status()
+    assert (status["failed"], status["pending"]) == (1, 2)
+    assert catalog.summary(ALL) == "0 done, 2 pending, 0 failed, 0 parked"
+    assert catalog.num_pending(ALL) == 2
+    catalog.close()
+
+
+def test_a_done_record_whose_mark_was_cleared_is_pending(database):
+    database.create(ids=(1, 2))
+    catalog = database.catalog()
+    finish(catalog, 1, 2)
+    database.execute("UPDATE insta_content SET is_embedded = false WHERE id = 2")
+    assert catalog.summary(ALL) == "1 done, 1 pending, 0 failed, 0 parked"
+    assert catalog.status()["pending"] == 1
     catalog.close()
 
 

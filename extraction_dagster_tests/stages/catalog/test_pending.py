@@ -10,8 +10,7 @@ from pydantic import SecretStr
 from extraction_dagster.records import Failure, IdRange
 from extraction_dagster.stages.catalog import catalog as catalog_module
 from extraction_dagster.stages.catalog.catalog import Fingerprints
-from extraction_dagster.stages.catalog.pending import Scan, Unfinished, scan
-from extraction_dagster.stages.catalog.pending_index import pending_index
+from extraction_dagster.stages.catalog.pending import Scan, Unfinished, pending_index, scan
 from extraction_dagster.stages.catalog.state_tables import LEDGER_TABLE
 
 TODAY = Fingerprints(frames="f1", embedding="e1")
@@ -47,8 +46,8 @@ def fail(catalog, record_id, *, permanent=False):
     catalog.record_failures(catalog.plan(ALL, TODAY), [failure], run_id="r")
 
 
-def due(*ids):
-    return tuple(Unfinished(record_id, due=True) for record_id in ids)
+def pending(*ids):
+    return tuple(Unfinished(record_id, pending=True) for record_id in ids)
 
 
 def test_an_empty_table_has_nothing_unfinished_and_nothing_finished(database, opened):
@@ -59,9 +58,9 @@ def test_an_empty_table_has_nothing_unfinished_and_nothing_finished(database, op
 def test_a_window_holds_the_rows_after_its_beginning_up_to_its_end(database, opened):
     database.create(ids=(-7, 1, 2, 5, 9))
     catalog = opened()
-    assert look(catalog) == Scan(due(-7, 1, 2, 5, 9), None, None)
-    assert look(catalog, 1, 5) == Scan(due(2, 5), None, None)
-    assert look(catalog, None, 0) == Scan(due(-7), None, None)
+    assert look(catalog) == Scan(pending(-7, 1, 2, 5, 9), None, None)
+    assert look(catalog, 1, 5) == Scan(pending(2, 5), None, None)
+    assert look(catalog, None, 0) == Scan(pending(-7), None, None)
     assert look(catalog, 9, None) == Scan((), None, None)
 
 
@@ -75,8 +74,8 @@ def test_a_budget_ends_the_scan_and_says_where(database, opened):
     database.create(ids=range(1, 8))
     catalog = opened()
     finish(catalog, 1, 2, 4)
-    assert look(catalog, budget=2) == Scan(due(3, 5), 5, 2)
-    assert look(catalog, 5, budget=2) == Scan(due(6, 7), 7, None)
+    assert look(catalog, budget=2) == Scan(pending(3, 5), 5, 2)
+    assert look(catalog, 5, budget=2) == Scan(pending(6, 7), 7, None)
     assert look(catalog, 7, budget=2) == Scan((), None, None)
 
 
@@ -84,10 +83,10 @@ def test_everything_below_the_first_unfinished_row_is_finished(database, opened)
     database.create(ids=(1, 2, 4, 8, 9))
     catalog = opened()
     finish(catalog, 1, 2, 8)
-    assert look(catalog) == Scan(due(4, 9), None, 2)
-    assert look(catalog, 2, 8) == Scan(due(4), None, None)
+    assert look(catalog) == Scan(pending(4, 9), None, 2)
+    assert look(catalog, 2, 8) == Scan(pending(4), None, None)
     assert look(catalog, 4, 8) == Scan((), None, 8)
-    assert look(catalog, 4) == Scan(due(9), None, 8)
+    assert look(catalog, 4) == Scan(pending(9), None, 8)
     finish(catalog, 4, 9)
     assert look(catalog) == Scan((), None, 9)
     assert look(catalog, None, 7) == Scan((), None, 4)
@@ -99,7 +98,7 @@ def test_rows_that_are_not_eligible_are_neither_finished_nor_unfinished(database
     database.insert(4, 5, is_downloaded=False)
     catalog = opened(source_predicate="is_downloaded")
     finish(catalog, 1, 2)
-    assert look(catalog) == Scan(due(3), None, 2)
+    assert look(catalog) == Scan(pending(3), None, 2)
     finish(catalog, 3)
     assert look(catalog) == Scan((), None, 3)
 
@@ -108,7 +107,7 @@ def test_a_parked_row_is_finished(database, opened):
     database.create(ids=(1, 2, 3))
     catalog = opened()
     fail(catalog, 1, permanent=True)
-    assert look(catalog) == Scan(due(2, 3), None, 1)
+    assert look(catalog) == Scan(pending(2, 3), None, 1)
 
 
 def test_parked_rows_that_fill_a_budget_do_not_end_the_look(database, opened):
@@ -117,7 +116,7 @@ def test_parked_rows_that_fill_a_budget_do_not_end_the_look(database, opened):
     for record_id in (1, 2, 3):
         fail(catalog, record_id, permanent=True)
     assert look(catalog, budget=2) == Scan((), 2, 2)
-    assert look(catalog, 2, budget=2) == Scan(due(4), 4, 3)
+    assert look(catalog, 2, budget=2) == Scan(pending(4), 4, 3)
 
 
 def test_a_failed_row_waits_and_holds_what_is_finished_back(database, opened):
@@ -125,10 +124,10 @@ def test_a_failed_row_waits_and_holds_what_is_finished_back(database, opened):
     catalog = opened(retry_delay_seconds=3600)
     finish(catalog, 1, 3)
     fail(catalog, 2)
-    assert look(catalog) == Scan((Unfinished(2, due=False),), None, 1)
+    assert look(catalog) == Scan((Unfinished(2, pending=False),), None, 1)
     with catalog.state_engine.begin() as connection:
         connection.execute(sa.update(LEDGER_TABLE).values(not_before=datetime.now(UTC) - timedelta(seconds=1)))
-    assert look(catalog) == Scan(due(2), None, 1)
+    assert look(catalog) == Scan(pending(2), None, 1)
 
 
 def test_a_row_that_is_extracted_or_embedded_is_not_done(database, opened):
@@ -137,32 +136,32 @@ def test_a_row_that_is_extracted_or_embedded_is_not_done(database, opened):
     plan = catalog.plan(ALL, TODAY)
     catalog.mark_extracted(plan, {1: 3, 2: 3}, "f1")
     catalog.mark_embedded([2], "e1")
-    assert look(catalog) == Scan(due(1, 2, 3), None, None)
+    assert look(catalog) == Scan(pending(1, 2, 3), None, None)
 
 
 @pytest.mark.parametrize("column", ["is_extracted", "is_embedded"])
-def test_a_row_whose_mark_was_cleared_is_due(database, opened, column):
+def test_a_row_whose_mark_was_cleared_is_pending(database, opened, column):
     database.create(ids=(1, 2, 3))
     catalog = opened()
     finish(catalog, 1, 2, 3)
     database.execute(f"UPDATE insta_content SET {column} = false WHERE id = 2")
-    assert look(catalog) == Scan(due(2), None, 1)
+    assert look(catalog) == Scan(pending(2), None, 1)
 
 
 def test_a_row_that_was_marked_before_this_project_came_is_finished(database, opened):
     database.create()
     database.insert(1, 2, is_extracted=True, is_embedded=True)
     database.insert(3)
-    assert look(opened()) == Scan(due(3), None, 2)
+    assert look(opened()) == Scan(pending(3), None, 2)
 
 
-def test_a_marked_row_whose_embedding_was_interrupted_is_due(database, opened):
+def test_a_marked_row_whose_embedding_was_interrupted_is_pending(database, opened):
     database.create(ids=range(1, 6))
     catalog = opened()
     finish(catalog, 1, 2, 3, 4)
     catalog.mark_embedded([2, 4], "e2")
-    assert look(catalog) == Scan(due(2, 4, 5), None, 1)
-    assert look(catalog, budget=2) == Scan(due(2, 4), 4, 1)
+    assert look(catalog) == Scan(pending(2, 4, 5), None, 1)
+    assert look(catalog, budget=2) == Scan(pending(2, 4), 4, 1)
 
 
 def test_a_changed_version_is_seen_by_a_look_at_every_row_alone(database, opened):
@@ -172,7 +171,7 @@ def test_a_changed_version_is_seen_by_a_look_at_every_row_alone(database, opened
     finish(catalog, 1, 2, 3)
     database.execute("UPDATE insta_content SET updated_at = '2025-02-02 00:00:00' WHERE id = 2")
     assert look(catalog) == Scan((), None, 3)
-    assert look(catalog, every_row=True) == Scan(due(2), None, 1)
+    assert look(catalog, every_row=True) == Scan(pending(2), None, 1)
     assert look(catalog, every_row=True, budget=1) == Scan((), 1, 1)
 
 
@@ -180,8 +179,8 @@ def test_without_marks_the_ledger_alone_says_what_is_finished(database, opened):
     database.create(ids=(1, 2, 3))
     catalog = opened(source_extracted_column="", source_embedded_column="")
     finish(catalog, 1, 3)
-    assert look(catalog) == Scan(due(2), None, 1)
-    assert look(catalog, budget=2) == Scan(due(2), 2, 1)
+    assert look(catalog) == Scan(pending(2), None, 1)
+    assert look(catalog, budget=2) == Scan(pending(2), 2, 1)
 
 
 def test_a_read_only_source_is_compared_with_the_ledger_elsewhere(database, opened, tmp_path):
@@ -191,7 +190,7 @@ def test_a_read_only_source_is_compared_with_the_ledger_elsewhere(database, open
     finish(catalog, 1, 2, 4)
     fail(catalog, 3, permanent=True)
     assert not catalog.one_database
-    assert look(catalog) == Scan(due(5), None, 4)
+    assert look(catalog) == Scan(pending(5), None, 4)
     assert database.rows("SELECT count(*) FROM insta_content WHERE is_extracted OR is_embedded") == [(0,)]
 
 
@@ -201,7 +200,7 @@ def test_marks_and_a_ledger_in_two_databases_are_both_looked_at(database, opened
     finish(catalog, 1, 2, 3, 4)
     catalog.mark_embedded([3], "e2")
     database.execute("UPDATE insta_content SET is_embedded = false WHERE id = 2")
-    assert look(catalog) == Scan(due(2, 3, 5), None, 1)
+    assert look(catalog) == Scan(pending(2, 3, 5), None, 1)
 
 
 def test_a_row_that_commits_within_a_scan_is_not_taken_for_finished(postgres_url, make_database, settings):
@@ -218,11 +217,11 @@ def test_a_row_that_commits_within_a_scan_is_not_taken_for_finished(postgres_url
     committed = []
     sa.event.listen(catalog.source_engine, "before_cursor_execute", commit_a_row)
     assert (look(catalog), committed) == (Scan((), None, 5), [9])
-    assert look(catalog) == Scan(due(9), None, 5)
+    assert look(catalog) == Scan(pending(9), None, 5)
     catalog.close()
 
 
-def test_a_crash_between_the_marks_of_two_databases_leaves_the_row_due(database, opened, tmp_path, monkeypatch):
+def test_a_crash_between_the_marks_of_two_databases_leaves_the_row_pending(database, opened, tmp_path, monkeypatch):
     database.create(ids=(1, 2))
     catalog = opened(state_url=SecretStr(f"sqlite:///{tmp_path}/state.db"), source_embedded_column=None)
     plan, writing, written = catalog.plan(ALL, TODAY), catalog_module.writing, []
@@ -239,7 +238,7 @@ def test_a_crash_between_the_marks_of_two_databases_leaves_the_row_due(database,
     with pytest.raises(KeyboardInterrupt):
         catalog.mark_extracted(plan, {1: 3}, "f1")
     assert written == ["write the ledger", "mark rows of 'insta_content'"]
-    assert look(catalog) == Scan(due(1, 2), None, None)
+    assert look(catalog) == Scan(pending(1, 2), None, None)
 
 
 def test_entries_of_rows_that_are_gone_hide_nothing(database, opened):
@@ -248,8 +247,8 @@ def test_entries_of_rows_that_are_gone_hide_nothing(database, opened):
     finish(catalog, *range(1, 20))
     catalog.mark_embedded(range(1, 20), "e2")
     database.execute("DELETE FROM insta_content WHERE id < 18")
-    assert look(catalog, budget=4) == Scan(due(18, 19, 20), None, None)
-    assert look(catalog, budget=2) == Scan(due(18, 19), 19, None)
+    assert look(catalog, budget=4) == Scan(pending(18, 19, 20), None, None)
+    assert look(catalog, budget=2) == Scan(pending(18, 19), 19, None)
 
 
 def test_what_is_brought_back_is_due_at_once(database, opened):
@@ -259,10 +258,10 @@ def test_what_is_brought_back_is_due_at_once(database, opened):
     fail(catalog, 2)
     fail(catalog, 3, permanent=True)
     assert catalog.ledger.retry(record_ids=[3, 4, 5], error_type=None) == [3]
-    assert look(catalog).due_ids == [3]
+    assert look(catalog).pending_ids == [3]
     assert catalog.ledger.retry(record_ids=None, error_type="OtherError") == []
     assert catalog.ledger.retry(record_ids=None, error_type="VideoDecodeError") == [2]
-    assert look(catalog).due_ids == [2, 3]
+    assert look(catalog).pending_ids == [2, 3]
     assert catalog.ledger.entries(IdRange(2, 3))[3].attempts == 0
 
 
@@ -271,7 +270,7 @@ def test_what_is_to_be_reprocessed_is_due_and_decoded_afresh(database, opened):
     catalog = opened()
     finish(catalog, 1, 2, 3)
     catalog.reprocess_after(1)
-    assert look(catalog) == Scan(due(2, 3), None, 1)
+    assert look(catalog) == Scan(pending(2, 3), None, 1)
     versions = {key: planned.video.content_version for key, planned in catalog.begin(ALL, TODAY).items()}
     assert versions == {1: "", 2: "~1", 3: "~1"}
     finish(catalog, 2, 3)
@@ -365,7 +364,7 @@ def test_the_figures_of_progress_are_counted_through_indexes(database, large):
     dialect, engine = database.engine.dialect.name, database.engine
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.exec_driver_sql("ANALYZE")
-    (stopped,) = plans_of(large, engine, large.ledger.count_stopped)
+    (stopped,) = plans_of(large, engine, large.ledger.count_failed_and_parked)
     assert "extraction_ledger_stopped" in stopped
     (changed,) = plans_of(large, engine, large.ledger.last_change, IdRange(19_000, 19_500), 1000)
     assert LEDGER_KEY[dialect] in changed
