@@ -153,7 +153,7 @@ def measure_progress(  # noqa: PLR0913 - the table, the cursor, and what Dagster
     )
     after, newest = _highest(last, floor), catalog.source.newest_id()
     ahead = scan(catalog, after_id=after, up_to_id=None, budget=MOST_SCANNED)
-    pending, stopped = len(ahead.due_ids), catalog.ledger.count_failed_and_parked()
+    pending, stopped = len(ahead.pending_ids), catalog.ledger.count_failed_and_parked()
     moved = [memory.moved_at, _last_mark(catalog, after, frontier)]
     if pending == 0 or memory.moved_at is None or memory.last_processed_id != last:
         moved.append(now)

@@ -76,7 +76,7 @@ def ledger(settings):
 
 def due(settings):
     with open_range(settings, RANGE) as work:
-        return scan(work.catalog, after_id=None, up_to_id=None, budget=100).due_ids
+        return scan(work.catalog, after_id=None, up_to_id=None, budget=100).pending_ids
 
 
 def mark(settings, method, record_id):
