@@ -86,8 +86,8 @@ MUTANTS = (
     ),
     mutant(
         "the ledger of another source is used",
-        "if owner != source_identity:",
-        "if not owner:",
+        "    if kept.get(_SOURCE) != source_identity:\n",
+        "    if kept.get(_SOURCE) is None:\n",
         "test_state_tables_of_another_source_are_refused",
     ),
     Mutant(
@@ -162,8 +162,8 @@ MUTANTS = (
     ),
     mutant(
         "rows below the watermark are never looked at",
-        "    due: list[int] = []\n    after = cursor.floor_id\n",
-        "    due: list[int] = []\n    return due\n    after = cursor.floor_id\n",
+        "    if up_to_id is None or not is_turn:\n        return []\n",
+        "    if up_to_id is None or is_turn in {True, False}:\n        return []\n",
         "test_a_row_that_commits_late_is_found_below_the_watermark",
     ),
     mutant(
@@ -277,8 +277,8 @@ MUTANTS = (
     # Reconciling
     mutant(
         "lost points are not found",
-        "lost={**found.lost, **unseen},",
-        "lost=unseen,",
+        "lost={**found.lost, **not_in_use},",
+        "lost=not_in_use,",
         "test_lost_points_are_found_and_their_records_alone",
     ),
     mutant(
@@ -295,9 +295,9 @@ MUTANTS = (
     ),
     # Files
     mutant(
-        "a small file is written in place",
-        "        temporary.replace(path)\n",
-        "        path.write_bytes(data)\n        temporary.unlink()\n",
+        "a file is published without being renamed",
+        "    made.replace(path)\n    sync_folder",
+        "    path.write_bytes(made.read_bytes())\n    made.unlink()\n    sync_folder",
         "test_a_link_is_replaced_and_what_it_points_at_stays",
     ),
 )

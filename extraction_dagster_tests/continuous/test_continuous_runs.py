@@ -224,7 +224,7 @@ def _run_under_fire(site, scale, capsys):
     site.poison(*scale.poisoned)
     sampler, killer = Sampler(site), Killer(site, seed, scale)
     writers = Writers(site, seed, scale, sampler)
-    end = time.monotonic() + scale.seconds + 100 * scale.kills  # whoever finds no worker to kill gives up some time
+    end = time.monotonic() + scale.seconds + 100 * scale.kills + 150  # a busy machine is no failure
     try:
         while writers.are_writing or not killer.is_done:
             assert time.monotonic() < end, f"too slow: killed {killer.killed}, {sampler.num_moves} moves were seen"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-import huggingface_hub
+import huggingface_hub.constants
 import numpy as np
 import pytest
 
