@@ -8,7 +8,7 @@ MAKEFLAGS += --no-print-directory
 PYTHON ?= python3
 PORT ?= 3000
 # In CI the branch coverage is printed too. A file's tests stay in one worker, so that its fixtures are made once; files go in
-# their order, for else those of few tests, the slowest, would all come last. A worker that dies is not replaced: xdist
+# the order of conftest.py, the longest first, and not by their number of tests. A worker that dies is not replaced: xdist
 # would run the test that killed it again and again.
 PYTEST_ARGS ?= -n logical --dist loadfile --no-loadscope-reorder --max-worker-restart=0 $(if $(CI),--cov --cov-report=term --durations=25)
 
@@ -37,7 +37,7 @@ test: $(STAMP) ## Run the whole suite; narrow it with PYTEST_ARGS="-k words"
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 soak: $(STAMP) ## Run what 'make test' leaves out: real daemons under fire, about half an hour
-	@$(BIN)/python -m pytest -m soak -s -o timeout=2400 -o faulthandler_timeout=2700
+	@EXTRACTION_TEST_PROFILE=full $(BIN)/python -m pytest -m soak -s -o timeout=2400 -o faulthandler_timeout=2700
 
 ui: $(STAMP) ## Open Dagster's UI and daemon at PORT (3000), for this machine only; on the demo's data if there is no other
 	@$(BIN)/extraction status >/dev/null 2>&1 || $(BIN)/extraction demo || $(BIN)/extraction status
@@ -55,9 +55,7 @@ types: $(STAMP) ## Check types
 check: lint types ## Check style, format and types
 
 docs: $(STAMP) ## Write the pages that are generated from the code
-	@$(BIN)/python -m extraction_dagster.settings_doc > docs/.settings.md
-	@mv docs/.settings.md docs/settings.md
-	@echo "Wrote docs/settings.md"
+	@$(BIN)/python docs/write_settings.py
 
 screenshots: $(STAMP) ## Take the pictures in docs/screenshots anew, in headless Chromium, from the demo's data
 	@$(BIN)/python docs/take_screenshots.py

@@ -28,12 +28,11 @@ import numpy as np
 import simplejpeg
 
 from extraction_dagster.errors.base import ExtractionError
-from extraction_dagster.stages.decode.decoders.container import open_video
+from extraction_dagster.stages.decode.decoders.container import open_file, open_video
 from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits
 from extraction_dagster.stages.decode.decoders.geometry import Geometry
 from extraction_dagster.stages.decode.decoders.packets import read_packets
-from extraction_dagster.stages.decode.decoders.pyav import _SKIPS_NONREF, PyAVDecoder, _display_order, _seconds
-from extraction_dagster.stages.decode.decoders.video_file import open_file
+from extraction_dagster.stages.decode.decoders.pyav import _SKIPS_NONREF, _display_order, _seconds, decode_with_pyav
 from extraction_dagster.stages.decode.jpeg import SUBSAMPLING
 from extraction_dagster.stages.decode.quality import Quality, refine
 from extraction_dagster.stages.decode.sampling import Sampling, select_frames
@@ -232,7 +231,7 @@ def _output(frames: list[Any], aspect: float) -> float:
 def _steps(path: Path, rounds: int = 20) -> None:
     """Each step alone, then all; none leaves anything out, so that all of them see every frame."""
     sampling = Sampling("uniform", num_frames=16)
-    video = PyAVDecoder().decode(path, sampling=sampling, short_side_px=224, limits=LIMITS)
+    video = decode_with_pyav(path, sampling=sampling, short_side_px=224, limits=LIMITS)
     steps = {
         "crop_bars": Quality(crop_bars=True),
         "reject_solid": Quality(solid_deviation=1e-9),

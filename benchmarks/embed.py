@@ -34,7 +34,7 @@ from extraction_dagster.stages.embed.stage import embed_shards
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-KINDS = ("off", "on", "onnxruntime")
+KINDS = ("off", "onnxruntime")
 GFLOP_PER_FRAME = 0.768
 FRAMES_PER_VIDEO = 10
 _STARTS = 3
@@ -100,11 +100,9 @@ def measure_model(settings: Settings, rounds: int) -> dict[str, float]:
     size = batch_size(settings, "cpu")
     pixels = np.random.default_rng(0).integers(0, 256, (size, 224, 224, 3), dtype=np.uint8)
     square = torch.randn(1024, 1024)
-    session = models["onnxruntime"].passes._network._session  # noqa: SLF001 - as a whole batch, which ours never is
     work: dict[str, Callable[[], object]] = {
         kind: (lambda model=model: model.embed_prepared(pixels)) for kind, model in models.items()
     }
-    work["onnxruntime_whole_batch"] = lambda: session.run(None, {"pixels": pixels})
     work["gemm"] = lambda: [torch.mm(square, square) for _ in range(10)]
     costs: dict[str, list[float]] = {name: [] for name in work}
     for number in range(rounds + 1):
@@ -216,11 +214,10 @@ def _measure(arguments: argparse.Namespace) -> None:
             _in_a_process(arguments, "gpu", embed_dtype=dtype)
         _in_a_process(arguments, "stage")
         return
-    for kind in KINDS[1:]:
-        _in_a_process(arguments, "start", compile=kind)  # compiles
+    _in_a_process(arguments, "start", compile="onnxruntime")  # compiles
     print()
     one = _in_a_process(arguments, "model", embed_threads=1)
-    sixteen = _in_a_process(arguments, "model", embed_threads=1, embed_batch_size=16)
+    _in_a_process(arguments, "model", embed_threads=1, embed_batch_size=16)
     _in_a_process(arguments, "model")
     starts: dict[str, list[float]] = {}
     for _ in range(_STARTS):
@@ -232,10 +229,7 @@ def _measure(arguments: argparse.Namespace) -> None:
     print("one thread:")
     _target("eager, CPU ms a frame", one["off"], 18)
     print(f"  eager beside the matrix product's floor of {one['floor_ms']:.1f} ms: {one['off'] / one['floor_ms']:.2f}")
-    for figures, size in ((sixteen, "16"), (one, "the default batch")):
-        ratio = figures["on"] / figures["onnxruntime_whole_batch"]
-        _target(f"compiled / ONNX Runtime, {size} at once", ratio, 1.25)
-    _target("compiled / ONNX Runtime as it runs here, in fours", sixteen["on"] / sixteen["onnxruntime"], 1.25)
+    print(f"  eager beside ONNX Runtime: {one['off'] / one['onnxruntime']:.2f}")
     print("default threads:")
     _target("start to first vector, CPU s, the most", start, 3)
     print(f"  start to first vector beside the {torch_alone:.2f} s until torch is imported: {start / torch_alone:.2f}")

@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from extraction_dagster import errors
+from extraction_dagster.errors import decode as decode_errors
+from extraction_dagster.errors.base import ExtractionError
 from extraction_dagster.stages.decode.quality import Quality
 from extraction_dagster.stages.decode.sampling import Sampling
 from extraction_dagster.stages.decode.task import DecodeJob
@@ -52,7 +53,7 @@ CLIPS: dict[str, tuple[str, str, dict[str, str]]] = {
 }
 SAMPLINGS = (Sampling("fps", 5.0), Sampling("uniform", num_frames=8), Sampling("keyframes"), Sampling("scene"))
 EVERY_STEP = Quality(True, 6.0, 0.3, 6)  # noqa: FBT003 - the record's order
-KNOWN = {name for name, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, errors.ExtractionError)}
+KNOWN = {name for name, kind in inspect.getmembers(decode_errors, inspect.isclass) if issubclass(kind, ExtractionError)}
 INTACT_EVERY = 10
 FRAMES = 24
 

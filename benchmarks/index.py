@@ -24,8 +24,8 @@ from extraction_dagster.settings import Settings
 from extraction_dagster.stages.index.edge.store import EdgeStore
 from extraction_dagster.stages.index.points import build_points
 from extraction_dagster.stages.index.protocol import CollectionSpec
-from extraction_dagster.stages.index.replace import replace_records
 from extraction_dagster.stages.index.server.store import ServerStore
+from extraction_dagster.stages.index.stage import replace_records
 
 if TYPE_CHECKING:
     from collections.abc import Callable

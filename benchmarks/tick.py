@@ -36,7 +36,7 @@ from extraction_dagster.defs.instance.cursor_store import CursorStore
 from extraction_dagster.defs.instance.launching import open_instance
 from extraction_dagster.defs.instance.runs import PARTITION_TAG, InstanceRuns
 from extraction_dagster.defs.partitions import add_ranges
-from extraction_dagster.defs.progress import observe
+from extraction_dagster.defs.progress import progress_events
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import load_settings
 from extraction_dagster.stages.catalog.catalog import open_catalog
@@ -200,7 +200,7 @@ def _measure_progress(cursor: CursorState) -> dict[str, float]:
         for number in range(_TICKS):
             before = time.process_time()
             with open_catalog(load_settings()) as catalog:
-                for event in observe(instance, catalog, now=datetime.now(UTC) + timedelta(hours=number)):
+                for event in progress_events(instance, catalog, now=datetime.now(UTC) + timedelta(hours=number)):
                     instance.report_runless_asset_event(event)
             seconds.append(time.process_time() - before)
     return {"first": seconds[0], "later": sorted(seconds[1:])[len(seconds) // 2], "peak_mb": _peak_mb()}

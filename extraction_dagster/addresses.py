@@ -29,7 +29,7 @@ def shown_address(address: str) -> str:
 def scrubbed(text: str) -> str:
     """A text in which every address is shown without user, password, query and fragment.
 
-    A second net, for texts that go where everybody reads them: whoever writes a message shows its addresses so already.
+    A second safeguard, for texts that many people read; messages use `shown_address` for their own addresses.
 
     Examples:
         `Can't open 'https://me:secret@host/a.mp4'` becomes `Can't open 'https://host/a.mp4'`.

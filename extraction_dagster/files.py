@@ -1,41 +1,117 @@
-"""Write a small file so that a reader sees the old one or the new one, never a torn one, whatever is killed when."""
+"""Write a file so that a reader sees the old one or the new one, never a torn one, whatever is killed when.
+
+    state.json                                    what readers see
+    .state.json.4711-1f2e3d4c.9a8b7c6d.tmp        process 4711 of this machine writes it; renamed once it is whole
+
+A process that is killed leaves its temporary file behind; the next writer of `state.json` removes it.
+"""
 
 from __future__ import annotations
 
 import errno
+import functools
+import glob
+import hashlib
+import logging
 import os
+import re
 import secrets
+import shutil
+import socket
 import stat
+import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-_SUFFIX = ".tmp"
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+logger = logging.getLogger(__name__)
+# Writers of other machines, and of older versions, can't be asked: after an hour without a change they are gone.
+ABANDONED_SECONDS = 3600.0
+_TEMPORARY = re.compile(r"\.(?P<pid>\d+)-(?P<place>[0-9a-f]{8})\.[0-9a-f]{8}\.tmp")
+_MOST_CHARACTERS = 50  # of a name within a temporary one, so that no file system finds it too long
 
 
-def write_atomically(path: Path, data: bytes, *, mode: int = 0o600) -> None:
-    """Replace a file: temporary file beside it, everything on disk, rename, folder on disk.
+def write_atomically(path: Path, data: bytes, *, mode: int | None = 0o600, durable: bool = True) -> None:
+    """Replace a file by some bytes; see `replacing`, whose arguments and errors these are."""
+    with replacing(path, mode=mode, durable=durable) as beside:
+        beside.write_bytes(data)
+
+
+@contextmanager
+def replacing(path: Path, *, mode: int | None = 0o600, durable: bool = True, folder: bool = False) -> Iterator[Path]:
+    """Replace a file by what the block writes: under a temporary name beside it, renamed when the block ends.
 
     Args:
         path: Target; its folder exists. A symbolic link is replaced, never followed.
-        data: The whole new content.
-        mode: Who may read the file; by default nobody else.
+        mode: Who may read the file, by default nobody else; None leaves that to the umask.
+        durable: Whether the disk has all of it before it is renamed: a power cut loses or empties no such file.
+        folder: Make a folder instead, which takes the place of an empty one or of none.
+
+    Yields:
+        The temporary path: an empty file, or an empty folder.
 
     Raises:
-        OSError: It can't be written; the old file is untouched.
+        OSError: It can't be written; the old file is untouched, and nothing is left beside it.
     """
-    _sweep(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}{_SUFFIX}")
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    # The folder may be anybody's: only names that this module gives go.
+    sweep(path.parent, f"{glob.escape(_prefix(path.name))}*-????????.????????.tmp")
+    beside = path.with_name(temporary_name(path.name))
+    if folder:
+        beside.mkdir()
+    else:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        handle = os.open(beside, flags, 0o666 if mode is None else 0o600)
+        try:
+            if mode is not None:
+                os.fchmod(handle, mode)  # whatever the umask
+        finally:
+            os.close(handle)
     try:
-        with os.fdopen(handle, "wb") as file:
-            os.fchmod(file.fileno(), mode)  # whatever the umask
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        yield beside
+        if durable:
+            publish(beside, path)
+        else:
+            beside.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _remove(beside)
         raise
-    _sync_folder(path.parent)
+
+
+def publish(made: Path, path: Path) -> None:
+    """Rename a finished file into place: first all of it is on disk, then the rename."""
+    _sync(made, os.O_NOFOLLOW)
+    made.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Have a folder's entries on disk: a file that was renamed into it stays there after a power cut."""
+    _sync(folder, os.O_DIRECTORY)
+
+
+def temporary_name(name: str) -> str:
+    """A name that nobody can foresee, for a file of that name while it is written."""
+    return f"{_prefix(name)}{os.getpid()}-{_place()}.{secrets.token_hex(4)}.tmp"
+
+
+def sweep(folder: Path, pattern: str = ".*.tmp") -> None:
+    """Remove temporary files that killed processes left behind, and no file that is being written.
+
+    A file goes once its process is gone from this machine. Where that can't be told, since another machine wrote it, it
+    goes once nothing was written to it for an hour.
+
+    Args:
+        folder: Where they lie; it may be missing.
+        pattern: Which names; all temporary files by default, which only a folder of our own may be swept of.
+    """
+    for path in folder.glob(pattern):
+        with suppress(OSError):  # another process sweeps too, or it is another user's
+            if _is_abandoned(path):
+                logger.warning("Removing %s, which a killed process left behind.", path)
+                _remove(path)
 
 
 def read_small(path: Path, *, max_bytes: int) -> bytes | None:
@@ -43,7 +119,7 @@ def read_small(path: Path, *, max_bytes: int) -> bytes | None:
 
     Raises:
         OSError: It can't be read, or it is a link, a folder or a device.
-        ValueError: It is larger than a file of its kind can be.
+        ValueError: It is larger than such a file can be.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -61,16 +137,42 @@ def read_small(path: Path, *, max_bytes: int) -> bytes | None:
     return data
 
 
-def _sweep(path: Path) -> None:
-    """Remove temporary files that a killed process left behind."""
-    for stale in path.parent.glob(f".{path.name}.*{_SUFFIX}"):
-        owner = stale.name.removeprefix(f".{path.name}.").split(".")[0]
-        if owner.isdecimal() and not Path(f"/proc/{owner}").exists():
-            stale.unlink(missing_ok=True)
+def _prefix(name: str) -> str:
+    return f".{name[:_MOST_CHARACTERS]}."
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+@functools.cache
+def _place() -> str:
+    """Where a process id means what it means here: this machine since it was started, and this container."""
+    facts = [socket.gethostname()]
+    with suppress(OSError):  # Linux has both
+        facts.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+        facts.append(str(Path("/proc/self/ns/pid").stat().st_ino))
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:8]
+
+
+def _is_abandoned(path: Path) -> bool:
+    writer = _TEMPORARY.search(path.name)
+    if writer is None or writer["place"] != _place():
+        return time.time() - path.lstat().st_mtime > ABANDONED_SECONDS
+    try:
+        os.kill(int(writer["pid"]), 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:  # it is there, and another user's
+        return False
+    return False
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path, flags: int) -> None:
+    handle = os.open(path, os.O_RDONLY | flags)
     try:
         os.fsync(handle)
     finally:

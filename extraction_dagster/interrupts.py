@@ -1,7 +1,7 @@
-"""An interrupt that Python dropped is delivered again.
+"""Deliver an interrupt again that Python dropped.
 
 Ctrl+C, SIGTERM and *Terminate* in the UI raise an exception wherever the main thread happens to be. Where that is a
-finalizer or the callback of a weak reference, Python has nobody to hand the exception to: it prints "Exception ignored
+finalizer or the callback of a weak reference, no caller can catch the exception: Python prints "Exception ignored
 in" and goes on, and a run that was told to stop works through its whole range.
 
 Source:
@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_DELAY_SECONDS = 0.05  # by then the finalizer has returned, whose caller hears of nothing
+_DELAY_SECONDS = 0.05  # by then the finalizer has returned
 
 
 @contextmanager
-def delivered_again_when_dropped(*interrupts: type[BaseException]) -> Iterator[None]:
+def redeliver_dropped_interrupts(*interrupts: type[BaseException]) -> Iterator[None]:
     """Send SIGINT to the main thread again whenever one of these exceptions was dropped.
 
     Args:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
@@ -89,12 +89,23 @@ class VideoRow:
     payload: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _refuse(record: str, why: str, **arrays: object) -> NoReturn:
-    shapes = ", ".join(
-        f"{name} {value.dtype} {value.shape}" if isinstance(value, np.ndarray) else f"{name} {value!r}"
-        for name, value in arrays.items()
-    )
-    raise RecordShapeError(record, why, shapes)
+def _refuse(record: str, why: str, **values: object) -> NoReturn:
+    raise RecordShapeError(record, why, ", ".join(f"{name} {_shown(value)}" for name, value in values.items()))
+
+
+def _shown(value: object) -> str:
+    """An array by dtype and shape, JPEGs by their number, anything else as it is."""
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {value.shape}"
+    if isinstance(value, list | tuple) and value and isinstance(value[0], bytes):
+        return f"{len(value)} JPEGs"
+    return repr(value)
+
+
+def _repr_of_arrays(batch: FrameBatch | EncodedFrames | EmbeddingBatch) -> str:
+    """How a batch is printed: `FrameBatch(data: uint8 (2, 240, 320, 3), pts_seconds: float64 (2,), …)`."""
+    shown = ", ".join(f"{item.name}: {_shown(getattr(batch, item.name))}" for item in fields(batch))
+    return f"{type(batch).__name__}({shown})"
 
 
 def _ascending(values: np.ndarray) -> bool:
@@ -127,6 +138,14 @@ class FrameBatch:
     def __len__(self) -> int:
         """The number of frames, N."""
         return len(self.data)
+
+    def __repr__(self) -> str:
+        """Shapes and dtypes, never pixels."""
+        return _repr_of_arrays(self)
+
+    def __getitem__(self, chosen: slice | np.ndarray) -> FrameBatch:
+        """Some of the frames: a slice, a mask of shape (N,), or ascending indexes."""
+        return replace(self, **{item.name: getattr(self, item.name)[chosen] for item in fields(self)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +186,10 @@ class EncodedFrames:
     def __len__(self) -> int:
         """The number of frames, N."""
         return len(self.jpegs)
+
+    def __repr__(self) -> str:
+        """The number of JPEGs in place of their bytes, shapes and dtypes in place of arrays."""
+        return _repr_of_arrays(self)
 
 
 def _check_times(record: str, length: int, arrays: Mapping[str, np.ndarray]) -> None:
@@ -213,6 +236,14 @@ class EmbeddingBatch:
         """The number of vectors, N."""
         return len(self.vectors)
 
+    def __repr__(self) -> str:
+        """Shapes and dtypes, never numbers."""
+        return _repr_of_arrays(self)
+
+    def __getitem__(self, chosen: slice | np.ndarray) -> EmbeddingBatch:
+        """Some of the vectors: a slice, a mask of shape (N,), or indexes."""
+        return replace(self, **{item.name: getattr(self, item.name)[chosen] for item in fields(self)})
+
     @property
     def dim(self) -> int:
         """The length of each vector."""
@@ -220,10 +251,7 @@ class EmbeddingBatch:
 
     def of_records(self, record_ids: Collection[int]) -> EmbeddingBatch:
         """The vectors of some records, in the same order."""
-        chosen = np.isin(self.record_id, np.array(list(record_ids), np.int64))
-        return EmbeddingBatch(
-            self.vectors[chosen], self.record_id[chosen], self.frame_number[chosen], self.pts_seconds[chosen]
-        )
+        return self[np.isin(self.record_id, np.array(list(record_ids), np.int64))]
 
 
 @dataclass(frozen=True, slots=True)

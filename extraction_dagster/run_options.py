@@ -60,12 +60,12 @@ def settings_with(options: Mapping[str, object]) -> Settings:
         first = error.errors(include_input=False)[0]
         name = str(first["loc"][0]) if first["loc"] else ", ".join(sorted(options))
         raise RunOptionError(name, _shown(options, name), first["msg"].removeprefix("Value error, ")) from None
-    _refuse_without_effect(options, changed)
+    _refuse_options_without_effect(options, changed)
     return changed
 
 
-def _refuse_without_effect(options: Mapping[str, object], settings: Settings) -> None:
-    """An option that changes nothing was meant otherwise."""
+def _refuse_options_without_effect(options: Mapping[str, object], settings: Settings) -> None:
+    """Refuse an option that changes nothing: it was meant otherwise."""
     for name, sampling in _SAMPLING_OF.items():
         if name in options and settings.sampling != sampling:
             expected = f"it left out, or sampling={sampling}: with sampling={settings.sampling} it changes nothing"
@@ -79,17 +79,17 @@ def _shown(options: Mapping[str, object], name: str) -> str:
     return repr(options[name]) if name in options else ", ".join(f"{key}={options[key]}" for key in sorted(options))
 
 
-def in_words(options: Mapping[str, object]) -> str:
+def describe_options(options: Mapping[str, object]) -> str:
     """Options as one short text: `fps=2.0, sampling=fps`."""
     return ", ".join(f"{name}={options[name]}" for name in sorted(options))
 
 
-def as_environment(settings: Settings) -> str:
+def model_as_environment(settings: Settings) -> str:
     """The variables that give every command the vectors of these settings: `EXTRACTION_MODEL=./clip`."""
     values = {name: getattr(settings, name) for name in _OF_THE_MODEL}
     return " ".join(f"{PREFIX}{name.upper()}={value}" for name, value in values.items() if value is not None)
 
 
-def description(name: str) -> str:
-    """What an option means, for whoever sets it."""
+def describe_option(name: str) -> str:
+    """What an option means, as the launchpad shows it."""
     return f"{Settings.model_fields[name].description} Left out: as {PREFIX}{name.upper()} says."

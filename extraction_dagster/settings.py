@@ -1,24 +1,47 @@
 """Every setting: its name, default, description and check. This is their only home.
 
 Each field `name` is read from the environment as `EXTRACTION_NAME`, or from a `.env` file in the working directory.
-`docs/settings.md` is generated from this file; a test holds the two equal.
+`docs/settings.md` is generated from this file; a test holds the two equal. Long because it is one table of
+every setting, under headings in the order of the data's way.
 """
 
 from __future__ import annotations
 
 import difflib
 import ipaddress
+import logging
 import os
 import re
 import urllib.parse
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, DotEnvSettingsSource, NoDecode, SettingsConfigDict
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_settings import (
+    BaseSettings,
+    DotEnvSettingsSource,
+    EnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from extraction_dagster.errors.base import SettingsError
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pydantic.fields import FieldInfo
+
+_log = logging.getLogger(__name__)
 PREFIX = "EXTRACTION_"
 _TEST_PREFIX = "EXTRACTION_TEST_"
 _NONE_WHEN_EMPTY = (
@@ -38,7 +61,17 @@ RESERVED_PAYLOAD_KEYS = (
     "created_at",
     "generation",
 )
-Names = Annotated[tuple[str, ...], NoDecode]
+# Settings, and values of settings, that were taken out in this release, and what holds now. Each is warned of once in a
+# process; the next release refuses the name or value as it does any other that it doesn't know.
+RETIRED: Final = {
+    "compile=on": "runs as off, with the same vectors; onnxruntime compiles without a C++ compiler",
+    "cache_seconds": "downloads that were unused for 7 days are removed from the cache",
+    "fetch_attempts": "a download is tried 4 times before its record fails",
+    "fetch_stall_seconds": "a connection that is silent for 30 s is given up and tried again",
+    "shard_seconds": "a frame shard is written after 5 s of decoding",
+    "vector_dtype": "a new collection keeps vectors as float16, as the embedding shards do; one that exists is kept",
+}
+_warned: set[str] = set()
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?"
 # A host or an IPv6 address in brackets; after '*.' at least two labels; a port if it is not the scheme's own.
 _HOST = re.compile(rf"(?:\*\.{_LABEL}\.)?{_LABEL}(?:\.{_LABEL})*(?::\d{{1,5}})?|\[[0-9A-Fa-f:]+\](?::\d{{1,5}})?")
@@ -47,6 +80,32 @@ _SHORTEST_PREFIX = 8
 _NOTIFIERS = ("none", "log", "webhook", "slack")
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 _OWNER = re.compile(r"team:[A-Za-z0-9_.-]{1,100}|[A-Za-z0-9_.+-]{1,100}@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+")
+
+
+def _split(value: object) -> object:
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+def _each(pattern: re.Pattern[str], examples: str) -> AfterValidator:
+    """Refuse a list that has a part which the pattern does not match."""
+
+    def check(value: tuple[str, ...]) -> tuple[str, ...]:
+        if wrong := [part for part in value if not pattern.fullmatch(part)]:
+            message = f"{examples} (refused: {wrong[0]})"
+            raise ValueError(message)
+        return value
+
+    return AfterValidator(check)
+
+
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Hosts = Annotated[
+    Names,
+    _each(_HOST, "hosts such as media.example.com, *.cdn.example.com or media.example.com:8443"),
+    AfterValidator(lambda hosts: tuple(host.lower() for host in hosts)),
+]
+Buckets = Annotated[Names, _each(_BUCKET, "buckets such as s3://videos or gs://videos")]
+Owners = Annotated[Names, _each(_OWNER, "owners such as team:video or someone@example.com")]
 
 
 class Settings(BaseSettings):
@@ -74,7 +133,8 @@ class Settings(BaseSettings):
     )
     frames_uri: str | None = Field(
         None,
-        description="Where frame shards are kept: any fsspec path, s3://bucket/frames say; home/frames when unset.",
+        description="Where frame shards are kept: any fsspec path, for example s3://bucket/frames; home/frames when "
+        "unset.",
     )
     embeddings_uri: str | None = Field(
         None, description="Where embedding shards are kept, any fsspec path; home/embeddings when unset."
@@ -116,7 +176,7 @@ class Settings(BaseSettings):
         default=False, description="Never write to the source table: the ledger alone says what is done."
     )
 
-    # Ranges
+    # Ranges and retries
     batch_size: int = Field(1000, ge=1, le=100_000, description="Records per ID range, hence per run.")
     max_attempts: int = Field(3, ge=1, le=100, description="Tries of a failing record before it is parked.")
     retry_delay_seconds: float = Field(
@@ -151,12 +211,12 @@ class Settings(BaseSettings):
     allowed_roots: Names = Field(
         (), description="Folders from which files may be read, separated by commas; home/videos when unset."
     )
-    allowed_hosts: Names = Field(
+    allowed_hosts: Hosts = Field(
         (),
         description="Servers from which https:// files may be read, separated by commas: media.example.com, "
         "*.cdn.example.com, media.example.com:8443; none when unset.",
     )
-    allowed_buckets: Names = Field(
+    allowed_buckets: Buckets = Field(
         (),
         description="Buckets from which files may be read, separated by commas: s3://videos,gs://videos; none when "
         "unset.",
@@ -171,10 +231,6 @@ class Settings(BaseSettings):
     fetch_timeout_seconds: float = Field(
         600.0, gt=0, le=86_400, description="Wall-clock limit for the download of one file, all its tries together."
     )
-    fetch_stall_seconds: float = Field(
-        30.0, gt=0, le=3600, description="A connection that is silent for so long is given up and tried again."
-    )
-    fetch_attempts: int = Field(4, ge=1, le=20, description="Tries of one download before its record fails.")
     fetch_threads: int = Field(
         4, ge=1, le=64, description="Files that are downloaded at once, ahead of the decoding processes."
     )
@@ -183,12 +239,8 @@ class Settings(BaseSettings):
         ge=2**20,
         description="Size that the cache of downloads, home/cache/videos, never exceeds; a larger file is refused.",
     )
-    cache_seconds: float = Field(
-        7 * 86_400.0, gt=0, description="Downloads that nobody used for so long are removed from the cache."
-    )
 
-    # Decoding
-    decoder: Literal["pyav", "decord"] = Field("pyav", description="Decoder: pyav (exact, faster) or decord.")
+    # Sampling: which frames of a video
     sampling: Literal["fps", "uniform", "keyframes", "scene"] = Field(
         "fps",
         description="How frames are chosen from a video: fps, uniform (num_frames of them), keyframes (the cheapest), "
@@ -230,8 +282,9 @@ class Settings(BaseSettings):
     duplicate_bits: int = Field(
         6, ge=0, le=32, description="Most bits of 64 in which the dHash of duplicates differs, for drop_duplicates."
     )
-    short_side_px: int = Field(224, ge=16, le=4320, description="Short side of a stored frame; never scaled up.")
-    jpeg_quality: int = Field(95, ge=30, le=100, description="Quality of a stored frame's JPEG.")
+
+    # Decoding
+    decoder: Literal["pyav", "decord"] = Field("pyav", description="Decoder: pyav (exact, faster) or decord.")
     decode_workers: int = Field(
         default_factory=lambda: os.cpu_count() or 1, ge=1, le=256, description="Decoding processes; the cores if unset."
     )
@@ -243,9 +296,11 @@ class Settings(BaseSettings):
         8192 * 4320, ge=1, description="Most pixels of one source frame; a larger video is refused before decoding."
     )
     max_duration_seconds: float = Field(6 * 3600.0, gt=0, description="Longest video that is decoded.")
-    shard_records: int = Field(64, ge=1, le=10_000, description="Most videos in one frame shard.")
-    shard_seconds: float = Field(5.0, gt=0, le=3600, description="Most seconds of decoding kept in memory per shard.")
 
+    # Stored frames
+    short_side_px: int = Field(224, ge=16, le=4320, description="Short side of a stored frame; never scaled up.")
+    jpeg_quality: int = Field(95, ge=30, le=100, description="Quality of a stored frame's JPEG.")
+    shard_records: int = Field(64, ge=1, le=10_000, description="Most videos in one frame shard.")
     keep_frames: str = Field(
         "all",
         pattern=r"^(all|none|[1-9][0-9]{0,4})$",
@@ -289,10 +344,10 @@ class Settings(BaseSettings):
         description="Where frames are resized for the model: cpu, or the model's device, which spares the CPU where "
         "that is a GPU. Vectors of the two differ a little and are kept apart.",
     )
-    compile: Literal["off", "on", "onnxruntime"] = Field(
+    compile: Literal["off", "onnxruntime"] = Field(
         "off",
-        description="Compile the model once for this machine's CPU and keep the result in home/cache/compiled; vectors "
-        "stay what they are. on needs a C++ compiler, onnxruntime the extra of that name.",
+        description="onnxruntime: compile the model once for ONNX Runtime on the CPU, which needs the extra of that "
+        "name, and keep the result in home/cache/compiled; vectors stay what they are.",
     )
     embed_batch_size: int | None = Field(
         None, ge=1, le=4096, description="Frames per forward pass; 8, and 128 on a GPU, when unset."
@@ -312,19 +367,13 @@ class Settings(BaseSettings):
         "limit) when unset.",
     )
 
-    # Qdrant
+    # The collection
     qdrant_url: str | None = Field(None, description="Qdrant server; the embedded engine under home when unset.")
     qdrant_grpc_port: int = Field(6334, ge=1, le=65535, description="The Qdrant server's gRPC port.")
     qdrant_api_key: SecretStr | None = Field(None, description="API key of the Qdrant server.")
     qdrant_timeout_seconds: float = Field(60.0, gt=0, le=3600, description="Limit for one call to the Qdrant server.")
     collection_name: str = Field(
         "video_frames", pattern=r"^[A-Za-z0-9_\-]{1,200}$", description="Name of the collection."
-    )
-
-    vector_dtype: Literal["float16", "float32"] = Field(
-        "float16",
-        description="How a new collection keeps vectors; float16 is what the embedding shards hold, float32 is twice "
-        "its size and gains nothing.",
     )
     quantization: Literal["none", "scalar"] = Field(
         "none",
@@ -341,7 +390,7 @@ class Settings(BaseSettings):
     )
 
     # What Dagster shows
-    owners: Names = Field(
+    owners: Owners = Field(
         ("team:extraction",),
         description="Owners of the assets, separated by commas: team:names or e-mail addresses.",
     )
@@ -392,19 +441,13 @@ class Settings(BaseSettings):
         empty: dict[str, None] = {name: None for name in _NONE_WHEN_EMPTY if values.get(name) == ""}
         return {name: value for name, value in values.items() if value != ""} | empty
 
-    @field_validator(
-        "source_payload_columns",
-        "allowed_roots",
-        "allowed_hosts",
-        "allowed_buckets",
-        "allowed_networks",
-        "trust_remote_code",
-        "owners",
-        mode="before",
-    )
+    @field_validator("compile", mode="before")
     @classmethod
-    def _split(cls, value: object) -> object:
-        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+    def _no_retired_value(cls, value: object) -> object:
+        if value != "on":
+            return value
+        _warn_of_retired("compile=on")
+        return "off"
 
     @field_validator("source_payload_columns", mode="after")
     @classmethod
@@ -412,24 +455,6 @@ class Settings(BaseSettings):
         if taken := sorted({*value} & {*RESERVED_PAYLOAD_KEYS}):
             every = ", ".join(RESERVED_PAYLOAD_KEYS)
             message = f"columns other than {every}, which every point has (refused: {', '.join(taken)})"
-            raise ValueError(message)
-        return value
-
-    @field_validator("allowed_hosts", mode="after")
-    @classmethod
-    def _hosts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if wrong := [host for host in value if not _HOST.fullmatch(host)]:
-            message = (
-                f"hosts such as media.example.com, *.cdn.example.com or media.example.com:8443 (refused: {wrong[0]})"
-            )
-            raise ValueError(message)
-        return tuple(host.lower() for host in value)
-
-    @field_validator("allowed_buckets", mode="after")
-    @classmethod
-    def _buckets(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if wrong := [bucket for bucket in value if not _BUCKET.fullmatch(bucket)]:
-            message = f"buckets such as s3://videos or gs://videos (refused: {wrong[0]})"
             raise ValueError(message)
         return value
 
@@ -444,14 +469,6 @@ class Settings(BaseSettings):
             if network is None or network.prefixlen < _SHORTEST_PREFIX:
                 message = f"networks such as 10.1.0.0/16 or fd00:1::/64, none larger than a /8 (refused: {text})"
                 raise ValueError(message)
-        return value
-
-    @field_validator("owners", mode="after")
-    @classmethod
-    def _owners(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if wrong := [owner for owner in value if not _OWNER.fullmatch(owner)]:
-            message = f"owners such as team:video or someone@example.com (refused: {wrong[0]})"
-            raise ValueError(message)
         return value
 
     @field_validator("qdrant_url", mode="after")
@@ -516,6 +533,24 @@ class Settings(BaseSettings):
             raise ValueError(message)
         return self
 
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments before the environment before `.env`; of both, only the variables that are set."""
+        del file_secret_settings  # there is no folder of secrets
+        named = [
+            _SetVariables(settings_cls, source.env_vars)
+            for source in (env_settings, dotenv_settings)
+            if isinstance(source, EnvSettingsSource)
+        ]
+        return init_settings, *named
+
     @property
     def resolved_source_url(self) -> str:
         """The source's SQLAlchemy URL, default applied; holds the password: never print it."""
@@ -548,6 +583,27 @@ class Settings(BaseSettings):
         return tuple(Path(root).expanduser().absolute() for root in self.allowed_roots) or (self.home / "videos",)
 
 
+class _SetVariables(PydanticBaseSettingsSource):
+    """The settings that a set of variables gives.
+
+    The library's own source asks for each field in turn and examines its type each time: 3 ms of CPU, two sources for
+    each look at the settings. No field here is a structure, so a variable's text is the value to check.
+    """
+
+    def __init__(self, settings_cls: type[BaseSettings], variables: Mapping[str, str | None]) -> None:
+        super().__init__(settings_cls)
+        self._variables = variables
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002
+        """The variable's text; None where it is not set."""
+        return self._variables.get(f"{PREFIX}{field_name}".lower()), field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        """Each setting whose variable is set."""
+        found = {name: self.get_field_value(field, name)[0] for name, field in self.settings_cls.model_fields.items()}
+        return {name: value for name, value in found.items() if value is not None}
+
+
 def _split_address(text: str) -> urllib.parse.SplitResult | None:
     """The parts of an http or https address that can be posted to; None when it is none."""
     try:
@@ -567,7 +623,7 @@ def _is_this_machine(host: str) -> bool:
 
 
 def load_settings() -> Settings:
-    """Read every setting from the environment and `.env`.
+    """Read every setting from the environment and `.env`; warn of those that are gone.
 
     Raises:
         SettingsError: A value is wrong, `.env` can't be read, or an `EXTRACTION_…` variable is no setting (a typing
@@ -575,7 +631,11 @@ def load_settings() -> Settings:
     """
     known = {PREFIX + name.upper() for name in Settings.model_fields}
     for variable in (*os.environ, *_dotenv_variables()):
-        if variable.startswith(PREFIX) and variable not in known and not variable.startswith(_TEST_PREFIX):
+        if not variable.startswith(PREFIX) or variable.startswith(_TEST_PREFIX):
+            continue
+        if (name := variable.removeprefix(PREFIX).lower()) in RETIRED:
+            _warn_of_retired(name)
+        elif variable not in known:
             close = difflib.get_close_matches(variable, known, n=1)
             raise SettingsError(variable, "unknown", f"{close[0]}, perhaps" if close else "a known setting")
     try:
@@ -586,6 +646,22 @@ def load_settings() -> Settings:
         raise SettingsError(
             PREFIX + name.upper() if name else "combination", _shown(name), first["msg"].removeprefix("Value error, ")
         ) from None
+
+
+def _warn_of_retired(retired: str) -> None:
+    if retired in _warned:
+        return
+    _warned.add(retired)
+    name, equals, value = retired.partition("=")
+    _log.warning(
+        "Setting %s%s%s%s is gone and has no effect: %s. Remove it from the environment and from .env; the next "
+        "release refuses it.",
+        PREFIX,
+        name.upper(),
+        equals,
+        value,
+        RETIRED[retired],
+    )
 
 
 def _dotenv_variables() -> list[str]:

@@ -1,17 +1,23 @@
-"""What every test gets: a clean environment, settings, real databases, the demo's videos, skips that can't rot."""
+"""What every test gets: a clean environment, settings, real databases and buckets, videos, skips that can't rot."""
 
+import contextlib
 import fcntl
 import gc
 import importlib.util
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
+import threading
 import uuid
 import warnings
+from fractions import Fraction
 from pathlib import Path
 
 import hypothesis
+import numpy as np
 import pytest
 import sqlalchemy as sa
 from pydantic import SecretStr
@@ -20,11 +26,41 @@ from extraction_dagster.demo.videos import make_videos
 from extraction_dagster.settings import Settings
 from extraction_dagster.stages.catalog.catalog import Catalog
 from extraction_dagster.stages.catalog.database import make_engine
+from extraction_dagster.stages.catalog.source_table import SourceTable
 
 _REQUIRE = "EXTRACTION_TEST_REQUIRE"
+_LONGEST_FIRST = (
+    "pages/test_pages.py",
+    "continuous/test_continuous_runs.py",
+    "stages/decode/test_corpus.py",
+    "defs/test_jobs.py",
+    "cli/test_runs_interrupted.py",
+    "test_way_of_the_data.py",
+    "stages/embed/test_stage.py",
+    "defs/test_versions.py",
+    "stages/index/test_stage_killed.py",
+    "defs/test_model_change.py",
+    "stages/embed/compiled/test_compiling.py",
+    "defs/test_assets.py",
+    "cli/test_search_quality.py",
+    "defs/test_progress.py",
+    "defs/instance/test_draining.py",
+    "ticks/test_planner_machine.py",
+)
 
-hypothesis.settings.register_profile("untimed", deadline=None)  # a busy machine is no failure
-hypothesis.settings.load_profile("untimed")
+# A busy machine is no failure. The nightly workflow sets EXTRACTION_TEST_PROFILE=full.
+hypothesis.settings.register_profile("small", deadline=None, max_examples=25)
+hypothesis.settings.register_profile("full", deadline=None, max_examples=500)
+PROFILE = os.environ.get("EXTRACTION_TEST_PROFILE", "small")
+hypothesis.settings.load_profile(PROFILE)
+
+
+def _load(name):
+    """A module beside this file; tests are no package to import from."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _required(config: pytest.Config) -> set[str]:
@@ -42,6 +78,13 @@ def pytest_configure(config):
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background job; children of tests obey it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     _required(config)
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest begin first, so that all workers end together; the others keep their order."""
+    places = {name: place for place, name in enumerate(_LONGEST_FIRST)}
+    here = f"{Path(__file__).parent.as_posix()}/"
+    items.sort(key=lambda item: places.get(item.path.as_posix().removeprefix(here), len(places)))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -82,6 +125,72 @@ def settings(tmp_path):
         return Settings(**{"home": tmp_path, **overrides})
 
     return make
+
+
+@contextlib.contextmanager
+def _serving_s3():
+    """A real S3 API in this process; a fault while it starts is raised, never waited out. Yields its address."""
+    import werkzeug.serving  # noqa: PLC0415 - lazy: slow to import
+    from moto.server import DomainDispatcherApplication, create_backend_app  # noqa: PLC0415 - as above
+
+    application = DomainDispatcherApplication(create_backend_app)
+    server = werkzeug.serving.make_server("127.0.0.1", 0, application, threaded=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join(30)
+        server.server_close()
+
+
+@pytest.fixture(scope="session")
+def s3_address():
+    """An S3 API that is there as long as the tests run."""
+    with _serving_s3() as address:
+        yield address
+
+
+@pytest.fixture
+def serving_s3():
+    """`with serving_s3() as address`: an S3 API that stops where the block ends."""
+    return _serving_s3
+
+
+@pytest.fixture
+def s3_environment(s3_address, monkeypatch, tmp_path):
+    """The environment that leads to the S3 API, and to nothing of whoever runs the tests."""
+    known = {
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "canary-4711",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL_S3": s3_address,
+        "AWS_CONFIG_FILE": str(tmp_path / "none"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    for name, value in known.items():
+        monkeypatch.setenv(name, value)
+    return known
+
+
+@pytest.fixture
+def s3_root(s3_environment):  # noqa: ARG001 - for what it sets
+    """`s3://` and an empty bucket of the test's own."""
+    import s3fs  # noqa: PLC0415 - lazy: slow to import
+
+    bucket = f"frames-{uuid.uuid4().hex}"
+    s3fs.S3FileSystem(skip_instance_cache=True).mkdir(bucket)
+    return f"s3://{bucket}"
+
+
+@pytest.fixture(params=["folder", "memory", "s3"])
+def root(request, tmp_path):
+    """A place for frames on each kind of file system."""
+    if request.param == "s3":
+        return f"{request.getfixturevalue('s3_root')}/frames"
+    return str(tmp_path / "frames") if request.param == "folder" else f"memory://{tmp_path.name}/frames"
 
 
 @pytest.fixture(scope="session")
@@ -192,20 +301,122 @@ def sqlite_database(tmp_path, settings):
 
 
 @pytest.fixture(scope="session")
-def demo_folder(tmp_path_factory):
-    """Where the demo's videos lie, read-only by agreement; rendered once for all workers of a session."""
+def shared_folder(tmp_path_factory):
+    """A folder that all workers of this session have in common."""
     base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "demo_videos"
-    with Path(f"{folder}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        make_videos(folder)
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def one_worker(shared_folder):
+    """`with one_worker("name")`: one worker of the session at a time does this; the others wait."""
+
+    @contextlib.contextmanager
+    def hold(name):
+        with (shared_folder / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    return hold
+
+
+@pytest.fixture(scope="session")
+def commands(shared_folder, one_worker):
+    """Commands and interpreters without their start-up: `commands.run([EXTRACTION, "status"], cwd=…, env=…)`.
+
+    See fork_server.py. What is about starting uses `subprocess`.
+    """
+    with one_worker("fork-server"):
+        server = _load("fork_server").ForkServer(shared_folder)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _dagster_templates(shared_folder, one_worker):
+    with one_worker("dagster"):
+        _load("dagster_templates").use_templates(shared_folder)
+
+
+@pytest.fixture(scope="session")
+def demo_folder(shared_folder, one_worker):
+    """Where the demo's videos lie, read-only by agreement; rendered once for all workers of a session."""
+    with one_worker("demo_videos"):
+        make_videos(shared_folder / "demo_videos")
+    return shared_folder / "demo_videos"
 
 
 @pytest.fixture(scope="session")
 def demo_videos(demo_folder):
     """The demo's videos, as `make_videos` returned them; their files lie in `demo_folder`."""
     return make_videos(demo_folder)
+
+
+def _render_small(path, seed):
+    """Three seconds of noise at two frames a second: three sampled frames at one a second."""
+    import av
+
+    with av.open(str(path), "w") as sink:
+        stream = sink.add_stream("mpeg4", rate=2)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number in range(6):
+            image = np.random.default_rng(10 * seed + number).integers(0, 255, (48, 64, 3), dtype=np.uint8)
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, 2)
+            sink.mux(stream.encode(frame))
+        sink.mux(stream.encode(None))
+
+
+@pytest.fixture(scope="session")
+def small_clips(tmp_path_factory):
+    """A folder with a.mp4, b.mp4, c.mp4 and broken.mp4; read it only."""
+    folder = tmp_path_factory.mktemp("clips")
+    for seed, name in enumerate(("a", "b", "c")):
+        _render_small(folder / f"{name}.mp4", seed)
+    (folder / "broken.mp4").write_bytes((folder / "a.mp4").read_bytes()[:200])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_run(shared_folder, one_worker, demo_folder):
+    """`demo_run(folder)`: make a folder in which `extraction demo` has run, and return what it printed.
+
+    The demo runs once for all workers of a session, as a program of its own; each folder is a copy.
+    """
+    kept = shared_folder / "demo"
+    with one_worker("demo"):
+        if not (kept / "printed").exists():
+            shutil.rmtree(kept, ignore_errors=True)
+            (kept / "folder" / ".extraction").mkdir(parents=True)
+            (kept / "folder" / ".extraction" / "videos").symlink_to(demo_folder)
+            for name in ("dagster.yaml", "workspace.yaml"):
+                shutil.copy(Path(__file__).parents[1] / name, kept / "folder")
+            done = subprocess.run(
+                [Path(sys.executable).parent / "extraction", "demo"],
+                cwd=kept / "folder",
+                env={**os.environ, "DAGSTER_HOME": str(kept / "folder"), "NO_COLOR": "1"},
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=300,
+            )
+            assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+            (kept / "printed").write_text(done.stdout)
+
+    def copy(folder):
+        shutil.copytree(kept / "folder", folder, symlinks=True)
+        # The state tables say whose they are; a file is known by its path.
+        copied = Settings(home=folder / ".extraction")
+        engine = make_engine(copied.resolved_source_url, setting="EXTRACTION_SOURCE_URL")
+        owner = {"owner": SourceTable(engine, copied).identity}
+        with engine.begin() as connection:
+            connection.execute(sa.text("UPDATE extraction_meta SET value = :owner WHERE key = 'source'"), owner)
+        engine.dispose()
+        return (kept / "printed").read_text()
+
+    return copy
 
 
 @pytest.fixture(scope="module")  # its event loop would disturb Dagster's in the modules that follow
@@ -229,9 +440,7 @@ def browser():
 @pytest.fixture(scope="session")
 def saved_models(tmp_path_factory):
     """`saved_models("clip")`: a folder with a tiny model, made at the first asking; read it only."""
-    spec = importlib.util.spec_from_file_location("tiny_models", Path(__file__).parent / "tiny_models.py")
-    tiny_models = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tiny_models)
+    tiny_models = _load("tiny_models")
     root = tmp_path_factory.mktemp("models")
 
     def folder(kind):

@@ -1,6 +1,7 @@
 """The fixtures and the guard against rotten skips."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,33 +28,41 @@ def test_known():
 """
 
 
-def run_pytest(folder, text, required):
-    (folder / "conftest.py").write_text(CONFTEST.read_text())
-    (folder / "test_it.py").write_text(text)
-    (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    slow: takes long\n")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "."]
-    env = {**os.environ, "EXTRACTION_TEST_REQUIRE": required, "PYTEST_ADDOPTS": ""}
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=120)
+@pytest.fixture
+def run_pytest(commands):
+    """`run_pytest(folder, text, "slow")`: a session of its own over one file, with this project's conftest."""
+
+    def run_pytest(folder, text, required):
+        for path in CONFTEST.parent.glob("*.py"):
+            if not path.name.startswith("test_"):
+                shutil.copy(path, folder)
+        (folder / "test_it.py").write_text(text)
+        (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    slow: takes long\n")
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "."]
+        env = {**os.environ, "EXTRACTION_TEST_REQUIRE": required, "PYTEST_ADDOPTS": ""}
+        return commands.run(command, cwd=folder, env=env)
+
+    return run_pytest
 
 
-def test_without_the_variable_a_skip_is_a_skip(tmp_path):
+def test_without_the_variable_a_skip_is_a_skip(run_pytest, tmp_path):
     done = run_pytest(tmp_path, CASES, "")
     assert (done.returncode, "2 skipped, 1 xfailed" in done.stdout) == (0, True), done.stdout
 
 
-def test_a_required_marker_turns_its_own_skip_into_a_failure(tmp_path):
+def test_a_required_marker_turns_its_own_skip_into_a_failure(run_pytest, tmp_path):
     done = run_pytest(tmp_path, CASES, "slow")
     assert (done.returncode, "1 failed, 1 skipped, 1 xfailed" in done.stdout) == (1, True), done.stdout
     assert "skipped, but EXTRACTION_TEST_REQUIRE names slow: Skipped: no time" in done.stdout
 
 
-def test_where_a_marker_is_required_no_module_skips_as_a_whole(tmp_path):
+def test_where_a_marker_is_required_no_module_skips_as_a_whole(run_pytest, tmp_path):
     done = run_pytest(tmp_path, "import pytest\npytest.skip('all', allow_module_level=True)\n", "slow")
     assert done.returncode == 2, done.stdout
     assert "test_it.py skips as a whole, so its markers can't be seen" in done.stdout
 
 
-def test_a_required_marker_that_does_not_exist_is_a_usage_error(tmp_path):
+def test_a_required_marker_that_does_not_exist_is_a_usage_error(run_pytest, tmp_path):
     done = run_pytest(tmp_path, CASES, "slow,brwoser")
     assert (done.returncode, "names brwoser, which is no marker of this project" in done.stderr) == (4, True)
 

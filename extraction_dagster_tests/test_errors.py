@@ -7,8 +7,14 @@ import pkgutil
 import pytest
 
 from extraction_dagster import errors
-from extraction_dagster.errors.base import ExtractionError, PartitionKeyError, RecordShapeError, SettingsError
-from extraction_dagster.errors.demo import DemoEncoderError, DemoTargetError
+from extraction_dagster.errors.base import (
+    DemoEncoderError,
+    DemoTargetError,
+    ExtractionError,
+    PartitionKeyError,
+    RecordShapeError,
+    SettingsError,
+)
 
 ONE_OF_EACH = [
     (SettingsError("EXTRACTION_FPS", "'x'", "a number"), False),

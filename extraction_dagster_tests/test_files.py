@@ -4,11 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from extraction_dagster.files import read_small, write_atomically
+from extraction_dagster import files
+from extraction_dagster.files import read_small, replacing, sweep, write_atomically
 
 WRITER = """
 import sys
@@ -38,6 +40,10 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+def temporary(prefix, pid, *, place=None):
+    return f"{prefix}.{pid}-{place or files._place()}.0123abcd.tmp"
+
+
 def test_a_file_is_created_and_replaced(tmp_path):
     path = tmp_path / "state"
     write_atomically(path, b"old")
@@ -47,7 +53,7 @@ def test_a_file_is_created_and_replaced(tmp_path):
 
 def test_a_writer_that_is_killed_leaves_a_whole_file_that_never_goes_back(tmp_path):
     path, last = tmp_path / "state", 0
-    for kill in range(30):
+    for kill in range(12):
         command = [sys.executable, "-c", WRITER, str(path), str(last)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             lines = [process.stdout.readline() for _ in range(1 + kill % 4)]
@@ -59,7 +65,7 @@ def test_a_writer_that_is_killed_leaves_a_whole_file_that_never_goes_back(tmp_pa
             assert len(found) == 2001
             assert int(found[0]) >= max([last, *map(int, said)])
             last = int(found[0])
-    assert last > 30
+    assert last > 12
     write_atomically(path, b"end")
     assert names(tmp_path) == ["state"]
 
@@ -77,10 +83,76 @@ def test_a_kill_within_a_write_keeps_the_old_file_and_a_writer_in_place_is_told_
 def test_temporaries_of_the_dead_are_swept_and_those_of_the_living_are_not(tmp_path):
     with subprocess.Popen([sys.executable, "-c", ""]) as gone:
         pass
-    for name in (f".state.{gone.pid}.aa.tmp", f".state.{os.getpid()}.bb.tmp", ".state.x.cc.tmp", ".other.1.dd.tmp"):
+    dead, living = temporary(".state", gone.pid), temporary(".state", os.getpid())
+    others = [".state.x.cc.tmp", temporary(".other", gone.pid), temporary(".state", gone.pid, place="0" * 8)]
+    for name in (dead, living, *others):
         (tmp_path / name).touch()
+    os.utime(tmp_path / ".state.x.cc.tmp", (0, 0))  # somebody's own, however old it is
     write_atomically(tmp_path / "state", b"new")
-    assert names(tmp_path) == sorted(["state", f".state.{os.getpid()}.bb.tmp", ".state.x.cc.tmp", ".other.1.dd.tmp"])
+    assert names(tmp_path) == sorted(["state", living, *others])
+
+
+def test_temporaries_of_other_machines_and_versions_go_after_an_hour_without_a_change(tmp_path, caplog):
+    theirs = [temporary(".state", os.getpid(), place="0" * 8), ".state.4711.aa.tmp", ".tmp-12-state.tmp"]
+    for name in (*theirs, temporary(".state", os.getpid()), "state", ".hidden"):
+        (tmp_path / name).touch()
+    sweep(tmp_path)
+    assert len(names(tmp_path)) == 6
+    for path in tmp_path.iterdir():
+        os.utime(path, (time.time() - 3700, time.time() - 3700))
+    sweep(tmp_path)
+    assert names(tmp_path) == sorted(["state", ".hidden", temporary(".state", os.getpid())])
+    assert caplog.text.count("which a killed process left behind") == 3
+    sweep(tmp_path / "missing")
+
+
+def test_a_leftover_that_can_not_be_removed_keeps_nobody_from_writing(tmp_path, monkeypatch):
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        pass
+    (tmp_path / temporary(".state", gone.pid)).touch()
+
+    def refuse(*_, **__):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "unlink", refuse)  # as in a folder like /tmp, where it is another user's
+    write_atomically(tmp_path / "state", b"new")
+    assert names(tmp_path) == sorted([temporary(".state", gone.pid), "state"])
+
+
+def test_a_folder_takes_the_place_of_an_empty_one_and_is_not_there_before_its_end(tmp_path):
+    (tmp_path / "out").mkdir()
+    with replacing(tmp_path / "out", mode=None, folder=True) as beside:
+        (beside / "a").write_bytes(b"a")
+        assert names(tmp_path / "out") == []
+    assert (names(tmp_path), names(tmp_path / "out")) == (["out"], ["a"])
+    with pytest.raises(OSError, match="Directory not empty"), replacing(tmp_path / "out", folder=True) as beside:
+        (beside / "b").write_bytes(b"b")
+    assert (names(tmp_path), names(tmp_path / "out")) == (["out"], ["a"])
+
+
+def test_a_folder_that_a_killed_process_left_behind_is_swept(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        pass
+    (tmp_path / temporary(".out", gone.pid) / "inside").mkdir(parents=True)
+    with replacing(tmp_path / "out", folder=True):
+        pass
+    assert names(tmp_path) == ["out"]
+
+
+def test_the_umask_says_who_may_read_where_the_caller_does_not(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_atomically(tmp_path / "page", b"", mode=None)
+        write_atomically(tmp_path / "metrics", b"", mode=0o644)
+    finally:
+        os.umask(before)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in ("page", "metrics")] == [0o640, 0o644]
+
+
+def test_a_name_as_long_as_the_disk_takes_is_written(tmp_path):
+    path = tmp_path / ("ä" * 125 + ".json")
+    write_atomically(path, b"new")
+    assert names(tmp_path) == [path.name]
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])

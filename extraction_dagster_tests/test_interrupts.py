@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 
-from extraction_dagster.interrupts import delivered_again_when_dropped
+from extraction_dagster.interrupts import redeliver_dropped_interrupts
 
 
 class Thing:
@@ -33,7 +33,7 @@ def test_a_dropped_interrupt_is_delivered_again():
         drop_an_interrupt()
         time.sleep(30)
 
-    with pytest.raises(KeyboardInterrupt, match=r"^$"), delivered_again_when_dropped(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match=r"^$"), redeliver_dropped_interrupts(KeyboardInterrupt):
         work()
 
 
@@ -47,13 +47,13 @@ def test_what_interrupts_an_inner_part_is_told_by_its_own_name():
     def work():
         before = signal.signal(signal.SIGINT, terminate)
         try:
-            with delivered_again_when_dropped(Terminated):
+            with redeliver_dropped_interrupts(Terminated):
                 drop_an_interrupt()
                 time.sleep(30)
         finally:
             signal.signal(signal.SIGINT, before)
 
-    with pytest.raises(Terminated, match=r"^$"), delivered_again_when_dropped(KeyboardInterrupt):
+    with pytest.raises(Terminated, match=r"^$"), redeliver_dropped_interrupts(KeyboardInterrupt):
         work()
 
 
@@ -64,7 +64,7 @@ def test_other_exceptions_are_shown_as_ever(monkeypatch):
     def fail(_):
         raise ValueError
 
-    with delivered_again_when_dropped(KeyboardInterrupt):
+    with redeliver_dropped_interrupts(KeyboardInterrupt):
         thing = Thing()
         reference = weakref.ref(thing, fail)
         del thing

@@ -112,6 +112,48 @@ def test_a_frame_batch_knows_its_length():
     assert len(frames()) == 2
 
 
+def test_a_frame_batch_prints_shapes_and_no_pixels():
+    assert repr(frames(data=np.full((2, 4, 6, 3), 77, np.uint8))) == (
+        "FrameBatch(data: uint8 (2, 4, 6, 3), pts_seconds: float64 (2,), target_seconds: float64 (2,), "
+        "frame_number: int64 (2,))"
+    )
+
+
+@pytest.mark.parametrize("chosen", [slice(1, 3), np.array([1, 2]), np.array([False, True, True])])
+def test_some_frames_and_some_vectors_are_taken_with_all_that_belongs_to_them(chosen):
+    numbers, seconds = np.array([0, 25, 50]), np.array([0.0, 1.0, 2.0])
+    data = np.arange(3, dtype=np.uint8).repeat(72).reshape(3, 4, 6, 3)
+    some = FrameBatch(data, seconds, seconds + 0.5, numbers)[chosen]
+    assert (some.data[:, 0, 0, 0].tolist(), some.pts_seconds.tolist()) == ([1, 2], [1.0, 2.0])
+    assert (some.target_seconds.tolist(), some.frame_number.tolist()) == ([1.5, 2.5], [25, 50])
+    vectors = EmbeddingBatch(np.eye(3, dtype=np.float16), np.array([7, 8, 9]), numbers, seconds)[chosen]
+    assert (vectors.vectors.tolist(), vectors.record_id.tolist()) == ([[0, 1, 0], [0, 0, 1]], [8, 9])
+    assert (vectors.frame_number.tolist(), vectors.pts_seconds.tolist()) == ([25, 50], [1.0, 2.0])
+
+
+def test_frames_out_of_order_are_refused():
+    with pytest.raises(RecordShapeError, match="pts_seconds must be finite and ascending"):
+        frames()[np.array([1, 0])]
+
+
+def test_encoded_frames_print_no_bytes():
+    seconds = np.zeros(2)
+    shown = repr(EncodedFrames(7, "v1", [b"jpeg", b"jpeg"], seconds, seconds, np.arange(2), 398, 224, partial="cut"))
+    assert shown == (
+        "EncodedFrames(record_id: 7, content_version: 'v1', jpegs: 2 JPEGs, pts_seconds: float64 (2,), "
+        "target_seconds: float64 (2,), frame_number: int64 (2,), width_px: 398, height_px: 224, "
+        "duration_seconds: None, partial: 'cut')"
+    )
+
+
+def test_an_embedding_batch_prints_no_vectors():
+    ids = np.arange(2)
+    assert repr(EmbeddingBatch(np.ones((2, 1280), np.float16), ids, ids, np.zeros(2))) == (
+        "EmbeddingBatch(vectors: float16 (2, 1280), record_id: int64 (2,), frame_number: int64 (2,), "
+        "pts_seconds: float64 (2,))"
+    )
+
+
 def test_a_frame_batch_may_be_empty():
     empty = np.zeros(0)
     batch = FrameBatch(np.zeros((0, 4, 6, 3), np.uint8), empty, empty, np.zeros(0, np.int64))

@@ -4,7 +4,7 @@ import pytest
 
 from extraction_dagster.errors.base import SettingsError
 from extraction_dagster.errors.runs import RunOptionError
-from extraction_dagster.run_options import OVERRIDABLE, as_environment, in_words, settings_with
+from extraction_dagster.run_options import OVERRIDABLE, describe_options, model_as_environment, settings_with
 from extraction_dagster.settings import Settings, load_settings
 
 
@@ -58,9 +58,9 @@ def test_every_option_is_a_setting():
 
 
 def test_options_in_words_and_as_variables(settings):
-    assert in_words({"sampling": "fps", "fps": 2.0}) == "fps=2.0, sampling=fps"
-    assert in_words({}) == ""
-    assert as_environment(settings(model="./clip")) == "EXTRACTION_MODEL=./clip"
-    assert as_environment(settings(embedding_dim=8)) == (
+    assert describe_options({"sampling": "fps", "fps": 2.0}) == "fps=2.0, sampling=fps"
+    assert describe_options({}) == ""
+    assert model_as_environment(settings(model="./clip")) == "EXTRACTION_MODEL=./clip"
+    assert model_as_environment(settings(embedding_dim=8)) == (
         "EXTRACTION_MODEL=efficientnet-lite0 EXTRACTION_EMBEDDING_DIM=8"
     )

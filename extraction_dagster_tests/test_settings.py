@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from extraction_dagster.errors.base import SettingsError
-from extraction_dagster.settings import Settings, load_settings
+from extraction_dagster.settings import RETIRED, Settings, load_settings
 
 
 def test_defaults_run_everything_embedded_under_one_home(tmp_path):
@@ -81,6 +81,56 @@ def test_an_unknown_variable_is_refused_with_the_likely_name(monkeypatch):
         SettingsError, match=r"^Setting EXTRACTION_BATCHSIZE is unknown, expected EXTRACTION_BATCH_SIZE, perhaps\. "
     ):
         load_settings()
+
+
+@pytest.fixture
+def warned(monkeypatch):
+    """The settings that were warned of, none at first."""
+    told = set()
+    monkeypatch.setattr("extraction_dagster.settings._warned", told)
+    return told
+
+
+def test_a_setting_that_is_gone_is_warned_of_once_and_has_no_effect(monkeypatch, tmp_path, caplog, warned):
+    before = load_settings()
+    monkeypatch.setenv("EXTRACTION_FETCH_ATTEMPTS", "9")
+    (tmp_path / ".env").write_text("EXTRACTION_VECTOR_DTYPE=float32\n")
+
+    assert load_settings() == load_settings() == before
+
+    fetch, vectors = caplog.messages
+    assert fetch == (
+        "Setting EXTRACTION_FETCH_ATTEMPTS is gone and has no effect: a download is tried 4 times before its record "
+        "fails. Remove it from the environment and from .env; the next release refuses it."
+    )
+    assert vectors.startswith("Setting EXTRACTION_VECTOR_DTYPE is gone and has no effect: a new collection keeps ")
+    assert warned == {"fetch_attempts", "vector_dtype"}
+
+
+@pytest.mark.parametrize("name", sorted(set(RETIRED) - {"compile=on"}))
+def test_every_setting_that_is_gone_has_no_field(monkeypatch, caplog, warned, name):
+    assert name not in Settings.model_fields
+    monkeypatch.setenv(f"EXTRACTION_{name.upper()}", "1")
+    load_settings()
+    assert [*warned] == [name]
+    assert len(caplog.messages) == 1
+
+
+@pytest.mark.usefixtures("warned")
+@pytest.mark.parametrize("where", ["environment", ".env"])
+def test_a_value_that_is_gone_is_warned_of_and_means_off(monkeypatch, tmp_path, caplog, where):
+    if where == ".env":
+        (tmp_path / ".env").write_text("EXTRACTION_COMPILE=on\n")
+    else:
+        monkeypatch.setenv("EXTRACTION_COMPILE", "on")
+
+    assert [load_settings().compile, load_settings().compile] == ["off", "off"]
+
+    (message,) = caplog.messages
+    assert message == (
+        "Setting EXTRACTION_COMPILE=on is gone and has no effect: runs as off, with the same vectors; onnxruntime "
+        "compiles without a C++ compiler. Remove it from the environment and from .env; the next release refuses it."
+    )
 
 
 def test_an_unknown_line_of_the_env_file_is_refused_too(tmp_path):

@@ -3,7 +3,6 @@
 import json
 import os
 import sqlite3
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,30 +14,24 @@ RENDERED_FRAMES = 134
 REAL_FRAMES = {"bikes": 10, "bigbuckbunny": 6, "carphone_pristine": 4, "carphone_distorted": 4}
 
 
-def run(*command, cwd, expect=0, **environment):
-    done = subprocess.run(
-        [BIN / command[0], *command[1:]],
-        cwd=cwd,
-        env={**os.environ, "DAGSTER_HOME": str(cwd), "NO_COLOR": "1", **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == expect, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
+@pytest.fixture(scope="module")
+def run(commands):
+    """Run a command of this project and check its exit code; only the demo's first run is a program of its own."""
+
+    def run(*command, cwd, expect=0, **environment):
+        environment = {**os.environ, "DAGSTER_HOME": str(cwd), "NO_COLOR": "1", **environment}
+        done = commands.run([BIN / command[0], *command[1:]], cwd=cwd, env=environment)
+        assert done.returncode == expect, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return run
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory, demo_folder):
-    """A folder in which the demo ran once; the videos are those of the session, not rendered again."""
-    folder = tmp_path_factory.mktemp("demo")
-    (folder / ".extraction").mkdir()
-    (folder / ".extraction" / "videos").symlink_to(demo_folder)
-    for name in ("dagster.yaml", "workspace.yaml"):
-        (folder / name).write_text((Path(__file__).parents[1] / name).read_text())
-    first = run("extraction", "demo", cwd=folder)
-    return folder, first.stdout
+def demo(tmp_path_factory, demo_run):
+    """A folder in which the demo ran once, and what it printed."""
+    folder = tmp_path_factory.mktemp("demo") / "folder"
+    return folder, demo_run(folder)
 
 
 def rows(folder, sql):
@@ -101,7 +94,7 @@ def test_the_demo_says_what_a_person_wants_to_know(demo):
         assert words in printed
 
 
-def test_a_second_demo_does_nothing_new_and_says_so(demo):
+def test_a_second_demo_does_nothing_new_and_says_so(demo, run):
     folder, _ = demo
     before = points_by_record(folder)
     printed = run("extraction", "demo", cwd=folder).stdout
@@ -110,7 +103,7 @@ def test_a_second_demo_does_nothing_new_and_says_so(demo):
     assert points_by_record(folder) == before
 
 
-def test_status_errors_and_search_speak_json(demo):
+def test_status_errors_and_search_speak_json(demo, run):
     folder, _ = demo
     status = json.loads(run("extraction", "status", "--json", cwd=folder).stdout)
     assert (status["failed"], status["parked"], status["pending"]) == (0, 2, 0)
@@ -124,7 +117,7 @@ def test_status_errors_and_search_speak_json(demo):
     assert hits[0]["score"] > hits[1]["score"] > hits[2]["score"]
 
 
-def test_a_cleared_mark_brings_a_record_back(demo):
+def test_a_cleared_mark_brings_a_record_back(demo, run):
     folder, _ = demo
     with sqlite3.connect(folder / ".extraction" / "source.db") as connection:
         connection.execute("UPDATE insta_content SET is_extracted = 0, is_embedded = 0 WHERE id = 3")
@@ -171,7 +164,7 @@ def test_a_cleared_mark_brings_a_record_back(demo):
         (("demo",), {"EXTRACTION_SOURCE_URL": "postgresql://u:s3cret@h/d"}, 1, "EXTRACTION_SOURCE_URL"),
     ],
 )
-def test_a_mistake_ends_in_one_clear_line(demo, command, environment, code, words):
+def test_a_mistake_ends_in_one_clear_line(demo, command, environment, code, words, run):  # noqa: PLR0913, PLR0917
     folder, _ = demo
     done = run("extraction", *command, cwd=folder, expect=code, COLUMNS="200", **environment)
     assert words in done.stderr
@@ -181,7 +174,7 @@ def test_a_mistake_ends_in_one_clear_line(demo, command, environment, code, word
         assert len(done.stderr.splitlines()) == 1
 
 
-def test_the_doctor_lists_every_setting_and_checks_what_a_run_needs(demo):
+def test_the_doctor_lists_every_setting_and_checks_what_a_run_needs(demo, run):
     folder, _ = demo
     printed = run("extraction", "doctor", cwd=folder).stdout
     assert "EXTRACTION_BATCH_SIZE" in printed
@@ -194,7 +187,7 @@ def test_the_doctor_lists_every_setting_and_checks_what_a_run_needs(demo):
     ]
 
 
-def test_the_doctor_goes_on_after_a_failed_check_and_hides_secrets(demo):
+def test_the_doctor_goes_on_after_a_failed_check_and_hides_secrets(demo, run):
     folder, _ = demo
     url = "postgresql://u:s3cret@127.0.0.1:1/d"
     printed = run("extraction", "doctor", cwd=folder, expect=1, EXTRACTION_SOURCE_URL=url).stdout
@@ -203,7 +196,7 @@ def test_the_doctor_goes_on_after_a_failed_check_and_hides_secrets(demo):
     assert "s3cret" not in printed
 
 
-def test_an_empty_table_says_so(tmp_path):
+def test_an_empty_table_says_so(tmp_path, run):
     marks = "is_extracted BOOLEAN, is_embedded BOOLEAN"
     schema = f"CREATE TABLE insta_content (id INTEGER PRIMARY KEY, platform, code, path, {marks})"
     (tmp_path / ".extraction").mkdir()
@@ -214,7 +207,7 @@ def test_an_empty_table_says_so(tmp_path):
     assert json.loads(run("extraction", "status", "--json", cwd=tmp_path, DAGSTER_HOME="").stdout)["eligible"] == 0
 
 
-def test_files_that_can_not_be_read_fail_their_records_alone(demo):
+def test_files_that_can_not_be_read_fail_their_records_alone(demo, run):
     folder, _ = demo
     with sqlite3.connect(folder / ".extraction" / "source.db") as connection:
         connection.execute(

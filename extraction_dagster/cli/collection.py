@@ -1,23 +1,88 @@
-"""`extraction collection`: which collections there are, and changing the model without a pause."""
+"""The commands about the collection: `reconcile` it with the table, change it, take its points elsewhere."""
 
+import itertools
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from pydantic import ValidationError
 from rich.table import Table
 
 from extraction_dagster.cli import console
-from extraction_dagster.settings import load_settings
-from extraction_dagster.stages.index.protocol import CollectionSpec, open_point_store
+from extraction_dagster.settings import Settings, load_settings
+from extraction_dagster.stages.catalog.catalog import open_catalog
+from extraction_dagster.stages.index.protocol import CollectionSpec
+from extraction_dagster.stages.index.stage import open_point_store
+
+if TYPE_CHECKING:
+    from extraction_dagster.stages.index.protocol import PointStore
 
 app = typer.Typer(
     help="The collections under EXTRACTION_COLLECTION_NAME: one in use, others beside it.", no_args_is_help=True
 )
-_Fingerprint = Annotated[str, typer.Argument(metavar="FINGERPRINT", help="As 'extraction collection list' shows it.")]
+points = typer.Typer(help="Take the collection's points elsewhere.", no_args_is_help=True)
+_MOST_SHOWN = 50
+
+
+def reconcile(
+    id_range: console.AnyRange = None,
+    *,
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="Remove points of deleted rows, make records pending that lost points."),
+    ] = False,
+    as_json: console.AsJson = False,
+) -> None:
+    """Compare the collection with the table, record by record, by exact counts.
+
+    Lost and stale points are written again by the next run of their range; with --repair their records become pending.
+    Ends with exit code 1 while differences remain.
+    """
+    from extraction_dagster.stages.embed.models.registry import embedding_fingerprint
+    from extraction_dagster.stages.index import reconcile as reconciling
+    from extraction_dagster.stages.index.compare import WHOLE
+
+    settings = load_settings()
+    with open_catalog(settings) as catalog:
+        found = reconciling.reconcile(
+            catalog,
+            _opener(settings),
+            collection_name=settings.collection_name,
+            embedding=embedding_fingerprint(settings),
+            within=id_range or WHOLE,
+            repair=repair,
+        )
+    if as_json:
+        console.print_json(found.document())
+    else:
+        _print(found.rows(limit=_MOST_SHOWN), found.summary)
+        if found.remaining and not repair:
+            console.out.print("Repair it with 'extraction reconcile --repair'.")
+        elif found.remaining:
+            console.out.print("Those records are pending now: 'extraction run', or the sensor, writes them again.")
+    if found.remaining:
+        raise typer.Exit(1)
+
+
+def _opener(settings: Settings) -> "Callable[[], PointStore]":
+    """Opens the store: at once the first time, so that its holder is named; later on it waits, as runs do."""
+    patience = itertools.chain([0.0], itertools.repeat(settings.qdrant_timeout_seconds))
+    return lambda: open_point_store(settings, wait_seconds=next(patience))
+
+
+def _print(rows: list[dict[str, int | None]], summary: str) -> None:
+    if rows:
+        table = Table("record", "lost", "stale", "gone")
+        for row in rows:
+            table.add_row(*("-" if number is None else str(number) for number in row.values()))
+        console.out.print(table, soft_wrap=False)
+    console.out.print(summary)
 
 
 @app.command("list")
-def list_(*, as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False) -> None:
+def list_(*, as_json: console.AsJson = False) -> None:
     """Show every collection: what it holds, whether searches use it, whether the settings give its vectors."""
     from extraction_dagster.stages.embed.models.registry import embedding_fingerprint
     from extraction_dagster.stages.index.staging import list_collections
@@ -63,8 +128,7 @@ def publish(
     *,
     force: Annotated[bool, typer.Option("--force", help="Publish it although records are missing.")] = False,
 ) -> None:
-    """Let a collection take over, once every record that is done is in it with all its points."""
-    from extraction_dagster.stages.catalog.catalog import open_catalog
+    """Put a collection in use, once every record that is done is in it with all its points."""
     from extraction_dagster.stages.embed.models.registry import embedding_fingerprint
     from extraction_dagster.stages.index.staging import publish_collection
 
@@ -78,7 +142,9 @@ def publish(
 
 @app.command()
 def drop(
-    fingerprint: _Fingerprint,
+    fingerprint: Annotated[
+        str, typer.Argument(metavar="FINGERPRINT", help="As 'extraction collection list' shows it.")
+    ],
     *,
     yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
 ) -> None:
@@ -86,6 +152,60 @@ def drop(
     settings = load_settings()
     with open_point_store(settings) as store:
         if not yes:
-            typer.confirm(f"Remove collection {settings.collection_name}-{fingerprint} for good?", abort=True)
+            typer.confirm(f"Remove collection {settings.collection_name}-{fingerprint} and all its points?", abort=True)
         store.drop(settings.collection_name, fingerprint)
     console.out.print(f"Removed {fingerprint}.")
+
+
+@points.command()
+def export(
+    out: Annotated[Path, typer.Argument(metavar="OUT.parquet", help="The file; one that is there is replaced.")],
+) -> None:
+    """Write every point, its payload and its vector, to one Parquet file."""
+    from extraction_dagster.stages.index.export import export_points
+
+    settings = load_settings()
+    with open_point_store(settings) as store, console.counting("points") as count:
+        spec = store.open_collection(settings.collection_name)
+        total = store.count()
+        written = export_points(store, spec, out, on_written=lambda number: count(number, total))
+    console.out.print(f"Wrote {written} points of {spec.dim} dimensions to {out}", markup=False)
+
+
+@points.command()
+def copy(
+    *,
+    to: Annotated[str, typer.Option("--to", metavar="URL", help="Qdrant server to copy to: http://qdrant:6333")],
+    grpc_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Its gRPC port; EXTRACTION_QDRANT_GRPC_PORT when left out.")
+    ] = None,
+) -> None:
+    """Copy every point to a server and see that each record has as many there; safe to repeat.
+
+    The server's key is EXTRACTION_QDRANT_API_KEY. Afterwards set EXTRACTION_QDRANT_URL to the server.
+    """
+    from extraction_dagster.stages.index.export import copy_points
+
+    settings = load_settings()
+    target_settings = _aimed_at(settings, to, grpc_port)
+    with open_point_store(settings) as source, open_point_store(target_settings) as target:
+        spec = source.open_collection(settings.collection_name)
+        total = source.count()
+        target.ensure_collection(spec)
+        with console.counting("points") as count:
+            copied = copy_points(source, target, on_copied=lambda number: count(number, total))
+    console.out.print(f"Copied {copied} points to {to}; each record has as many there as here.", markup=False)
+
+
+def _aimed_at(settings: Settings, url: str, grpc_port: int | None) -> Settings:
+    values = {**settings.model_dump(), "qdrant_url": url}
+    if grpc_port is not None:
+        values["qdrant_grpc_port"] = grpc_port
+    try:
+        aimed = Settings(**values)
+    except ValidationError as error:
+        said = error.errors(include_input=False)[0]["msg"].removeprefix("Value error, ")
+        raise typer.BadParameter(f"--to expects {said}") from None
+    if aimed.qdrant_url == settings.qdrant_url and aimed.qdrant_grpc_port == settings.qdrant_grpc_port:
+        raise typer.BadParameter("--to is the server that the settings name already")
+    return aimed

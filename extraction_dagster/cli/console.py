@@ -1,19 +1,37 @@
-"""What commands print: tables and bars on a terminal, plain lines elsewhere; JSON alone on stdout with --json."""
+"""What commands share: how they print, and the options that several of them take.
+
+Tables and bars on a terminal, plain lines elsewhere; with --json one document alone on stdout.
+"""
 
 import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from extraction_dagster import progress
+from extraction_dagster import step_progress
+from extraction_dagster.records import IdRange
 
-_WIDE = 200  # columns of a pipe or a file: nobody wants a table cut to a terminal's width there
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Range = Annotated[
+    IdRange,
+    typer.Argument(metavar="FIRST-LAST", parser=IdRange.parse, help="Range of ids, both ends included: 1-1000."),
+]
+AnyRange = Annotated[
+    IdRange | None,
+    typer.Argument(
+        metavar="[FIRST-LAST]", parser=IdRange.parse, help="Range of ids, both ends included; all when left out."
+    ),
+]
+
+_WIDE = 200  # columns of a pipe or a file, where a table must not be cut to a terminal's width
 
 out = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else _WIDE)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
@@ -22,6 +40,23 @@ err = Console(stderr=True, soft_wrap=True, highlight=False)
 def print_json(document: Any) -> None:  # noqa: ANN401 - any JSON document
     """Print one JSON document, and nothing else, on stdout."""
     sys.stdout.write(json.dumps(document, indent=2, default=str) + "\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a command says on stdout: lines for people, or one document with --json."""
+
+    as_json: bool
+
+    def text(self, line: str) -> None:
+        """Print a line, unless JSON was asked for; its brackets are no markup."""
+        if not self.as_json:
+            out.print(line, markup=False)
+
+    def document(self, document: dict[str, Any]) -> None:
+        """Print the document if JSON was asked for; its keys are stable."""
+        if self.as_json:
+            print_json(document)
 
 
 class _Bars:
@@ -41,44 +76,49 @@ class _Bars:
         self._bars.advance(self._tasks[step], number)
 
 
+def _bars() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
+
+
 @contextmanager
-def long_work() -> Iterator[None]:
-    """Show what long work does: a bar per step and warnings on a terminal, every log line elsewhere."""
+def _logged(handler: logging.Handler, level: int) -> Iterator[None]:
+    """Show this project's log from a level on."""
     logger = logging.getLogger("extraction_dagster")
-    terminal = err.is_terminal
-    handler: logging.Handler
-    if terminal:
-        handler = RichHandler(console=err, show_path=False, show_time=False)
-        handler.setLevel(logging.WARNING)
-    else:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    # Ctrl+C while a connection is given back: it goes on to stop the command, and its traceback helps nobody.
-    logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)
-    try:
-        if not terminal:
-            yield
-            return
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=err, transient=True) as bars, progress.listening(_Bars(bars)):
-            yield
-    finally:
-        logger.removeHandler(handler)
-
-
-@contextmanager
-def warnings() -> Iterator[None]:
-    """Show warnings of this project, one line each, on stderr."""
-    logger, handler = logging.getLogger("extraction_dagster"), logging.StreamHandler(sys.stderr)
-    handler.setLevel(logging.WARNING)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setLevel(level)
     logger.addHandler(handler)
     try:
         yield
     finally:
         logger.removeHandler(handler)
+
+
+def _log_lines() -> logging.Handler:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    return handler
+
+
+@contextmanager
+def long_work() -> Iterator[None]:
+    """Show what long work does: a bar per step and warnings on a terminal, every log line elsewhere."""
+    logging.getLogger("extraction_dagster").setLevel(logging.INFO)
+    # Ctrl+C while a connection is returned to the pool: the command stops anyway, and the traceback says nothing more.
+    logging.getLogger("sqlalchemy.pool").setLevel(logging.CRITICAL)
+    if not err.is_terminal:
+        with _logged(_log_lines(), logging.INFO):
+            yield
+        return
+    lines = RichHandler(console=err, show_path=False, show_time=False)
+    with _logged(lines, logging.WARNING), _bars() as bars, step_progress.listening(_Bars(bars)):
+        yield
+
+
+@contextmanager
+def warnings() -> Iterator[None]:
+    """Show warnings of this project, one line each, on stderr."""
+    with _logged(_log_lines(), logging.WARNING):
+        yield
 
 
 @contextmanager
@@ -87,8 +127,7 @@ def counting(what: str) -> Iterator[Callable[..., None]]:
 
     Yields `show(number, total, more="")`; what is more is shown beside the bar.
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bars:
+    with _bars() as bars:
         task = bars.add_task(what, total=None)
 
         def show(number: int, total: int, more: str = "") -> None:

@@ -17,7 +17,7 @@ from extraction_dagster.records import IdRange
 from extraction_dagster.settings import Settings, load_settings
 from extraction_dagster.stages.catalog.catalog import open_catalog
 from extraction_dagster.stages.catalog.ranges import cut_backlog
-from extraction_dagster.stages.index.protocol import open_point_store
+from extraction_dagster.stages.index.stage import open_point_store
 
 if TYPE_CHECKING:
     from extraction_dagster.defs.instance.launching import FinishedRun

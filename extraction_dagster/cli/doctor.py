@@ -70,7 +70,7 @@ def _model(settings: Settings) -> str:
 
 
 def _store(settings: Settings) -> str:
-    from extraction_dagster.stages.index.protocol import open_point_store
+    from extraction_dagster.stages.index.stage import open_point_store
 
     with open_point_store(settings) as store:
         try:

@@ -1,5 +1,6 @@
-"""`extraction frames`: take stored frames elsewhere, and let those go that nobody needs."""
+"""`extraction frames`: take stored frames elsewhere, remove those that nobody needs, merge small shards."""
 
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
@@ -28,7 +29,8 @@ def export(
 ) -> None:
     """Write the stored frames of a range as JPEG files with a table (frames.csv), or as one WebDataset tar."""
     from extraction_dagster.shards.frame_export import export_frames
-    from extraction_dagster.shards.frame_store import FrameStore, frames_fingerprint
+    from extraction_dagster.shards.frame_store import FrameStore
+    from extraction_dagster.stages.decode.task import frames_fingerprint
 
     if to.suffix.lower() in _PACKED:
         raise typer.BadParameter(f"--to expects a folder or a name that ends in .tar, not {to.suffix}")
@@ -46,10 +48,10 @@ def prune(
     ] = None,
 ) -> None:
     """Remove frame shards whose records are all done, when EXTRACTION_KEEP_FRAMES says that they go."""
-    from extraction_dagster.shards.frame_lookup import enclosed
-    from extraction_dagster.shards.frame_store import FrameStore, frames_fingerprint
+    from extraction_dagster.shards.frame_store import FrameStore
+    from extraction_dagster.shards.retention import keep_time, prune_frames
     from extraction_dagster.stages.catalog.catalog import Fingerprints, open_catalog
-    from extraction_dagster.stages.decode.retention import keep_time, prune_frames
+    from extraction_dagster.stages.decode.task import frames_fingerprint
     from extraction_dagster.stages.embed.models.registry import embedding_fingerprint
 
     settings = load_settings()
@@ -61,7 +63,7 @@ def prune(
     store = FrameStore(settings.resolved_frames_uri, made_with.frames)
     shards = num_bytes = 0
     with open_catalog(settings) as catalog:
-        for partition in enclosed(store.partition_keys(), _parsed(id_range)):  # another holds records not named
+        for partition in _enclosed(store.partitions(), id_range):
             removed = prune_frames(store, partition, catalog.ledger.entries(partition), made_with, keep=keep)
             shards, num_bytes = shards + removed.shards, num_bytes + removed.num_bytes
     console.out.print(f"Removed {shards} frame shards, {num_bytes / _MIB:.1f} MiB")
@@ -79,12 +81,12 @@ def compact(
     ] = 60.0,
 ) -> None:
     """Merge the small shards of frames and of vectors that killed runs and a slow trickle of rows leave behind."""
-    from extraction_dagster.shards.compaction import Compacted, CompactionOptions, compact_frames
-    from extraction_dagster.shards.embedding_compaction import compact_embeddings
+    from extraction_dagster.shards.compaction import Compacted, CompactionOptions
+    from extraction_dagster.shards.compaction import compact as compact_shards
     from extraction_dagster.shards.embedding_store import EmbeddingStore
-    from extraction_dagster.shards.frame_lookup import enclosed
-    from extraction_dagster.shards.frame_store import FrameStore, frames_fingerprint
+    from extraction_dagster.shards.frame_store import FrameStore
     from extraction_dagster.stages.catalog.catalog import open_catalog
+    from extraction_dagster.stages.decode.task import frames_fingerprint
     from extraction_dagster.stages.embed.models.registry import embedding_fingerprint
 
     settings = load_settings()
@@ -92,14 +94,18 @@ def compact(
     frames = FrameStore(settings.resolved_frames_uri, made_with)
     vectors = EmbeddingStore(settings.resolved_embeddings_uri, f"{made_with}-{embedding_fingerprint(settings)}")
     options = CompactionOptions(settings.shard_records, enough_shards=2, untouched=timedelta(minutes=older_than))
-    of_frames, of_vectors, within = Compacted(), Compacted(), _parsed(id_range)
+    of_frames, of_vectors = Compacted(), Compacted()
     with open_catalog(settings) as catalog:
-        for partition in enclosed({*frames.partition_keys(), *vectors.partition_keys()}, within):
-            of_frames += compact_frames(frames, partition, catalog.ledger.entries(partition), options)
-            of_vectors += compact_embeddings(vectors, partition, options)
+        for partition in _enclosed({*frames.partitions(), *vectors.partitions()}, id_range):
+            of_frames += compact_shards(frames, partition, options, entries=catalog.ledger.entries(partition))
+            of_vectors += compact_shards(vectors, partition, options)
     for what, done in (("frame", of_frames), ("embedding", of_vectors)):
         console.out.print(f"{done.removed} {what} shards became {done.written}")
 
 
-def _parsed(id_range: str | None) -> IdRange:
-    return IdRange.parse(id_range) if id_range else IdRange(-(2**63), 2**63 - 1)
+def _enclosed(partitions: Iterable[IdRange], id_range: str | None) -> list[IdRange]:
+    """Ranges that lie in the named one as a whole, in ascending order: others hold records that are not named."""
+    if id_range is None:
+        return sorted(partitions)
+    within = IdRange.parse(id_range)
+    return sorted(found for found in partitions if found.first_id in within and found.last_id in within)

@@ -15,8 +15,8 @@ def command() -> None:
     Writes workspace.yaml and dagster.yaml into this folder unless they are there, creates Dagster's storage, checks
     the source table, creates or migrates the state tables, and creates the partial index that finds pending rows.
     """
-    from extraction_dagster.defs.instance.first_start import leave_older_runs_alone
     from extraction_dagster.defs.instance.launching import open_instance, template
+    from extraction_dagster.defs.instance.private_api import retry_only_new_failures
 
     settings = load_settings()
     for name in ("workspace.yaml", "dagster.yaml"):
@@ -24,7 +24,7 @@ def command() -> None:
             Path(name).write_text(template(name))
             console.out.print(f"Wrote {name}")
     with open_instance(settings) as instance:
-        leave_older_runs_alone(instance)
+        retry_only_new_failures(instance)
         console.out.print(f"Dagster's storage is ready under {settings.home / 'dagster'}")
     with open_catalog(settings) as catalog:
         console.out.print(f"Source table {catalog.source.name!r} can be used: {catalog.source.count()} eligible rows")

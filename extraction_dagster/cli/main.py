@@ -3,16 +3,16 @@
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
 """
 
-import functools
 import signal
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from extraction_dagster import __version__
 from extraction_dagster.cli import (
-    backfill,
     checkpoint,
     collection,
     console,
@@ -20,51 +20,57 @@ from extraction_dagster.cli import (
     doctor,
     frames,
     init,
-    launch,
     metrics,
     notify,
-    points,
-    reconcile,
     records,
-    run,
+    runs,
     search,
 )
 from extraction_dagster.errors.base import ExtractionError
-from extraction_dagster.interrupts import delivered_again_when_dropped
+from extraction_dagster.interrupts import redeliver_dropped_interrupts
+
+
+class _Interruptible(TyperGroup):
+    """Say how to resume when Ctrl+C ends a command; Typer would end it without a word."""
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]  # noqa: ANN401 - Typer's own click
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            console.err.print("Interrupted. What was finished is kept: run the same command again to go on.")
+            raise typer.Exit(130) from None
+
 
 app = typer.Typer(
     name="extraction",
+    cls=_Interruptible,
     help="Keep a Qdrant collection of video frames in step with a growing table of videos.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
-    """Say how to resume when Ctrl+C ends a command; Typer would end it in silence."""
-
-    @functools.wraps(command)
-    def run(*arguments: object, **options: object) -> None:
-        try:
-            command(*arguments, **options)
-        except KeyboardInterrupt:
-            console.err.print("Interrupted. What was finished is kept: run the same command again to go on.")
-            raise typer.Exit(130) from None
-
-    return run
-
-
-for module in (init, demo, run, launch, reconcile, search, metrics, notify, doctor):
-    app.command(name=module.__name__.rpartition(".")[2])(_interruptible(module.command))
-for command in (records.status, records.errors, records.retry):
-    app.command(name=command.__name__)(_interruptible(command))
-app.command(name="backfill", cls=backfill.TakesNegativeIds)(_interruptible(backfill.command))
-for group in (checkpoint, collection, frames, points):
-    for member in group.app.registered_commands:
-        if member.callback is not None:
-            member.callback = _interruptible(member.callback)
-    app.add_typer(group.app, name=group.__name__.rpartition(".")[2])
+COMMANDS: dict[str, Callable[..., None]] = {
+    "init": init.command,
+    "demo": demo.command,
+    "run": runs.run,
+    "status": records.status,
+    "launch": runs.launch,
+    "errors": records.errors,
+    "retry": records.retry,
+    "reconcile": collection.reconcile,
+    "search": search.command,
+    "metrics": metrics.command,
+    "notify": notify.command,
+    "doctor": doctor.command,
+}
+for name, command in COMMANDS.items():
+    app.command(name)(command)
+app.command("backfill", cls=runs.TakesNegativeIds)(runs.backfill)
+app.add_typer(checkpoint.app, name="checkpoint")
+app.add_typer(collection.app, name="collection")
+app.add_typer(frames.app, name="frames")
+app.add_typer(collection.points, name="points")
 
 
 def _show_version(value: bool) -> None:  # noqa: FBT001 - Typer calls it so
@@ -85,7 +91,7 @@ def run_app() -> None:
     """Run the command; a known error ends in one line on stderr, never in a traceback."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with delivered_again_when_dropped(KeyboardInterrupt):
+        with redeliver_dropped_interrupts(KeyboardInterrupt):
             app()
     except ExtractionError as error:
         console.err.print(f"error: {error}", style="red", markup=False)

@@ -78,7 +78,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _serve(scrape: "Scrape", host: str, port: int) -> None:
-    from extraction_dagster.watch.server import MetricsServer
+    from extraction_dagster.watch.scrape import MetricsServer
 
     with MetricsServer(host, port, scrape.soon) as server:
         shown = f"[{host}]" if ":" in host else host

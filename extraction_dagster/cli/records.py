@@ -1,6 +1,7 @@
 """`extraction status`, `errors` and `retry`: how far records are, which failed and why, and their tries given back."""
 
 from dataclasses import asdict
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
@@ -11,6 +12,7 @@ from extraction_dagster.errors.ticks import CursorError
 from extraction_dagster.settings import Settings, load_settings
 from extraction_dagster.stages.catalog.catalog import Catalog, open_catalog
 from extraction_dagster.ticks.cursor import CursorState
+from extraction_dagster.watch.progress import Progress, eta_seconds, measure_progress, recall_progress
 
 _SECONDS = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
 _AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
@@ -21,9 +23,11 @@ def status(*, as_json: _AsJson = False) -> None:
     settings = load_settings()
     with open_catalog(settings) as catalog:
         progress = _progress(settings, catalog)
-        document = {**catalog.status(floor_id=progress["floor_id"]), **progress}
-    rate, pending = document["videos_per_second"], document["pending"]
-    document["eta_seconds"] = round(pending / rate) if rate and pending else 0 if pending == 0 else None
+        lag = progress.lag_rows if progress.is_lag_counted else catalog.source.count_above(progress.after_id)
+        document: dict[str, Any] = catalog.status(floor_id=progress.floor_id)
+    document |= {name: getattr(progress, name) for name in ("last_processed_id", "frontier_id", "floor_id")}
+    document |= {"lag_rows": lag, "active_runs": progress.active_runs, "videos_per_second": progress.videos_per_second}
+    document["eta_seconds"] = eta_seconds(document["pending"], progress.videos_per_second)
     if as_json:
         console.print_json(document)
         return
@@ -34,24 +38,21 @@ def status(*, as_json: _AsJson = False) -> None:
     console.out.print(table)
 
 
-def _progress(settings: Settings, catalog: Catalog) -> dict[str, Any]:
-    """What Dagster's instance knows: the cursor, and the rate of the newest materializations."""
+def _progress(settings: Settings, catalog: Catalog) -> Progress:
+    """The record that the charts and the metrics show as well; a cursor that can't be used is left out."""
     from extraction_dagster.defs.instance.cursor_store import CursorStore
     from extraction_dagster.defs.instance.launching import open_instance
-    from extraction_dagster.defs.instance.runs import active_runs, recent_rate
+    from extraction_dagster.defs.instance.runs import active_runs, video_rate
 
-    progress: dict[str, Any] = dict.fromkeys(("last_processed_id", "frontier_id", "floor_id"))
     with open_instance(settings) as instance:
-        stored, active, rate = CursorStore(instance).read(), len(active_runs(instance)), recent_rate(instance)
+        stored, active, rate = CursorStore(instance).read(), len(active_runs(instance)), video_rate(instance)
     try:
-        state = CursorState.from_json(stored, source=catalog.source.identity) if stored else None
+        cursor = CursorState.from_json(stored, source=catalog.source.identity) if stored else None
     except CursorError as error:
         console.err.print(f"warning: {error}", markup=False)
-        state = None
-    if state is not None:
-        progress = {name: getattr(state, name) for name in progress}
-    lag = catalog.source.count_above(progress["last_processed_id"])
-    return {**progress, "lag_rows": lag, "active_runs": active, "videos_per_second": rate}
+        cursor = None
+    memory = recall_progress(catalog.state_engine)
+    return measure_progress(catalog, cursor, memory, now=datetime.now(UTC), active_runs=active, videos_per_second=rate)
 
 
 def _duration(seconds: float) -> str:

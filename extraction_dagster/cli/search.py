@@ -13,13 +13,15 @@ from extraction_dagster.cli import console
 from extraction_dagster.errors.embed import TextSearchError
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import Settings, load_settings
-from extraction_dagster.stages.index.protocol import CollectionSpec, Hit, open_point_store
+from extraction_dagster.stages.index.points import PointFilter
+from extraction_dagster.stages.index.protocol import CollectionSpec, Hit
 from extraction_dagster.stages.index.search import VideoHit, open_for_search, search_images, search_videos
+from extraction_dagster.stages.index.stage import open_point_store
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from extraction_dagster.stages.embed.models.registry import EmbeddingModel
+    from extraction_dagster.stages.embed.models.interface import EmbeddingModel
 
 _MOST_QUERY_PICTURES = 8
 
@@ -42,7 +44,10 @@ def command(  # noqa: PLR0913 - the options of the command
     text: Annotated[str | None, typer.Option("--text", help="Words to search with, if the model knows words.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="Most hits shown, best first.")] = 10,
     platform: Annotated[str | None, typer.Option("--platform", help="Only videos of this platform.")] = None,
-    ids: Annotated[str | None, typer.Option("--ids", metavar="FIRST-LAST", help="Only videos of these ids.")] = None,
+    ids: Annotated[
+        IdRange | None,
+        typer.Option("--ids", metavar="FIRST-LAST", parser=IdRange.parse, help="Only videos of these ids."),
+    ] = None,
     after: Annotated[
         str | None, typer.Option("--after", metavar="DATE", help="Only frames indexed at or after this date (UTC).")
     ] = None,
@@ -58,7 +63,7 @@ def command(  # noqa: PLR0913 - the options of the command
     html: Annotated[
         Path | None, typer.Option("--html", metavar="OUT", help="Write a gallery with thumbnails to this file.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Search the collection for what looks like a picture or a video; 1 is the same, and more is more alike.
 
@@ -68,23 +73,19 @@ def command(  # noqa: PLR0913 - the options of the command
         raise typer.BadParameter("give exactly one of --image, --video and --text")
     if video is not None and not group:
         raise typer.BadParameter("--frames goes with --image or --text; a search by video finds videos")
-    filters: dict[str, Any] = {
-        "platform": platform,
-        "record_id_range": IdRange.parse(ids) if ids else None,
-        "created_from": _moment(after, "--after"),
-        "created_before": _moment(before, "--before"),
-        "score_threshold": min_score,
-    }
-    if after and before and filters["created_from"] >= filters["created_before"]:
+    since, until = _moment(after, "--after"), _moment(before, "--before")
+    if since and until and since >= until:
         raise typer.BadParameter(f"--after {after} is not earlier than --before {before}: nothing lies between them")
+    filters = PointFilter(record_id_range=ids, platform=platform, created_from=since, created_before=until)
     settings = load_settings()
     query = _query(settings, image=image, video=video, text=text)
     with open_point_store(settings) as store:
         open_for_search(store, query.spec)
+        asked: dict[str, Any] = {"limit": limit, "filters": filters, "score_threshold": min_score}
         hits: list[Hit] | list[VideoHit] = (
-            search_videos(store, query.vectors, limit=limit, **filters)
+            search_videos(store, query.vectors, **asked)
             if query.kind == "video"
-            else search_images(store, query.vectors[0], limit=limit, group_by_video=group, **filters)
+            else search_images(store, query.vectors[0], group_by_video=group, **asked)
         )
     if html is not None:
         _write_gallery(settings, query, hits, html)
@@ -121,14 +122,13 @@ def hits_table(hits: list[Hit] | list[VideoHit]) -> Table:
 
 
 def _cell(text: str | None) -> Text:
-    """A text as it is: its brackets are no markup, and none of its letters moves a terminal's cursor."""
+    """A text letter for letter: brackets are no markup, and control characters are shown as replacements."""
     return Text("".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text or "-"))
 
 
 def _query(settings: Settings, *, image: Path | None, video: Path | None, text: str | None) -> _Query:
     from extraction_dagster.stages.embed.models.registry import load_model
-    from extraction_dagster.stages.embed.query import embed_query_image, load_query_image
-    from extraction_dagster.stages.embed.query_video import embed_query_video
+    from extraction_dagster.stages.embed.query import embed_query_image, embed_query_video, load_query_image
 
     if image is not None:
         picture = load_query_image(image)  # before the model is loaded: a wrong file is refused at once
@@ -147,7 +147,7 @@ def _spec(settings: Settings, model: "EmbeddingModel") -> CollectionSpec:
 
 
 def _embed_text(model: "EmbeddingModel", text: str) -> "np.ndarray":
-    from extraction_dagster.stages.embed.models.registry import TextEmbeddingModel
+    from extraction_dagster.stages.embed.models.interface import TextEmbeddingModel
     from extraction_dagster.stages.embed.vectors import normalise
 
     if not isinstance(model, TextEmbeddingModel):
@@ -179,8 +179,9 @@ def _plain(hit: Hit | VideoHit) -> dict[str, Any]:
 
 
 def _write_gallery(settings: Settings, query: _Query, hits: list[Hit] | list[VideoHit], path: Path) -> None:
-    from extraction_dagster.shards.frame_lookup import find_frames
-    from extraction_dagster.shards.frame_store import FrameStore, frames_fingerprint
+    from extraction_dagster.shards.frame_export import find_frames
+    from extraction_dagster.shards.frame_store import FrameStore
+    from extraction_dagster.stages.decode.task import frames_fingerprint
     from extraction_dagster.stages.index.gallery import Card, render_gallery, write_gallery
 
     frames = FrameStore(settings.resolved_frames_uri, frames_fingerprint(settings))

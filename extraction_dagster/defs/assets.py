@@ -1,25 +1,32 @@
 """The assets, in data order: source_table (others write it), video_frames, frame_embeddings, qdrant_points.
 
-The last three have one partition per range of ids. What they do with one is in `decoding.py`, `embedding.py` and
-`indexing.py`.
+The last three have one partition per range of ids. What each does with a range is in `extraction_dagster/ranges/`;
+here is what Dagster shows of it: checks, metadata, versions.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import dagster as dg
 
 from extraction_dagster.defs import checks
-from extraction_dagster.defs.decoding import decode_range, let_frames_go, merge_small_shards
-from extraction_dagster.defs.embedding import embed_range
-from extraction_dagster.defs.indexing import index_range
-from extraction_dagster.defs.metadata import as_metadata, failures_table, stopped_table
+from extraction_dagster.defs.metadata import (
+    CODE_VERSION_TAG,
+    as_metadata,
+    code_versions,
+    data_version,
+    failures_table,
+    stopped_table,
+)
 from extraction_dagster.defs.partitions import id_ranges
-from extraction_dagster.defs.range_work import RangeWork, Report, work_on
 from extraction_dagster.defs.resources import Extraction
-from extraction_dagster.defs.versions import CODE_VERSION_TAG, code_versions, data_version
+from extraction_dagster.defs.step import open_step
 from extraction_dagster.errors.index import PointsChangedError, PointsMissingError
-from extraction_dagster.run_options import in_words
+from extraction_dagster.ranges.decode import decode_range
+from extraction_dagster.ranges.embed import embed_range
+from extraction_dagster.ranges.index import index_range
+from extraction_dagster.ranges.work import RangeWork, Report
+from extraction_dagster.run_options import describe_options
 from extraction_dagster.settings import load_settings
 
 _settings = load_settings()
@@ -54,7 +61,7 @@ source_table = dg.AssetSpec(
 )
 def video_frames(context: dg.AssetExecutionContext, extraction: Extraction) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """Fetch, decode and sample the range's pending rows; finished shards of an earlier try are kept."""
-    with work_on(context, extraction, begins=True) as work:
+    with open_step(context, extraction, begins=True) as work:
         report = decode_range(work)
         entries = work.entries()
         found = [
@@ -66,7 +73,7 @@ def video_frames(context: dg.AssetExecutionContext, extraction: Extraction) -> d
                 spec=checks.FRAMES_FAILURE_RATE,
             ),
         ]
-        return _result("video_frames", work, report, found)
+        return _result("video_frames", work, report, found, extraction.options)
 
 
 @dg.asset(
@@ -81,11 +88,11 @@ def video_frames(context: dg.AssetExecutionContext, extraction: Extraction) -> d
 )
 def frame_embeddings(context: dg.AssetExecutionContext, extraction: Extraction) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """Embed the frame shards that hold a pending row and have no vectors yet."""
-    with work_on(context, extraction) as work:
+    with open_step(context, extraction) as work:
         report = embed_range(work)
         num_vectors = int(report.numbers["frames"])
         found = [checks.vectors_normalised(num_vectors=num_vectors, unnormalised=report.unnormalised)]
-        return _result("frame_embeddings", work, report, found)
+        return _result("frame_embeddings", work, report, found, extraction.options)
 
 
 @dg.asset(
@@ -102,15 +109,12 @@ def qdrant_points(
     context: dg.AssetExecutionContext, extraction: Extraction
 ) -> Iterator[dg.AssetCheckResult | dg.MaterializeResult]:  # type: ignore[type-arg]
     """Replace the points of every pending row whose vectors are stored; mark a row once its points are verified."""
-    with work_on(context, extraction) as work:
+    with open_step(context, extraction) as work:
         try:
             report = index_range(work)
         except (PointsMissingError, PointsChangedError) as error:
             yield checks.points_differ(error)
             raise
-        let_frames_go(work)
-        if report.numbers["videos"]:
-            merge_small_shards(work)
         found = [
             checks.points_verified(points=report.verified),
             checks.failure_rate(
@@ -120,10 +124,12 @@ def qdrant_points(
                 spec=checks.POINTS_FAILURE_RATE,
             ),
         ]
-        yield _result("qdrant_points", work, report, found)
+        yield _result("qdrant_points", work, report, found, extraction.options)
 
 
-def _result(asset: str, work: RangeWork, report: Report, found: list[dg.AssetCheckResult]) -> dg.MaterializeResult:  # type: ignore[type-arg]
+def _result(
+    asset: str, work: RangeWork, report: Report, found: list[dg.AssetCheckResult], options: Mapping[str, object]
+) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """A materialization: numbers that plot over time, failures, a contact sheet; and what it was made with."""
     entries = work.entries()
     mine = [entry for record_id, entry in sorted(entries.items()) if record_id in work.plan]
@@ -138,11 +144,11 @@ def _result(asset: str, work: RangeWork, report: Report, found: list[dg.AssetChe
         "records_parked": states.count("parked"),
     }
     texts = {
-        "options": in_words(work.extraction.options),
-        "frames_fingerprint": work.made_with.frames,
-        "embedding_fingerprint": work.made_with.embedding,
+        "options": describe_options(options),
+        "frames_fingerprint": work.fingerprints.frames,
+        "embedding_fingerprint": work.fingerprints.embedding,
     }
-    pictures = {"contact_sheet": dg.MetadataValue.md(report.markdown)} if report.markdown else {}
+    pictures = {"contact_sheet": dg.MetadataValue.md(report.contact_sheet)} if report.contact_sheet else {}
     return dg.MaterializeResult(
         metadata={
             **pictures,

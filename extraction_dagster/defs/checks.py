@@ -62,7 +62,7 @@ def no_zero_frame_video(entries: Mapping[int, "LedgerEntry"]) -> dg.AssetCheckRe
 def failure_rate(
     entries: Mapping[int, "LedgerEntry"], *, num_records: int, most: float, spec: dg.AssetCheckSpec
 ) -> dg.AssetCheckResult:
-    """Hold the share of records that are failed or parked now against the setting."""
+    """Compare the share of records that are failed or parked now with the setting."""
     bad = [entry for _, entry in sorted(entries.items()) if entry.state in {"failed", "parked"}]
     rate = len(bad) / num_records if num_records else 0.0
     metadata: dict[str, Any] = {"records": num_records, "records_failed_or_parked": len(bad), "rate": round(rate, 4)}
@@ -70,7 +70,7 @@ def failure_rate(
         check_name=spec.name,
         passed=rate <= most,
         severity=dg.AssetCheckSeverity.WARN,
-        description=f"{len(bad)} of {num_records} records are failed or parked ({rate:.1%}; {most:.1%} is let pass).",
+        description=f"{len(bad)} of {num_records} records are failed or parked ({rate:.1%}; {most:.1%} is allowed).",
         metadata=metadata | stopped_table("records_table", bad),
     )
 

@@ -1,24 +1,29 @@
-"""What a materialization shows: numbers that Dagster plots over time, and failures as a table."""
+"""What a materialization shows: numbers that Dagster plots, failures as a table; and what makes a range stale."""
 
 import re
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
 import dagster as dg
 
 from extraction_dagster.addresses import scrubbed
-from extraction_dagster.records import Failure
+from extraction_dagster.records import Failure, fingerprint
+from extraction_dagster.settings import Settings
+from extraction_dagster.stages.catalog.ledger import LedgerEntry
+from extraction_dagster.stages.decode.task import frames_fingerprint
+from extraction_dagster.stages.embed.models.registry import embedding_settings_fingerprint
 
-if TYPE_CHECKING:
-    from extraction_dagster.stages.catalog.ledger import LedgerEntry
-
+CODE_VERSION_TAG = "dagster/code_version"
 MOST_FAILURES_SHOWN = 100
 _LONGEST_MESSAGE = 400
 # The UI breaks lines between words only: a path would push the table out of the page.
 _LONG_WORD = re.compile(r"[^\s'\"]{20,}")
 _WORD_END = 18
+# The states of a record that has what the asset makes.
+_STATES_WITH = {
+    "video_frames": {"extracted", "embedded", "done"},
+    "frame_embeddings": {"embedded", "done"},
+    "qdrant_points": {"done"},
+}
 _COLUMNS = dg.TableSchema(
     columns=[
         dg.TableColumn("record", "int", description="The row's id"),
@@ -27,46 +32,6 @@ _COLUMNS = dg.TableSchema(
         dg.TableColumn("message", "string", description="What was got, what was expected"),
     ]
 )
-
-
-class Stopwatch:
-    """Wall and CPU seconds of a step, phase by phase; CPU seconds of worker processes are added by hand."""
-
-    def __init__(self) -> None:
-        """Start."""
-        self._wall, self._cpu = time.perf_counter(), time.process_time()
-        self._phases: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Count the CPU seconds of this process towards a phase."""
-        before = time.process_time()
-        try:
-            yield
-        finally:
-            self.add(name, time.process_time() - before)
-
-    def add(self, name: str, cpu_seconds: float) -> None:
-        """Count CPU seconds towards a phase."""
-        self._phases[name] = self._phases.get(name, 0.0) + cpu_seconds
-
-    def numbers(self, *, own: Sequence[str] = (), num_frames: int = 0) -> dict[str, float]:
-        """`seconds`, `cpu_seconds`, one `cpu_seconds_<phase>` each, and `frames_per_second` when there are frames.
-
-        Args:
-            own: The phases that this process spent itself; the rest of its time is the phase `other`.
-            num_frames: Frames of this run.
-        """
-        wall, process = time.perf_counter() - self._wall, time.process_time() - self._cpu
-        other = process - sum(self._phases.get(name, 0.0) for name in own)
-        phases = {**self._phases, "other": max(other, 0.0)}
-        rate = {"frames_per_second": round(num_frames / wall, 3)} if num_frames and wall > 0 else {}
-        return {
-            "seconds": round(wall, 3),
-            "cpu_seconds": round(sum(phases.values()), 3),
-            **{f"cpu_seconds_{name}": round(seconds, 3) for name, seconds in phases.items()},
-            **rate,
-        }
 
 
 def failures_table(failures: Sequence[Failure]) -> dict[str, dg.TableMetadataValue]:
@@ -87,14 +52,14 @@ def failures_table(failures: Sequence[Failure]) -> dict[str, dg.TableMetadataVal
     return {"failures_table": dg.MetadataValue.table(records, schema=_COLUMNS)}
 
 
-def stopped_table(name: str, entries: Sequence["LedgerEntry"]) -> dict[str, dg.TableMetadataValue]:
+def stopped_table(name: str, entries: Sequence[LedgerEntry]) -> dict[str, dg.TableMetadataValue]:
     """Records that are failed or parked, as a table of this name; nothing when there is none."""
     if not entries:
         return {}
     return {name: dg.MetadataValue.table([_stopped(entry) for entry in entries[:MOST_FAILURES_SHOWN]])}
 
 
-def _stopped(entry: "LedgerEntry") -> dg.TableRecord:
+def _stopped(entry: LedgerEntry) -> dg.TableRecord:
     kind, _, message = (entry.last_error or "").partition(": ")
     return dg.TableRecord(
         {
@@ -108,7 +73,7 @@ def _stopped(entry: "LedgerEntry") -> dg.TableRecord:
 
 
 def as_metadata(numbers: Mapping[str, float], texts: Mapping[str, str]) -> dict[str, dg.MetadataValue]:
-    """Numbers as numbers, for a chart needs them so; texts that say something."""
+    """Numbers as numbers, since a chart needs them so; texts unless they are empty."""
     shown: dict[str, dg.MetadataValue] = {
         name: dg.MetadataValue.int(value) if isinstance(value, int) else dg.MetadataValue.float(value)
         for name, value in numbers.items()
@@ -123,3 +88,24 @@ def in_table(message: str) -> str:
     """
     text = _LONG_WORD.sub(lambda found: f"…{found[0][-_WORD_END:]}", scrubbed(message))
     return text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]}…"
+
+
+def code_versions(settings: Settings) -> dict[str, str]:
+    """The code version of each asset: the settings that decide what it holds, and no other.
+
+    Dagster does not pass staleness downstream; so the versions of vectors and points hold the choice of frames as well.
+    """
+    frames, embedding = frames_fingerprint(settings), embedding_settings_fingerprint(settings)
+    vectors = fingerprint(frames=frames, embedding=embedding)
+    return {"video_frames": frames, "frame_embeddings": vectors, "qdrant_points": vectors}
+
+
+def data_version(asset: str, entries: Mapping[int, LedgerEntry]) -> dg.DataVersion:
+    """Names what a range of an asset holds: changes with any record, stays when a run finds nothing to do."""
+    held = [_content(asset, entry) for _, entry in sorted(entries.items()) if entry.state in _STATES_WITH[asset]]
+    return dg.DataVersion(fingerprint(asset=asset, records=held))
+
+
+def _content(asset: str, entry: LedgerEntry) -> list[object]:
+    content: list[object] = [entry.record_id, entry.content_version, entry.frames_fingerprint, entry.num_frames]
+    return content if asset == "video_frames" else [*content, entry.embedding_fingerprint]

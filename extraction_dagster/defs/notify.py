@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from extraction_dagster.defs.instance.runs import InstanceRuns, range_of, why_failed
+from extraction_dagster.defs.instance.runs import InstanceRuns, first_failure, range_of
 from extraction_dagster.defs.resources import Extraction
 from extraction_dagster.errors.base import ExtractionError
 from extraction_dagster.notify.notice import RunFailure, redact
@@ -49,7 +49,7 @@ def run_failure_notices(context: dg.RunFailureSensorContext, extraction: Extract
 def _describe(context: dg.RunFailureSensorContext, extraction: Extraction) -> RunFailure:
     run = context.dagster_run
     id_range = range_of(run)
-    step, error = why_failed(context.get_step_failure_events())
+    step, error = first_failure(context.get_step_failure_events())
     if not step:
         error = context.failure_event.message or error
     return RunFailure(

@@ -12,27 +12,10 @@ from extraction_dagster.records import IdRange
 
 # Dagster's pages leave tags of this prefix out: they would be noise beside each run.
 PROCESS_TAG = ".dagster/extraction_process"
-PROCESS_RUN_TAG = (
-    ".dagster/extraction_process_run"  # a retry inherits its parent's tags: this one says whose process it is
-)
+# A retry inherits its parent's tags: this one says of which run that is the process.
+PROCESS_RUN_TAG = ".dagster/extraction_process_run"
 FLOOR_TAG = "extraction/floor"
 id_ranges = dg.DynamicPartitionsDefinition(name="id_ranges")
-
-
-def register(context: dg.AssetExecutionContext) -> IdRange:
-    """Make the run's range known to the instance, so that any valid range can be launched without preparation.
-
-    The run is tagged with its process as well, so that a run whose process was killed can be told from one that works.
-
-    Raises:
-        PartitionKeyError: The partition key is no range of ids.
-    """
-    id_range = IdRange.parse(context.partition_key)
-    add_ranges(context.instance, [id_range])
-    tags = process_tags(context.run.run_id)
-    if not tags.items() <= context.run.tags.items():
-        context.instance.add_run_tags(context.run.run_id, tags)
-    return id_range
 
 
 def above_floor(context: dg.AssetExecutionContext, id_range: IdRange) -> IdRange:

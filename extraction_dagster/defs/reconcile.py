@@ -8,9 +8,12 @@ from pydantic import Field
 
 from extraction_dagster.defs.assets import qdrant_points
 from extraction_dagster.defs.resources import Extraction, plain_failures
+from extraction_dagster.ranges.work import fingerprints_of
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import load_settings
-from extraction_dagster.stages.index.reconcile import WHOLE, Reconciliation, reconcile
+from extraction_dagster.stages.catalog.catalog import open_catalog
+from extraction_dagster.stages.index.compare import WHOLE
+from extraction_dagster.stages.index.reconcile import Reconciliation, reconcile
 
 _MOST_RECORDS_SHOWN = 100
 
@@ -37,16 +40,16 @@ def points_agree_with_table(
     context: dg.AssetCheckExecutionContext, config: ReconcileConfig, extraction: Extraction
 ) -> dg.AssetCheckResult:
     """Compare every record of the ledger with the store; in a run of one range, those of the range."""
-    from extraction_dagster.stages.index.protocol import open_point_store  # noqa: PLC0415 - loads the engine
+    from extraction_dagster.stages.index.stage import open_point_store  # noqa: PLC0415 - loads the engine
 
     started = time.perf_counter()
     settings = extraction.settings
-    with plain_failures(), extraction.catalog() as catalog:
+    with plain_failures(), open_catalog(settings) as catalog:
         found = reconcile(
             catalog,
             lambda: open_point_store(settings, wait_seconds=settings.qdrant_timeout_seconds),
             collection_name=settings.collection_name,
-            embedding=extraction.fingerprints.embedding,
+            embedding=fingerprints_of(settings).embedding,
             within=IdRange.parse(context.partition_key) if context.has_partition_key else WHOLE,
             repair=bool(config.repair),
         )

@@ -44,13 +44,13 @@ def extraction_sensor(context: dg.SensorEvaluationContext, extraction: Extractio
             for request in ticked.requests
         ],
         dynamic_partitions_requests=[id_ranges.build_add_request(new)] if new else [],
-        skip_reason=None if ticked.requests else _why_nothing(ticked),
+        skip_reason=None if ticked.requests else _skip_reason(ticked),
         cursor=ticked.cursor.to_json(),
     )
 
 
-def _why_nothing(ticked: Ticked) -> str:
-    """For the person who looks at the sensor's page."""
+def _skip_reason(ticked: Ticked) -> str:
+    """Why no run was requested, for the sensor's page."""
     last = ticked.cursor.last_processed_id
     so_far = "No row is done yet" if last is None else f"Every row up to ID {last} is done or parked"
     return (

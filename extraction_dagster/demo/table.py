@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
-from extraction_dagster.errors.demo import DemoFolderError, DemoTargetError
+from extraction_dagster.errors.base import DemoFolderError, DemoTargetError
+from extraction_dagster.files import write_atomically
 from extraction_dagster.settings import PREFIX, Settings
 
 if TYPE_CHECKING:
@@ -109,10 +110,8 @@ def choose_query(home: Path, videos: Sequence[DemoVideo]) -> DemoQuery:
     video = next(by_code[code] for code in _QUERY_CODES if code in by_code)
     image = home / "query.jpg"
     jpeg = simplejpeg.encode_jpeg(_crop(_middle_frame(home / "videos" / video.path)), quality=_QUERY_JPEG_QUALITY)
-    unfinished = image.with_name(f".{image.name}.part")
     try:
-        unfinished.write_bytes(jpeg)
-        unfinished.replace(image)
+        write_atomically(image, jpeg, mode=None, durable=False)
     except OSError as error:
         raise DemoFolderError(str(image), error.strerror or type(error).__name__) from error
     return DemoQuery(image, video.record_id, video.path)

@@ -1,4 +1,4 @@
-"""The family, and the errors of every room."""
+"""The family, the errors that every room raises, and those of the demo."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _rebuild(kind: type[ExtractionError], args: tuple[object, ...], state: dict[
 
 
 def one_line(said: str, most: int = 500) -> str:
-    """What a stranger's file says, fit for a terminal: no line break, no escape sequence, of some length."""
+    """Text from a foreign file, made safe for a terminal: no line break, no escape sequence, cut to a length."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in said[:most])
 
 
@@ -59,3 +59,40 @@ def some(record_ids: list[int]) -> str:
     """Name a few of many records: `records 1, 2, 3, 4, 5, …`."""
     shown = ", ".join(map(str, record_ids[:5]))
     return f"records {shown}{', …' if len(record_ids) > 5 else ''}"  # noqa: PLR2004 - as many as shown
+
+
+class DemoEncoderError(ExtractionError):
+    """The installed PyAV can't encode one of the demo's clips."""
+
+    permanent = True
+
+    def __init__(self, filename: str, encoders: tuple[str, ...], av_version: str) -> None:
+        super().__init__(
+            f"Demo clip {filename!r} can't be encoded: PyAV {av_version} has none of {', '.join(encoders)}. "
+            f"Nothing was written for it. Install PyAV's own wheel: pip install --force-reinstall av."
+        )
+
+
+class DemoFolderError(ExtractionError):
+    """The demo's folder can't be written."""
+
+    permanent = True
+
+    def __init__(self, path: str, why: str) -> None:
+        super().__init__(
+            f"The demo can't write {path!r}: {why}. What was finished before stays. "
+            f"Free the space or permit writing there, or set EXTRACTION_HOME to another folder, then run it again."
+        )
+
+
+class DemoTargetError(ExtractionError):
+    """The demo was about to work on data that is not its own."""
+
+    permanent = True
+
+    def __init__(self, settings: tuple[str, ...], home: str) -> None:
+        names = ", ".join(settings)
+        super().__init__(
+            f"The demo writes under {home!r} only, but {names} {'leads' if len(settings) == 1 else 'lead'} elsewhere. "
+            f"Nothing was written. Unset {names} in the environment and in .env, or run the demo in another folder."
+        )

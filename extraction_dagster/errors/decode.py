@@ -16,7 +16,7 @@ class VideoOpenError(ExtractionError):
 
 
 class VideoFormatError(ExtractionError):
-    """A file is of a kind that is never opened: a playlist, a script, a picture."""
+    """A file's format is one that is never opened: a playlist, a script, a picture."""
 
     permanent = True
 

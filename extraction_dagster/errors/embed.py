@@ -1,4 +1,4 @@
-"""Errors of models, their devices and their compiled networks. A compiling error ends no run: it is a warning."""
+"""Errors of models, their devices and their compiled networks. An error of compiling ends no run: it is a warning."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class ArtifactFolderError(ExtractionError):
 
 
 class CompiledNetworkError(ExtractionError):
-    """A compiled network can't be loaded or does not do."""
+    """A compiled network can't be loaded, fails, or gives other vectors than its model."""
 
     def __init__(self, path: str, why: str) -> None:
         self.why = why

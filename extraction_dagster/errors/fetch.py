@@ -115,7 +115,7 @@ class FetchCredentialsError(FetchSetupError):
 
     def __init__(self, uri: str, said: str) -> None:
         super().__init__(
-            f"The credentials for {shown_address(uri)!r} do not do: {said}. No record is to blame, and none was "
+            f"The credentials for {shown_address(uri)!r} are not accepted: {said}. No record is to blame, and none was "
             f"marked. Set them as the store's own tools do (AWS_… variables or ~/.aws, "
             f"GOOGLE_APPLICATION_CREDENTIALS), then run the range again."
         )

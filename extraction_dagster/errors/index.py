@@ -1,4 +1,4 @@
-"""Errors of the point store. Only PayloadError parks a record: a store's fault is no record's fault."""
+"""Errors of the point store. Only PayloadError parks a record: when the store fails, no record is to blame."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class VectorNormError(ExtractionError):
         super().__init__(
             f"The vector of record {record_id}, frame {frame_number}, has norm {norm:.4g}, expected 1: its shard is "
             f"damaged. Nothing was written for the record; the range goes on. 'extraction retry {record_id}' embeds it "
-            f"anew."
+            f"again."
         )
 
 
 class PointStoreError(ExtractionError):
-    """The store of points could not do what was asked; its kinds say how and why."""
+    """The store of points could not do what was asked; its subclasses say how and why."""
 
 
 class StoreEngineError(PointStoreError):
@@ -76,7 +76,7 @@ class StoreUnreadableError(PointStoreError):
 
 
 class StoreUnavailableError(PointStoreError):
-    """The Qdrant server kept failing in a way that may pass."""
+    """The Qdrant server kept failing in a way that is usually temporary."""
 
     def __init__(self, operation: str, url: str, attempts: int, why: str) -> None:
         super().__init__(
@@ -96,11 +96,11 @@ class StoreRefusedError(PointStoreError):
 
 
 class CollectionMissingError(PointStoreError):
-    """There is no such collection, or none yet."""
+    """The collection does not exist, or not yet."""
 
     def __init__(self, name: str, where: str) -> None:
         super().__init__(
-            f"There is no collection {name!r} in {where}; 'extraction collection list' shows those that there are. The "
+            f"There is no collection {name!r} in {where}; 'extraction collection list' shows those that exist. The "
             f"first one comes with the first points: run 'extraction launch FIRST-LAST' on a range, or check "
             f"EXTRACTION_COLLECTION_NAME and EXTRACTION_QDRANT_URL."
         )
@@ -133,7 +133,7 @@ class CollectionNameTakenError(PointStoreError):
 
     def __init__(self, name: str, where: str) -> None:
         super().__init__(
-            f"{name!r} at {where} is a collection and no alias: another can't be put in its place. Nothing was "
+            f"{name!r} at {where} is a collection, not an alias: another can't be put in its place. Nothing was "
             f"changed. Set EXTRACTION_COLLECTION_NAME to a new name, or remove that collection on the server."
         )
 
@@ -156,11 +156,11 @@ class GalleryError(ExtractionError):
 
 
 class CollectionNotReadyError(PointStoreError):
-    """A collection that should take over lacks records."""
+    """A collection that should be put in use lacks records."""
 
     def __init__(self, name: str, where: str, *, missing: int, records: int, ranges: str) -> None:
         super().__init__(
-            f"Collection {name!r} in {where} can't take over yet: {missing} of {records} records that are done are "
+            f"Collection {name!r} in {where} can't be put in use yet: {missing} of {records} records that are done are "
             f"not in it, or not with all their points ({ranges}). Nothing was changed. Run 'extraction launch "
             f"FIRST-LAST' on these ranges, then publish again; --force publishes it as it is."
         )

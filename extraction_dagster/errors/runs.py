@@ -59,7 +59,7 @@ class RunOptionError(ExtractionError):
 
 
 class OtherModelError(ExtractionError):
-    """A run was given another model than the settings, and no collection waits for its vectors."""
+    """A run was given another model than the settings, and no collection was staged for its vectors."""
 
     permanent = True
 
@@ -71,8 +71,21 @@ class OtherModelError(ExtractionError):
         )
 
 
+class SettingsChangedError(ExtractionError):
+    """Between two steps of one run, other settings (or another file of the model) gave other fingerprints."""
+
+    permanent = True
+
+    def __init__(self, key: str, *, began: str, now: str) -> None:
+        super().__init__(
+            f"Range {key}: settings that decide frames or vectors have changed since its run began: it began with "
+            f"{began}, and now they give {now}. Nothing was stored under the new ones, and what was finished is kept. "
+            f"Launch the range again ('extraction launch {key}'), or leave that to the sensor."
+        )
+
+
 class FramesMissingError(ExtractionError):
-    """Records are to be embedded anew, and their frames are not stored."""
+    """Records are to be embedded again, and their frames are not stored."""
 
     permanent = True
 
@@ -84,7 +97,7 @@ class FramesMissingError(ExtractionError):
 
 
 class VectorsMissingError(ExtractionError):
-    """Records are to be indexed anew, and their vectors are not stored."""
+    """Records are to be indexed again, and their vectors are not stored."""
 
     permanent = True
 
@@ -99,7 +112,7 @@ _MOST_RANGES = 5  # named in one sentence
 
 
 class BackfillUnknownError(ExtractionError):
-    """A backfill was named that there is not."""
+    """No backfill has the id that was named."""
 
     def __init__(self, backfill_id: str, why: str) -> None:
         super().__init__(
@@ -109,7 +122,7 @@ class BackfillUnknownError(ExtractionError):
 
 
 class DaemonMissingError(ExtractionError):
-    """A command would wait for runs that nobody starts."""
+    """A command would wait for runs that no daemon starts."""
 
     def __init__(self) -> None:
         super().__init__(

@@ -16,17 +16,21 @@ class StoredFrameError(ExtractionError):
         )
 
 
-class EmbeddingShardError(ExtractionError):
+class ShardError(ExtractionError):
+    """A shard is gone or damaged."""
+
+
+class EmbeddingShardError(ShardError):
     """A file is no embedding shard of this store, or it is damaged."""
 
     def __init__(self, path: str, got: str, expected: str) -> None:
         super().__init__(
             f"Embedding shard {path!r} can't be read: got {got}, expected {expected}. Other shards are not touched. "
-            f"Delete the file and run its range again: it is made anew from the stored frames."
+            f"Delete the file and run its range again: it is made again from the stored frames."
         )
 
 
-class FrameShardError(ExtractionError):
+class FrameShardError(ShardError):
     """A frame shard can't be read back."""
 
     def __init__(self, path: str, why: str) -> None:
@@ -36,15 +40,30 @@ class FrameShardError(ExtractionError):
         )
 
 
-class FrameStoreError(ExtractionError):
-    """Frames can't be read or written where they are kept."""
+class ShardStoreError(ExtractionError):
+    """Shards can't be read or written where they are kept."""
 
-    def __init__(self, folder: str, why: str) -> None:
+    what: str
+    setting: str
+
+    def __init__(self, address: str, why: str) -> None:
         super().__init__(
-            f"The frames in {folder!r} can't be reached: {why}. No record is to blame, and what was written is kept. "
-            f"Correct EXTRACTION_FRAMES_URI, or the store's own configuration (AWS_… variables, say); then run "
+            f"The {self.what} in {address!r} can't be reached: {why}. No record is to blame, and what was written is "
+            f"kept. Correct {self.setting}, or the store's own configuration (AWS_… variables, say); then run "
             f"the range again."
         )
+
+
+class FrameStoreError(ShardStoreError):
+    """Frames can't be read or written where they are kept."""
+
+    what, setting = "frames", "EXTRACTION_FRAMES_URI"
+
+
+class EmbeddingStoreError(ShardStoreError):
+    """Vectors can't be read or written where they are kept."""
+
+    what, setting = "vectors", "EXTRACTION_EMBEDDINGS_URI"
 
 
 class FramesExportError(ExtractionError):

@@ -25,7 +25,7 @@ class MetricsFileError(ExtractionError):
 
 
 class NoticeError(ExtractionError):
-    """A notice did not reach anybody; the address, which may be a secret, is not named."""
+    """A notice was not delivered; the address, which may be a secret, is not named."""
 
     def __init__(self, why: str) -> None:
         self.why = why

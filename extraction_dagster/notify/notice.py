@@ -25,12 +25,12 @@ class RunFailure:
     Attributes:
         run_id: In Dagster's run history.
         job: The job's name.
-        key: The range's partition key; None for a run of none.
+        key: The range's partition key; None for a run without one.
         step: The step that failed first; empty when the run failed outside of its steps.
         error: That step's own sentence.
         failed_records: Records that failed in this run; None when that could not be looked up.
         failures_in_a_row: Failed runs of the range since its last success, this one included.
-        is_test: Whether nothing has failed and somebody tries whether notices arrive.
+        is_test: Whether nothing has failed, and somebody tests whether notices arrive.
     """
 
     run_id: str

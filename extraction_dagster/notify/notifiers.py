@@ -1,14 +1,27 @@
-"""Who is told, and how: the log, a webhook, a chat that takes what Slack takes, or a function of one's own."""
+"""How notices are delivered: to the log, a webhook, a chat that takes what Slack takes, or a function of one's own.
+
+What is posted goes to the address that was set and to no other, within seconds, tried a few times.
+"""
 
 from __future__ import annotations
 
-import importlib
+import contextlib
+import html
+import http.client
+import json
 import logging
+import pkgutil
+import random
+import socket
+import ssl
 import threading
-from typing import TYPE_CHECKING
+import time
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
+from extraction_dagster import __version__
 from extraction_dagster.errors.watch import NoticeError, NotifierError
-from extraction_dagster.notify.post import post_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,13 +34,26 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _POST_SECONDS = 15.0
 _DELIVERY_SECONDS = 20.0  # a tick must end within a minute
+_SILENT_SECONDS = 5.0
+_TRIES = 3
+_WAIT_SECONDS = 0.5  # before the second try, at most; doubles
+_MAY_PASS = frozenset({HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS})
+_HEADERS = {
+    "Content-Type": "application/json; charset=utf-8",
+    "User-Agent": f"extraction-dagster/{__version__}",
+    "Connection": "close",
+}
+
+
+class _TransientError(Exception):
+    """A try failed in a way that may pass."""
 
 
 def make_notifier(settings: Settings) -> Notifier | None:
-    """The notifier that the settings ask for; None for none.
+    """The notifier that the settings ask for; None when notices are off.
 
     Raises:
-        NotifierError: A function of one's own can't be had.
+        NotifierError: A function of one's own can't be imported, or is none.
     """
     kind = settings.notify
     url = settings.notify_url.get_secret_value() if settings.notify_url else ""
@@ -38,15 +64,16 @@ def make_notifier(settings: Settings) -> Notifier | None:
     if kind == "webhook":
         return lambda failure: post_json(url, failure.document(), seconds=_POST_SECONDS)
     if kind == "slack":
-        return lambda failure: post_json(url, {"text": _slack(failure.text)}, seconds=_POST_SECONDS)
-    return _of_ones_own(kind)
+        # Slack takes these three characters for markup: & < >
+        return lambda failure: post_json(url, {"text": html.escape(failure.text, quote=False)}, seconds=_POST_SECONDS)
+    return _import_function(kind)
 
 
 def deliver(notifier: Notifier, failure: RunFailure, *, seconds: float = _DELIVERY_SECONDS) -> None:
     """Tell, within a time: whatever a notifier does, its caller goes on.
 
     Raises:
-        NoticeError: It failed, or did not end in time.
+        NoticeError: The notifier failed, or did not end in time.
     """
     faults: list[str] = []
 
@@ -56,7 +83,7 @@ def deliver(notifier: Notifier, failure: RunFailure, *, seconds: float = _DELIVE
         except NoticeError as error:
             faults.append(error.why)
         except BaseException as error:  # noqa: BLE001 - also of a function that calls sys.exit
-            # What a foreign error says may hold an address with its secret: its kind has to do.
+            # The error's words may hold an address with its secret: only its type is shown.
             faults.append(f"{type(error).__name__} was raised")
 
     thread = threading.Thread(target=work, daemon=True, name="notifier")
@@ -68,20 +95,86 @@ def deliver(notifier: Notifier, failure: RunFailure, *, seconds: float = _DELIVE
         raise NoticeError(faults[0])
 
 
-def _slack(text: str) -> str:
-    """The three characters that Slack reads as its own."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
-def _of_ones_own(path: str) -> Notifier:
-    module_name, _, name = path.partition(":")
+def _import_function(path: str) -> Notifier:
     try:
-        found: object = importlib.import_module(module_name)
-        for part in name.split("."):
-            found = getattr(found, part)
+        found = pkgutil.resolve_name(path)
     except Exception as error:
         raise NotifierError(path, f"it can't be imported ({type(error).__name__}: {error})") from error
     if not callable(found):
         raise NotifierError(path, f"it is a {type(found).__name__}, expected a function")
     notifier: Notifier = found
     return notifier
+
+
+def post_json(
+    url: str,
+    document: Any,  # noqa: ANN401 - any JSON document
+    *,
+    seconds: float,
+    tls: Callable[[], ssl.SSLContext] = ssl.create_default_context,
+) -> None:
+    """Post a JSON document, and again while the failure may pass; no redirect is followed, no proxy is used.
+
+    Args:
+        url: Where to; it may hold a secret, and is in no message.
+        document: What.
+        seconds: Limit for all tries together.
+        tls: Makes what certificates are checked with.
+
+    Raises:
+        NoticeError: It did not arrive.
+    """
+    body, end = json.dumps(document).encode(), time.monotonic() + seconds
+    why = "there was no time left"
+    for tried in range(_TRIES):
+        if tried:
+            time.sleep(max(min(random.uniform(0, _WAIT_SECONDS * 2**tried), end - time.monotonic()), 0))  # noqa: S311
+        if time.monotonic() >= end:
+            break
+        try:
+            _post_once(url, body, end, tls)
+        except _TransientError as fault:
+            why = str(fault)
+        else:
+            return
+    raise NoticeError(f"{why} ({tried + 1} tries)")
+
+
+def _post_once(url: str, body: bytes, end: float, tls: Callable[[], ssl.SSLContext]) -> None:
+    parts, left = urlsplit(url), max(end - time.monotonic(), 0.001)
+    host, timeout = parts.hostname or "", min(_SILENT_SECONDS, left)
+    connection = (  # without a port, the end of an IPv6 address would be taken for one
+        http.client.HTTPSConnection(host, parts.port or 443, timeout=timeout, context=tls())
+        if parts.scheme == "https"
+        else http.client.HTTPConnection(host, parts.port or 80, timeout=timeout)
+    )
+    # A server that sends a byte now and then never reaches the timeout: the connection is cut at the end of the time.
+    cut = threading.Timer(left, _cut, [connection])
+    cut.daemon = True
+    cut.start()
+    try:
+        target = f"{parts.path or '/'}{f'?{parts.query}' if parts.query else ''}"
+        connection.request("POST", target, body=body, headers=_HEADERS)
+        status = connection.getresponse().status
+    except ssl.SSLCertVerificationError as error:
+        raise NoticeError(f"the server's certificate is not accepted ({error.verify_message})") from None
+    except TimeoutError:
+        raise _TransientError("the server did not answer in time") from None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        # The exception's own words may repeat the address or what the server sent: only its type is shown.
+        said = (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
+        raise _TransientError(f"the connection failed ({said})") from None
+    finally:
+        cut.cancel()
+        connection.close()
+    if status in _MAY_PASS or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        raise _TransientError(f"the server answered {status}")
+    if not HTTPStatus.OK <= status < HTTPStatus.MULTIPLE_CHOICES:
+        raise NoticeError(f"the server answered {status}")
+
+
+def _cut(connection: http.client.HTTPConnection) -> None:
+    wire = connection.sock
+    if wire is not None:
+        with contextlib.suppress(OSError):
+            wire.shutdown(socket.SHUT_RDWR)

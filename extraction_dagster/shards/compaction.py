@@ -14,17 +14,17 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic
 
-from extraction_dagster.errors.shards import FrameShardError
-from extraction_dagster.shards.names import merged_name, written_at
+from extraction_dagster.errors.shards import ShardError
+from extraction_dagster.shards.store import S, Shard, merged_name, written_at
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from extraction_dagster.records import IdRange
     from extraction_dagster.settings import Settings
-    from extraction_dagster.shards.frame_store import FrameStore
+    from extraction_dagster.shards.store import ShardStore
     from extraction_dagster.stages.catalog.ledger import LedgerEntry
 
 logger = logging.getLogger(__name__)
@@ -34,34 +34,13 @@ _MOST_BYTES = 2**26
 _SETTLED = frozenset({"done", "parked"})
 
 
-class Record(Protocol):
-    """What is asked of a record in a shard."""
-
-    @property
-    def record_id(self) -> int: ...  # noqa: D102 - says itself
-
-
-class Shard(Protocol):
-    """What is asked of a shard."""
-
-    @property
-    def name(self) -> str: ...  # noqa: D102 - says itself
-    @property
-    def records(self) -> Sequence[Record]: ...  # noqa: D102 - as above
-    @property
-    def size_bytes(self) -> int: ...  # noqa: D102 - as above
-
-
-S = TypeVar("S", bound=Shard)
-
-
 @dataclass(frozen=True, slots=True)
 class CompactionOptions:
     """What is worth a merge.
 
     Attributes:
         max_records: Most records of a merged shard; one with at most half of them is small.
-        enough_shards: Fewest small shards: fewer are no burden, and each merge writes them anew.
+        enough_shards: Fewest small shards: fewer are no burden, and each merge writes them again.
         untouched: Younger shards are left alone: a run that listed them may be about to read them.
     """
 
@@ -119,7 +98,7 @@ def plan_compaction(shards: Sequence[S], options: CompactionOptions, *, not_yet:
     before = datetime.now(UTC) - options.untouched
     superseded: list[S] = []
     groups: list[list[S]] = [[]]
-    room = _Room(options.max_records)
+    num_records = num_bytes = 0  # of the last group
     for shard in ordered:
         live = _live(shard, newest)
         if not _was_written_before(shard.name, before) or not live.isdisjoint(not_yet):
@@ -127,59 +106,52 @@ def plan_compaction(shards: Sequence[S], options: CompactionOptions, *, not_yet:
         if shard.records and not live:
             superseded.append(shard)
         elif len(live) <= options.max_records // 2 and shard.size_bytes <= _MOST_BYTES // 2:
-            if not room.take(len(live), shard.size_bytes):
+            if num_records + len(live) > options.max_records or num_bytes + shard.size_bytes > _MOST_BYTES:
                 groups.append([])
-                room = _Room(options.max_records)
-                room.take(len(live), shard.size_bytes)
+                num_records = num_bytes = 0
             groups[-1].append(shard)
+            num_records, num_bytes = num_records + len(live), num_bytes + shard.size_bytes
     return Plan(newest, superseded, [group for group in groups if len(group) >= options.enough_shards])
 
 
-def compact_frames(
-    store: FrameStore, partition: IdRange, entries: Mapping[int, LedgerEntry], options: CompactionOptions
+def compact(
+    store: ShardStore[S],
+    partition: IdRange,
+    options: CompactionOptions,
+    *,
+    entries: Mapping[int, LedgerEntry] | None = None,
 ) -> Compacted:
-    """Merge a range's small frame shards.
-
-    A shard with a record that is still under way is left alone: its vectors, if there are any, bear its name.
+    """Merge a range's small shards, and remove what killed writers left in its folder.
 
     Args:
-        store: The frames.
+        store: The frames or the vectors.
         partition: The range.
-        entries: The ledger's entries of the range.
         options: What is worth a merge.
+        entries: The ledger's entries of the range, for frames: a shard with a record that is still under way is left
+            alone, since its vectors, if there are any, have its name. Without them no shard is.
     """
+    store.sweep(partition)
     shards = store.shards(partition)
-    held = {record.record_id for shard in shards for record in shard.records}
-    not_yet = {key for key in held if key not in entries or entries[key].state not in _SETTLED}
-    plan = plan_compaction(shards, options, not_yet=not_yet)
+    plan = plan_compaction(shards, options, not_yet=() if entries is None else _under_way(shards, entries))
     for shard in plan.superseded:
         store.remove(shard)
     done = Compacted(removed=len(plan.superseded))
     for group in plan.groups:
-        live = {shard.name: plan.live(shard) for shard in group}
+        parts = [(shard, plan.live(shard)) for shard in group]
         try:
-            videos = [video for shard in group for video in store.read(shard) if video.record_id in live[shard.name]]
-        except FrameShardError as error:  # removed meanwhile, or damaged: whoever needs it says so
-            logger.warning("Small frame shards of range %s stay as they are: %s", partition, error)
+            store.merge(partition, parts, merged_name([shard.name for shard in group]))
+        except ShardError as error:  # removed meanwhile, or damaged: a reader that needs it fails with that error
+            logger.warning("Small %s shards of range %s stay as they are: %s", store.kind, partition, error)
             continue
-        store.write_shard(partition, videos, name=merged_name([shard.name for shard in group]))
         for shard in group:
             store.remove(shard)
         done += Compacted(removed=len(group), written=1)
     return done
 
 
-class _Room:
-    """What still fits into a merged shard."""
-
-    def __init__(self, records: int) -> None:
-        self._records, self._bytes = records, _MOST_BYTES
-
-    def take(self, records: int, num_bytes: int) -> bool:
-        fits = records <= self._records and num_bytes <= self._bytes
-        if fits:
-            self._records, self._bytes = self._records - records, self._bytes - num_bytes
-        return fits
+def _under_way(shards: Sequence[Shard], entries: Mapping[int, LedgerEntry]) -> set[int]:
+    held = {record.record_id for shard in shards for record in shard.records}
+    return {key for key in held if key not in entries or entries[key].state not in _SETTLED}
 
 
 def _live(shard: Shard, newest: Mapping[int, str]) -> set[int]:

@@ -1,4 +1,4 @@
-"""Stored frames as files that anything can read: a folder of JPEGs, or a WebDataset tar.
+"""Stored frames for others: thumbnails of what a search found, and files that anything can read.
 
     FOLDER/frames.csv                      one line a frame: record_id, frame_number, pts_seconds, …, file
     FOLDER/12345/00000030.jpg              record 12345, frame 30
@@ -6,7 +6,7 @@
     OUT.tar    12345-00000030.jpg          a sample's files lie side by side and share the name before the dot
                12345-00000030.json         record_id, frame_number, pts_seconds, …
 
-Either is there whole or not at all.
+A folder or tar is there whole or not at all.
 """
 
 from __future__ import annotations
@@ -14,37 +14,44 @@ from __future__ import annotations
 import csv
 import io
 import json
-import shutil
+import logging
 import tarfile
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Self
+from collections import defaultdict
+from typing import TYPE_CHECKING
 
 from extraction_dagster.errors.shards import FramesExportError
-from extraction_dagster.shards.frame_lookup import newest_shards
+from extraction_dagster.files import replacing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator
     from pathlib import Path
-    from types import TracebackType
 
     from extraction_dagster.records import EncodedFrames, IdRange
-    from extraction_dagster.shards.frame_shard import FrameShard
-    from extraction_dagster.shards.frame_store import FrameStore
+    from extraction_dagster.shards.frame_store import FrameShard, FrameStore
 
+logger = logging.getLogger(__name__)
 _NOTHING = "No file was left behind."
+_FACTS = ("record_id", "frame_number", "pts_seconds", "target_seconds", "width_px", "height_px", "content_version")
+_Frame = tuple[dict[str, int | float | str], bytes]  # what is said of a frame, and its JPEG
 
 
-@dataclass(frozen=True, slots=True)
-class ExportedFrame:
-    """What is said of a frame beside its JPEG."""
+def find_frames(store: FrameStore, wanted: Collection[tuple[int, int]]) -> dict[tuple[int, int], bytes]:
+    """JPEGs by record id and frame number, whatever range and shard they lie in.
 
-    record_id: int
-    frame_number: int
-    pts_seconds: float
-    target_seconds: float
-    width_px: int
-    height_px: int
-    content_version: str
+    A frame that is not stored, or no longer, is left out. Where several shards hold a record, the newest one that has
+    the frame counts.
+    """
+    numbers: dict[int, set[int]] = defaultdict(set)
+    for record_id, frame_number in wanted:
+        numbers[record_id].add(frame_number)
+    found: dict[tuple[int, int], bytes] = {}
+    for partition in store.partitions():
+        here = [record_id for record_id in numbers if record_id in partition]
+        for shard in store.shards(partition) if here else ():  # oldest first: a newer one overwrites
+            held = [record.record_id for record in shard.records if record.record_id in here]
+            if held:
+                found |= _read_some(store, shard.path, {record_id: numbers[record_id] for record_id in held})
+    return found
 
 
 def export_frames(
@@ -65,22 +72,48 @@ def export_frames(
         FramesExportError: Nothing is stored, or `out` can't be written.
         FrameShardError: A shard is damaged, or was removed meanwhile.
     """
-    newest = newest_shards(store, within)
+    newest = _newest_shards(store, within)
     if not newest:
         why = f"no frame of range {within} is stored with the settings of today"
         raise FramesExportError(str(out), why, survives=f"Run 'extraction launch {within}' first. {_NOTHING}")
+    is_tar = out.suffix == ".tar"
+    if not is_tar and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        why = "it is there already, expected a missing or empty folder, or a name that ends in .tar"
+        raise FramesExportError(str(out), why, survives="It was not touched. Choose another for --to.")
     videos = frames = 0
+
+    def counted() -> Iterator[_Frame]:
+        nonlocal videos, frames
+        for video in _videos(store, newest):
+            yield from _frames(video)
+            videos, frames = videos + 1, frames + len(video)
+            if on_video is not None:
+                on_video(videos, len(newest))
+
     try:
-        with _TarSink(out) if out.suffix == ".tar" else _FolderSink(out) as sink:
-            for video in _videos(store, newest):
-                for frame, jpeg in _frames(video):
-                    sink.add(frame, jpeg)
-                videos, frames = videos + 1, frames + len(video)
-                if on_video is not None:
-                    on_video(videos, len(newest))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(out, mode=None, durable=False, folder=not is_tar) as beside:
+            (_write_tar if is_tar else _write_folder)(beside, counted())
     except OSError as error:
         raise FramesExportError(str(out), error.strerror or type(error).__name__, survives=_NOTHING) from error
     return videos, frames
+
+
+def _newest_shards(store: FrameStore, within: IdRange) -> dict[int, FrameShard]:
+    """The shard that holds the newest frames of each stored record of a range, by record in ascending order."""
+    shards = [
+        shard
+        for partition in store.partitions()
+        if partition.first_id <= within.last_id and within.first_id <= partition.last_id
+        for shard in store.shards(partition)
+    ]
+    newest = {
+        record.record_id: shard
+        for shard in sorted(shards, key=lambda shard: shard.name)
+        for record in shard.records
+        if record.record_id in within
+    }
+    return dict(sorted(newest.items()))
 
 
 def _videos(store: FrameStore, newest: dict[int, FrameShard]) -> Iterator[EncodedFrames]:
@@ -92,68 +125,48 @@ def _videos(store: FrameStore, newest: dict[int, FrameShard]) -> Iterator[Encode
                 yield video
 
 
-def _frames(video: EncodedFrames) -> Iterator[tuple[ExportedFrame, bytes]]:
+def _frames(video: EncodedFrames) -> Iterator[_Frame]:
     columns = (video.frame_number.tolist(), video.pts_seconds.tolist(), video.target_seconds.tolist(), video.jpegs)
     for number, pts, target, jpeg in zip(*columns, strict=True):
-        size = (video.width_px, video.height_px)
-        yield ExportedFrame(video.record_id, number, pts, target, *size, video.content_version), jpeg
+        of_video = (video.width_px, video.height_px, video.content_version)
+        yield dict(zip(_FACTS, (video.record_id, number, pts, target, *of_video), strict=True)), jpeg
 
 
-class _FolderSink:
-    """A folder of JPEGs with a table of contents."""
-
-    def __init__(self, folder: Path) -> None:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            why = "it is there already, expected a missing or empty folder, or a name that ends in .tar"
-            raise FramesExportError(str(folder), why, survives="It was not touched. Choose another for --to.")
-        self._folder, self._part = folder, folder.with_name(f".{folder.name}.part")
-
-    def __enter__(self) -> Self:
-        shutil.rmtree(self._part, ignore_errors=True)
-        self._part.mkdir(parents=True)
-        self._file = (self._part / "frames.csv").open("w", encoding="utf-8", newline="")
-        self._table = csv.DictWriter(self._file, [*ExportedFrame.__slots__, "file"])
-        self._table.writeheader()
-        return self
-
-    def add(self, frame: ExportedFrame, jpeg: bytes) -> None:
-        name = f"{frame.record_id}/{frame.frame_number:08d}.jpg"
-        path = self._part / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(jpeg)
-        self._table.writerow({**asdict(frame), "file": name})
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        try:
-            self._file.close()
-            if kind is None:
-                self._part.replace(self._folder)  # takes the place of an empty folder
-        finally:
-            shutil.rmtree(self._part, ignore_errors=True)
+def _write_folder(folder: Path, frames: Iterable[_Frame]) -> None:
+    """Write JPEGs, a folder a record, with a table of contents."""
+    with (folder / "frames.csv").open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, [*_FACTS, "file"])
+        table.writeheader()
+        for frame, jpeg in frames:
+            name = f"{frame['record_id']}/{frame['frame_number']:08d}.jpg"
+            path = folder / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(jpeg)
+            table.writerow({**frame, "file": name})
 
 
-class _TarSink:
-    """A WebDataset tar: no time, owner or order of its own, so that the same frames give the same file."""
+def _write_tar(path: Path, frames: Iterable[_Frame]) -> None:
+    """Write a WebDataset tar: no time, owner or order of its own, so that the same frames give the same file."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for frame, jpeg in frames:
+            key = f"{frame['record_id']}-{frame['frame_number']:08d}"
+            for suffix, content in ((".jpg", jpeg), (".json", json.dumps(frame).encode())):
+                entry = tarfile.TarInfo(key + suffix)
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
 
-    def __init__(self, path: Path) -> None:
-        self._path, self._part = path, path.with_name(f".{path.name}.part")
 
-    def __enter__(self) -> Self:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._tar = tarfile.open(self._part, "w", format=tarfile.USTAR_FORMAT)
-        return self
+def _read_some(store: FrameStore, path: str, numbers: dict[int, set[int]]) -> dict[tuple[int, int], bytes]:
+    import pyarrow as pa  # noqa: PLC0415 - 0.3 s that importing the room need not pay
+    import pyarrow.parquet as pq  # noqa: PLC0415 - as above
 
-    def add(self, frame: ExportedFrame, jpeg: bytes) -> None:
-        key = f"{frame.record_id}-{frame.frame_number:08d}"
-        for suffix, content in ((".jpg", jpeg), (".json", json.dumps(asdict(frame)).encode())):
-            entry = tarfile.TarInfo(key + suffix)
-            entry.size = len(content)
-            self._tar.addfile(entry, io.BytesIO(content))
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        try:
-            self._tar.close()
-            if kind is None:
-                self._part.replace(self._path)
-        finally:
-            self._part.unlink(missing_ok=True)
+    filters = [
+        [("record_id", "=", record_id), ("frame_number", "in", sorted(frames))] for record_id, frames in numbers.items()
+    ]
+    try:
+        with store.open(path) as file:
+            table = pq.read_table(file, columns=["record_id", "frame_number", "jpeg"], filters=filters)
+    except (OSError, pa.ArrowException) as error:
+        logger.warning("No thumbnails from %s: %s", path, error)
+        return {}
+    return {(row["record_id"], row["frame_number"]): row["jpeg"] for row in table.to_pylist()}

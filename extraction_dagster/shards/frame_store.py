@@ -1,89 +1,85 @@
-"""Frames between decoding and embedding: Parquet shards on any fsspec path, footers that list their records.
+"""Frames between decoding and embedding: JPEGs in Parquet, and a footer that lists their videos.
 
-    root/<fingerprint>/<partition key>/<time>-<random>.parquet      a shard: some videos of a range, whole
-    root/<fingerprint>/<partition key>/.<name>-<random>.tmp         being written; never read
-
-A shard appears whole or not at all, and is never changed: materializing a range again adds shards beside the old ones,
-and a later name holds the newer frames. `compaction` merges small ones.
+A shard is never changed: materializing a range again adds shards beside the old ones.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
-import secrets
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from typing import IO, TYPE_CHECKING
+import functools
+import io
+import json
+from dataclasses import asdict, dataclass
+from typing import IO, TYPE_CHECKING, Any
 
-import fsspec
-import pyarrow as pa
-import pyarrow.parquet as pq
-from fsspec.implementations.local import LocalFileSystem
+import numpy as np
 
 from extraction_dagster.errors.shards import FrameShardError, FrameStoreError
-from extraction_dagster.records import fingerprint
-from extraction_dagster.shards.frame_shard import (
-    FORMAT,
-    FrameShard,
-    listed_records,
-    read_videos,
-    record_of,
-    to_parquet,
-)
-from extraction_dagster.shards.names import new_name
-from extraction_dagster.stages.catalog.fetch.buckets import STORE_PACKAGES
-from extraction_dagster.stages.decode.decoders.geometry import SCALING
-from extraction_dagster.stages.decode.jpeg import SUBSAMPLING
-from extraction_dagster.stages.decode.quality import Quality
-from extraction_dagster.stages.decode.sampling import Sampling
+from extraction_dagster.records import EncodedFrames
+from extraction_dagster.shards.store import ShardStore, new_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
-    from extraction_dagster.records import EncodedFrames, IdRange
-    from extraction_dagster.settings import Settings
+    import pyarrow as pa
 
-logger = logging.getLogger(__name__)
+    from extraction_dagster.records import IdRange
 
-_STALE = timedelta(hours=1)
+FORMAT = 1
+_ROWS_PER_GROUP = 300
 
 
-def frames_fingerprint(settings: Settings, *, sampling: Sampling | None = None, quality: Quality | None = None) -> str:
-    """What decides the stored frames: decoder, choice of frames, size, JPEG. Nothing else changes it.
+@dataclass(frozen=True, slots=True)
+class ShardRecord:
+    """One video in a shard, as the shard's footer lists it."""
 
-    Args:
-        settings: Say what is not given.
-        sampling: How frames are chosen.
-        quality: Which of them are kept.
+    record_id: int
+    content_version: str
+    num_frames: int
+    width_px: int
+    height_px: int
+    duration_seconds: float | None
+    partial: str | None
+
+    @classmethod
+    def of(cls, video: EncodedFrames) -> ShardRecord:
+        """How a footer lists a video."""
+        return cls(
+            video.record_id,
+            video.content_version,
+            len(video),
+            video.width_px,
+            video.height_px,
+            video.duration_seconds,
+            video.partial,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FrameShard:
+    """A shard and what it holds.
+
+    Attributes:
+        name: Its file name; later names hold newer frames.
+        path: Where it lies, on the store's file system.
+        partition_key: The range it belongs to.
+        records: The videos, in the order in which they are stored.
+        num_frames: Frames of all of them.
+        size_bytes: The file's size.
     """
-    steps = (quality or Quality.from_settings(settings)).identity
-    return fingerprint(
-        layout=FORMAT,
-        decoder=settings.decoder,
-        sampling=(sampling or Sampling.from_settings(settings)).identity,
-        short_side_px=settings.short_side_px,
-        scaling=SCALING,
-        jpeg_quality=settings.jpeg_quality,
-        jpeg_subsampling=SUBSAMPLING,
-        **({"quality": steps} if steps else {}),  # without a step, nothing that could differ
-    )
+
+    name: str
+    path: str
+    partition_key: str
+    records: tuple[ShardRecord, ...]
+    num_frames: int
+    size_bytes: int
 
 
-class FrameStore:
-    """The frame shards made under one fingerprint."""
+class FrameStore(ShardStore[FrameShard]):
+    """The frame shards made under one fingerprint; see `frames_fingerprint`."""
 
-    def __init__(self, root_uri: str, fingerprint: str) -> None:
-        """Open the store; nothing is created before the first shard.
-
-        Args:
-            root_uri: Any fsspec path: a folder, `s3://bucket/frames`.
-            fingerprint: See `frames_fingerprint`.
-        """
-        self._fs, root = fsspec.core.url_to_fs(root_uri)
-        self._folder = f"{root.rstrip('/')}/{fingerprint}"
-        self.fingerprint = fingerprint
+    kind, footer_key = "frame", b"extraction_frames"
+    store_error = FrameStoreError
 
     def write_shard(
         self, partition: IdRange, videos: Sequence[EncodedFrames], *, name: str | None = None
@@ -94,50 +90,12 @@ class FrameStore:
             partition: The range that the videos belong to.
             videos: At least one.
             name: Of a shard that takes the place of others; by default one that says now.
-
-        Raises:
-            FrameStoreError: The store can't be reached; so do all other methods. On a local disk, OSError.
         """
-        records = tuple(record_of(video) for video in videos)
-        content = to_parquet(partition, videos, records)
+        records = tuple(ShardRecord.of(video) for video in videos)
+        content = _to_parquet(partition, videos, records)
         name = name or new_name()
-        folder = self._partition_folder(partition)
-        path = f"{folder}/{name}"
-        if isinstance(self._fs, LocalFileSystem):
-            _sweep(Path(folder))
-            _write_durably(Path(path), content)
-        else:
-            with self._reaching(writing=True):
-                self._fs.pipe_file(path, content)  # an object store shows an object once it is whole
+        path = self._write(partition, name, content)
         return FrameShard(name, path, partition.partition_key, records, sum(map(len, videos)), len(content))
-
-    def shards(self, partition: IdRange) -> list[FrameShard]:
-        """The range's shards, oldest first, read off their footers; what is no whole shard is warned about."""
-        folder = self._partition_folder(partition)
-        self._fs.invalidate_cache(folder)
-        try:
-            with self._reaching():
-                entries = self._fs.ls(folder, detail=True)
-        except FileNotFoundError:
-            return []
-        paths = sorted((entry["name"], entry.get("size") or 0) for entry in entries if entry["type"] == "file")
-        found = [self._read_footer(path, partition, size) for path, size in paths if not _is_temporary(path)]
-        return [shard for shard in found if shard is not None]
-
-    def partition_keys(self) -> list[str]:
-        """The names of the ranges that have a folder."""
-        self._fs.invalidate_cache(self._folder)
-        try:
-            with self._reaching():
-                return sorted(path.rsplit("/", 1)[-1] for path in self._fs.ls(self._folder, detail=False))
-        except FileNotFoundError:
-            return []
-
-    def open(self, path: str) -> IO[bytes]:
-        """Open a shard's file to read single columns of it."""
-        with self._reaching():
-            file: IO[bytes] = self._fs.open(path, "rb")
-        return file
 
     def read(self, shard: FrameShard) -> Iterator[EncodedFrames]:
         """Read a shard's videos one by one.
@@ -145,78 +103,103 @@ class FrameStore:
         Raises:
             FrameShardError: The shard is gone or damaged.
         """
+        import pyarrow as pa  # noqa: PLC0415 - 0.3 s that importing the room need not pay
+
         try:
-            with self._reaching(parsing=True), self._fs.open(shard.path, "rb") as file:
-                yield from read_videos(file, shard.records)
+            with self.open(shard.path) as file:
+                yield from _read_videos(file, shard.records)
         except (OSError, pa.ArrowException, ValueError) as error:
             raise FrameShardError(shard.path, str(error)) from error
 
-    def remove(self, shard: FrameShard) -> None:
-        """Remove a shard; one that is gone already is no matter."""
-        with contextlib.suppress(FileNotFoundError), self._reaching():
-            self._fs.rm_file(shard.path)
+    def merge(self, partition: IdRange, parts: Sequence[tuple[FrameShard, Collection[int]]], name: str) -> None:
+        """Write one shard with some videos of several."""
+        videos = [video for shard, kept in parts for video in self.read(shard) if video.record_id in kept]
+        self.write_shard(partition, videos, name=name)
 
-    @contextlib.contextmanager
-    def _reaching(self, *, parsing: bool = False, writing: bool = False) -> Iterator[None]:
-        """Tell a store that can't be reached from what is wrong with a shard; a disk speaks for itself.
-
-        An OSError may be Arrow's, about what it parses; and a file that is missing is no fault, unless it is written.
-        """
-        try:
-            yield
-        except Exception as error:
-            of_a_shard = isinstance(error, OSError) and (
-                parsing or (not writing and isinstance(error, FileNotFoundError))
-            )
-            known = isinstance(error, OSError) or type(error).__module__.partition(".")[0] in STORE_PACKAGES
-            if isinstance(self._fs, LocalFileSystem) or of_a_shard or not known:
-                raise
-            # A store's own words may repeat the request, and it may have no others than its kind.
-            why = error.strerror if isinstance(error, OSError) else None
-            raise FrameStoreError(self._folder, why or type(error).__name__) from None
-
-    def _partition_folder(self, partition: IdRange) -> str:
-        return f"{self._folder}/{partition.partition_key}"
-
-    def _read_footer(self, path: str, partition: IdRange, size_bytes: int) -> FrameShard | None:
-        try:
-            with self._reaching(parsing=True), self._fs.open(path, "rb") as file:
-                metadata = pq.read_metadata(file)
-            records = listed_records(metadata, partition)
-        except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
-            logger.warning("Ignoring %s: it is no whole frame shard of range %s (%s).", path, partition, error)
-            return None
-        name = path.rsplit("/", 1)[-1]
-        return FrameShard(name, path, partition.partition_key, records, metadata.num_rows, size_bytes)
+    def _described(self, footer: dict[str, Any], path: str, partition: IdRange, size_bytes: int) -> FrameShard:
+        if footer["format"] != FORMAT or footer["partition_key"] != partition.partition_key:
+            raise ValueError(f"it has format {footer['format']} and range {footer['partition_key']}")
+        records = tuple(ShardRecord(**record) for record in footer["records"])
+        name, num_frames = path.rsplit("/", 1)[-1], sum(record.num_frames for record in records)
+        return FrameShard(name, path, partition.partition_key, records, num_frames, size_bytes)
 
 
-def _is_temporary(path: str) -> bool:
-    return path.rsplit("/", 1)[-1].startswith(".")
+@functools.cache
+def _schema() -> pa.Schema:
+    import pyarrow as pa  # noqa: PLC0415 - as above
+
+    return pa.schema(
+        [
+            ("record_id", pa.int64()),
+            ("frame_number", pa.int64()),
+            ("pts_seconds", pa.float64()),
+            ("target_seconds", pa.float64()),
+            ("jpeg", pa.large_binary()),
+        ]
+    )
 
 
-def _write_durably(path: Path, content: bytes) -> None:
-    """Write beside, then rename: a reader, a crash or a power cut never sees half a shard."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.stem}-{secrets.token_hex(4)}.tmp")  # two may merge the same shards at once
-    try:
-        with beside.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+def _to_parquet(partition: IdRange, videos: Sequence[EncodedFrames], records: Sequence[ShardRecord]) -> bytes:
+    """A shard's file, laid out for fast reading: JPEGs uncompressed, and statistics to find a record by."""
+    import pyarrow as pa  # noqa: PLC0415 - as above
+    import pyarrow.parquet as pq  # noqa: PLC0415 - as above
+
+    footer = {
+        "format": FORMAT,
+        "partition_key": partition.partition_key,
+        "records": [asdict(record) for record in records],
+    }
+    columns: list[Any] = [
+        np.repeat([video.record_id for video in videos], [len(video) for video in videos]),
+        np.concatenate([video.frame_number for video in videos]),
+        np.concatenate([video.pts_seconds for video in videos]),
+        np.concatenate([video.target_seconds for video in videos]),
+        [jpeg for video in videos for jpeg in video.jpegs],
+    ]
+    schema = _schema()
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+    table = pa.Table.from_arrays(arrays, schema=schema.with_metadata({FrameStore.footer_key: json.dumps(footer)}))
+    buffer = io.BytesIO()
+    pq.write_table(
+        table,
+        buffer,
+        compression="none",
+        use_dictionary=["record_id"],
+        row_group_size=_ROWS_PER_GROUP,
+        write_statistics=["record_id"],
+    )
+    return buffer.getvalue()
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what killed processes left behind: writing takes seconds, so an hour without a change is the end of it."""
-    for beside in folder.glob(".*.tmp"):
-        age = datetime.now(UTC) - datetime.fromtimestamp(beside.stat().st_mtime, UTC)
-        if age > _STALE:
-            logger.warning("Removing %s, which a killed process left behind %s ago.", beside, age)
-            beside.unlink(missing_ok=True)
+def _read_videos(file: IO[bytes], records: Sequence[ShardRecord]) -> Iterator[EncodedFrames]:
+    """A file's videos one by one; ValueError when its rows are not those of the listed ones."""
+    import pyarrow as pa  # noqa: PLC0415 - as above
+    import pyarrow.parquet as pq  # noqa: PLC0415 - as above
+
+    batches = pq.ParquetFile(file).iter_batches(_ROWS_PER_GROUP)
+    rows = _schema().empty_table()
+    for record in records:
+        while len(rows) < record.num_frames:
+            batch = next(batches, None)
+            if batch is None:
+                raise ValueError(f"record {record.record_id} is cut short")
+            rows = pa.concat_tables([rows, pa.Table.from_batches([batch]).replace_schema_metadata()])
+        yield _video(rows.slice(0, record.num_frames), record)
+        rows = rows.slice(record.num_frames)
+
+
+def _video(rows: pa.Table, record: ShardRecord) -> EncodedFrames:
+    if any(record_id != record.record_id for record_id in rows["record_id"].unique().to_pylist()):
+        raise ValueError(f"its rows are not those of record {record.record_id}")
+    return EncodedFrames(
+        record.record_id,
+        record.content_version,
+        rows["jpeg"].to_pylist(),
+        rows["pts_seconds"].to_numpy(),
+        rows["target_seconds"].to_numpy(),
+        rows["frame_number"].to_numpy(),
+        record.width_px,
+        record.height_px,
+        record.duration_seconds,
+        record.partial,
+    )

@@ -1,4 +1,4 @@
-"""The figures, as they are taken; `exposition.py` gives them their names.
+"""The figures of the metrics beside `Progress`; `exposition.py` gives them their names.
 
 Most cost the same whatever the table's size and are taken at each scrape. The census counts every row: it is taken now
 and then, and says when.
@@ -6,11 +6,20 @@ and then, and says when.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+import json
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+from extraction_dagster.ticks.memory import recall_text, remember_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    import sqlalchemy as sa
+
+    from extraction_dagster.watch.progress import Progress
+
+_CENSUS_KEY = "metrics_census"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +31,9 @@ class InstanceFigures:
         runs: Runs that have not ended, by status.
         ended_runs: Runs that ended within the last hour, by status.
         last_tick_at: When the sensor last ticked, in seconds since the epoch; None before the first tick.
-        is_switched_on: Whether nobody has stopped the sensor.
+        is_switched_on: Whether the sensor is on: it was not stopped.
         daemons: Whether each daemon that is needed lives.
-        rates: Videos, frames and points a second over the last minutes.
+        rates: Videos, frames and points a second, of those that were made lately.
     """
 
     cursor: str | None
@@ -36,43 +45,8 @@ class InstanceFigures:
     rates: Mapping[str, float]
 
 
-@dataclass(frozen=True, slots=True)
-class TableFigures:
-    """What the source table and the ledger say, without counting them.
-
-    Attributes:
-        last_processed_id: The watermark; None before the first.
-        frontier_id: The end of the last range handed out.
-        floor_id: The operator's floor.
-        newest_id: The greatest eligible id.
-        lag_rows: Eligible rows above the watermark; None when there are too many to count at each scrape.
-        due_rows: Rows among them that may be processed now, up to a limit.
-        waiting_rows: Failed rows among them that wait for their next try.
-        stopped: Every failed and every parked row, by state.
-        moved_at: When something last moved, or nothing was left to do, as far as was seen; since the epoch.
-        stalled_seconds: How long ago that was, while rows are due; else 0.
-    """
-
-    last_processed_id: int | None
-    frontier_id: int | None
-    floor_id: int | None
-    newest_id: int | None
-    lag_rows: int | None
-    due_rows: int
-    waiting_rows: int
-    stopped: Mapping[str, int]
-    moved_at: float
-    stalled_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class MirrorFigures:
-    """The mirror of the checkpoint, beside the cursor.
-
-    Attributes:
-        state: ok, missing, behind, ahead, corrupt, unreachable.
-        last_processed_id: What it says.
-    """
+class MirrorFigures(NamedTuple):
+    """The mirror of the checkpoint: ok, missing, behind, ahead, corrupt or unreachable; and its last processed id."""
 
     state: str
     last_processed_id: int | None
@@ -86,7 +60,7 @@ class Census:
         taken_at: When, in seconds since the epoch.
         seconds: How long it took.
         rows: Eligible rows by state: done, pending.
-        lag_rows: Eligible rows above the watermark.
+        lag_rows: Eligible rows above the watermark and the floor.
         frames: Stored frames of the rows that are done.
         points: Verified points of the rows that are done.
         errors: Errors ever recorded, by stage and type.
@@ -116,7 +90,7 @@ class Figures:
         seconds: How long it took, without the census.
         parts: Whether each part could be read: table, dagster, cursor, and mirror where there is one.
         instance: Dagster's part.
-        table: The table's part.
+        progress: The part of the table, the ledger and the cursor.
         mirror: The mirror's part.
     """
 
@@ -124,5 +98,21 @@ class Figures:
     seconds: float
     parts: Mapping[str, bool]
     instance: InstanceFigures | None = None
-    table: TableFigures | None = None
+    progress: Progress | None = None
     mirror: MirrorFigures | None = None
+
+
+def recall_census(engine: sa.Engine) -> Census | None:
+    """The newest census, for a cron job has no other memory; None when there is none that can be read."""
+    try:
+        values = json.loads(recall_text(engine, _CENSUS_KEY) or "")
+        errors = {(str(stage), str(kind)): int(number) for stage, kind, number in values.pop("errors")}
+        return Census(**values, errors=errors)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def remember_census(engine: sa.Engine, census: Census) -> None:
+    """Keep a census for the next call."""
+    errors = [[stage, kind, number] for (stage, kind), number in census.errors.items()]
+    remember_text(engine, _CENSUS_KEY, json.dumps({**asdict(census), "errors": errors}))

@@ -1,7 +1,7 @@
-"""Takes the figures: the cheap ones at each scrape, the census now and then. A part that can't be read is said to be.
+"""Takes the figures of the metrics: the cheap ones at each scrape, the census now and then.
 
-`measure` costs the same whatever the table's size; it takes the look that the charts in Dagster's UI take. `count`
-reads the whole table and ledger, and is paced so that it takes two per cent of the time.
+`measure` costs the same whatever the table's size; its `Progress` is the one of `extraction status` and of the charts
+in Dagster's UI. `count` reads the whole table and ledger, and is paced so that it takes two per cent of the time.
 """
 
 from __future__ import annotations
@@ -10,56 +10,53 @@ import contextlib
 import logging
 import time
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from extraction_dagster.errors.base import ExtractionError
 from extraction_dagster.errors.index import CollectionMissingError, StoreBusyError
 from extraction_dagster.records import IdRange
 from extraction_dagster.stages.catalog.catalog import Catalog
-from extraction_dagster.stages.index.protocol import open_point_store
+from extraction_dagster.stages.index.stage import open_point_store
 from extraction_dagster.ticks.cursor import CursorState
 from extraction_dagster.ticks.mirrors import make_mirror
-from extraction_dagster.watch.figures import Census, Figures, InstanceFigures, MirrorFigures, TableFigures
-from extraction_dagster.watch.how_far import MOST_COUNTED, look
-from extraction_dagster.watch.kept import recall_census, recall_looks, remember_census, remember_looks
+from extraction_dagster.watch.figures import Census, Figures, MirrorFigures, recall_census, remember_census
+from extraction_dagster.watch.progress import measure_progress, recall_progress, remember_progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from extraction_dagster.settings import Settings
-    from extraction_dagster.watch.how_far import ProgressMemory
+    from extraction_dagster.watch.figures import InstanceFigures
+    from extraction_dagster.watch.progress import Progress
 
 _log = logging.getLogger(__name__)
 _EVERY_ID = IdRange(-(2**63), 2**63 - 1)
 _MOST_SECONDS_A_CALL = 10.0  # to a Qdrant server: what can't be counted now is counted another time
-_REMEMBER_EVERY_SECONDS = 60.0
+_REMEMBER_EVERY = timedelta(minutes=1)  # not at each scrape
 _LEAST_CENSUS_SECONDS = 60.0
 _CENSUS_SHARE = 50  # a census that takes a second is taken every 50 s at most
 
 
 def census_seconds(census: Census) -> float:
-    """For how long a census need not be taken anew."""
+    """For how long a census need not be repeated."""
     return max(_LEAST_CENSUS_SECONDS, _CENSUS_SHARE * census.seconds)
 
 
 class Meter:
-    """Takes figures; keeps its connections from one time to the next."""
+    """Takes figures; keeps its connections from one time to the next, and opens none before the first.
+
+    Args:
+        settings: Where everything is.
+        read_instance: Asks Dagster's instance.
+    """
 
     def __init__(self, settings: Settings, read_instance: Callable[[], InstanceFigures]) -> None:
-        """Nothing is opened before the first question.
-
-        Args:
-            settings: Where everything is.
-            read_instance: Asks Dagster's instance.
-        """
         self._settings, self._read_instance = settings, read_instance
         limit = min(settings.qdrant_timeout_seconds, _MOST_SECONDS_A_CALL)
         self._hasty_settings = settings.model_copy(update={"qdrant_timeout_seconds": limit})
         self._catalog: Catalog | None = None
-        self._remembered_at = float("-inf")
         self._faults: dict[str, str] = {}
-        self._looks: ProgressMemory | None = None
 
     def close(self) -> None:
         """Give the connections back."""
@@ -71,7 +68,7 @@ class Meter:
         """Take the cheap figures; never fails, whatever is down."""
         started, now = time.perf_counter(), time.time()
         parts: dict[str, bool] = {}
-        instance = catalog = cursor = table = mirror = None
+        instance = catalog = cursor = progress = mirror = None
         with self._part("dagster", parts):
             instance = self._read_instance()
         with self._part("table", parts):
@@ -80,17 +77,18 @@ class Meter:
         if instance is not None and catalog is not None:
             with self._part("cursor", parts):
                 cursor = _cursor(instance.cursor, catalog.source.identity)
-        if catalog is not None and cursor is not None:
+        if instance is not None and catalog is not None and cursor is not None:
             with self._part("table", parts):
-                table = self._table(catalog, cursor, now)
+                progress = self._progress(catalog, cursor, instance, now)
             mirror = self._mirror(catalog, cursor.last_processed_id, parts)
-        return Figures(now, time.perf_counter() - started, parts, instance, table, mirror)
+        return Figures(now, time.perf_counter() - started, parts, instance, progress, mirror)
 
-    def count(self, after_id: int | None) -> Census:
+    def count(self, after_id: int | None, floor_id: int | None) -> Census:
         """Count every row, unless that was done a while ago.
 
         Args:
-            after_id: Above which id rows lag: the watermark, or the operator's floor.
+            after_id: Above which id rows lag.
+            floor_id: The operator's floor: rows at or below are not pending.
 
         Raises:
             ExtractionError: The table or the ledger can't be read.
@@ -100,7 +98,7 @@ class Meter:
         now, started = time.time(), time.perf_counter()
         if before is not None and 0 <= now - before.taken_at < census_seconds(before):
             return before
-        status = catalog.status()
+        status = catalog.status(floor_id=floor_id)
         rows = {name: int(status[name] or 0) for name in ("done", "pending")}
         frames, points = catalog.ledger.totals()
         lag, errors = catalog.source.count_above(after_id), catalog.ledger.error_counts()
@@ -127,7 +125,7 @@ class Meter:
             if self._faults.get(name) != why:
                 _log.warning("The figures of part %r can't be read: %s", name, why)
             self._faults[name] = why
-            self.close()  # opened anew next time
+            self.close()  # opened again next time
         else:
             parts[name] = True
             self._faults.pop(name, None)
@@ -137,28 +135,21 @@ class Meter:
             self._catalog = Catalog(self._settings)
         return self._catalog
 
-    def _table(self, catalog: Catalog, cursor: CursorState, now: float) -> TableFigures:
-        memory = self._looks or recall_looks(catalog.state_engine)
-        before = memory.last_processed_id
-        standing = look(catalog, cursor, memory, now=datetime.fromtimestamp(now, UTC))
-        self._looks = memory
-        if memory.last_processed_id != before or now - self._remembered_at >= _REMEMBER_EVERY_SECONDS:
-            with contextlib.suppress(ExtractionError):
-                remember_looks(catalog.state_engine, memory)
-                self._remembered_at = now
-        figures, moved_at = standing.figures, standing.moved_at.timestamp()
-        return TableFigures(
-            last_processed_id=cursor.last_processed_id,
-            frontier_id=cursor.frontier_id,
-            floor_id=cursor.floor_id,
-            newest_id=figures.newest_id,
-            lag_rows=figures.lag_rows if figures.lag_rows < MOST_COUNTED else None,
-            due_rows=figures.pending_rows,
-            waiting_rows=figures.waiting_rows,
-            stopped={"failed": figures.failed_records, "parked": figures.parked_records},
-            moved_at=moved_at,
-            stalled_seconds=max(now - moved_at, 0.0) if figures.pending_rows else 0.0,
+    def _progress(self, catalog: Catalog, cursor: CursorState, instance: InstanceFigures, now: float) -> Progress:
+        memory = recall_progress(catalog.state_engine)  # of the sensor's looks as well
+        last, moved_at = memory.last_processed_id, memory.moved_at
+        progress = measure_progress(
+            catalog,
+            cursor,
+            memory,
+            now=datetime.fromtimestamp(now, UTC),
+            active_runs=sum(instance.runs.values()),
+            videos_per_second=instance.rates.get("videos"),
         )
+        if moved_at is None or last != progress.last_processed_id or progress.moved_at - moved_at >= _REMEMBER_EVERY:
+            with contextlib.suppress(ExtractionError):
+                remember_progress(catalog.state_engine, memory)
+        return progress
 
     def _mirror(self, catalog: Catalog, last_processed_id: int | None, parts: dict[str, bool]) -> MirrorFigures | None:
         mirror, found = make_mirror(self._settings, catalog.state_engine), None

@@ -1,5 +1,8 @@
 """`extraction frames`: what a person sees."""
 
+import os
+import time
+
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -7,9 +10,11 @@ from typer.testing import CliRunner
 from extraction_dagster.cli.main import app
 from extraction_dagster.records import EncodedFrames, IdRange
 from extraction_dagster.settings import load_settings
-from extraction_dagster.shards.frame_store import FrameStore, frames_fingerprint
+from extraction_dagster.shards.frame_store import FrameStore
 from extraction_dagster.stages.catalog.catalog import open_catalog
 from extraction_dagster.stages.catalog.database import make_engine, writing
+from extraction_dagster.stages.decode.task import frames_fingerprint
+from extraction_dagster.stages.embed.models.registry import embedding_fingerprint
 
 
 @pytest.fixture
@@ -77,6 +82,18 @@ def test_compact_merges_what_is_done_and_old_enough(trickled):
         [1, 2, 3, 4, 5],
         [6],
     ]
+
+
+def test_compact_removes_what_killed_writers_left_behind(trickled, tmp_path):
+    embeddings = tmp_path / ".extraction" / "embeddings"
+    settings = load_settings()
+    folder = embeddings / f"{trickled.fingerprint}-{embedding_fingerprint(settings)}" / "1-10"
+    folder.mkdir(parents=True)
+    old = folder / ".tmp-0a1b-20260102T030405000006Z-0a.parquet"
+    old.write_bytes(b"half")
+    os.utime(old, (time.time() - 7200, time.time() - 7200))
+    done = CliRunner().invoke(app, ["frames", "compact"])
+    assert (done.exit_code, list(folder.iterdir())) == (0, [])
 
 
 def test_compact_leaves_ranges_alone_that_reach_beyond_the_named_one(trickled):

@@ -116,16 +116,10 @@ def test_no_password_is_ever_shown(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("table")
-def test_they_are_served_while_the_table_goes_and_comes_back(tmp_path):
+def test_they_are_served_while_the_table_goes_and_comes_back(tmp_path, commands):
     environment = {**os.environ, "NO_COLOR": "1", "EXTRACTION_QDRANT_API_KEY": SECRET}
-    server = subprocess.Popen(
-        [EXTRACTION, "metrics", "--serve", "0"],
-        cwd=tmp_path,
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    command = [EXTRACTION, "metrics", "--serve", "0"]
+    server = commands.start(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL)
     try:
         address = re.search(r"Serving (http://127\.0\.0\.1:\d+/metrics)", server.stderr.readline())[1]
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))

@@ -11,13 +11,12 @@ from extraction_dagster.stages.decode.jpeg import decode_frames
 from extraction_dagster.stages.decode.task import DecodeJob
 from extraction_dagster.stages.decode.workers.pool import PoolOptions, decode_all
 from extraction_dagster.stages.embed.models.registry import load_model
-from extraction_dagster.stages.embed.query import embed_query_image, load_query_image
-from extraction_dagster.stages.embed.query_video import embed_query_video
+from extraction_dagster.stages.embed.query import embed_query_image, embed_query_video, load_query_image
 from extraction_dagster.stages.embed.vectors import normalise
 from extraction_dagster.stages.index.edge.store import EdgeStore
 from extraction_dagster.stages.index.protocol import CollectionSpec
-from extraction_dagster.stages.index.replace import replace_records
 from extraction_dagster.stages.index.search import search_images, search_videos
+from extraction_dagster.stages.index.stage import replace_records
 
 pytestmark = pytest.mark.slow
 BROKEN = ("truncated", "no_video")

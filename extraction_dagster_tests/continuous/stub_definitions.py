@@ -14,10 +14,11 @@ import numpy as np
 from extraction_dagster.defs.assets import qdrant_points
 from extraction_dagster.defs.jobs import extraction_job
 from extraction_dagster.defs.notify import run_failure_notices
-from extraction_dagster.defs.partitions import above_floor, id_ranges, register
+from extraction_dagster.defs.partitions import id_ranges
 from extraction_dagster.defs.reconcile import points_agree_with_table
-from extraction_dagster.defs.resources import Extraction, plain_failures
+from extraction_dagster.defs.resources import Extraction
 from extraction_dagster.defs.sensors import extraction_sensor
+from extraction_dagster.defs.step import open_step
 from extraction_dagster.records import EmbeddingBatch, Failure
 
 DIM = 8
@@ -40,42 +41,39 @@ def _unfinished(plan):
 @dg.asset(partitions_def=id_ranges, group_name="extraction", pool="decode")
 def video_frames(context: dg.AssetExecutionContext, extraction: Extraction) -> None:
     """Mark rows as extracted, shard by shard, as if they had been decoded."""
-    with plain_failures(), extraction.catalog() as catalog:
-        id_range = register(context)
-        plan = catalog.begin(above_floor(context, id_range), extraction.fingerprints)
+    with open_step(context, extraction, begins=True) as work:
         poisoned = _poisoned()
-        fresh = [item for item in _unfinished(plan) if item.entry is None or item.entry.state in {"todo", "failed"}]
+        fresh = [
+            item for item in _unfinished(work.plan) if item.entry is None or item.entry.state in {"todo", "failed"}
+        ]
         for shard in _shards(fresh):
             time.sleep(0.02)
             good = {item.video.record_id: 1 for item in shard if item.video.record_id not in poisoned}
             if good:
-                catalog.mark_extracted(plan, good, extraction.fingerprints.frames)
+                work.catalog.mark_extracted(work.plan, good, work.fingerprints.frames)
             bad = [item.video for item in shard if item.video.record_id not in good]
-            failures = [
+            work.record_failures(
                 Failure(
                     row.record_id, row.content_version, "decode", "PoisonError", f"Record {row.record_id} is poison."
                 )
                 for row in bad
-            ]
-            if failures:
-                catalog.record_failures(plan, failures, run_id=context.run_id)
+            )
 
 
 @dg.asset(partitions_def=id_ranges, group_name="extraction", pool="gpu", deps=[video_frames])
 def frame_embeddings(context: dg.AssetExecutionContext, extraction: Extraction) -> None:
     """Write one vector for each extracted row that has none yet."""
-    with plain_failures(), extraction.catalog() as catalog:
-        id_range = register(context)
-        plan = catalog.plan(above_floor(context, id_range), extraction.fingerprints)
-        store = extraction.embedding_store()
+    with open_step(context, extraction) as work:
+        store, id_range = work.embedding_store, work.id_range
         there = {
             (record.record_id, record.content_version) for shard in store.shards(id_range) for record in shard.records
         }
-        extracted = [item for item in _unfinished(plan) if item.entry and item.entry.state in {"extracted", "embedded"}]
+        pending = _unfinished(work.plan)
+        extracted = [item for item in pending if item.entry and item.entry.state in {"extracted", "embedded"}]
         wanted = [item for item in extracted if (item.video.record_id, item.video.content_version) not in there]
         for shard in _shards(wanted):
             _write(store, id_range, [item.video for item in shard], context.run_id)
-        catalog.mark_embedded([item.video.record_id for item in extracted], extraction.fingerprints.embedding)
+        work.catalog.mark_embedded([item.video.record_id for item in extracted], work.fingerprints.embedding)
 
 
 def _write(store, id_range, rows, run_id):

@@ -8,7 +8,8 @@ import pytest
 
 from extraction_dagster.settings import load_settings
 from extraction_dagster.stages.embed.models.registry import embedding_fingerprint
-from extraction_dagster.stages.index.protocol import CollectionSpec, open_point_store
+from extraction_dagster.stages.index.protocol import CollectionSpec
+from extraction_dagster.stages.index.stage import open_point_store
 
 pytestmark = pytest.mark.soak
 

@@ -1,38 +1,11 @@
 """A table of four real videos, one of them broken, and runs of the real jobs over it."""
 
 import sqlite3
-from fractions import Fraction
 
 import dagster as dg
-import numpy as np
 import pytest
 
 KEY = "1-4"
-
-
-def render(path, seed):
-    """Three seconds of noise at two frames a second: three sampled frames at one a second."""
-    import av
-
-    with av.open(str(path), "w") as sink:
-        stream = sink.add_stream("mpeg4", rate=2)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for number in range(6):
-            image = np.random.default_rng(10 * seed + number).integers(0, 255, (48, 64, 3), dtype=np.uint8)
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-            frame.pts, frame.time_base = number, Fraction(1, 2)
-            sink.mux(stream.encode(frame))
-        sink.mux(stream.encode(None))
-
-
-@pytest.fixture(scope="session")
-def clips(tmp_path_factory):
-    """A folder with a.mp4, b.mp4, c.mp4 and broken.mp4; read it only."""
-    folder = tmp_path_factory.mktemp("clips")
-    for seed, name in enumerate(("a", "b", "c")):
-        render(folder / f"{name}.mp4", seed)
-    (folder / "broken.mp4").write_bytes((folder / "a.mp4").read_bytes()[:200])
-    return folder
 
 
 class World:
@@ -89,9 +62,9 @@ class World:
 
 
 @pytest.fixture
-def world(tmp_path, monkeypatch, clips):
+def world(tmp_path, monkeypatch, small_clips):
     """Records 1, 2 and 3 are good, record 4 is broken."""
-    for name, value in (("HOME", tmp_path), ("MAX_ATTEMPTS", 1), ("DECODE_WORKERS", 1), ("ALLOWED_ROOTS", clips)):
+    for name, value in (("HOME", tmp_path), ("MAX_ATTEMPTS", 1), ("DECODE_WORKERS", 1), ("ALLOWED_ROOTS", small_clips)):
         monkeypatch.setenv(f"EXTRACTION_{name}", str(value))
     with dg.DagsterInstance.ephemeral() as instance:
         world = World(tmp_path, instance)
@@ -100,5 +73,5 @@ def world(tmp_path, monkeypatch, clips):
             "is_embedded BOOLEAN DEFAULT 0)"
         )
         for number, name in enumerate(("a", "b", "c", "broken"), 1):
-            world.sql("INSERT INTO insta_content (id, path) VALUES (?, ?)", number, str(clips / f"{name}.mp4"))
+            world.sql("INSERT INTO insta_content (id, path) VALUES (?, ?)", number, str(small_clips / f"{name}.mp4"))
         yield world

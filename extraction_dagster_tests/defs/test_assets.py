@@ -127,7 +127,7 @@ def test_without_a_contact_sheet_no_picture_reaches_dagsters_storage(world, monk
 
 def test_the_checks_of_a_run_say_what_they_found(world):
     result = world.run()
-    warning = "1 of 4 records are failed or parked (25.0%; 10.0% is let pass)."
+    warning = "1 of 4 records are failed or parked (25.0%; 10.0% is allowed)."
     assert world.checks(result) == {
         "video_frames no_zero_frame_video": (True, "ERROR", "0 of 3 extracted records have no frame."),
         "video_frames failure_rate": (False, "WARN", warning),
@@ -149,7 +149,7 @@ def test_the_checks_of_a_run_say_what_they_found(world):
     assert rate.partition == "1-4"
 
 
-def test_the_failure_rate_that_is_let_pass_is_a_setting(world, monkeypatch):
+def test_the_failure_rate_that_is_allowed_is_a_setting(world, monkeypatch):
     monkeypatch.setenv("EXTRACTION_MAX_FAILURE_RATE", "0.25")
     assert world.checks(world.run())["video_frames failure_rate"][0]
 
@@ -215,7 +215,7 @@ def test_points_that_the_store_lost_fail_the_check_and_the_run_and_mark_nothing(
 
 def test_points_that_vanish_after_they_were_verified_are_pending_again(world):
     from extraction_dagster.stages.index.edge.store import EdgeStore  # noqa: PLC0415 - loads the engine
-    from extraction_dagster.stages.index.replace import delete_records  # noqa: PLC0415
+    from extraction_dagster.stages.index.stage import delete_records  # noqa: PLC0415
 
     world.run()
     with EdgeStore(world.home / "qdrant") as store:
@@ -234,7 +234,7 @@ def test_points_that_vanish_after_they_were_verified_are_pending_again(world):
 @pytest.mark.parametrize("lost", [("embeddings",), ("embeddings", "qdrant")], ids=["vectors", "vectors and store"])
 def test_a_range_is_not_green_without_its_points_although_no_vectors_are_stored(world, lost):
     from extraction_dagster.stages.index.edge.store import EdgeStore  # noqa: PLC0415 - loads the engine
-    from extraction_dagster.stages.index.replace import delete_records  # noqa: PLC0415
+    from extraction_dagster.stages.index.stage import delete_records  # noqa: PLC0415
 
     world.run()
     with EdgeStore(world.home / "qdrant") as store:

@@ -333,7 +333,7 @@ def test_a_run_that_is_stopped_says_what_it_leaves_and_how_to_go_on(world, monke
         result = world.run()
     assert not result.success
     assert caplog.text.count("Range 1-4 was stopped. What was finished is kept and marked") == 1
-    assert "'extraction launch 1-4' is one at once." in caplog.text
+    assert "'extraction launch 1-4' starts one at once." in caplog.text
 
 
 def test_the_sensors_runs_carry_no_options(world, monkeypatch):

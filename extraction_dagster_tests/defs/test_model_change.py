@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import sqlite3
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,23 +19,25 @@ VERSIONS = (
 ASSETS = {"video_frames", "frame_embeddings", "qdrant_points"}
 
 
-def run(*command, cwd, code=0, **environment):
-    done = subprocess.run(
-        command,
-        cwd=cwd,
-        env={**os.environ, "NO_COLOR": "1", **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
+@pytest.fixture
+def run(commands):
+    def run(*command, cwd, code=0, **environment):
+        environment = {**os.environ, "NO_COLOR": "1", **environment}
+        modules = ["transformers"] if "EXTRACTION_MODEL" in environment else []
+        done = commands.run(command, cwd=cwd, env=environment, modules=modules)
+        assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return run
 
 
-def code_versions(folder, **environment):
-    found = json.loads(run(sys.executable, "-c", VERSIONS, cwd=folder, **environment).stdout.splitlines()[-1])
-    return {name: version for name, version in found.items() if name in ASSETS}
+@pytest.fixture
+def code_versions(run, tmp_path):
+    def code_versions(**environment):
+        found = json.loads(run(sys.executable, "-c", VERSIONS, cwd=tmp_path, **environment).stdout.splitlines()[-1])
+        return {name: version for name, version in found.items() if name in ASSETS}
+
+    return code_versions
 
 
 def changed(before, after):
@@ -44,28 +45,27 @@ def changed(before, after):
     return {name for name in before if before[name] != after[name]}
 
 
-def test_a_model_concerns_vectors_and_points_and_no_frames(tmp_path, saved_models):
-    plain = code_versions(tmp_path)
-    clip = code_versions(tmp_path, EXTRACTION_MODEL=str(saved_models("clip")))
-    shorter = code_versions(tmp_path, EXTRACTION_MODEL=str(saved_models("clip")), EXTRACTION_EMBEDDING_DIM="8")
+def test_a_model_concerns_vectors_and_points_and_no_frames(code_versions, saved_models):
+    plain = code_versions()
+    clip = code_versions(EXTRACTION_MODEL=str(saved_models("clip")))
+    shorter = code_versions(EXTRACTION_MODEL=str(saved_models("clip")), EXTRACTION_EMBEDDING_DIM="8")
 
     assert changed(plain, clip) == {"frame_embeddings", "qdrant_points"}
     assert changed(clip, shorter) == {"frame_embeddings", "qdrant_points"}
-    assert changed(plain, code_versions(tmp_path, EXTRACTION_FPS="2")) >= {"video_frames"}
+    assert changed(plain, code_versions(EXTRACTION_FPS="2")) >= {"video_frames"}
 
 
 @pytest.fixture
-def two_videos(tmp_path, demo_folder, demo_videos):
+def two_videos(tmp_path, small_clips):
     """A data folder with a table of two videos."""
     (tmp_path / ".extraction").mkdir()
-    (tmp_path / ".extraction" / "videos").symlink_to(demo_folder)
-    good = [video for video in demo_videos if video.platform == "rendered"][:2]
+    (tmp_path / ".extraction" / "videos").symlink_to(small_clips)
     connection = sqlite3.connect(tmp_path / ".extraction" / "source.db")
     connection.execute(
         "CREATE TABLE insta_content (id INTEGER PRIMARY KEY, platform, code, path TEXT, "
         "is_extracted BOOLEAN NOT NULL DEFAULT 0, is_embedded BOOLEAN NOT NULL DEFAULT 0)"
     )
-    rows = [(number, video.platform, video.code, video.path) for number, video in enumerate(good, 1)]
+    rows = [(1, "tube", "a", "a.mp4"), (2, "tube", "b", "b.mp4")]
     connection.executemany("INSERT INTO insta_content (id, platform, code, path) VALUES (?, ?, ?, ?)", rows)
     connection.commit()
     connection.close()
@@ -86,7 +86,7 @@ def ledger(folder):
 
 
 @pytest.mark.slow
-def test_a_range_is_embedded_anew_with_another_model_and_nothing_is_decoded(two_videos, saved_models):
+def test_a_range_is_embedded_anew_with_another_model_and_nothing_is_decoded(run, two_videos, saved_models):
     run(EXTRACTION, "launch", "1-2", cwd=two_videos)
     frames, vectors, before = shards(two_videos, "frames"), shards(two_videos, "embeddings"), ledger(two_videos)
     # The videos are out of reach now: whoever decoded again would fail.
@@ -136,7 +136,7 @@ def wrong_dim(folder):
 
 
 @pytest.mark.slow
-def test_a_hostile_model_is_refused_before_anything_is_written(two_videos, saved_models):
+def test_a_hostile_model_is_refused_before_anything_is_written(run, two_videos, saved_models):
     for number, breakage in enumerate([pickle_only, own_code, no_preprocessor, wrong_dim]):
         model = two_videos / f"model{number}"
         shutil.copytree(saved_models("clip"), model)

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -208,7 +207,7 @@ def test_what_nobody_thought_of_fails_no_tick(daemon, instance, hook, monkeypatc
     def explode(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("extraction_dagster.defs.notify.why_failed", explode)
+    monkeypatch.setattr("extraction_dagster.defs.notify.first_failure", explode)
     fail(instance)
     daemon.tick()
     assert hook.posted == []
@@ -223,16 +222,8 @@ def test_by_default_nobody_is_told_and_the_sensor_is_off(daemon, instance, hook,
 
 
 @pytest.mark.parametrize(("notify", "status"), [("", "STOPPED"), ("log", "RUNNING")])
-def test_the_sensor_is_on_where_somebody_is_to_be_told(notify, status, tmp_path):
+def test_the_sensor_is_on_where_somebody_is_to_be_told(notify, status, tmp_path, commands):
     code = "from extraction_dagster.defs.notify import run_failure_notices as s; print(s.default_status.value)"
     environment = {**os.environ, "EXTRACTION_NOTIFY": notify, "EXTRACTION_NOTIFY_URL": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=300,
-    )
+    done = commands.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
     assert done.stdout.split() == [status]

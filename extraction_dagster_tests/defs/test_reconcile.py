@@ -11,7 +11,7 @@ from extraction_dagster.settings import load_settings
 from extraction_dagster.stages.embed.models.registry import embedding_fingerprint
 from extraction_dagster.stages.index.edge.store import EdgeStore
 from extraction_dagster.stages.index.protocol import CollectionSpec
-from extraction_dagster.stages.index.replace import replace_records
+from extraction_dagster.stages.index.stage import replace_records
 
 # Dagster itself reads pydantic's old attribute.
 pytestmark = pytest.mark.filterwarnings("ignore:The `__fields__` attribute is deprecated")

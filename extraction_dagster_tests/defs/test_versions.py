@@ -2,14 +2,12 @@
 
 import json
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from extraction_dagster.defs.instance.launching import launch, open_instance, template
-from extraction_dagster.defs.versions import code_versions, data_version
+from extraction_dagster.defs.instance.launching import launch, open_instance
+from extraction_dagster.defs.metadata import code_versions, data_version
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import load_settings
 from extraction_dagster.stages.catalog.ledger import LedgerEntry
@@ -19,7 +17,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:The `__fields__` attribute is de
 
 ALL = {"video_frames", "frame_embeddings", "qdrant_points"}
 VECTORS = {"frame_embeddings", "qdrant_points"}
-BIN = Path(sys.executable).parent
 
 
 @pytest.mark.parametrize(
@@ -42,7 +39,7 @@ BIN = Path(sys.executable).parent
         ({"scene_distance": 0.5}, set()),
         ({"solid_deviation": 9.0}, set()),  # of a step that is off
         ({"decode_workers": 7, "decode_timeout_seconds": 9.0, "shard_records": 5}, set()),
-        ({"embed_batch_size": 3, "embed_threads": 1, "device": "cpu", "compile": "on"}, set()),
+        ({"embed_batch_size": 3, "embed_threads": 1, "device": "cpu", "compile": "onnxruntime"}, set()),
         ({"batch_size": 9, "max_attempts": 9, "max_in_flight": 9, "stuck_seconds": 900}, set()),
         ({"keep_frames": "none", "frames_uri": "memory://frames", "contact_sheet_frames": 0}, set()),
         ({"qdrant_url": "http://localhost:6333", "collection_name": "other"}, set()),
@@ -130,40 +127,53 @@ def test_any_changed_record_changes_the_data_versions_that_hold_it(change, conce
 # As Dagster's API says it
 
 
-def stale(folder, *ranges, **environment):
-    """The stale assets of each range and the kinds of causes, from the schema that the UI asks."""
-    asked = " ".join(
-        f'r{number}: assetNodes(assetKeys: [{{path: ["video_frames"]}}, {{path: ["frame_embeddings"]}}, '
-        f'{{path: ["qdrant_points"]}}]) {{ assetKey {{ path }} staleStatus(partition: "{key}") '
-        f'staleCauses(partition: "{key}") {{ category }} }}'
-        for number, key in enumerate(ranges)
-    )
-    command = [BIN / "dagster-graphql", "-w", "workspace.yaml", "-t", f"{{ {asked} }}"]
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    answer, _ = json.JSONDecoder().raw_decode(done.stdout[done.stdout.index('{"data"') :])
-    return [
-        {
-            node["assetKey"]["path"][0]: [cause["category"] for cause in node["staleCauses"]]
-            for node in answer["data"][f"r{number}"]
-            if node["staleStatus"] != "FRESH"
-        }
-        for number in range(len(ranges))
-    ]
+# What `dagster-graphql` does, with the definitions in its own process; the pages' tests ask a server.
+ASK = """
+import json, sys
+import dagster as dg
+from dagster._core.remote_origin import InProcessCodeLocationOrigin
+from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
+from dagster._core.workspace.context import WorkspaceProcessContext
+from dagster._core.workspace.load_target import InProcessWorkspaceLoadTarget
+from dagster_graphql.cli import execute_query
+
+definitions = LoadableTargetOrigin(executable_path=sys.executable, module_name="extraction_dagster.definitions")
+target = InProcessWorkspaceLoadTarget(InProcessCodeLocationOrigin(definitions, location_name="extraction_dagster"))
+with dg.DagsterInstance.get() as instance, WorkspaceProcessContext(instance, target) as context:
+    print(json.dumps(execute_query(context, sys.argv[1])))
+"""
+
+
+@pytest.fixture
+def stale(commands):
+    """`stale(folder, "1-2", EXTRACTION_FPS="2")`: the stale assets of each range and the kinds of causes."""
+
+    def stale(folder, *ranges, **environment):
+        asked = " ".join(
+            f'r{number}: assetNodes(assetKeys: [{{path: ["video_frames"]}}, {{path: ["frame_embeddings"]}}, '
+            f'{{path: ["qdrant_points"]}}]) {{ assetKey {{ path }} staleStatus(partition: "{key}") '
+            f'staleCauses(partition: "{key}") {{ category }} }}'
+            for number, key in enumerate(ranges)
+        )
+        command = [sys.executable, "-c", ASK, f"{{ {asked} }}"]
+        done = commands.run(command, cwd=folder, env={**os.environ, **environment}, modules=["dagster_graphql.cli"])
+        assert done.returncode == 0, done.stderr
+        answer = json.loads(done.stdout)
+        return [
+            {
+                node["assetKey"]["path"][0]: [cause["category"] for cause in node["staleCauses"]]
+                for node in answer["data"][f"r{number}"]
+                if node["staleStatus"] != "FRESH"
+            }
+            for number in range(len(ranges))
+        ]
+
+    return stale
 
 
 @pytest.fixture
 def two_ranges(world, monkeypatch):
     """Ranges 1-2 and 3-4, made with the settings as they are."""
-    (world.home / "workspace.yaml").write_text(template("workspace.yaml"))
     with open_instance(load_settings()) as instance:
         for id_range in (IdRange(1, 2), IdRange(3, 4)):
             assert launch(instance, id_range).success
@@ -176,7 +186,7 @@ CODE = ["CODE"]
 
 
 @pytest.mark.slow
-def test_a_changed_setting_shows_exactly_its_assets_as_stale(two_ranges, saved_models):
+def test_a_changed_setting_shows_exactly_its_assets_as_stale(stale, two_ranges, saved_models):
     folder = two_ranges.home
     assert stale(folder, "1-2", "3-4", EXTRACTION_EMBED_BATCH_SIZE="3", EXTRACTION_DECODE_WORKERS="2") == [{}, {}]
     everything = dict.fromkeys(ALL, CODE)
@@ -186,7 +196,7 @@ def test_a_changed_setting_shows_exactly_its_assets_as_stale(two_ranges, saved_m
 
 
 @pytest.mark.slow
-def test_a_range_made_with_options_of_its_own_is_stale_until_the_settings_say_the_same(two_ranges):
+def test_a_range_made_with_options_of_its_own_is_stale_until_the_settings_say_the_same(stale, two_ranges):
     world, folder = two_ranges, two_ranges.home
     assert world.run(key="1-2", fps=2.0).success
     assert stale(folder, "1-2", "3-4") == [dict.fromkeys(ALL, CODE), {}]
@@ -194,7 +204,7 @@ def test_a_range_made_with_options_of_its_own_is_stale_until_the_settings_say_th
 
 
 @pytest.mark.slow
-def test_what_is_made_of_other_contents_than_upstream_holds_now_is_stale(two_ranges):
+def test_what_is_made_of_other_contents_than_upstream_holds_now_is_stale(stale, two_ranges):
     from extraction_dagster.definitions import defs  # noqa: PLC0415 - reads the environment
 
     world, folder = two_ranges, two_ranges.home

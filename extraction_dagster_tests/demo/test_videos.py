@@ -13,10 +13,9 @@ import av  # noqa: TID253 - what this file is about
 import numpy as np
 import pytest
 
-from extraction_dagster.demo import clips, videos
-from extraction_dagster.demo.clips import CLIPS, Clip, write_clip
-from extraction_dagster.demo.videos import DemoVideo, make_videos, real_clips_hint
-from extraction_dagster.errors.demo import DemoEncoderError, DemoFolderError
+from extraction_dagster.demo import videos
+from extraction_dagster.demo.videos import CLIPS, Clip, DemoVideo, make_videos, real_clips_hint, write_clip
+from extraction_dagster.errors.base import DemoEncoderError, DemoFolderError
 
 TINY = Clip("plasma", "h264", 32, 32, 1, 5, "000000 ffffff")
 IDS = [*range(1, 13), *range(101, 113), *range(201, 205)]
@@ -112,7 +111,7 @@ def test_every_video_moves_and_looks_like_no_other(demo_folder, demo_videos):
     assert [owners[best] for best in likeness.argmax(axis=1)] == owners
 
 
-@pytest.mark.parametrize("scene", ["voronoi", "ribbon", "tunnel", "pinwheel", "spiral"])
+@pytest.mark.parametrize("scene", ["voronoi", "ribbon", "tunnel", "pinwheel", "spiral", "stars"])
 def test_the_same_clip_gives_the_same_file(demo_folder, tmp_path, scene):
     clip = next(clip for clip in CLIPS if clip.scene == scene)
     write_clip(clip, tmp_path / clip.filename)
@@ -137,9 +136,9 @@ def test_no_encoder_takes_real_time_priority(monkeypatch, tmp_path):
 
     def draw(canvas, t):
         policies.extend(os.sched_getscheduler(int(thread.name)) for thread in Path("/proc/self/task").iterdir())
-        return clips.SCENES["rings"](canvas, t)
+        return videos.SCENES["rings"](canvas, t)
 
-    monkeypatch.setitem(clips.SCENES, "radar", draw)
+    monkeypatch.setitem(videos.SCENES, "radar", draw)
     write_clip(Clip("radar", "av1", 64, 64, 2, 5, "000000 ffffff"), tmp_path / "radar.mp4")
     assert len(policies) > 10 * 5  # the encoder has threads of its own
     assert set(policies) == {os.SCHED_OTHER}
@@ -150,9 +149,9 @@ def test_an_interrupted_clip_leaves_nothing_behind(monkeypatch, tmp_path):
     def interrupt(canvas, t):
         if t > 0.5:
             raise KeyboardInterrupt
-        return clips.SCENES["rings"](canvas, t)
+        return videos.SCENES["rings"](canvas, t)
 
-    monkeypatch.setitem(clips.SCENES, "mountains", interrupt)
+    monkeypatch.setitem(videos.SCENES, "mountains", interrupt)
     with pytest.raises(KeyboardInterrupt):
         make_videos(tmp_path)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["plasma.mp4", "rendered"]
@@ -185,9 +184,9 @@ def test_without_any_encoder_a_clip_is_refused_not_left_out(monkeypatch, tmp_pat
         write_clip(TINY, tmp_path / "plasma.mp4")
 
 
-@pytest.mark.parametrize("kind", sorted(clips.CONTAINERS))
+@pytest.mark.parametrize("kind", sorted(videos.CONTAINERS))
 def test_every_fallback_encoder_works_in_its_container(monkeypatch, tmp_path, kind):
-    container = clips.CONTAINERS[kind]
+    container = videos.CONTAINERS[kind]
     fallbacks = [encoder for encoder in container.encoders if encoder in av.codecs_available]
     assert len(fallbacks) >= 2
     for encoder in fallbacks:

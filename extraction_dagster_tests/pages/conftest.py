@@ -19,7 +19,10 @@ RUNS_QUERY = """query ($tags: [ExecutionTag!]) { runsOrError(filter: {tags: $tag
     runId status assetMaterializations { assetKey { path } } } } } }"""
 # As in the Makefile.
 QUIET = {"PYTHONWARNINGS": "ignore:Function `dev_command` is superseded"}
+LAUNCH = """mutation ($execution: ExecutionParams!) { launchRun(executionParams: $execution) {
+    __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message } } }"""
 QUICK = {
+    "EXTRACTION_SHARD_RECORDS": "4",
     "EXTRACTION_SENSOR_INTERVAL_SECONDS": "2",
     "EXTRACTION_MAX_WAIT_SECONDS": "1",
     "EXTRACTION_RUN_RETRY_DELAY_SECONDS": "2",
@@ -29,20 +32,13 @@ QUICK = {
 class DagsterDev:
     """A folder with the demo's data, and `dagster dev` at work there."""
 
-    def __init__(self, folder, get_browser):
-        self.folder, self.url, self._get_browser = folder, "", get_browser
+    def __init__(self, folder, get_browser, commands):
+        self.folder, self.url, self._get_browser, self._commands = folder, "", get_browser, commands
 
     def run(self, *command):
         """Run a command as a user would type it."""
-        done = subprocess.run(
-            [BIN / command[0], *command[1:]],
-            cwd=self.folder,
-            env={**os.environ, **QUICK, "DAGSTER_HOME": str(self.folder), "NO_COLOR": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
-        )
+        environment = {**os.environ, **QUICK, "DAGSTER_HOME": str(self.folder), "NO_COLOR": "1"}
+        done = self._commands.run([BIN / command[0], *command[1:]], cwd=self.folder, env=environment)
         assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
@@ -57,6 +53,17 @@ class DagsterDev:
             connection.request("POST", "/graphql", body, {"Content-Type": "application/json"})
             return json.load(connection.getresponse())["data"]
 
+    def launch(self, partition, **options):
+        """Launch the job of all assets by the server that runs, as the launchpad does."""
+        selector = {"repositoryName": "__repository__", "repositoryLocationName": "extraction_dagster"}
+        execution = {
+            "selector": {**selector, "jobName": "extraction_job"},
+            "runConfigData": {"resources": {"extraction": {"config": options}}},
+            "executionMetadata": {"tags": [{"key": "dagster/partition", "value": partition}]},
+        }
+        launched = self.ask(LAUNCH, execution=execution)["launchRun"]
+        assert launched["__typename"] == "LaunchRunSuccess", launched
+
     def runs(self, partition):
         """A partition's runs, the newest first: (state, the assets that it materialized)."""
         found = self.ask(RUNS_QUERY, tags=[{"key": "dagster/partition", "value": partition}])
@@ -66,9 +73,14 @@ class DagsterDev:
         ]
 
     @contextmanager
-    def page(self, path):
-        """An open page. It polls and draws: close it before waiting for runs, which it would starve."""
+    def page(self, path, fetched=None):
+        """An open page. It polls and draws: close it before waiting for runs, which it would starve.
+
+        `fetched`, a list, gets the addresses that the page asks for.
+        """
         page = self._get_browser().new_page(viewport={"width": 1500, "height": 950})
+        if fetched is not None:
+            page.on("request", lambda request: fetched.append(request.url))
         try:
             page.goto(f"{self.url}/{path}")
             yield page
@@ -90,14 +102,10 @@ class DagsterDev:
 
 
 @pytest.fixture(scope="module")
-def dagster_dev(request, tmp_path_factory, demo_folder):
-    folder = tmp_path_factory.mktemp("dev")
-    (folder / ".extraction").mkdir()
-    (folder / ".extraction" / "videos").symlink_to(demo_folder)
-    for name in ("dagster.yaml", "workspace.yaml"):
-        (folder / name).write_text((Path(__file__).parents[2] / name).read_text())
-    dev = DagsterDev(folder, lambda: request.getfixturevalue("browser"))
-    dev.run("extraction", "demo")
+def dagster_dev(request, tmp_path_factory, demo_run, commands):
+    folder = tmp_path_factory.mktemp("dev") / "folder"
+    demo_run(folder)
+    dev = DagsterDev(folder, lambda: request.getfixturevalue("browser"), commands)
     dev.run("extraction", "init")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -7,7 +7,7 @@ import pytest
 pytestmark = pytest.mark.slow
 ALL_THREE = ["video_frames", "frame_embeddings", "qdrant_points"]
 SUCCESS = ("SUCCESS", ALL_THREE)
-COPIES = """WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < 39)
+COPIES = """WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < 19)
             INSERT INTO insta_content (id, platform, code, path)
             SELECT 300 + 4 * i + id - 201, platform, code, path FROM insta_content, n WHERE id BETWEEN 201 AND 204"""
 NEWEST_RUN = "{ runsOrError(limit: 1) { ... on Runs { results { runId } } } }"
@@ -21,6 +21,10 @@ FILLED_IN = f"""{{ runConfigSchemaOrError(selector: {{{CODE}, pipelineName: "__A
 ACCEPTED = f"""query ($job: String!, $config: RunConfigData!) {{ isPipelineConfigValid(mode: "default",
     pipeline: {{{CODE}, pipelineName: $job}}, runConfigData: $config) {{
     __typename ... on RunConfigValidationInvalid {{ errors {{ message }} }} }} }}"""
+
+PICTURES = (
+    "Array.from(document.querySelectorAll('.dagster-markdown img'), i => [i.alt, i.naturalWidth, i.naturalHeight])"
+)
 
 
 def test_dagster_dev_starts_without_a_warning(dagster_dev):
@@ -36,8 +40,7 @@ def test_a_range_that_was_never_registered_can_be_launched(dagster_dev):
 
 
 def test_a_malformed_range_fails_its_run_and_says_why(dagster_dev):
-    tags = json.dumps({"dagster/partition": "seven"})
-    dagster_dev.run("dagster", "job", "launch", "-w", "workspace.yaml", "-j", "extraction_job", "--tags", tags)
+    dagster_dev.launch("seven")
     dagster_dev.wait(lambda: dagster_dev.runs("seven") == [("FAILURE", [])], seconds=120, what="the run has failed")
     assert "'seven' is not a range of ids" in (dagster_dev.folder / "dev.log").read_text()
 
@@ -89,6 +92,25 @@ def test_a_materialization_shows_numbers_and_thumbnails(dagster_dev):
         pictures.first.wait_for()
         sizes = pictures.evaluate_all("images => images.map(image => [image.complete, image.naturalWidth > 20])")
         assert sizes == [[True, True]] * 8
+
+
+@pytest.mark.browser
+def test_every_thumbnail_of_a_run_is_drawn_none_is_fetched_and_its_failures_are_a_table(dagster_dev):
+    before = len(dagster_dev.runs("1-12"))
+    dagster_dev.launch("1-12", force=True)  # the broken video is tried again, and fails
+    wait_for_successes(dagster_dev, "1-12", before + 1)
+    fetched = []
+    with dagster_dev.page("assets/video_frames?view=partitions&partition=1-12", fetched) as page:
+        table = page.locator("table", has_text="VideoOpenError").last
+        table.wait_for()
+        header, row = (line.split("\t") for line in table.inner_text().splitlines()[:2])
+        page.get_by_text("[Show Markdown]").first.click()
+        page.locator(".dagster-markdown img").first.wait_for()
+        pictures = page.evaluate(PICTURES)
+    assert header == ["record", "stage", "type", "message"]
+    assert row[:3] == ["9", "decode", "VideoOpenError"]
+    assert pictures == []
+    assert not [address for address in fetched if not address.startswith((dagster_dev.url, "data:"))]
 
 
 @pytest.mark.browser
@@ -178,7 +200,7 @@ def check_that_it_shows(dagster_dev, path, *words):
 
 @pytest.mark.browser
 def test_a_terminated_run_leaves_what_is_done_and_its_range_goes_on(dagster_dev):
-    dagster_dev.rows(COPIES)  # 160 further videos: work for a while
+    dagster_dev.rows(COPIES)  # 80 further videos: work for a while
     (key,) = dagster_dev.wait(
         lambda: [key for key in partitions(dagster_dev) if key.startswith("209-")], seconds=60, what="a range was cut"
     )
@@ -195,7 +217,7 @@ def test_a_terminated_run_leaves_what_is_done_and_its_range_goes_on(dagster_dev)
     dagster_dev.wait(lambda: dagster_dev.rows(left) == [(0,)], seconds=240, what="every row is done")
     dagster_dev.wait(lambda: dagster_dev.runs(key)[0] == SUCCESS, seconds=60, what="the next run has succeeded")
     done = dagster_dev.rows("SELECT state, count(*) FROM extraction_ledger WHERE record_id >= 300 GROUP BY 1")
-    assert done == [("done", 160)]
+    assert done == [("done", 80)]
     check_that_it_shows(dagster_dev, f"assets/qdrant_points?view=partitions&partition={key}", key, "Materialized")
 
 

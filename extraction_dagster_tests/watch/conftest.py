@@ -1,8 +1,11 @@
 """Figures of every kind, so that every metric there is shows."""
 
+from datetime import UTC, datetime
+
 import pytest
 
-from extraction_dagster.watch.figures import Census, Figures, InstanceFigures, MirrorFigures, TableFigures
+from extraction_dagster.watch.figures import Census, Figures, InstanceFigures, MirrorFigures
+from extraction_dagster.watch.progress import Progress
 
 CENSUS = Census(
     taken_at=1_748_780_000.0,
@@ -24,16 +27,17 @@ INSTANCE = InstanceFigures(
     daemons={"sensor": True, "backfill": False},
     rates={"videos": 1.25, "frames": 6.5, "points": 6.0},
 )
-TABLE = TableFigures(
+PROGRESS = Progress(
     last_processed_id=12345,
     frontier_id=13345,
     floor_id=-1,
     newest_id=13400,
     lag_rows=6,
-    due_rows=3,
+    pending_rows=3,
     waiting_rows=1,
-    stopped={"failed": 2, "parked": 4},
-    moved_at=1_748_779_000.0,
+    failed_records=2,
+    parked_records=4,
+    moved_at=datetime.fromtimestamp(1_748_779_000, UTC),
     stalled_seconds=1000.0,
 )
 
@@ -46,4 +50,4 @@ def census():
 @pytest.fixture
 def figures():
     parts = {"dagster": True, "table": True, "cursor": True, "mirror": True}
-    return Figures(1_748_780_000.0, 0.25, parts, INSTANCE, TABLE, MirrorFigures("behind", 12000))
+    return Figures(1_748_780_000.0, 0.25, parts, INSTANCE, PROGRESS, MirrorFigures("behind", 12000))

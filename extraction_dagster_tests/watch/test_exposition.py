@@ -104,9 +104,9 @@ def test_an_endpoint_speaks_as_it_is_asked(figures, census, accept, content_type
 
 
 def test_what_is_not_known_is_left_out_and_not_shown_as_zero(figures, census):
-    table = replace(figures.table, last_processed_id=None, frontier_id=None, floor_id=None, newest_id=None)
+    progress = replace(figures.progress, last_processed_id=None, frontier_id=None, floor_id=None, newest_id=None)
     instance = replace(figures.instance, last_tick_at=None)
-    shown = replace(figures, table=table, instance=instance, mirror=None)
+    shown = replace(figures, progress=progress, instance=instance, mirror=None)
     not_counted = replace(census, collection_points=None, collection_counted_at=None)
     names = {key[0] for key in samples(Exposition(shown, not_counted).openmetrics())}
     assert {key[0] for key in EVERYTHING} - names == {
@@ -131,7 +131,7 @@ def test_failed_and_parked_rows_need_no_census(figures):
 
 
 def test_a_lag_too_long_to_count_each_time_is_the_censuss(figures, census):
-    long = replace(figures, table=replace(figures.table, lag_rows=None))
+    long = replace(figures, progress=replace(figures.progress, lag_rows=100_000))
     assert samples(Exposition(long, census).openmetrics())["extraction_lag_rows",] == 17
     assert ("extraction_lag_rows",) not in samples(Exposition(long).openmetrics())
 
@@ -154,6 +154,12 @@ def test_where_nothing_could_be_taken_it_is_down_and_says_no_more():
         ("extraction_build_info", ("version", "0.1.0")): 1,
         ("extraction_up",): 0,
     }
+
+
+def test_where_nothing_was_made_lately_the_rates_are_zero(figures, census):
+    idle = replace(figures, instance=replace(figures.instance, rates={}))
+    shown = samples(Exposition(idle, census).openmetrics())
+    assert [shown[f"extraction_{name}_per_second",] for name in ("videos", "frames", "points")] == [0, 0, 0]
 
 
 def test_names_of_errors_cannot_break_the_text(figures, census):

@@ -14,12 +14,12 @@ from pydantic import SecretStr
 from extraction_dagster.records import Failure, IdRange
 from extraction_dagster.stages.catalog.catalog import Fingerprints
 from extraction_dagster.stages.index.points import PointBatch
-from extraction_dagster.stages.index.protocol import CollectionSpec, open_point_store
+from extraction_dagster.stages.index.protocol import CollectionSpec
+from extraction_dagster.stages.index.stage import open_point_store
 from extraction_dagster.ticks.cursor import CursorState
-from extraction_dagster.watch.figures import InstanceFigures, MirrorFigures, TableFigures
-from extraction_dagster.watch.how_far import ProgressMemory
-from extraction_dagster.watch.kept import recall_census, recall_looks, remember_census
+from extraction_dagster.watch.figures import InstanceFigures, MirrorFigures, recall_census, remember_census
 from extraction_dagster.watch.meter import Meter, census_seconds
+from extraction_dagster.watch.progress import Progress, ProgressMemory, remember_progress
 
 TODAY = Fingerprints(frames="f1", embedding="e1")
 EVERY_ID = IdRange(-100, 10_000)
@@ -50,7 +50,8 @@ class Instance:
     def __call__(self):
         if self.fault is not None:
             raise self.fault
-        return InstanceFigures(self.cursor, {}, {}, None, is_switched_on=True, daemons={}, rates={})
+        runs, rates = {"queued": 1, "started": 2, "canceling": 0}, {"videos": 0.5}
+        return InstanceFigures(self.cursor, runs, {}, None, is_switched_on=True, daemons={}, rates=rates)
 
     def stands_at(self, catalog, last, frontier=None, floor=None):
         state = CursorState(catalog.source.identity, last, frontier, floor, updated_at=NOON)
@@ -91,26 +92,28 @@ def meter(site, instance):
 def test_the_cheap_figures_say_where_the_watermark_is_and_what_is_above_it(meter, clock):
     figures = meter.measure()
     assert figures.parts == {"dagster": True, "table": True, "cursor": True}
-    assert figures.table == TableFigures(
+    assert figures.progress == Progress(
         last_processed_id=4,
         frontier_id=10,
-        floor_id=None,
         newest_id=10,
+        lag_ids=6,
         lag_rows=6,
-        due_rows=4,
+        pending_rows=4,
         waiting_rows=1,
-        stopped={"failed": 1, "parked": 1},
-        moved_at=pytest.approx(clock.now),
-        stalled_seconds=pytest.approx(0.0, abs=0.01),
+        failed_records=1,
+        parked_records=1,
+        active_runs=3,
+        videos_per_second=0.5,
+        moved_at=datetime.fromtimestamp(clock.now, UTC),
     )
     assert (figures.at, figures.mirror) == (clock.now, None)
 
 
 def stalled(meter):
-    return round(meter.measure().table.stalled_seconds)
+    return round(meter.measure().progress.stalled_seconds)
 
 
-def test_a_watermark_that_stays_while_rows_are_due_is_stalled_until_it_moves(meter, site, instance, clock):
+def test_a_watermark_that_stays_while_rows_are_pending_is_stalled_until_it_moves(meter, site, instance, clock):
     meter.measure()
     clock.pass_by(100)
     assert stalled(meter) == 100
@@ -129,15 +132,15 @@ def test_another_process_goes_on_with_the_same_time(meter, site, instance, clock
     another.close()
 
 
-def test_where_nothing_is_due_nothing_stalls_and_a_new_row_begins_the_time(meter, site, instance, database, clock):
+def test_where_nothing_is_pending_nothing_stalls_and_a_new_row_begins_the_time(meter, site, instance, database, clock):
     plan, left = site.plan(EVERY_ID, TODAY), dict.fromkeys((5, 7, 8, 9, 10), 1)  # 6 is parked
     site.mark_extracted(plan, left, "f1")
     site.mark_done(plan, left, TODAY)
     instance.stands_at(site, 4, 10)
     for _ in range(3):
         clock.pass_by(1000)
-        table = meter.measure().table
-        assert (table.due_rows, table.stalled_seconds) == (0, 0)
+        progress = meter.measure().progress
+        assert (progress.pending_rows, progress.stalled_seconds) == (0, 0)
     database.insert(11)
     clock.pass_by(10)
     assert stalled(meter) == 10
@@ -148,30 +151,43 @@ def test_where_nothing_is_due_nothing_stalls_and_a_new_row_begins_the_time(meter
 
 def test_before_the_first_tick_everything_is_above_the_watermark(meter, instance):
     instance.cursor = None
-    table = meter.measure().table
-    assert (table.last_processed_id, table.lag_rows, table.due_rows) == (None, 10, 4)
+    progress = meter.measure().progress
+    assert (progress.last_processed_id, progress.lag_rows, progress.pending_rows) == (None, 10, 4)
 
 
 def test_rows_below_the_operators_floor_are_left_alone(meter, site, instance):
     instance.stands_at(site, None, None, floor=10)
-    table = meter.measure().table
-    assert (table.due_rows, table.lag_rows) == (0, 0)
+    progress = meter.measure().progress
+    assert (progress.pending_rows, progress.lag_rows) == (0, 0)
+
+
+def test_pending_rows_below_the_floor_are_in_no_count(meter, site, instance):
+    instance.stands_at(site, 4, 10, floor=8)
+    assert meter.measure().progress.pending_rows == 2
+    assert meter.count(8, 8).rows == {"done": 4, "pending": 2}
+
+
+def test_what_the_sensors_look_has_seen_move_is_no_stall_for_the_metrics(meter, site, clock):
+    meter.measure()
+    clock.pass_by(300)
+    remember_progress(site.state_engine, ProgressMemory(4, datetime.fromtimestamp(clock.now, UTC)))
+    clock.pass_by(100)
+    assert stalled(meter) == 100
 
 
 def test_a_lag_that_reaches_the_limit_is_left_to_the_census(meter, monkeypatch):
-    for limit, lag in ((7, 6), (6, None), (5, None)):
-        monkeypatch.setattr("extraction_dagster.watch.meter.MOST_COUNTED", limit)
-        monkeypatch.setattr("extraction_dagster.watch.how_far.MOST_COUNTED", limit)
-        assert meter.measure().table.lag_rows == lag
+    for limit, is_counted in ((7, True), (6, False), (5, False)):
+        monkeypatch.setattr("extraction_dagster.watch.progress.MOST_COUNTED", limit)
+        assert meter.measure().progress.is_lag_counted is is_counted
 
 
 def test_the_greatest_id_of_all_has_no_row_above(meter, site, instance):
     instance.stands_at(site, 2**63 - 1)
-    assert meter.measure().table.lag_rows == 0
+    assert meter.measure().progress.lag_rows == 0
 
 
 def test_a_census_counts_every_row_frame_point_and_error(meter, clock):
-    census = meter.count(4)
+    census = meter.count(4, None)
     assert (census.taken_at, census.rows) == (clock.now, {"done": 4, "pending": 4})
     assert (census.lag_rows, census.frames, census.points) == (6, 12, 12)
     assert census.errors == {("decode", "VideoDecodeError"): 1, ("fetch", "SchemeError"): 1}
@@ -179,12 +195,12 @@ def test_a_census_counts_every_row_frame_point_and_error(meter, clock):
 
 
 def test_a_census_is_used_until_it_is_old_by_other_processes_too(meter, site, instance, clock):
-    first = meter.count(4)
+    first = meter.count(4, None)
     clock.pass_by(59)
     another = Meter(site.settings, instance)
-    assert another.count(4) == first
+    assert another.count(4, None) == first
     clock.pass_by(1)
-    assert another.count(4).taken_at == clock.now
+    assert another.count(4, None).taken_at == clock.now
     another.close()
 
 
@@ -197,8 +213,8 @@ def test_the_table_may_be_read_only_to_us(database, instance, tmp_path):
     database.create(ids=range(1, 4))
     state = SecretStr(f"sqlite:///{tmp_path}/state.db")
     meter = Meter(database.settings(source_read_only=True, state_url=state), instance)
-    assert meter.measure().table.lag_rows == 3
-    assert meter.count(None).rows == {"done": 0, "pending": 3}
+    assert meter.measure().progress.lag_rows == 3
+    assert meter.count(None, None).rows == {"done": 0, "pending": 3}
     meter.close()
 
 
@@ -222,13 +238,13 @@ def test_the_collections_points_are_counted_and_a_store_that_a_run_holds_is_not_
     with open_point_store(settings) as store:
         store.ensure_collection(CollectionSpec(settings.collection_name, 4, "e1"))
         store.upsert(points(5))
-    first = meter.count(None)
+    first = meter.count(None, None)
     assert (first.collection_points, first.collection_counted_at, first.collection_is_up) == (5, clock.now, True)
     counted_at = clock.now
     clock.pass_by(100)
     with open_point_store(settings) as store:
         store.open_collection(settings.collection_name)
-        held = meter.count(None)
+        held = meter.count(None, None)
     assert (held.taken_at, held.collection_points) == (clock.now, 5)
     assert (held.collection_counted_at, held.collection_is_up) == (counted_at, True)
 
@@ -237,7 +253,7 @@ def test_a_qdrant_server_that_does_not_answer_is_down_and_the_rows_are_counted_a
     sqlite_database.create(ids=range(1, 4))
     server = {"qdrant_url": "http://127.0.0.1:9", "qdrant_grpc_port": 9, "qdrant_timeout_seconds": 1}
     meter = Meter(sqlite_database.settings(**server), instance)
-    census = meter.count(None)
+    census = meter.count(None, None)
     assert (census.collection_points, census.collection_is_up) == (None, False)
     assert census.rows["pending"] == 3
     meter.close()
@@ -247,7 +263,7 @@ def test_dagsters_storage_may_be_down_and_the_table_is_still_read(meter, instanc
     instance.fault = OSError("no storage\nat a line")
     figures = meter.measure()
     assert figures.parts == {"dagster": False, "table": True}
-    assert (figures.instance, figures.table) == (None, None)
+    assert (figures.instance, figures.progress) == (None, None)
     meter.measure()
     assert [record.getMessage() for record in caplog.records] == [
         "The figures of part 'dagster' can't be read: no storage"
@@ -272,7 +288,7 @@ def test_a_database_that_is_down_is_said_and_found_again_when_it_returns(meter, 
     database.execute("ALTER TABLE insta_content RENAME TO away")
     figures = meter.measure()
     assert figures.parts == {"dagster": True, "table": False}
-    assert figures.table is None
+    assert figures.progress is None
     database.execute("ALTER TABLE away RENAME TO insta_content")
     assert meter.measure().parts == {"dagster": True, "table": True, "cursor": True}
 
@@ -281,7 +297,7 @@ def test_a_cursor_that_cannot_be_used_is_said(meter, instance):
     instance.cursor = json.dumps({"v": 2})
     figures = meter.measure()
     assert figures.parts == {"dagster": True, "table": True, "cursor": False}
-    assert figures.table is None
+    assert figures.progress is None
 
 
 @pytest.mark.parametrize(
@@ -317,7 +333,7 @@ def test_a_mirror_that_cannot_be_reached_is_down(sqlite_database, instance, tmp_
     meter = Meter(catalog.settings, instance)
     figures = meter.measure()
     assert (figures.mirror, figures.parts["mirror"]) == (MirrorFigures("unreachable", None), False)
-    assert figures.table.lag_rows == 6
+    assert figures.progress.lag_rows == 6
     meter.close()
     catalog.close()
 
@@ -329,6 +345,4 @@ def test_what_is_kept_survives_the_way_there_and_back_and_nonsense_is_forgotten(
     assert recall_census(engine) == census
     with engine.begin() as connection:
         connection.execute(sa.text("UPDATE extraction_meta SET value = '[]' WHERE key = 'metrics_census'"))
-        connection.execute(sa.text("INSERT INTO extraction_meta VALUES ('metrics_looks', '{\"x\": 1}')"))
     assert recall_census(engine) is None
-    assert recall_looks(engine) == ProgressMemory()

@@ -4,35 +4,46 @@ A backfill is Dagster's own: the UI shows it, its daemon asks for the runs, and 
 says. Where no daemon runs, the ranges of a plan can be processed in this process instead.
 """
 
+import logging
 import time
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import dagster as dg
-from dagster._core.definitions.assets.graph.asset_graph_subset import AssetGraphSubset
-from dagster._core.definitions.partitions.context import partition_loading_context
-from dagster._core.execution.asset_backfill import AssetBackfillData
-from dagster._core.execution.backfill import BULK_ACTION_TERMINAL_STATUSES, BulkActionStatus, PartitionBackfill
-from dagster._core.utils import make_new_backfill_id
 
-from extraction_dagster.defs.instance.backfilled import (
-    ASSETS,
-    are_served,
-    range_keys,
+from extraction_dagster import step_progress
+from extraction_dagster.defs.instance.launching import launch
+from extraction_dagster.defs.instance.private_api import (
+    BULK_ACTION_TERMINAL_STATUSES,
+    AssetBackfillData,
+    AssetGraphSubset,
+    BulkActionStatus,
+    PartitionBackfill,
+    make_new_backfill_id,
     requested_backfills,
+)
+from extraction_dagster.defs.instance.runs import (
+    ASSETS,
+    BACKFILL_TAG,
+    active_runs,
+    fail_dead_runs,
+    has_backfill_daemons,
+    range_keys,
+    range_of,
     waiting_ranges,
 )
-from extraction_dagster.defs.instance.runs import BACKFILL_TAG, active_runs, bury_dead_runs, range_of
 from extraction_dagster.defs.instance.staleness import stale_ranges
 from extraction_dagster.defs.partitions import add_ranges, id_ranges, valid_ranges
-from extraction_dagster.errors.runs import BackfillUnknownError
+from extraction_dagster.errors.runs import BackfillUnknownError, RangeBusyError
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import Settings
 from extraction_dagster.stages.catalog.catalog import Catalog
 from extraction_dagster.stages.catalog.ranges import cover_span
 
+_log = logging.getLogger(__name__)
 _CHUNK = 1000  # ranges registered in one call: SQLite takes no more than some ten thousand
+_GIVE_UP_AFTER = 3  # ranges that fail one after the other: a store is down, say, and the rest would fail as well
 _LAST = "-1"  # priority of the runs: rows that come in meanwhile go first
 _STATES = {
     BulkActionStatus.REQUESTED: "running",
@@ -95,16 +106,30 @@ class BackfillProgress:
         return self.state in {"done", "failed", "canceled"}
 
 
+@dataclass(frozen=True, slots=True)
+class Processed:
+    """What became of the ranges.
+
+    Attributes:
+        finished: How many succeeded.
+        failed: Those that failed, and those that were not tried any more.
+        reason: Why the first of them failed.
+    """
+
+    finished: int
+    failed: tuple[IdRange, ...]
+    reason: str
+
+
 class Backfills:
     """The backfills of an instance."""
 
     def __init__(self, instance: dg.DagsterInstance) -> None:
-        """Use this instance."""
         self.instance = instance
 
-    def is_served(self) -> bool:
+    def has_daemons(self) -> bool:
         """Whether daemons run that turn backfills into runs, and start them."""
-        return are_served(self.instance)
+        return has_backfill_daemons(self.instance)
 
     def plan(self, catalog: Catalog, span: IdRange, *, assets: Sequence[str], stale_only: bool) -> BackfillPlan:
         """Decide which ranges to launch, and which to leave out.
@@ -115,7 +140,7 @@ class Backfills:
             assets: Names of assets.
             stale_only: Leave out ranges of which nothing is stale.
         """
-        bury_dead_runs(self.instance)
+        fail_dead_runs(self.instance)
         known = valid_ranges(self.instance.get_dynamic_partitions("id_ranges"))
         cover = cover_span(catalog.source, span, known, catalog.settings.batch_size)
         chosen = tuple(name for name in ASSETS if name in assets)
@@ -159,7 +184,7 @@ class Backfills:
         data = backfill.asset_backfill_data
         if data is None:
             raise BackfillUnknownError(backfill_id, "it is none of assets")
-        with partition_loading_context(dynamic_partitions_store=self.instance):
+        with dg.partition_loading_context(dynamic_partitions_store=self.instance):
             total, failed = len(range_keys(data.target_subset)), range_keys(data.failed_and_downstream_subset)
             finished = len(_finished(data))
         run = dg.DagsterRunStatus
@@ -225,3 +250,30 @@ def _finished(data: AssetBackfillData) -> set[str]:
     made = data.materialized_subset.partitions_subsets_by_asset_key
     targets = data.target_subset.partitions_subsets_by_asset_key
     return set.intersection(*(set(made[key].get_partition_keys()) if key in made else set() for key in targets))
+
+
+def process_here(instance: dg.DagsterInstance, plan: BackfillPlan) -> Processed:
+    """Process the ranges of a plan; one that fails does not stop the next, three in a row do.
+
+    Raises:
+        KeyboardInterrupt: Ctrl+C; finished shards are kept.
+    """
+    finished, failed, reason, in_a_row = 0, list[IdRange](), "", 0
+    step_progress.begin("ranges", len(plan.ranges))
+    for number, id_range in enumerate(plan.ranges, 1):
+        _log.info("Range %s, %d of %d", id_range, number, len(plan.ranges))
+        try:
+            run = launch(instance, id_range, assets=plan.assets)
+        except RangeBusyError as error:  # somebody else launched it meanwhile
+            _log.warning("%s", error)
+        else:
+            finished, in_a_row = finished + run.success, 0 if run.success else in_a_row + 1
+            if not run.success:
+                _log.error("Range %s failed (run %s): %s", id_range, run.run_id, run.error)
+                reason = reason or f"Range {id_range}: {run.error}"
+                failed.append(id_range)
+        step_progress.advance("ranges")
+        if in_a_row == _GIVE_UP_AFTER:
+            failed += plan.ranges[number:]
+            break
+    return Processed(finished, tuple(failed), reason)

@@ -10,7 +10,7 @@ import dagster as dg
 from extraction_dagster.defs.instance.cursor_store import CursorStore
 from extraction_dagster.defs.instance.launching import launch
 from extraction_dagster.defs.instance.runs import InstanceRuns
-from extraction_dagster.defs.progress import report
+from extraction_dagster.defs.progress import report_progress
 from extraction_dagster.errors.runs import RunFailedError, SensorBusyError
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import Settings
@@ -65,12 +65,12 @@ def drain(instance: dg.DagsterInstance, settings: Settings, *, follow: bool) -> 
                 _log.error("%s", error)
             processed += _num_finished(settings, id_range) - before
             _log.info("Total records processed so far: %d", processed)
-            report(instance, settings)
+            report_progress(instance, settings)
             idle = False
         elif follow:
             time.sleep(settings.sensor_interval_seconds)
         elif idle:
-            report(instance, settings, at_once=True)
+            report_progress(instance, settings, at_once=True)
             return Drained(processed, ticked.num_waiting, ticked.num_active)
         else:
             idle = True  # the last tick looks at every row below the watermark as well

@@ -5,6 +5,7 @@ no daemon, and keeps the model resident from one range to the next.
 """
 
 import os
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,9 +13,8 @@ from importlib import resources
 from pathlib import Path
 
 import dagster as dg
-from dagster._core.utils import make_new_run_id
 
-from extraction_dagster.defs.instance.runs import PARTITION_TAG, active_runs, bury_dead_runs, why_failed
+from extraction_dagster.defs.instance.runs import PARTITION_TAG, active_runs, fail_dead_runs, first_failure
 from extraction_dagster.defs.partitions import FLOOR_TAG, add_ranges, process_tags
 from extraction_dagster.defs.storage import ExtractionComputeLogManager
 from extraction_dagster.errors.runs import InstanceError, RangeBusyError
@@ -85,12 +85,12 @@ def launch(
     from extraction_dagster.definitions import defs  # noqa: PLC0415 - definitions import this folder
 
     ExtractionComputeLogManager.captures = False
-    bury_dead_runs(instance)
+    fail_dead_runs(instance)
     add_ranges(instance, [id_range])
     for run in active_runs(instance):
         if run.tags.get(PARTITION_TAG) == id_range.partition_key:
             raise RangeBusyError(id_range.partition_key, run.run_id)
-    run_id = make_new_run_id()
+    run_id = str(uuid.uuid4())
     result = defs.resolve_job_def("extraction_job").execute_in_process(
         instance=instance,
         partition_key=id_range.partition_key,
@@ -102,9 +102,8 @@ def launch(
     )
     if not result.success and _was_interrupted(result):
         raise KeyboardInterrupt
-    return FinishedRun(
-        run_id=result.run_id, success=result.success, error="" if result.success else why_failed(result.all_events)[1]
-    )
+    error = "" if result.success else first_failure(result.all_events)[1]
+    return FinishedRun(run_id=result.run_id, success=result.success, error=error)
 
 
 def _was_interrupted(result: dg.ExecuteInProcessResult) -> bool:

@@ -1,15 +1,15 @@
-"""Dagster's part of the metrics: the cursor, runs, ticks, daemons and rates; flat in partitions, runs and rows."""
+"""What Dagster's instance says of how far things are; each look-up is flat in partitions, runs and rows."""
 
 import time
-from collections import Counter
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 
 import dagster as dg
-from dagster._daemon.controller import get_daemon_statuses
 
 from extraction_dagster.defs.instance.cursor_store import CursorStore
 from extraction_dagster.defs.instance.launching import open_instance
+from extraction_dagster.defs.instance.private_api import daemon_statuses
+from extraction_dagster.defs.instance.runs import recent_rates
 from extraction_dagster.settings import Settings
 from extraction_dagster.watch.figures import InstanceFigures
 
@@ -24,24 +24,18 @@ _ENDED = {
     "canceled": (dg.DagsterRunStatus.CANCELED,),
 }
 _RECENT = timedelta(hours=1)
-_RATE_SECONDS = 900.0
-_MOST_EVENTS = 200
-_SILENCE_SECONDS = 150.0  # beside the 30 s between two signs of life: after three minutes a daemon is gone
-# Where each rate is read: the asset, and the number in its metadata.
-_MADE = {"videos": "qdrant_points", "frames": "video_frames", "points": "qdrant_points"}
 
 
 class InstanceMeter:
-    """Asks an instance, which stays open from one time to the next."""
+    """Asks an instance, which is opened at the first question and stays open."""
 
     def __init__(self, settings: Settings) -> None:
-        """Nothing is opened before the first question."""
         self._settings = settings
         self._opened = ExitStack()
         self._instance: dg.DagsterInstance | None = None
 
     def __call__(self) -> InstanceFigures:
-        """Take the figures; whatever goes wrong, the instance is opened anew next time."""
+        """Take the figures; whatever goes wrong, the instance is opened again next time."""
         try:
             if self._instance is None:
                 self._instance = self._opened.enter_context(open_instance(self._settings))
@@ -60,7 +54,7 @@ def read_instance(instance: dg.DagsterInstance) -> InstanceFigures:
     """Everything that an instance says."""
     store = CursorStore(instance)
     required = sorted(instance.get_required_daemon_types())
-    statuses = get_daemon_statuses(instance, daemon_types=required, heartbeat_tolerance_seconds=_SILENCE_SECONDS)
+    statuses = daemon_statuses(instance, required)
     since = datetime.now(UTC) - _RECENT
     return InstanceFigures(
         cursor=store.read(),
@@ -74,19 +68,3 @@ def read_instance(instance: dg.DagsterInstance) -> InstanceFigures:
         daemons={kind.lower(): bool(status.healthy) for kind, status in statuses.items()},
         rates=recent_rates(instance, now=time.time()),
     )
-
-
-def recent_rates(instance: dg.DagsterInstance, *, now: float) -> dict[str, float]:
-    """Videos, frames and points a second over the last quarter of an hour; shorter where very many runs ended in it."""
-    made, seconds = Counter[str](), dict[str, float]()
-    for asset in sorted(set(_MADE.values())):
-        wanted = dg.AssetRecordsFilter(asset_key=dg.AssetKey(asset), after_timestamp=now - _RATE_SECONDS)
-        records = instance.fetch_materializations(wanted, limit=_MOST_EVENTS).records
-        whole = len(records) < _MOST_EVENTS
-        seconds[asset] = _RATE_SECONDS if whole else max(now - min(record.timestamp for record in records), 1.0)
-        for record in records:
-            metadata = record.asset_materialization.metadata if record.asset_materialization else {}
-            for name in (name for name, source in _MADE.items() if source == asset and name in metadata):
-                value = metadata[name].value
-                made[name] += value if isinstance(value, int) else 0
-    return {name: made[name] / seconds[asset] for name, asset in _MADE.items()}

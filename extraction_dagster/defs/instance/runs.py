@@ -1,20 +1,30 @@
-"""Runs of ranges, as a tick asks for them; every look-up costs the same whatever the number of partitions."""
+"""Runs of ranges, and the ranges of backfills, as a tick asks for them; flat in the number of partitions."""
 
 import json
 import re
+import time
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 
 import dagster as dg
 import psutil
-from dagster._core.storage.tags import GRPC_INFO_TAG
 
-from extraction_dagster.defs.instance.backfilled import are_served, requested_backfills, waiting_ranges
+from extraction_dagster.defs.instance.private_api import (
+    GRPC_INFO_TAG,
+    AssetGraphSubset,
+    PartitionBackfill,
+    daemon_statuses,
+    engine_messages,
+    free_slots,
+    requested_backfills,
+    slot_holders,
+)
 from extraction_dagster.defs.partitions import PROCESS_RUN_TAG, PROCESS_TAG, is_dead, valid_ranges
 from extraction_dagster.records import IdRange
 from extraction_dagster.ticks.planner import History
 
+ASSETS = ("video_frames", "frame_embeddings", "qdrant_points")  # in data order
 PARTITION_TAG = "dagster/partition"
 BACKFILL_TAG = "dagster/backfill"
 _RANGE_TAGS = ("dagster/asset_partition_range_start", "dagster/asset_partition_range_end")
@@ -27,9 +37,16 @@ _ACTIVE = [
 ]
 _AT_WORK = _ACTIVE[2:]
 _ENDED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
+_BACKFILL_DAEMONS = ("BACKFILL", "QUEUED_RUN_COORDINATOR")
 _LOOK_BACK = 12
-_RATE_SAMPLE = 20
 _STARTED_PROCESS = re.compile(r"Started process for run \(pid: (\d+)\)")  # Dagster's own words, before the first step
+
+
+_RATE_SECONDS = 900.0
+_MOST_EVENTS = 200
+_FEWEST_EVENTS = 5  # ranges that take long end seldom: fewer say little
+# Where each rate is read: the asset, and the numbers in its metadata.
+_MADE = {"qdrant_points": ("videos", "points"), "video_frames": ("frames",)}
 
 
 def active_runs(instance: dg.DagsterInstance) -> list[dg.DagsterRun]:
@@ -37,32 +54,30 @@ def active_runs(instance: dg.DagsterInstance) -> list[dg.DagsterRun]:
     return list(instance.get_runs(dg.RunsFilter(statuses=_ACTIVE)))
 
 
-def bury_dead_runs(instance: dg.DagsterInstance) -> None:
+def fail_dead_runs(instance: dg.DagsterInstance) -> None:
     """End the runs whose process was killed, and free the pool slots that they held.
 
-    Without this, a run whose worker and whose code server were both killed would keep its range and its slots for ever.
+    Otherwise a run whose worker and code server were both killed would keep its range and its slots for ever.
     """
     for run in active_runs(instance):
         if _is_gone(instance, run):
             instance.report_run_failed(
                 run, "Its process is gone. Its range is asked for again and goes on where it was."
             )
-            instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+            free_slots(instance, run.run_id)
     _free_slots_of_ended_runs(instance)
 
 
 def _free_slots_of_ended_runs(instance: dg.DagsterInstance) -> None:
-    """Free the pool slots of runs that were ended because their process was killed: nobody gave them back.
+    """Free the pool slots of runs that were ended because their process was killed before it gave them back.
 
     The code server ends such a run within a second; Dagster itself frees its slots minutes later, and a pool of one
     would stand still until then.
     """
-    if not instance.event_log_storage.supports_global_concurrency_limits:
-        return
-    if holders := instance.event_log_storage.get_concurrency_run_ids():
+    if holders := slot_holders(instance):
         for run in instance.get_runs(dg.RunsFilter(run_ids=list(holders), statuses=_ENDED)):
             if _has_lost_its_process(instance, run):
-                instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+                free_slots(instance, run.run_id)
 
 
 def _is_gone(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
@@ -86,9 +101,9 @@ def _died_early(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
     """Whether a worker of this machine was killed before its first step, hence before it could tag its run."""
     if json.loads(run.tags.get(GRPC_INFO_TAG, "{}")).get("host") != "localhost":
         return False
-    for event in instance.event_log_storage.get_logs_for_run(run.run_id, of_type=dg.DagsterEventType.ENGINE_EVENT):
-        if started := _STARTED_PROCESS.match(event.message):
-            return not _has_lived_since(int(started[1]), event.timestamp)
+    for message, moment in engine_messages(instance, run.run_id):
+        if started := _STARTED_PROCESS.match(message):
+            return not _has_lived_since(int(started[1]), moment)
     return False
 
 
@@ -103,20 +118,19 @@ def _has_lived_since(process_id: int, moment: float) -> bool:
 
 
 class InstanceRuns:
-    """Answers a tick from a Dagster instance."""
+    """Answers a tick from a Dagster instance.
+
+    Args:
+        instance: The instance.
+        under_daemon: Whether a daemon asks, so that its heartbeat need not be looked up.
+    """
 
     def __init__(self, instance: dg.DagsterInstance, *, under_daemon: bool = False) -> None:
-        """Ask this instance.
-
-        Args:
-            instance: The instance.
-            under_daemon: Whether a daemon asks, so that it need not be looked whether one lives.
-        """
         self._instance, self._under_daemon = instance, under_daemon
 
     def active(self) -> list[IdRange]:
-        """Ranges that have an active run, whoever launched it; those of backfills apart."""
-        bury_dead_runs(self._instance)
+        """Ranges that have an active run of the sensor, a command or the UI; those of backfills are not among them."""
+        fail_dead_runs(self._instance)
         return [
             found for run in active_runs(self._instance) if BACKFILL_TAG not in run.tags and (found := range_of(run))
         ]
@@ -125,7 +139,7 @@ class InstanceRuns:
         """Ranges that backfills take care of: an active run works on them, or a daemon will ask for one."""
         # Those that wait come first: a run that is asked for in between is seen twice, not overlooked.
         backfills = requested_backfills(self._instance)
-        served = self._under_daemon or (bool(backfills) and are_served(self._instance))
+        served = self._under_daemon or (bool(backfills) and has_backfill_daemons(self._instance))
         waiting = [
             id_range for backfill in backfills if served for id_range in waiting_ranges(self._instance, backfill)
         ]
@@ -173,8 +187,8 @@ def _near(record_ids: Sequence[int], keys: Iterable[str]) -> Iterator[str]:
         yield key
 
 
-def why_failed(events: Iterable[dg.DagsterEvent]) -> tuple[str, str]:
-    """The step that failed first, and its own sentence; no step when the run was stopped before one failed."""
+def first_failure(events: Iterable[dg.DagsterEvent]) -> tuple[str, str]:
+    """The step that failed first, and its own sentence; an empty name when the run was stopped before a step failed."""
     for event in events:
         if event.is_step_failure:
             data = event.step_failure_data
@@ -185,16 +199,68 @@ def why_failed(events: Iterable[dg.DagsterEvent]) -> tuple[str, str]:
     return "", "the run was stopped before it ended"
 
 
-def recent_rate(instance: dg.DagsterInstance) -> float | None:
-    """Videos a second over the newest materializations of the last asset that indexed any; None before two of them."""
-    records = instance.fetch_materializations(dg.AssetKey("qdrant_points"), limit=_RATE_SAMPLE).records
-    made: list[tuple[float, int]] = []
-    for record in records:
-        materialization = record.asset_materialization
-        videos = materialization.metadata.get("videos") if materialization else None
-        if videos is not None and isinstance(videos.value, int) and videos.value:
-            made.append((record.timestamp, videos.value))
-    if len(made) < 2 or made[0][0] <= made[-1][0]:  # noqa: PLR2004 - a rate needs two points in time
-        return None
-    # The oldest one only says when counting begins.
-    return round(sum(videos for _, videos in made[:-1]) / (made[0][0] - made[-1][0]), 3)
+def has_backfill_daemons(instance: dg.DagsterInstance) -> bool:
+    """Whether daemons run that turn backfills into runs, and start them."""
+    statuses = daemon_statuses(instance, _BACKFILL_DAEMONS)
+    return all(status.healthy or not status.required for status in statuses.values())
+
+
+def waiting_ranges(instance: dg.DagsterInstance, backfill: PartitionBackfill) -> Iterator[IdRange]:
+    """The ranges of our assets for which a backfill has asked for no run yet."""
+    data = backfill.asset_backfill_data
+    if data is None:  # one of a job, or of an older version
+        return
+    with dg.partition_loading_context(dynamic_partitions_store=instance):  # "all partitions" are those there are now
+        seen = range_keys(data.requested_subset) | range_keys(data.materialized_subset)
+        waiting = range_keys(data.target_subset) - seen - range_keys(data.failed_and_downstream_subset)
+    yield from valid_ranges(waiting)
+
+
+def range_keys(subset: AssetGraphSubset) -> set[str]:
+    """The ranges of a subset, of any of our assets."""
+    of_assets = subset.partitions_subsets_by_asset_key
+    return {key for name in ASSETS if (found := of_assets.get(dg.AssetKey(name))) for key in found.get_partition_keys()}
+
+
+def video_rate(instance: dg.DagsterInstance) -> float | None:
+    """Videos a second over the newest runs, as the metrics show it; None when none has ended lately."""
+    return recent_rates(instance, now=time.time(), assets=["qdrant_points"]).get("videos")
+
+
+def recent_rates(instance: dg.DagsterInstance, *, now: float, assets: Iterable[str] = tuple(_MADE)) -> dict[str, float]:
+    """Videos, frames and points a second over the newest runs; none of them when no run has ended lately."""
+    rates: dict[str, float] = {}
+    for asset in assets:
+        records, since = _newest(instance, dg.AssetKey(asset), now)
+        for name in _MADE[asset] if records else ():
+            made = sum(_number(record, name) for record in records)
+            rates[name] = round(made / max(now - since, 1.0), 4)
+    return rates
+
+
+def _newest(instance: dg.DagsterInstance, asset: dg.AssetKey, now: float) -> tuple[Sequence[dg.EventLogRecord], float]:
+    """The materializations that a rate is made of, and the moment since when they were made.
+
+    Those of the last quarter of an hour; and where they are few, for ranges that take long, the newest five while runs
+    are at work. Where nothing older than the oldest is known, that one only says since when.
+    """
+
+    def found(limit: int, after: float | None = None, before: float | None = None) -> Sequence[dg.EventLogRecord]:
+        wanted = dg.AssetRecordsFilter(asset_key=asset, after_timestamp=after, before_timestamp=before)
+        return instance.fetch_materializations(wanted, limit=limit).records
+
+    start = now - _RATE_SECONDS
+    records = found(_MOST_EVENTS, after=start)
+    if _FEWEST_EVENTS <= len(records) < _MOST_EVENTS and found(1, before=start):
+        return records, start
+    if not records and not active_runs(instance):
+        return (), start
+    if len(records) < _FEWEST_EVENTS:
+        records = found(_FEWEST_EVENTS)
+    return (records[:-1], records[-1].timestamp) if records else ((), start)
+
+
+def _number(record: dg.EventLogRecord, name: str) -> int:
+    materialization = record.asset_materialization
+    found = materialization.metadata.get(name) if materialization else None
+    return found.value if found is not None and isinstance(found.value, int) else 0

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import dagster as dg
-from dagster._core.definitions.assets.graph.base_asset_graph import BaseAssetGraph
-from dagster._core.definitions.data_version import (
+
+from extraction_dagster.defs.instance.private_api import (
+    BaseAssetGraph,
     extract_data_provenance_from_entry,
     extract_data_version_from_entry,
+    newest_materializations,
 )
-
 from extraction_dagster.records import IdRange
 
 _PAGE = 500
@@ -81,9 +82,7 @@ def _is_stale(
 
 def _newest(instance: dg.DagsterInstance, asset: dg.AssetKey, partition_keys: set[str]) -> dict[str, _Made]:
     """The newest materialization of each range."""
-    newest = instance.event_log_storage.get_latest_storage_id_by_partition(
-        asset, dg.DagsterEventType.ASSET_MATERIALIZATION
-    )
+    newest = newest_materializations(instance, asset)
     storage_ids = [number for key, number in newest.items() if key in partition_keys]
     return {key: made for page in _pages(storage_ids) for key, made in _read(instance, asset, page)}
 

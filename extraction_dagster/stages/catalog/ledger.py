@@ -125,8 +125,6 @@ class Ledger:
             found = {state: int(number) for state, number in connection.execute(query)}
         return {"failed": 0, "parked": 0} | found
 
-    count_stopped = count_failed_and_parked  # until watch/ asks by the new name
-
     def count_held_back(self, id_range: IdRange | None, *, now: datetime) -> int:
         """The number of records, of all or of a range, that are parked or wait for their next try."""
         table = LEDGER_TABLE.c

@@ -140,8 +140,6 @@ class Scan:
         """The rows that may be processed now."""
         return [row.record_id for row in self.unfinished if row.pending]
 
-    due_ids = pending_ids  # until watch/ asks by the new name
-
 
 def scan(  # noqa: PLR0913 - the window, and how to look through it
     catalog: Rows,

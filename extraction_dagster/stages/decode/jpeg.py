@@ -60,7 +60,16 @@ def decode_frames(encoded: EncodedFrames) -> FrameBatch:
 
 
 def shrink_jpeg(jpeg: bytes, *, longest_px: int, quality: int) -> bytes | None:
-    """A picture scaled down and encoded anew, so that nothing but pixels is left of it; None if it is damaged."""
+    """Scale a picture down and encode it again, so that only its pixels are left of it.
+
+    Args:
+        jpeg: A JPEG file.
+        longest_px: Its longer side at most.
+        quality: JPEG quality, 1 to 100.
+
+    Returns:
+        A JPEG file; None if the picture is damaged.
+    """
     import cv2
 
     picture = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR)

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from extraction_dagster.errors.decode import FramesRejectedError
-from extraction_dagster.records import FrameBatch
 from extraction_dagster.stages.decode.sampling import evenly
 
 if TYPE_CHECKING:
+    from extraction_dagster.records import FrameBatch
     from extraction_dagster.settings import Settings
     from extraction_dagster.stages.decode.decoders.decoder import DecodedVideo
 
@@ -100,9 +100,7 @@ def refine(video: DecodedVideo, quality: Quality, *, path: str) -> DecodedVideo:
     if len(kept) == 0:
         raise FramesRejectedError(path, num_frames=len(frames))
     if len(kept) < len(frames):
-        frames = FrameBatch(
-            frames.data[kept], frames.pts_seconds[kept], frames.target_seconds[kept], frames.frame_number[kept]
-        )
+        frames = frames[kept]
     return video if frames is video.frames else replace(video, frames=frames)
 
 

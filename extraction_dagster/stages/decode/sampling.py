@@ -1,5 +1,7 @@
 """Which frames of a video are kept: from times to frames, nothing else.
 
+To add a way, write a function from times to a `Selection`, and name it in `SAMPLERS` and in the setting `sampling`.
+
 display order    0     1     2     3     4        frames, shown from their pts on
 pts_seconds      0.0   0.4   0.8   1.2   1.6
 fps=1            ^0.0        ^1.0                 target 1.0 falls while frame 2 is shown
@@ -9,11 +11,13 @@ keyframes        ^0.0              ^1.2           frames 0 and 3 decode without 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from extraction_dagster.settings import Settings
 
 # A frame whose pts is a rounding error past the target is the frame that is shown; the finest clock in use, 90 kHz
@@ -26,16 +30,14 @@ class Sampling:
     """How frames are chosen.
 
     Attributes:
-        mode: `fps`: one target every 1/fps seconds from the first frame on; `uniform`: the middles of equal parts;
-            `keyframes`: every frame that decodes alone; `scene`: those keyframes, of which `quality` later keeps the
-            ones that begin a scene.
+        mode: A name in `SAMPLERS`.
         fps: Targets per second of video, for `fps`.
         max_frames: Most frames of one video, for all but `uniform`; more are thinned out evenly.
         num_frames: Targets per video, for `uniform`.
         min_frames: A video that would give fewer is filled up with evenly spread frames, as far as it has them.
     """
 
-    mode: Literal["fps", "uniform", "keyframes", "scene"] = "fps"
+    mode: str = "fps"
     fps: float = 1.0
     max_frames: int = 600
     num_frames: int = 16
@@ -50,22 +52,14 @@ class Sampling:
 
     @property
     def identity(self) -> dict[str, object]:
-        """What decides the choice of frames: the fields that the mode uses."""
-        parts: dict[str, object] = {"mode": self.mode}
-        if self.mode == "uniform":
-            parts["num_frames"] = self.num_frames
-        else:
-            parts["max_frames"] = self.max_frames
-        if self.mode == "fps":
-            parts["fps"] = self.fps
-        if self.min_frames > 1:
-            parts["min_frames"] = self.min_frames
-        return parts
+        """What decides the choice of frames: the mode, and the fields that it uses."""
+        used = {name: getattr(self, name) for name in SAMPLERS[self.mode].uses}
+        return {"mode": self.mode, **used, **({"min_frames": self.min_frames} if self.min_frames > 1 else {})}
 
     @property
     def needs_keyframes(self) -> bool:
         """Whether the choice depends on which frames are keyframes."""
-        return self.mode in {"keyframes", "scene"}
+        return SAMPLERS[self.mode].needs_keyframes
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +78,27 @@ class Selection:
         """The number of frames, N."""
         return len(self.frame_number)
 
+    def __repr__(self) -> str:
+        """Its size, not its numbers."""
+        return f"Selection({len(self)} frames)"
+
+
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """A way to choose frames.
+
+    Attributes:
+        select: From pts_seconds (float64, shape (M,)), keyframe (bool, shape (M,), or None) and the sampling to the
+            chosen frames.
+        uses: The fields of `Sampling` that it looks at; only these enter the fingerprint. One that uses `max_frames`
+            is thinned out to it.
+        needs_keyframes: Whether it must be told which frames are keyframes.
+    """
+
+    select: Callable[[np.ndarray, np.ndarray | None, Sampling], Selection]
+    uses: tuple[str, ...]
+    needs_keyframes: bool = False
+
 
 def select_frames(pts_seconds: np.ndarray, sampling: Sampling, keyframe: np.ndarray | None = None) -> Selection:
     """Select the frames that are shown at the sampling's target times, or the keyframes.
@@ -93,8 +108,7 @@ def select_frames(pts_seconds: np.ndarray, sampling: Sampling, keyframe: np.ndar
     Args:
         pts_seconds: float64, shape (M,), ascending, relative to the first frame: `pts_seconds[0] == 0`.
         sampling: How frames are chosen.
-        keyframe: bool, shape (M,): which frames decode without any other; for `keyframes` and `scene` alone. Where
-            none is, the first frame is taken.
+        keyframe: bool, shape (M,): which frames decode without any other; for samplers that need it.
 
     Returns:
         Selection: at least one frame when M > 0.
@@ -105,16 +119,37 @@ def select_frames(pts_seconds: np.ndarray, sampling: Sampling, keyframe: np.ndar
     """
     if len(pts_seconds) == 0:
         return Selection(np.empty(0, np.int64), np.empty(0))
-    if sampling.needs_keyframes:
-        frames = np.flatnonzero(keyframe) if keyframe is not None and keyframe.any() else np.zeros(1, np.int64)
-        selection = Selection(frames.astype(np.int64), pts_seconds[frames])
-    elif sampling.mode == "uniform":
-        selection = _shown_at(pts_seconds, _uniform_targets(pts_seconds, sampling.num_frames))
-    else:
-        selection = _shown_at(pts_seconds, _fps_targets(pts_seconds, sampling))
-    if sampling.mode != "uniform":
+    sampler = SAMPLERS[sampling.mode]
+    selection = sampler.select(pts_seconds, keyframe, sampling)
+    if "max_frames" in sampler.uses:
         selection = _thinned(selection, sampling.max_frames)
     return _filled_up(selection, pts_seconds, sampling.min_frames)
+
+
+def _fps(pts_seconds: np.ndarray, _keyframe: np.ndarray | None, sampling: Sampling) -> Selection:
+    """One target every 1/fps seconds: 0, 1/fps, 2/fps, … up to the last frame."""
+    targets = np.arange(int((pts_seconds[-1] + _TOLERANCE_SECONDS) * sampling.fps) + 1) / sampling.fps
+    return _shown_at(pts_seconds, targets)
+
+
+def _uniform(pts_seconds: np.ndarray, _keyframe: np.ndarray | None, sampling: Sampling) -> Selection:
+    """The middles of equal parts of the video."""
+    return _shown_at(pts_seconds, _middles(pts_seconds, sampling.num_frames))
+
+
+def _keyframes(pts_seconds: np.ndarray, keyframe: np.ndarray | None, _sampling: Sampling) -> Selection:
+    """Every frame that decodes alone; where there is none, the first."""
+    frames = np.flatnonzero(keyframe) if keyframe is not None and keyframe.any() else np.zeros(1, np.int64)
+    return Selection(frames.astype(np.int64), pts_seconds[frames])
+
+
+# By the names of the setting EXTRACTION_SAMPLING. Of the keyframes of `scene`, `quality` keeps those that begin one.
+SAMPLERS = {
+    "fps": Sampler(_fps, uses=("fps", "max_frames")),
+    "uniform": Sampler(_uniform, uses=("num_frames",)),
+    "keyframes": Sampler(_keyframes, uses=("max_frames",), needs_keyframes=True),
+    "scene": Sampler(_keyframes, uses=("max_frames",), needs_keyframes=True),
+}
 
 
 def _shown_at(pts_seconds: np.ndarray, targets: np.ndarray) -> Selection:
@@ -138,7 +173,7 @@ def _filled_up(selection: Selection, pts_seconds: np.ndarray, least: int) -> Sel
     missing = least - len(selection)
     if missing <= 0:
         return selection
-    spread = _shown_at(pts_seconds, _uniform_targets(pts_seconds, least))
+    spread = _shown_at(pts_seconds, _middles(pts_seconds, least))
     new = np.flatnonzero(~np.isin(spread.frame_number, selection.frame_number))
     new = new[evenly(len(new), min(missing, len(new)))]
     frames = np.concatenate([selection.frame_number, spread.frame_number[new]])
@@ -151,12 +186,7 @@ def evenly(count: int, chosen: int) -> np.ndarray:
     return np.arange(chosen) * count // max(chosen, 1)
 
 
-def _fps_targets(pts_seconds: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """0, 1/fps, 2/fps, … up to the last frame."""
-    return np.arange(int((pts_seconds[-1] + _TOLERANCE_SECONDS) * sampling.fps) + 1) / sampling.fps
-
-
-def _uniform_targets(pts_seconds: np.ndarray, count: int) -> np.ndarray:
+def _middles(pts_seconds: np.ndarray, count: int) -> np.ndarray:
     """Middles of equal parts; the last frame counts as long as the mean of the others.
 
     Four frames at 0, 1, 2, 3 s end at 4 s: two targets are 1 and 3, four targets are 0.5, 1.5, 2.5 and 3.5.

@@ -1,10 +1,10 @@
 """The decode stage: rows in, frame shards and failures out.
 
-A shard lands as soon as it holds `shard_records` videos or its first video is `shard_seconds` old, so that killing the
-process costs seconds. A graceful stop loses no finished video: an interruption that strikes inside the iterator
-(Ctrl+C, a run's termination) first yields what is finished as a last `LandedShard`, then goes on; and whoever closes
-the iterator early, or fails in a loop over it, has been given everything that was finished. Videos in flight are
-dropped.
+A shard lands as soon as it holds `shard_records` videos or its first video is 5 seconds old, so that killing the
+process costs seconds; failures land with it, or alone after a second, so that dead links are seen while others are
+still tried. A graceful stop loses no finished video: an interruption that strikes inside the iterator (Ctrl+C, a run's
+termination) first yields what is finished as a last `LandedShard`, then goes on; a caller who closes the iterator
+early, or fails in a loop over it, finds what was finished in the store. Videos in flight are dropped.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from extraction_dagster.errors.base import ExtractionError
-from extraction_dagster.errors.fetch import FetchSetupError
-from extraction_dagster.records import Failure
-from extraction_dagster.stages.catalog.fetch.ahead import Fetched, fetch_ahead
-from extraction_dagster.stages.catalog.fetch.fetching import Fetcher
+from extraction_dagster.records import Failure, Outcome
+from extraction_dagster.stages.catalog.fetch.fetching import Fetcher, fetch_ahead
 from extraction_dagster.stages.decode.sampling import evenly
 from extraction_dagster.stages.decode.task import DecodeJob
-from extraction_dagster.stages.decode.workers.pool import PoolOptions, decode_all
+from extraction_dagster.stages.decode.workers.pool import Decoded, PoolOptions, decode_as_ready
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator
+    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from extraction_dagster.records import EncodedFrames, IdRange, VideoRow
     from extraction_dagster.settings import Settings
-    from extraction_dagster.shards.frame_shard import FrameShard
-    from extraction_dagster.shards.frame_store import FrameStore
+    from extraction_dagster.shards.frame_store import FrameShard, FrameStore
+    from extraction_dagster.stages.catalog.fetch.fetching import Fetched
     from extraction_dagster.stages.decode.quality import Quality
     from extraction_dagster.stages.decode.sampling import Sampling
-    from extraction_dagster.stages.decode.workers.pool import Decoded
 
 # A shard is held in memory twice while it is written.
 _MAX_SHARD_BYTES = 2**27
+_MAX_SHARD_SECONDS = 5.0
+# Failures wait this long for others: a caller records them in one transaction.
+_FAILURE_SECONDS = 1.0
 _PREVIEWS_PER_SHARD = 24
 
 
@@ -62,10 +62,9 @@ class LandedShard:
     """What became of some rows: frames that are stored for good, and failures.
 
     Attributes:
-        shard: The stored frames; None when every row failed.
+        shard: The stored frames; None when only failures land.
         failures: The rows that gave nothing.
-        cpu_seconds: CPU time of the workers, failures included.
-        wall_seconds: Time since the last shard landed.
+        cpu_seconds: CPU time of the workers since the last one, failures included.
         num_videos: Videos in the shard.
         num_frames: Frames in the shard.
         num_bytes: Size of the shard.
@@ -75,10 +74,9 @@ class LandedShard:
     shard: FrameShard | None
     failures: tuple[Failure, ...]
     cpu_seconds: float
-    wall_seconds: float
-    num_videos: int
-    num_frames: int
-    num_bytes: int
+    num_videos: int = 0
+    num_frames: int = 0
+    num_bytes: int = 0
     previews: tuple[Preview, ...] = ()
 
 
@@ -88,7 +86,6 @@ def decode_rows(  # noqa: PLR0913 - the rows and what is done with them, each by
     store: FrameStore,
     partition: IdRange,
     settings: Settings,
-    fetch: Callable[[VideoRow], Path] | None = None,
     sampling: Sampling | None = None,
     quality: Quality | None = None,
 ) -> Generator[LandedShard, None, None]:
@@ -98,10 +95,9 @@ def decode_rows(  # noqa: PLR0913 - the rows and what is done with them, each by
         rows: The rows to decode, drawn as workers become free.
         store: Where the shards go.
         partition: The range that the rows belong to.
-        settings: Decoder, sampling, steps, limits, workers, shard size.
-        fetch: Gives a row's local file; by default a `Fetcher` as the settings say, whose downloads run ahead.
-        sampling: How frames are chosen, where it is not as the settings say.
-        quality: Which of them are kept, likewise. Both belong into the store's fingerprint.
+        settings: Decoder, sampling, steps, limits, workers, shard size, and what may be fetched from where.
+        sampling: How frames are chosen, in place of the settings' way.
+        quality: Which of them are kept, in place of the settings' way. Both belong into the store's fingerprint.
 
     Yields:
         LandedShard: once its shard is stored; every row is in exactly one, with frames or a failure.
@@ -111,53 +107,46 @@ def decode_rows(  # noqa: PLR0913 - the rows and what is done with them, each by
         FetchSetupError: Files can't be fetched as things are set up here; no row is to blame.
     """
     batch = _Batch(store, partition, settings)
-    fetcher = Fetcher.from_settings(settings)
-    fetched = _fetched(rows, fetch) if fetch else fetch_ahead(rows, fetcher, threads=settings.fetch_threads)
-    make_job = partial(DecodeJob.of, settings=settings, sampling=sampling, quality=quality)
-    jobs = _jobs(fetched, make_job, batch)
+    fetcher = Fetcher(settings)
+    fetched = fetch_ahead(rows, fetcher, threads=settings.fetch_threads)
+    jobs = _jobs(fetched, partial(DecodeJob.of, settings=settings, sampling=sampling, quality=quality))
+    decoded = decode_as_ready(jobs, PoolOptions.from_settings(settings))
     # The last files are in use until their videos are decoded, long after the last one was fetched.
-    with closing(fetcher), closing(fetched), closing(decode_all(jobs, PoolOptions.from_settings(settings))) as decoded:
+    with closing(fetcher), closing(fetched), closing(decoded):
         try:
             for item in decoded:
-                fetcher.release(item.outcome.record_id, keep=item.outcome.frames is not None)
-                batch.add(item)
+                if item is not None:
+                    fetcher.release(item.outcome.record_id, keep=item.outcome.frames is not None)
+                    batch.add(item)
                 if batch.is_full():
                     yield batch.land()
-        except BaseException:
-            decoded.close()
-            if not batch.is_empty():  # never so when the caller closes: at each yield above it has just landed
+                elif batch.has_late_failures():
+                    yield batch.land_failures()
+            if not batch.is_empty():
                 yield batch.land()
+        except BaseException as stop:
+            decoded.close()
+            if not batch.is_empty():
+                landed = batch.land()
+                if not isinstance(stop, GeneratorExit):  # a caller that closes takes nothing more
+                    yield landed
             raise
-    if not batch.is_empty():
-        yield batch.land()
 
 
 def _jobs(
-    fetched: Iterable[Fetched | None], make_job: Callable[[VideoRow, Path], DecodeJob], batch: _Batch
-) -> Iterator[DecodeJob | None]:
-    """A job for each row whose file was fetched; the others are failures."""
+    fetched: Iterable[Fetched | None], make_job: Callable[[VideoRow, Path], DecodeJob]
+) -> Iterator[DecodeJob | Decoded | None]:
+    """A job for each row whose file was fetched, a failure for each other row, None while none is ready."""
     for item in fetched:
         if item is None:
             yield None
         elif item.path is not None:
             yield make_job(item.row, item.path)
         elif item.error is not None:
-            batch.failures.append(_not_fetched(item.row, item.error))
+            yield Decoded(Outcome(item.row.record_id, failure=_fetch_failure(item.row, item.error)))
 
 
-def _fetched(rows: Iterable[VideoRow], fetch: Callable[[VideoRow], Path]) -> Generator[Fetched, None, None]:
-    """Rows whose file a caller's own function gives, one at a time."""
-    for row in rows:
-        try:
-            found = Fetched(row, fetch(row).resolve())
-        except (FetchSetupError, MemoryError):
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever a row's address provokes is that row's failure
-            found = Fetched(row, error=error)
-        yield found
-
-
-def _not_fetched(row: VideoRow, error: Exception) -> Failure:
+def _fetch_failure(row: VideoRow, error: BaseException) -> Failure:
     expected = isinstance(error, ExtractionError | OSError)
     return Failure(
         row.record_id,
@@ -171,71 +160,77 @@ def _not_fetched(row: VideoRow, error: Exception) -> Failure:
 
 
 class _Batch:
-    """Finished videos and failures that wait for their shard."""
+    """Finished videos that wait for their shard, and failures that wait for others."""
 
     def __init__(self, store: FrameStore, partition: IdRange, settings: Settings) -> None:
         self._store, self._partition = store, partition
-        self._max_videos, self._max_seconds = settings.shard_records, settings.shard_seconds
-        self.failures: list[Failure] = []
+        self._max_videos, self._max_seconds = settings.shard_records, _MAX_SHARD_SECONDS
         self._videos: list[EncodedFrames] = []
+        self._failures: list[Failure] = []
         self._bytes = 0
         self._cpu_seconds = 0.0
-        self._oldest: float | None = None
-        self._last_landing = time.monotonic()
+        self._oldest = self._last_landing = time.monotonic()
 
     def add(self, decoded: Decoded) -> None:
         outcome = decoded.outcome
         self._cpu_seconds += decoded.cpu_seconds
-        if self._oldest is None:
-            self._oldest = time.monotonic()
         if outcome.failure is not None:
-            self.failures.append(outcome.failure)
+            self._failures.append(outcome.failure)
         if outcome.frames is not None:
+            if not self._videos:
+                self._oldest = time.monotonic()
             self._videos.append(outcome.frames)
             self._bytes += sum(map(len, outcome.frames.jpegs))
 
     def is_empty(self) -> bool:
-        return not self._videos and not self.failures
+        return not self._videos and not self._failures
 
     def is_full(self) -> bool:
-        old = self._oldest is not None and time.monotonic() - self._oldest >= self._max_seconds
-        return len(self._videos) + len(self.failures) >= self._max_videos or old or self._bytes >= _MAX_SHARD_BYTES
+        old = bool(self._videos) and time.monotonic() - self._oldest >= self._max_seconds
+        return len(self._videos) >= self._max_videos or old or self._bytes >= _MAX_SHARD_BYTES
+
+    def has_late_failures(self) -> bool:
+        return bool(self._failures) and time.monotonic() - self._last_landing >= _FAILURE_SECONDS
+
+    def land_failures(self) -> LandedShard:
+        return self._landed(None, ())
 
     def land(self) -> LandedShard:
         """Store the videos; an interruption while writing leaves them here, to be landed again."""
-        shard = None
+        videos, shard = tuple(self._videos), None
         try:
-            if self._videos:
-                shard = self._store.write_shard(self._partition, self._videos)
+            if videos:
+                shard = self._store.write_shard(self._partition, videos)
         except Exception:
-            self._clear()  # the store refused: the rows are decoded again, later
+            self._clear_videos()  # the store refused: their rows are decoded again, later
             raise
-        landed = LandedShard(
-            shard=shard,
-            failures=tuple(self.failures),
-            cpu_seconds=self._cpu_seconds,
-            wall_seconds=time.monotonic() - self._last_landing,
-            num_videos=len(self._videos),
-            num_frames=shard.num_frames if shard else 0,
-            num_bytes=shard.size_bytes if shard else 0,
-            previews=tuple(_preview(self._videos[index]) for index in _some(len(self._videos))),
-        )
-        self._clear()
+        landed = self._landed(shard, videos)
+        self._clear_videos()
         return landed
 
-    def _clear(self) -> None:
-        self.failures.clear()
+    def _landed(self, shard: FrameShard | None, videos: Sequence[EncodedFrames]) -> LandedShard:
+        landed = LandedShard(
+            shard=shard,
+            failures=tuple(self._failures),
+            cpu_seconds=self._cpu_seconds,
+            num_videos=len(videos),
+            num_frames=shard.num_frames if shard else 0,
+            num_bytes=shard.size_bytes if shard else 0,
+            previews=_previews(videos),
+        )
+        self._failures.clear()
+        self._cpu_seconds, self._last_landing = 0.0, time.monotonic()
+        return landed
+
+    def _clear_videos(self) -> None:
         self._videos.clear()
-        self._bytes, self._cpu_seconds, self._oldest = 0, 0.0, None
-        self._last_landing = time.monotonic()
+        self._bytes = 0
 
 
-def _some(count: int) -> list[int]:
-    """Indexes of a few of `count` things, evenly spread."""
-    chosen: list[int] = evenly(count, min(count, _PREVIEWS_PER_SHARD)).tolist()
-    return chosen
-
-
-def _preview(video: EncodedFrames) -> Preview:
-    middle = len(video) // 2
-    return Preview(video.record_id, float(video.pts_seconds[middle]), bytes(video.jpegs[middle]))
+def _previews(videos: Sequence[EncodedFrames]) -> tuple[Preview, ...]:
+    """The middle frames of a few of the videos, evenly spread."""
+    few = [videos[index] for index in evenly(len(videos), min(len(videos), _PREVIEWS_PER_SHARD))]
+    return tuple(
+        Preview(video.record_id, float(video.pts_seconds[len(video) // 2]), bytes(video.jpegs[len(video) // 2]))
+        for video in few
+    )

@@ -6,15 +6,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from extraction_dagster.errors.base import SettingsError
+from extraction_dagster.records import fingerprint
+from extraction_dagster.shards.frame_store import FORMAT
 from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits
-from extraction_dagster.stages.decode.decoders.registry import make_decoder
-from extraction_dagster.stages.decode.jpeg import encode_frames
+from extraction_dagster.stages.decode.decoders.decord import decode_with_decord
+from extraction_dagster.stages.decode.decoders.geometry import SCALING
+from extraction_dagster.stages.decode.decoders.pyav import decode_with_pyav
+from extraction_dagster.stages.decode.jpeg import SUBSAMPLING, encode_frames
 from extraction_dagster.stages.decode.quality import Quality, refine
 from extraction_dagster.stages.decode.sampling import Sampling
 
 if TYPE_CHECKING:
     from extraction_dagster.records import EncodedFrames, VideoRow
     from extraction_dagster.settings import Settings
+    from extraction_dagster.stages.decode.decoders.decoder import Decoder
+
+# By the names of the setting EXTRACTION_DECODER; a decoder imports its library once it decodes.
+DECODERS: dict[str, Decoder] = {"pyav": decode_with_pyav, "decord": decode_with_decord}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +34,7 @@ class DecodeJob:
         record_id: The row's id.
         content_version: The version of the row.
         path: The local file, without a link in its path.
-        decoder: The decoder's name.
+        decoder: A name in `DECODERS`.
         sampling: How frames are chosen.
         limits: What the video may cost.
         short_side_px: Short side of the frames.
@@ -71,19 +80,22 @@ def decode_job(job: DecodeJob) -> EncodedFrames:
     """Decode one video; runs in a worker process.
 
     Raises:
-        ExtractionError: The video can't be decoded, see `Decoder.decode`; or nothing of it is kept, see `refine`.
+        ExtractionError: The video can't be decoded, see `Decoder`; or nothing of it is kept, see `refine`.
+        SettingsError: There is no decoder of that name.
     """
-    _let_the_library_speak()
-    video = make_decoder(job.decoder).decode(
-        Path(job.path), sampling=job.sampling, short_side_px=job.short_side_px, limits=job.limits
-    )
+    decode = DECODERS.get(job.decoder)
+    if decode is None:
+        setting = "EXTRACTION_DECODER"
+        raise SettingsError(setting, repr(job.decoder), " or ".join(DECODERS))
+    _log_codec_errors()
+    video = decode(Path(job.path), sampling=job.sampling, short_side_px=job.short_side_px, limits=job.limits)
     if job.quality.identity:
-        _keep_to_one_thread()
+        _limit_opencv_threads()
     video = refine(video, job.quality, path=job.path)
     return encode_frames(video, record_id=job.record_id, content_version=job.content_version, quality=job.jpeg_quality)
 
 
-def _let_the_library_speak() -> None:
+def _log_codec_errors() -> None:
     """Have the codec library write its errors to the worker's log, from where they reach a failure's details."""
     import av.logging
 
@@ -91,8 +103,29 @@ def _let_the_library_speak() -> None:
     av.logging.set_libav_level(av.logging.ERROR)
 
 
-def _keep_to_one_thread() -> None:
-    """There is a worker a core: threads inside one would only get into each other's way."""
+def _limit_opencv_threads() -> None:
+    """There is a worker a core: threads inside one would only slow each other down."""
     import cv2
 
     cv2.setNumThreads(1)
+
+
+def frames_fingerprint(settings: Settings, *, sampling: Sampling | None = None, quality: Quality | None = None) -> str:
+    """What decides the stored frames: decoder, choice of frames, size, JPEG. Nothing else changes it.
+
+    Args:
+        settings: Say what is not given.
+        sampling: How frames are chosen.
+        quality: Which of them are kept.
+    """
+    steps = (quality or Quality.from_settings(settings)).identity
+    return fingerprint(
+        layout=FORMAT,
+        decoder=settings.decoder,
+        sampling=(sampling or Sampling.from_settings(settings)).identity,
+        short_side_px=settings.short_side_px,
+        scaling=SCALING,
+        jpeg_quality=settings.jpeg_quality,
+        jpeg_subsampling=SUBSAMPLING,
+        **({"quality": steps} if steps else {}),  # without a step, nothing that could differ
+    )

@@ -25,7 +25,7 @@ from extraction_dagster.errors.embed import EmbeddingMemoryError, ModelOutputErr
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from extraction_dagster.stages.embed.models.registry import EmbeddingModel
+    from extraction_dagster.stages.embed.models.interface import EmbeddingModel
     from extraction_dagster.stages.embed.passes import Pending
 
 _log = logging.getLogger(__name__)
@@ -35,13 +35,12 @@ _MEMORY_WORDS = ("out of memory", "can't allocate memory", "cublas_status_alloc_
 
 
 class BatchEmbedder:
-    """Embeds batches of at most `batch_size`; when memory runs out it halves that for good and tries again.
+    """Embeds batches of at most `batch_size` frames; when memory runs out it halves that for good and tries again.
 
-    On a GPU a pass goes on while the caller makes the next batch; on the CPU it is over once it was pushed.
+    On a GPU a pass goes on while the caller makes the next batch; on the CPU it is over when `push` returns.
     """
 
     def __init__(self, model: EmbeddingModel, batch_size: int) -> None:
-        """Start with the configured batch size."""
         self.model = model
         self.batch_size = batch_size
         self._under_way: deque[tuple[np.ndarray, Pending]] = deque()
@@ -50,11 +49,11 @@ class BatchEmbedder:
         """Start passes over prepared pixels, uint8 (N, h, w, 3).
 
         Yields:
-            Vectors, float32 (n, dim), not normalised, of pixels in the order in which they were pushed: as soon as they
-            are there, the last ones perhaps not before `finish`.
+            Vectors, float32 (n, dim), not normalised, in the order in which their pixels were pushed; the last ones may
+            come out of `finish` alone.
 
         Raises:
-            EmbeddingMemoryError: A single frame is too much.
+            EmbeddingMemoryError: Not even one frame fits into memory.
             ModelOutputError: The model gave something else than one vector per frame.
         """
         while len(pixels):
@@ -82,7 +81,7 @@ class BatchEmbedder:
             yield self._checked(vectors, len(batch))
 
     def _one_after_another(self, pixels: np.ndarray) -> Iterator[np.ndarray]:
-        """Passes that are waited for at once, as little memory as there can be."""
+        """Passes that are each waited for before the next: they need the least memory."""
         while len(pixels):
             batch = pixels[: self.batch_size]
             vectors = self._attempt(partial(self.model.embed_prepared, batch), len(batch), last=len(batch) == 1)
@@ -100,7 +99,7 @@ class BatchEmbedder:
             if last:
                 raise EmbeddingMemoryError(self.model.name, self.model.device, str(error).split("\n")[0]) from error
             self.batch_size = max(1, num_frames // 2)
-        # Here the error, and with its traceback the failed pass's tensors, is gone: their memory can be given back.
+        # Out here the error is gone, and with its traceback the failed pass's tensors: their memory can be given back.
         _release_device_memory()
         _log.warning(
             "Out of memory on %s with %d frames a batch; going on with %d",
@@ -133,7 +132,7 @@ def _release_device_memory() -> None:
 
 
 @dataclass(slots=True)
-class _Open(Generic[T]):
+class _Unfinished(Generic[T]):
     """A piece whose vectors are not all there yet."""
 
     tag: T
@@ -145,17 +144,17 @@ def embed_pieces(pieces: Iterable[tuple[T, np.ndarray]], embedder: BatchEmbedder
     """Embed pieces in full batches that cross their borders.
 
     Args:
-        pieces: A tag and its prepared pixels, uint8 (n, h, w, 3). A piece without frames is a mark in the stream: it
-            comes out once everything before it is embedded.
+        pieces: A tag and its prepared pixels, uint8 (n, h, w, 3). A piece without frames marks a place in the stream:
+            it comes out when everything before it is embedded.
         embedder: Embeds a batch.
 
     Yields:
         The same tags in the same order, each with its vectors, float32 (n, dim), not normalised.
     """
-    waiting: deque[_Open[T]] = deque()
+    waiting: deque[_Unfinished[T]] = deque()
     buffered: list[np.ndarray] = []
     for tag, pixels in pieces:
-        waiting.append(_Open(tag, len(pixels)))
+        waiting.append(_Unfinished(tag, len(pixels)))
         if len(pixels):
             buffered.append(pixels)
         while sum(map(len, buffered)) >= embedder.batch_size:
@@ -173,7 +172,7 @@ def _cut(buffered: list[np.ndarray], size: int) -> tuple[np.ndarray, list[np.nda
     return joined[:size], [joined[size:]] if len(joined) > size else []
 
 
-def _deal(waiting: deque[_Open[T]], batches: Iterable[np.ndarray]) -> None:
+def _deal(waiting: deque[_Unfinished[T]], batches: Iterable[np.ndarray]) -> None:
     for vectors in batches:
         for piece in waiting:
             taken, vectors = vectors[: piece.missing], vectors[piece.missing :]  # noqa: PLW2901 - what is left to deal
@@ -183,7 +182,7 @@ def _deal(waiting: deque[_Open[T]], batches: Iterable[np.ndarray]) -> None:
                 break
 
 
-def _finished(waiting: deque[_Open[T]], dim: int) -> Iterator[tuple[T, np.ndarray]]:
+def _finished(waiting: deque[_Unfinished[T]], dim: int) -> Iterator[tuple[T, np.ndarray]]:
     while waiting and not waiting[0].missing:
         piece = waiting.popleft()
         yield piece.tag, np.concatenate(piece.vectors) if piece.vectors else np.empty((0, dim), np.float32)

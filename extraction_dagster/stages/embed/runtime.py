@@ -1,6 +1,11 @@
 """The process that embeds: its device, its threads, its allocator.
 
-Everything here acts on the whole process, so it is called when a model is loaded and never at import.
+Everything here acts on the whole process, so it is called when a model is loaded and never at import. Where there are
+several GPUs, each process leases the one that it embeds on until it ends:
+
+    <home>/gpus/<uuid of the GPU>.lock    held by the process that has it
+
+The operating system releases a lock when its process ends, however it ends.
 """
 
 from __future__ import annotations
@@ -12,21 +17,26 @@ import math
 import os
 import platform
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from filelock import FileLock, Timeout
+
 from extraction_dagster.errors.embed import EmbeddingDeviceError
-from extraction_dagster.stages.embed.gpu_lease import lease_gpu
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from contextlib import AbstractContextManager
+
+    from filelock import BaseFileLock
 
     from extraction_dagster.settings import Settings
 
 _log = logging.getLogger(__name__)
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_leases: dict[str, BaseFileLock] = {}
 
 
 def import_torch() -> None:
@@ -35,9 +45,9 @@ def import_torch() -> None:
     By default a thread of libgomp that waits for the others spins. When other processes want the cores as well, that
     time is lost to everyone: at a load of 10 on 2 cores a frame cost 37 to 54 CPU ms, and 14 to 15 with sleeping
     threads, as on a quiet machine. libgomp reads the variable once, when torch loads it, so it is set for that moment
-    alone; whoever set it, or GOMP_SPINCOUNT, keeps their choice.
+    alone; a value that was set before, or GOMP_SPINCOUNT, stays.
 
-    Importing makes a million objects that stay. Looking through them for garbage, time and again, is a tenth of what a
+    Importing makes a million objects that stay. Looking through them for garbage again and again is a tenth of what a
     process spends until its first vector, so that it is not done meanwhile, and never again for those.
     """
     collects = gc.isenabled()
@@ -54,6 +64,17 @@ def import_torch() -> None:
             gc.enable()
         if not chosen:
             del os.environ["OMP_WAIT_POLICY"]
+
+
+def open_device(settings: Settings) -> str:
+    """The device of the settings, this process set up to embed on it.
+
+    Raises:
+        EmbeddingDeviceError: The device is not there.
+    """
+    device = resolve_device(settings.device, settings.home / "gpus")
+    tune_process(device, settings.embed_threads)
+    return device
 
 
 def resolve_device(device: str, leases: Path) -> str:
@@ -81,6 +102,39 @@ def _present_devices() -> tuple[str, ...]:
 
     cuda = tuple(f"cuda:{n}" for n in range(torch.cuda.device_count())) if torch.cuda.is_available() else ()
     return ("cpu", *cuda, *(("mps",) if torch.backends.mps.is_available() else ()))
+
+
+def lease_gpu(devices: Sequence[str], folder: Path) -> str:
+    """Lease the first CUDA device that no other process has; the same one at every call.
+
+    When all are leased, one is shared: slower than a device of its own, faster than the CPU.
+
+    Args:
+        devices: `"cuda:0"`, `"cuda:1"`, ...
+        folder: Where the locks are; made if it does not exist.
+    """
+    if len(devices) == 1:
+        return devices[0]
+    paths = {device: str(folder / f"{_uuid(device)}.lock") for device in devices}
+    for device, path in paths.items():
+        if path in _leases:
+            return device
+    folder.mkdir(parents=True, exist_ok=True)
+    for device, path in paths.items():
+        lock = FileLock(path)
+        with suppress(Timeout):
+            lock.acquire(timeout=0)
+            _leases[path] = lock
+            return device
+    shared = devices[os.getpid() % len(devices)]
+    _log.warning("All %d GPUs are in use by other processes; sharing %s with one of them", len(devices), shared)
+    return shared
+
+
+def _uuid(device: str) -> str:
+    import torch
+
+    return str(torch.cuda.get_device_properties(device).uuid)
 
 
 def tune_process(device: str, threads: int | None) -> None:

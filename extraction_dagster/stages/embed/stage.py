@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -13,57 +16,28 @@ from extraction_dagster.errors.embed import InvalidVectorError
 from extraction_dagster.errors.shards import StoredFrameError
 from extraction_dagster.records import EmbeddingBatch, Failure
 from extraction_dagster.stages.embed.batching import BatchEmbedder, embed_pieces
-from extraction_dagster.stages.embed.prefetch import prefetch
 from extraction_dagster.stages.embed.runtime import batch_size, num_readers
 from extraction_dagster.stages.embed.vectors import normalise
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+    from concurrent.futures import Future
 
     from extraction_dagster.errors.base import ExtractionError
     from extraction_dagster.records import EncodedFrames, IdRange
     from extraction_dagster.settings import Settings
     from extraction_dagster.shards.embedding_store import EmbeddingShard, EmbeddingStore
-    from extraction_dagster.stages.embed.models.registry import EmbeddingModel
+    from extraction_dagster.shards.frame_store import FrameShard, FrameStore
+    from extraction_dagster.stages.embed.models.interface import EmbeddingModel
 
 _PIECES_AHEAD = 4
-
-
-class SourceRecord(Protocol):
-    """What the stage needs to know of a record in a frame shard."""
-
-    @property
-    def record_id(self) -> int: ...  # noqa: D102 - says itself
-    @property
-    def content_version(self) -> str: ...  # noqa: D102 - as above
-    @property
-    def num_frames(self) -> int: ...  # noqa: D102 - as above
-
-
-class SourceShard(Protocol):
-    """What the stage needs to know of a frame shard."""
-
-    @property
-    def name(self) -> str: ...  # noqa: D102 - says itself
-    @property
-    def records(self) -> Sequence[SourceRecord]: ...  # noqa: D102 - as above
-
-
-S = TypeVar("S", bound=SourceShard)
-S_contra = TypeVar("S_contra", bound=SourceShard, contravariant=True)
-
-
-class FrameSource(Protocol[S_contra]):
-    """Where frames come from; the frame store is one."""
-
-    def read(self, shard: S_contra) -> Iterable[EncodedFrames]:
-        """The shard's records in order, one at a time."""
-        ...
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddedShard:
-    """What became of a frame shard.
+    """The result of embedding a frame shard.
 
     Attributes:
         shard: Its embedding shard.
@@ -71,7 +45,7 @@ class EmbeddedShard:
         num_frames: Vectors in it.
         cpu_seconds: CPU time of the whole process since the shard before it, reading ahead included; 0 if reused.
         wall_seconds: The same by the clock.
-        reused: It was there already; nothing was embedded.
+        reused: It was stored already; nothing was embedded.
     """
 
     shard: EmbeddingShard
@@ -84,14 +58,14 @@ class EmbeddedShard:
 
 @dataclass(slots=True)
 class _Result:
-    """A record's vectors as they come in, or its failure."""
+    """A record's vectors so far, or its failure."""
 
     frames: EncodedFrames
     failure: Failure | None = None
     vectors: list[np.ndarray] = field(default_factory=list)
 
     def take(self, vectors: np.ndarray, model: EmbeddingModel) -> None:
-        """Keep the next vectors, normalised; the first that can't be kept fails the record."""
+        """Keep the next vectors, normalised; one that can't be searched for fails the record."""
         first = sum(map(len, self.vectors))
         unit, faults = normalise(vectors)
         self.vectors.append(unit.astype(np.float16))
@@ -113,19 +87,19 @@ class _Result:
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece(Generic[S]):
+class _Piece:
     """A mark in the stream: some frames of a record, those that can't be read, or the end of its shard."""
 
-    shard: S
+    shard: FrameShard
     result: _Result | None
     frames: range = range(0)
     error: StoredFrameError | None = None
 
 
 def embed_shards(  # noqa: PLR0913 - the shards and what handles them, each by name
-    shards: Iterable[S],
+    shards: Iterable[FrameShard],
     *,
-    frames: FrameSource[S],
+    frames: FrameStore,
     store: EmbeddingStore,
     model: EmbeddingModel,
     partition: IdRange,
@@ -134,27 +108,28 @@ def embed_shards(  # noqa: PLR0913 - the shards and what handles them, each by n
 ) -> Iterator[EmbeddedShard]:
     """Embed the frame shards of a partition.
 
-    A shard whose embedding shard is there, of the same records and versions and without a failure worth another try,
-    is not read again; so an interrupted run goes on at its first unfinished shard. Without `reuse` it is embedded anew.
+    A shard whose embedding shard is stored already, of the same records and versions and without a failure that may
+    pass, is not read again; so an interrupted run goes on at its first unfinished shard.
 
     Args:
         shards: Frame shards.
-        frames: Reads them.
+        frames: Reads them; only its `read` is called.
         store: Takes the vectors.
         model: The resident model.
         partition: The partition that the shards belong to.
         settings: embed_batch_size, embed_readers.
-        reuse: Whether vectors that are there already will do.
+        reuse: Whether vectors that are stored already are kept; else every shard is embedded again.
 
     Yields:
-        One result per shard: first those that were there, then the others in the order given, each once it is stored.
+        One result per shard: first those that were stored already, then the others in the order given, each once it is
+        stored.
 
     Raises:
         EmbeddingMemoryError: Not even one frame fits into memory.
         ModelOutputError: The model gave something else than one vector per frame.
     """
     stored = {shard.name: shard for shard in store.shards(partition)}
-    todo: list[S] = []
+    todo: list[FrameShard] = []
     for shard in shards:
         there = stored.get(shard.name)
         if reuse and there is not None and _is_current(there, shard):
@@ -180,6 +155,42 @@ def embed_shards(  # noqa: PLR0913 - the shards and what handles them, each by n
             piece.result.take(vectors, model)
 
 
+@contextmanager
+def prefetch(items: Iterable[T], work: Callable[[T], R], *, depth: int, threads: int = 1) -> Generator[Iterator[R]]:
+    """Draw items in a thread, and work on each in one of several, while the caller uses earlier ones.
+
+    Args:
+        items: Drawn in that thread alone, in order; what it raises is raised where its place in the order is.
+        work: What is done to each; what it raises is likewise raised in its place.
+        depth: The most items that wait, worked on or not.
+        threads: How many are worked on at once.
+
+    Yields:
+        What the work made of each item, in the items' order. The threads have ended when the `with` ends, however it
+        ends.
+    """
+    reader = ThreadPoolExecutor(1, thread_name_prefix="embed-reader")
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="embed-prepare")
+    iterator = iter(items)
+
+    def draw() -> Future[R] | None:
+        for item in iterator:
+            return pool.submit(work, item)
+        return None
+
+    def results() -> Iterator[R]:
+        drawn = deque(reader.submit(draw) for _ in range(depth))
+        while (working := drawn.popleft().result()) is not None:
+            drawn.append(reader.submit(draw))
+            yield working.result()
+
+    try:
+        yield results()
+    finally:
+        reader.shutdown(cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
+
+
 class _Clock:
     """CPU and wall seconds since the last lap."""
 
@@ -193,7 +204,7 @@ class _Clock:
         return cpu, wall
 
 
-def _is_current(there: EmbeddingShard, shard: SourceShard) -> bool:
+def _is_current(there: EmbeddingShard, shard: FrameShard) -> bool:
     frames = {record.record_id: (record.content_version, record.num_frames) for record in shard.records}
     vectors = {record.record_id: (record.content_version, record.num_frames) for record in there.records}
     lost = {failure.record_id: failure.content_version for failure in there.failures if failure.permanent}
@@ -206,7 +217,7 @@ def _is_current(there: EmbeddingShard, shard: SourceShard) -> bool:
     )
 
 
-def _pieces(shards: Sequence[S], source: FrameSource[S], size: int) -> Iterator[_Piece[S]]:
+def _pieces(shards: Sequence[FrameShard], source: FrameStore, size: int) -> Iterator[_Piece]:
     """The stream of a reading thread: each record's frames, at most `size` at a time, then its shard's end."""
     for shard in shards:
         for frames in source.read(shard):
@@ -216,7 +227,7 @@ def _pieces(shards: Sequence[S], source: FrameSource[S], size: int) -> Iterator[
         yield _Piece(shard, None)
 
 
-def _prepared(model: EmbeddingModel, piece: _Piece[S]) -> tuple[_Piece[S], np.ndarray]:
+def _prepared(model: EmbeddingModel, piece: _Piece) -> tuple[_Piece, np.ndarray]:
     """The piece and its pixels; without any where a frame can't be read."""
     if piece.result is not None:
         try:

@@ -1,21 +1,25 @@
-"""Hold what the store has against what the table says, and copy one store to another."""
+"""Compare what the store holds with what the table and the ledger say, by exact counts."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from extraction_dagster.errors.index import PointsMissingError
-from extraction_dagster.stages.index.filters import PointFilter
+from extraction_dagster.records import IdRange
+from extraction_dagster.stages.catalog.catalog import status_of
+from extraction_dagster.stages.index.points import PointFilter, generation
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Iterator, Mapping
 
-    from extraction_dagster.records import IdRange
+    from extraction_dagster.stages.catalog.catalog import Catalog
+    from extraction_dagster.stages.catalog.ledger import LedgerEntry
+    from extraction_dagster.stages.catalog.source_table import SourceRow
     from extraction_dagster.stages.index.protocol import PointStore
 
+WHOLE = IdRange(-(2**63), 2**63 - 1)
 _RECORDS_PER_CALL = 512
-_RECORDS_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,18 +55,18 @@ class Comparison:
         return not (self.lost or self.stale or self.orphans)
 
 
-def compare_points(store: PointStore, expected: Mapping[int, ExpectedPoints], *, within: IdRange) -> Comparison:
+def compare_points(store: PointStore | None, expected: Mapping[int, ExpectedPoints], *, within: IdRange) -> Comparison:
     """Compare a range of ids, record by record, by exact counts.
 
     Args:
-        store: With its collection open.
+        store: With its collection open; None when there is no collection, so that every expected point is lost.
         expected: Every record of the range that should have points.
         within: The range; points of records in it that are not expected are orphans.
     """
-    held = store.count_by_record(PointFilter(record_id_range=within))
-    current = _count_current(store, expected)
+    held = store.count_by_record(PointFilter(record_id_range=within)) if store is not None else {}
+    current = _count_current(store, expected) if store is not None else {}
     lost = {record_id: want.num_points - current.get(record_id, 0) for record_id, want in expected.items()}
-    # Whatever a record holds beyond its expected points of the right generation.
+    # What a record holds beyond its expected points of the right generation.
     stale = {
         record_id: held.get(record_id, 0) - min(current.get(record_id, 0), want.num_points)
         for record_id, want in expected.items()
@@ -74,39 +78,36 @@ def compare_points(store: PointStore, expected: Mapping[int, ExpectedPoints], *,
     )
 
 
-def copy_points(source: PointStore, target: PointStore, *, on_copied: Callable[[int], None] | None = None) -> int:
-    """Write every point of one store into another, and see that each record has as many there.
+def finished(rows: Mapping[int, SourceRow], entries: Mapping[int, LedgerEntry]) -> list[int]:
+    """The eligible rows that are done and were not asked for again since."""
+    now = datetime.now(UTC)
+    return [
+        key
+        for key, row in rows.items()
+        if status_of(row.video.content_version, row.marked_done, entries[key], None, now=now) == "done"
+    ]
 
-    It can be repeated: a point that is there already is written over. Points that only the target has are left alone,
-    unless their record is in the source: then they are counted and refused.
 
-    Args:
-        source: With its collection open.
-        target: With its collection open, of the same embedding.
-        on_copied: Told the number of points copied so far.
+def windows(catalog: Catalog, within: IdRange, size: int) -> Iterator[IdRange]:
+    """Cut a range so that each window holds `size` ledger entries; nothing lies between two windows."""
+    first = within.first_id
+    while True:
+        end = catalog.ledger.window_end(None if first == WHOLE.first_id else first - 1, size)
+        if end is None or end >= within.last_id:
+            yield IdRange(first, within.last_id)
+            return
+        yield IdRange(first, end)
+        first = end + 1
 
-    Returns:
-        The number of points copied.
 
-    Raises:
-        PointsMissingError: A record has more or fewer points in the target.
-    """
-    copied = 0
-    for batch in source.read():
-        target.upsert(batch)
-        copied += len(batch)
-        if on_copied is not None:
-            on_copied(copied)
-    wanted, found = source.count_by_record(), target.count_by_record()
-    wrong = {record_id: count for record_id, count in wanted.items() if found.get(record_id, 0) != count}
-    if wrong:
-        got = sum(found.get(record_id, 0) for record_id in wanted)
-        shown = [f"record {key}: {found.get(key, 0)} of {wrong[key]}" for key in sorted(wrong)[:_RECORDS_SHOWN]]
-        raise PointsMissingError(
-            when="in the target after copying them", expected=copied, got=got, records=", ".join(shown)
-        )
-    target.flush()
-    return copied
+def expected_points(entry: LedgerEntry) -> ExpectedPoints:
+    """What the ledger says of a record's points."""
+    made_from = generation(
+        embedding_fingerprint=entry.embedding_fingerprint or "",
+        frames_fingerprint=entry.frames_fingerprint or "",
+        content_version=entry.content_version,
+    )
+    return ExpectedPoints(entry.num_points or 0, made_from)
 
 
 def _count_current(store: PointStore, expected: Mapping[int, ExpectedPoints]) -> dict[int, int]:

@@ -1,4 +1,4 @@
-"""Points as one Parquet file, for whatever comes after Qdrant."""
+"""Take points elsewhere: into one Parquet file, or into another store."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from extraction_dagster.errors.index import ExportError
+from extraction_dagster.errors.index import ExportError, PointsMissingError
+from extraction_dagster.files import replacing
 from extraction_dagster.settings import RESERVED_PAYLOAD_KEYS
+from extraction_dagster.stages.index.stage import wrong_counts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,18 +48,52 @@ def export_points(
     """
     if path.is_dir():
         raise ExportError(str(path), os.strerror(errno.EISDIR))
-    beside = path.with_name(f".{path.name}.part")
     try:
-        written = _write(store, spec, beside, on_written)
-        expected = store.count()
-        if written != expected:
-            raise ExportError(str(path), f"{written} points were written, and the store holds {expected}: try again")
-        beside.replace(path)
+        with replacing(path, mode=None, durable=False) as beside:
+            written = _write(store, spec, beside, on_written)
+            expected = store.count()
+            if written != expected:
+                why = f"{written} points were written, and the store holds {expected}: try again"
+                raise ExportError(str(path), why)
     except OSError as error:
         raise ExportError(str(path), error.strerror or type(error).__name__) from error
-    finally:
-        beside.unlink(missing_ok=True)
     return written
+
+
+def copy_points(source: PointStore, target: PointStore, *, on_copied: Callable[[int], None] | None = None) -> int:
+    """Write every point of one store into another, and see that each record has as many there.
+
+    It can be repeated: a point that is there already is written over. Points that only the target has are left alone,
+    unless their record is in the source: then they are counted and refused.
+
+    Args:
+        source: With its collection open.
+        target: With its collection open, of the same embedding.
+        on_copied: Told the number of points copied so far.
+
+    Returns:
+        The number of points copied.
+
+    Raises:
+        PointsMissingError: A record has more or fewer points in the target.
+    """
+    copied = 0
+    for batch in source.read():
+        target.upsert(batch)
+        copied += len(batch)
+        if on_copied is not None:
+            on_copied(copied)
+    wanted, there = source.count_by_record(), target.count_by_record()
+    found = {record_id: there.get(record_id, 0) for record_id in wanted}
+    if found != wanted:
+        raise PointsMissingError(
+            "in the target after copying them",
+            expected=copied,
+            got=sum(found.values()),
+            records=wrong_counts(found, wanted),
+        )
+    target.flush()
+    return copied
 
 
 def _write(store: PointStore, spec: CollectionSpec, path: Path, on_written: Callable[[int], None] | None) -> int:

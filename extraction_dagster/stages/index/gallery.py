@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import errno
 import html
 import os
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from extraction_dagster.errors.index import GalleryError
+from extraction_dagster.files import write_atomically
 from extraction_dagster.stages.decode.jpeg import shrink_jpeg
 
 if TYPE_CHECKING:
@@ -82,15 +82,10 @@ def write_gallery(path: Path, page: str) -> None:
     """
     if path.is_dir():
         raise GalleryError(str(path), os.strerror(errno.EISDIR))
-    beside = path.with_name(f".{path.name}.part")
     try:
-        beside.write_text(page, encoding="utf-8")
-        beside.replace(path)
+        write_atomically(path, page.encode(), mode=None, durable=False)
     except OSError as error:
         raise GalleryError(str(path), error.strerror or type(error).__name__) from error
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink()
 
 
 def _card(card: Card) -> str:

@@ -1,30 +1,33 @@
-"""The store of points: what the project asks of it, and the choice of the engine."""
+"""The store of points: what the project asks of an engine, and the records that both sides exchange."""
 
 from __future__ import annotations
 
+import abc
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import numpy as np
 
 from extraction_dagster.errors.base import RecordShapeError
+from extraction_dagster.errors.index import CollectionMismatchError
+from extraction_dagster.stages.index.points import PointBatch, translate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from types import TracebackType
 
-    import numpy as np
-
     from extraction_dagster.settings import Settings
-    from extraction_dagster.stages.index.filters import PointFilter
-    from extraction_dagster.stages.index.points import PointBatch
+    from extraction_dagster.stages.index.points import Dialect, PointFilter
 
 VectorDtype = Literal["float16", "float32"]
 Quantization = Literal["none", "scalar"]
-# Created before the first point, so that every filter of this project is an indexed one (a strict server refuses
-# others). The kinds are Qdrant's own names.
+# Created before the first point, so that every filter of this project uses an index (a strict server refuses others).
+# The types are Qdrant's own names.
 PAYLOAD_INDEXES = {"record_id": "integer", "generation": "keyword", "platform": "keyword", "created_at": "datetime"}
 MAX_POINTS_PER_CALL = 256
-MAX_BYTES_PER_CALL = 4_500_000
+_MAX_BYTES_PER_CALL = 4_500_000
+_PAGE = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,20 +67,28 @@ class CollectionSpec:
             settings.collection_name,
             dim,
             fingerprint,
-            settings.vector_dtype,
-            settings.quantization,
-            settings.vectors_on_disk,
+            quantization=settings.quantization,
+            on_disk=settings.vectors_on_disk,
         )
 
     @property
     def full_name(self) -> str:
-        """The name behind the name: `video_frames` stands for `video_frames-<fingerprint>`."""
+        """The collection's own name, for which `name` is an alias: `video_frames-<fingerprint>`."""
         return f"{self.name}-{self.fingerprint}"
 
     @property
     def vectors(self) -> str:
-        """The kind of its vectors, for messages."""
+        """What its vectors are, for messages."""
         return f"dim {self.dim}, fingerprint {self.fingerprint}"
+
+    def require_same_vectors(self, found: CollectionSpec, where: str) -> None:
+        """Refuse a collection whose vectors can't be compared with those of this one.
+
+        Raises:
+            CollectionMismatchError: It holds vectors of another length or fingerprint.
+        """
+        if (found.dim, found.fingerprint) != (self.dim, self.fingerprint):
+            raise CollectionMismatchError(self.name, where, got=found.vectors, expected=self.vectors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,10 +132,14 @@ class Hit:
         return (-self.score, self.record_id, self.frame_number)
 
 
-@runtime_checkable
-class PointStore(Protocol):
-    """A store of points with one collection open. Every write has been applied when its call returns."""
+class PointStore(abc.ABC):
+    """A store of points with one collection open. Every write has been applied when its call returns.
 
+    What is the same for every engine is written here; an engine adds the abstract methods. Those that begin with an
+    underscore get filters as the engine's own, translated through its `_dialect`.
+    """
+
+    @abc.abstractmethod
     def ensure_collection(self, spec: CollectionSpec, *, staged: bool = False) -> None:
         """Open the collection, and create it with its payload indexes when there is none.
 
@@ -137,10 +152,10 @@ class PointStore(Protocol):
             CollectionMismatchError: The one in use holds other vectors.
             StoreBusyError: Another process holds the embedded store.
         """
-        ...
 
+    @abc.abstractmethod
     def open_collection(self, name: str, *, fingerprint: str | None = None) -> CollectionSpec:
-        """Open a collection, whatever its vectors, and say what it holds.
+        """Open a collection with any vectors, and say what it holds.
 
         Args:
             name: The name by which it is asked for.
@@ -149,39 +164,54 @@ class PointStore(Protocol):
         Raises:
             CollectionMissingError: There is none.
         """
-        ...
 
+    @abc.abstractmethod
     def publish(self) -> None:
         """Make the open collection the one in use."""
-        ...
 
+    @abc.abstractmethod
     def collections(self, name: str) -> Mapping[str, bool]:
         """The fingerprints loaded under a name, and whether each is the one in use."""
-        ...
 
+    @abc.abstractmethod
     def drop(self, name: str, fingerprint: str) -> None:
         """Remove a collection that is not in use.
 
         Raises:
             CollectionInUseError: It is in use.
         """
-        ...
 
     def upsert(self, batch: PointBatch) -> None:
         """Write points, and return once they are applied."""
-        ...
-
-    def count(self, filters: PointFilter | None = None) -> int:
-        """The exact number of points."""
-        ...
-
-    def count_by_record(self, filters: PointFilter | None = None) -> dict[int, int]:
-        """The exact number of points of each record that has any."""
-        ...
+        spec: CollectionSpec = self._open("write points")[0]
+        if batch.dim != spec.dim and len(batch):
+            raise RecordShapeError(
+                record="PointBatch", why=f"collection {spec.name!r} takes dim {spec.dim}", shapes=f"dim {batch.dim}"
+            )
+        for chunk in batch.chunks(max_points=MAX_POINTS_PER_CALL, max_bytes=_MAX_BYTES_PER_CALL):
+            self._write(chunk)
 
     def delete(self, filters: PointFilter) -> None:
         """Remove points of named records, and return once they are gone."""
-        ...
+        self._open("remove points")
+        if not filters.names_points:
+            raise RecordShapeError(
+                record="PointFilter", why="removing needs records or points by name", shapes=repr(filters)
+            )
+        self._remove(translate(filters, self._dialect))
+
+    def count(self, filters: PointFilter | None = None) -> int:
+        """The exact number of points."""
+        self._open("count points")
+        return self._count(translate(filters, self._dialect))
+
+    def count_by_record(self, filters: PointFilter | None = None) -> dict[int, int]:
+        """The exact number of points of each record that has any."""
+        self._open("count points")
+        limit = _PAGE
+        while len(hits := self._count_by_record(translate(filters, self._dialect), limit)) >= limit:
+            limit *= 8
+        return {int(hit.value): hit.count for hit in hits if hit.count}  # the embedded engine lists removed ones with 0
 
     def search(
         self,
@@ -192,52 +222,89 @@ class PointStore(Protocol):
         score_threshold: float | None = None,
     ) -> list[Hit]:
         """The points nearest to a vector by cosine, best first; equal scores by record, then frame."""
-        ...
+        self._open("search")
+        query = vector.astype(np.float32).tolist()
+        found = self._nearest(query, limit, translate(filters, self._dialect), score_threshold)
+        return sorted((Hit.from_payload(hit.payload or {}, hit.score) for hit in found), key=lambda hit: hit.order)
 
     def point_ids(self, filters: PointFilter | None = None) -> set[str]:
         """The ids of the points."""
-        ...
+        return {str(record.id) for page in self._pages(filters, _PAGE, content=False) for record in page}
 
     def read(self, filters: PointFilter | None = None, *, batch_size: int = 256) -> Iterator[PointBatch]:
         """The points themselves, in the order of their ids."""
-        ...
+        for page in self._pages(filters, batch_size, content=True):
+            yield PointBatch(
+                ids=tuple(str(record.id) for record in page),
+                vectors=np.asarray([record.vector for record in page], dtype=np.float32),
+                payloads=tuple(record.payload or {} for record in page),
+            )
 
+    @abc.abstractmethod
     def optimize(self) -> None:
-        """Give back the room of removed points and build the vector index, where the engine leaves that to us."""
-        ...
+        """Free the disk space of removed points and build the vector index, if the engine does not do so by itself."""
 
+    @abc.abstractmethod
     def flush(self) -> None:
         """Make every write safe from a power cut."""
-        ...
 
+    @abc.abstractmethod
     def close(self) -> None:
-        """Let go of the store."""
-        ...
+        """Release the store."""
 
     def __enter__(self) -> Self:
         """The store."""
-        ...
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Let go of the store."""
-        ...
+        """Release the store."""
+        self.close()
 
+    def _pages(self, filters: PointFilter | None, size: int, *, content: bool) -> Iterator[list[Any]]:
+        self._open("read points")
+        offset: Any = None
+        while True:
+            page, offset = self._page(translate(filters, self._dialect), size, offset, content=content)
+            if page:
+                yield page
+            if offset is None:
+                return
 
-def open_point_store(settings: Settings, *, wait_seconds: float = 0.0, attempts: int | None = None) -> PointStore:
-    """The store that the settings choose: a server when `qdrant_url` is set, else the embedded engine.
+    @property
+    @abc.abstractmethod
+    def _dialect(self) -> Dialect:
+        """The engine's own classes for filters."""
 
-    Args:
-        settings: Which one, and where.
-        wait_seconds: How long to wait for another process to let go of the embedded store.
-        attempts: Tries of each call to a server; as many as a write takes when None.
-    """
-    if settings.qdrant_url is None:
-        from extraction_dagster.stages.index.edge.store import EdgeStore  # noqa: PLC0415 - one engine is loaded
+    @abc.abstractmethod
+    def _open(self, operation: str) -> tuple[Any, ...]:
+        """What is open, the collection's spec first.
 
-        return EdgeStore(settings.home / "qdrant", wait_seconds=wait_seconds)
-    from extraction_dagster.stages.index.server.retry import RetryPolicy  # noqa: PLC0415 - one engine is loaded
-    from extraction_dagster.stages.index.server.store import ServerStore  # noqa: PLC0415
+        Raises:
+            StoreNotOpenError: Nothing is; `operation` says what was to be done.
+        """
 
-    return ServerStore.connect(settings, retry=RetryPolicy(attempts=attempts) if attempts else None)
+    @abc.abstractmethod
+    def _write(self, batch: PointBatch) -> None:
+        """Write as many points as one call takes."""
+
+    @abc.abstractmethod
+    def _remove(self, condition: Any) -> None:  # noqa: ANN401 - the engine's own filter, here and below
+        """Remove the points that meet a condition."""
+
+    @abc.abstractmethod
+    def _count(self, condition: Any) -> int:  # noqa: ANN401
+        """The exact number of points that meet a condition; all when it is None, as below."""
+
+    @abc.abstractmethod
+    def _count_by_record(self, condition: Any, limit: int) -> list[Any]:  # noqa: ANN401
+        """Values and counts of `record_id`, at most so many."""
+
+    @abc.abstractmethod
+    def _nearest(self, vector: list[float], limit: int, condition: Any, score_threshold: float | None) -> list[Any]:  # noqa: ANN401
+        """The points nearest to a vector, each with its payload and score."""
+
+    @abc.abstractmethod
+    def _page(self, condition: Any, size: int, offset: Any, *, content: bool) -> tuple[list[Any], Any]:  # noqa: ANN401
+        """Points from an offset on, with payload and vector when `content` is wanted, and the next page's offset."""

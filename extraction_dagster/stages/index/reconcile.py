@@ -6,7 +6,7 @@ Three rows of a window, what the ledger and the store say, and what becomes of t
     record 8   done with 2 points      the store has 4    stale: as above; the surplus goes when they are written
     record 9   deleted from the table  the store has 5    gone: its points are removed, the ledger forgets it
 
-Rows that are pending, waiting or parked are nobody's loss: what the store has of them stays until it is replaced.
+Rows that are pending, waiting or parked are not compared: their points in the store stay until they are replaced.
 A difference counts only when it is seen twice, since runs go on meanwhile.
 """
 
@@ -15,26 +15,26 @@ from __future__ import annotations
 import contextlib
 import time
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from extraction_dagster.errors.index import CollectionMissingError
-from extraction_dagster.records import IdRange
-from extraction_dagster.stages.catalog.catalog import status_of
-from extraction_dagster.stages.index.compare import Comparison, ExpectedPoints, compare_points
-from extraction_dagster.stages.index.points import generation
-from extraction_dagster.stages.index.replace import delete_records
+from extraction_dagster.stages.index.compare import (
+    WHOLE,
+    compare_points,
+    expected_points,
+    finished,
+    windows,
+)
+from extraction_dagster.stages.index.stage import delete_records
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
-    from types import TracebackType
+    from collections.abc import Callable, Iterable, Mapping
 
+    from extraction_dagster.records import IdRange
     from extraction_dagster.stages.catalog.catalog import Catalog
     from extraction_dagster.stages.catalog.ledger import LedgerEntry
-    from extraction_dagster.stages.catalog.source_table import SourceRow
     from extraction_dagster.stages.index.protocol import PointStore
 
-WHOLE = IdRange(-(2**63), 2**63 - 1)
 _WINDOW_RECORDS = 1000
 _HOLD_SECONDS = 5.0
 _PAUSE_SECONDS = 0.25
@@ -164,20 +164,20 @@ def reconcile(  # noqa: PLR0913 - what is compared with what
 
     Args:
         catalog: The source table and the ledger.
-        open_store: Opens the store; called again after every `hold_seconds`, so that runs get their turn.
+        open_store: Opens the store; called again after every `hold_seconds`, so that runs can open it too.
         collection_name: The collection's name.
         embedding: The fingerprint of today's settings; while its collection is being loaded beside the one in use,
             records that are in it need not be in the one in use.
         within: Only these records.
         repair: Remove, forget and make pending.
         window_records: Ledger entries compared at once.
-        hold_seconds: How long the embedded store is held at a stretch.
+        hold_seconds: How long the embedded store is held without a break.
     """
     done = Reconciliation(repaired=repair)
-    homes = _collections(open_store, collection_name, embedding)
-    for home in homes:
-        view = _View(catalog, home, homes)
-        with _Turns(open_store, collection_name, home, hold_seconds) as turns:
+    collections = _find_collections(open_store, collection_name, embedding)
+    for collection in collections:
+        view = _View(catalog, collection, collections)
+        with contextlib.closing(_Turns(open_store, collection_name, collection, hold_seconds)) as turns:
             removed = 0
             for window in windows(catalog, within, window_records):
                 found = view.compare(turns.store(), window)
@@ -192,8 +192,8 @@ def reconcile(  # noqa: PLR0913 - what is compared with what
 
 
 @dataclass(frozen=True, slots=True)
-class _Home:
-    """A collection in which points should be: the one in use, one beside it, or none at all.
+class _Collection:
+    """A collection in which points should be: the one in use, one beside it, or none.
 
     Attributes:
         fingerprint: Of its vectors; None when there is no collection.
@@ -206,37 +206,45 @@ class _Home:
     of_today: bool = False
 
 
-def _collections(open_store: Callable[[], PointStore], name: str, embedding: str) -> list[_Home]:
-    """The collections to compare; the first one answers for the entries whose own collection is no more."""
-    homes: list[_Home] = []
+def _find_collections(open_store: Callable[[], PointStore], name: str, embedding: str) -> list[_Collection]:
+    """The collections to compare; entries whose own collection was dropped are compared with the first one."""
+    collections: list[_Collection] = []
     with open_store() as store:
         there = store.collections(name)
         with contextlib.suppress(CollectionMissingError):
             in_use = store.open_collection(name).fingerprint
-            homes.append(_Home(in_use, in_use=True, of_today=in_use == embedding))
-    beside = sorted(fingerprint for fingerprint in there if fingerprint not in {home.fingerprint for home in homes})
-    homes += [_Home(fingerprint, in_use=False, of_today=fingerprint == embedding) for fingerprint in beside]
-    return homes or [_Home(None, in_use=False)]
+            collections.append(_Collection(in_use, in_use=True, of_today=in_use == embedding))
+    beside = sorted(
+        fingerprint
+        for fingerprint in there
+        if fingerprint not in {collection.fingerprint for collection in collections}
+    )
+    collections += [_Collection(fingerprint, in_use=False, of_today=fingerprint == embedding) for fingerprint in beside]
+    return collections or [_Collection(None, in_use=False)]
 
 
 class _Turns:
-    """The store, let go of now and then so that others get their turn."""
+    """The store, released now and then so that others can open it."""
 
-    def __init__(self, open_store: Callable[[], PointStore], name: str, home: _Home, hold_seconds: float) -> None:
-        self._open_store, self._name, self._home, self._hold_seconds = open_store, name, home, hold_seconds
+    def __init__(
+        self, open_store: Callable[[], PointStore], name: str, collection: _Collection, hold_seconds: float
+    ) -> None:
+        self._open_store, self._name, self._collection, self._hold_seconds = open_store, name, collection, hold_seconds
         self._store: PointStore | None = None
         self._since = 0.0
 
     def store(self) -> PointStore | None:
         """The store with its collection open; None when there is no collection."""
-        if self._home.fingerprint is None:
+        if self._collection.fingerprint is None:
             return None
         if self._store is not None and time.monotonic() - self._since > self._hold_seconds:
             self.close()
             time.sleep(_PAUSE_SECONDS)
         if self._store is None:
             self._store = self._open_store()
-            self._store.open_collection(self._name, fingerprint=None if self._home.in_use else self._home.fingerprint)
+            self._store.open_collection(
+                self._name, fingerprint=None if self._collection.in_use else self._collection.fingerprint
+            )
             self._since = time.monotonic()
         return self._store
 
@@ -245,22 +253,14 @@ class _Turns:
         if store is not None:
             store.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
 
 @dataclass(frozen=True, slots=True)
 class _View:
     """What the ledger and the table say of one collection."""
 
     catalog: Catalog
-    home: _Home
-    homes: list[_Home]
+    collection: _Collection
+    all_collections: list[_Collection]
 
     def compare(self, store: PointStore | None, window: IdRange) -> Differences:
         """The differences within a window."""
@@ -271,8 +271,8 @@ class _View:
             for record_id in finished(rows, entries)
             if self._is_here(entries[record_id])
         }
-        found = _all_lost(expected) if store is None else compare_points(store, expected, within=window)
-        unseen = {
+        found = compare_points(store, expected, within=window)
+        not_in_use = {
             record_id: entries[record_id].num_points or 0
             for record_id in finished(rows, entries)
             if self._should_be_seen(entries[record_id]) and record_id not in found.orphans
@@ -281,26 +281,30 @@ class _View:
             within=window,
             compared=len(expected),
             held=sum(item.num_points for item in expected.values()),
-            lost={**found.lost, **unseen},
+            lost={**found.lost, **not_in_use},
             stale=found.stale,
             gone=self._gone(found.orphans, entries, rows.keys()),
         )
 
     def _is_here(self, entry: LedgerEntry) -> bool:
-        """Whether an entry's points should be in this collection; the first one answers for unknown ones."""
-        known = {home.fingerprint for home in self.homes}
+        """Whether an entry's points should be in this collection; those of a dropped one should be in the first."""
+        known = {collection.fingerprint for collection in self.all_collections}
         if entry.embedding_fingerprint in known:
-            return entry.embedding_fingerprint == self.home.fingerprint
-        return self.home == self.homes[0]
+            return entry.embedding_fingerprint == self.collection.fingerprint
+        return self.collection == self.all_collections[0]
 
     def _should_be_seen(self, entry: LedgerEntry) -> bool:
-        """Whether searches should find points of a record in this collection, whatever they are made from.
+        """Whether searches should find points of a record in this collection, of any generation.
 
         A record that a run has written into another collection, of another model, keeps its points in the one in use.
         """
-        if not self.home.in_use:
+        if not self.collection.in_use:
             return False
-        others = {home.fingerprint for home in self.homes if not home.in_use and not home.of_today}
+        others = {
+            collection.fingerprint
+            for collection in self.all_collections
+            if not collection.in_use and not collection.of_today
+        }
         return entry.embedding_fingerprint in others
 
     def _gone(
@@ -308,18 +312,18 @@ class _View:
     ) -> dict[int, int]:
         """Records that are deleted or no longer eligible, and still have points, or an entry that says so."""
         unknown = [record_id for record_id in orphans if record_id not in entries]
-        living = {*eligible, *(row.video.record_id for row in self.catalog.source.rows_of(unknown))}
-        gone = {record_id: number for record_id, number in orphans.items() if record_id not in living}
-        silent = [record_id for record_id in entries if record_id not in living and record_id not in gone]
-        there = self.catalog.source.existing(silent)
-        forgotten = [key for key in silent if key not in there or entries[key].state == "done"]
+        eligible_now = {*eligible, *(row.video.record_id for row in self.catalog.source.rows_of(unknown))}
+        gone = {record_id: number for record_id, number in orphans.items() if record_id not in eligible_now}
+        without_points = [record_id for record_id in entries if record_id not in eligible_now and record_id not in gone]
+        there = self.catalog.source.existing(without_points)
+        forgotten = [key for key in without_points if key not in there or entries[key].state == "done"]
         return dict(sorted({**gone, **dict.fromkeys(forgotten, 0)}.items()))
 
 
 def compare_range(catalog: Catalog, store: PointStore | None, *, within: IdRange, fingerprint: str) -> Differences:
-    """Hold the open collection against what was verified for the records of a range; a difference is seen twice.
+    """Compare the open collection with what was verified for the records of a range; a difference is seen twice.
 
-    Without a store, as when the collection is no more, all that was verified is lost.
+    Without a store, as when the collection was dropped, all that was verified is lost.
     Only records that are done, and whose vectors are of this fingerprint, are compared; `gone` stays empty.
     """
     found = Differences(within)
@@ -330,48 +334,12 @@ def compare_range(catalog: Catalog, store: PointStore | None, *, within: IdRange
             for key, entry in entries.items()
             if entry.state == "done" and entry.embedding_fingerprint == fingerprint
         }
-        held = _all_lost(expected) if store is None else compare_points(store, expected, within=within)
+        held = compare_points(store, expected, within=within)
         points = sum(item.num_points for item in expected.values())
         found = Differences(within, len(expected), points, lost=held.lost, stale=held.stale)
         if found.agrees:
             break
     return found
-
-
-def finished(rows: Mapping[int, SourceRow], entries: Mapping[int, LedgerEntry]) -> list[int]:
-    """The eligible rows that are done and were not asked for again since."""
-    now = datetime.now(UTC)
-    return [
-        key
-        for key, row in rows.items()
-        if status_of(row.video.content_version, row.marked_done, entries[key], None, now=now) == "done"
-    ]
-
-
-def windows(catalog: Catalog, within: IdRange, size: int) -> Iterator[IdRange]:
-    """Cut a range so that each window holds `size` ledger entries; nothing lies between two windows."""
-    first = within.first_id
-    while True:
-        end = catalog.ledger.window_end(None if first == WHOLE.first_id else first - 1, size)
-        if end is None or end >= within.last_id:
-            yield IdRange(first, within.last_id)
-            return
-        yield IdRange(first, end)
-        first = end + 1
-
-
-def expected_points(entry: LedgerEntry) -> ExpectedPoints:
-    """What the ledger says of a record's points."""
-    made_from = generation(
-        embedding_fingerprint=entry.embedding_fingerprint or "",
-        frames_fingerprint=entry.frames_fingerprint or "",
-        content_version=entry.content_version,
-    )
-    return ExpectedPoints(entry.num_points or 0, made_from)
-
-
-def _all_lost(expected: Mapping[int, ExpectedPoints]) -> Comparison:
-    return Comparison(lost={record_id: item.num_points for record_id, item in expected.items()})
 
 
 def _repair(catalog: Catalog, store: PointStore | None, found: Differences) -> int:

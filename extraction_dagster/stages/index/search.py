@@ -1,4 +1,4 @@
-"""Ask the collection: which frames, or which videos, look like this one."""
+"""Search the collection: which frames, or which videos, look like this one."""
 
 from __future__ import annotations
 
@@ -9,14 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from extraction_dagster.errors.base import RecordShapeError
-from extraction_dagster.errors.index import CollectionMismatchError
-from extraction_dagster.stages.index.filters import PointFilter
+from extraction_dagster.stages.index.points import PointFilter
 from extraction_dagster.stages.index.protocol import Hit
 
 if TYPE_CHECKING:
-    from datetime import datetime
-
-    from extraction_dagster.records import IdRange
     from extraction_dagster.stages.index.protocol import CollectionSpec, PointStore
 
 __all__ = ["Hit", "VideoHit", "open_for_search", "search_images", "search_videos"]
@@ -55,20 +51,15 @@ def open_for_search(store: PointStore, spec: CollectionSpec) -> None:
         CollectionMismatchError: It holds others.
         StoreBusyError: Another process holds the embedded store.
     """
-    found = store.open_collection(spec.name)
-    if (found.dim, found.fingerprint) != (spec.dim, spec.fingerprint):
-        raise CollectionMismatchError(spec.name, repr(store), got=found.vectors, expected=spec.vectors)
+    spec.require_same_vectors(store.open_collection(spec.name), repr(store))
 
 
-def search_images(  # noqa: PLR0913 - the filters that a person may combine
+def search_images(  # noqa: PLR0913 - what a person may combine
     store: PointStore,
     query_vector: np.ndarray,
     *,
     limit: int = 10,
-    record_id_range: IdRange | None = None,
-    platform: str | None = None,
-    created_from: datetime | None = None,
-    created_before: datetime | None = None,
+    filters: PointFilter | None = None,
     group_by_video: bool = False,
     score_threshold: float | None = None,
 ) -> list[Hit]:
@@ -76,12 +67,9 @@ def search_images(  # noqa: PLR0913 - the filters that a person may combine
 
     Args:
         store: With its collection open.
-        query_vector: Float, shape (dim,), finite and not zero; its length does not matter.
+        query_vector: Float, shape (dim,), finite and not zero; it need not be normalised.
         limit: Most hits.
-        record_id_range: Only videos of these ids.
-        platform: Only videos of this platform.
-        created_from: Only frames indexed at or after this moment.
-        created_before: Only frames indexed before this moment.
+        filters: Only these points.
         group_by_video: One hit a video: its best frame.
         score_threshold: Only hits with at least this cosine.
 
@@ -96,9 +84,6 @@ def search_images(  # noqa: PLR0913 - the filters that a person may combine
             why="it needs a vector (dim,), finite and not zero, and a limit of 1 or more",
             shapes=f"vector {vector.shape} of norm {norm}, limit {limit}",
         )
-    filters = PointFilter(
-        record_id_range=record_id_range, platform=platform, created_from=created_from, created_before=created_before
-    )
     unit = vector / norm
     if group_by_video:
         return _best_of_videos(store, unit, limit=limit, filters=filters, score_threshold=score_threshold)
@@ -106,15 +91,12 @@ def search_images(  # noqa: PLR0913 - the filters that a person may combine
     return found[:limit]
 
 
-def search_videos(  # noqa: PLR0913 - the filters that a person may combine
+def search_videos(
     store: PointStore,
     query_vectors: np.ndarray,
     *,
     limit: int = 10,
-    record_id_range: IdRange | None = None,
-    platform: str | None = None,
-    created_from: datetime | None = None,
-    created_before: datetime | None = None,
+    filters: PointFilter | None = None,
     score_threshold: float | None = None,
 ) -> list[VideoHit]:
     """The videos most like a video, by a vote of its frames.
@@ -128,16 +110,13 @@ def search_videos(  # noqa: PLR0913 - the filters that a person may combine
         frame 3     A 0.7             score of A 0.80 with 2 votes, of B 0.53 with 1
 
     So a video wins by being like the query from end to end, not by one frame that happens to be; an excerpt of a
-    video finds the whole, whatever else the whole shows. Nothing is left out: a video in the collection finds itself.
+    video finds the whole. Nothing is left out: a video in the collection finds itself.
 
     Args:
         store: With its collection open.
         query_vectors: Float, shape (N, dim), one row a frame; finite and not zero.
         limit: Most hits.
-        record_id_range: Only videos of these ids.
-        platform: Only videos of this platform.
-        created_from: Only frames indexed at or after this moment.
-        created_before: Only frames indexed before this moment.
+        filters: Only these points.
         score_threshold: Only videos with at least this score.
 
     Raises:
@@ -150,16 +129,8 @@ def search_videos(  # noqa: PLR0913 - the filters that a person may combine
     ballots: dict[int, list[Hit]] = defaultdict(list)
     votes: dict[int, int] = defaultdict(int)
     for vector in query_vectors:
-        found = search_images(
-            store,
-            vector,
-            limit=max(_VOTES_PER_FRAME, 4 * limit),
-            record_id_range=record_id_range,
-            platform=platform,
-            created_from=created_from,
-            created_before=created_before,
-            group_by_video=True,
-        )
+        most = max(_VOTES_PER_FRAME, 4 * limit)
+        found = search_images(store, vector, limit=most, filters=filters, group_by_video=True)
         for place, hit in enumerate(found):
             ballots[hit.record_id].append(hit)
             votes[hit.record_id] += place == 0
@@ -173,21 +144,17 @@ def search_videos(  # noqa: PLR0913 - the filters that a person may combine
 
 
 def _best_of_videos(
-    store: PointStore, unit: np.ndarray, *, limit: int, filters: PointFilter, score_threshold: float | None
+    store: PointStore, unit: np.ndarray, *, limit: int, filters: PointFilter | None, score_threshold: float | None
 ) -> list[Hit]:
     """Ask again without the videos already found, until there are enough.
 
-    One long video can fill any number of hits; excluding it by id brings the others in, whatever their number.
+    One long video can fill any number of hits; excluding it by its id makes room for the others.
     """
     best: dict[int, Hit] = {}
     while len(best) < limit:
         asked = _FRAMES_PER_VIDEO * (limit - len(best)) + _TIES
-        page = store.search(
-            unit,
-            limit=asked,
-            filters=replace(filters, exclude_record_ids=tuple(best)),
-            score_threshold=score_threshold,
-        )
+        others = replace(filters or PointFilter(), exclude_record_ids=tuple(best))
+        page = store.search(unit, limit=asked, filters=others, score_threshold=score_threshold)
         for hit in page:
             best.setdefault(hit.record_id, hit)
         if len(page) < asked:

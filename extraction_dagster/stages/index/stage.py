@@ -1,4 +1,16 @@
-"""The index stage: vectors in, verified points and failures out."""
+"""The index stage: vectors in, verified points and failures out.
+
+The points of a record are replaced so that no moment shows it without points: write the new points, see that they are
+there, only then remove the old ones, and see that nothing else is left. A process killed between any two of these
+steps leaves a state from which the same call arrives at the same points.
+
+    before          a1 a2          record 7, generation a
+    1 upsert        b1 b2 b3       frames 1 and 2 keep their ids and turn from a to b; 3 is new
+    2 count         3 of b         expected 3, or nothing is removed
+    3 delete        points of record 7 that are not b: frames that are no longer sampled
+    4 count         3 in all, and their ids are these
+    5 flush
+"""
 
 from __future__ import annotations
 
@@ -6,15 +18,68 @@ import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from extraction_dagster.errors.index import CollectionMissingError, PayloadError, VectorNormError
-from extraction_dagster.records import Failure
-from extraction_dagster.stages.index.replace import replace_records
+import numpy as np
+
+from extraction_dagster.errors.index import (
+    CollectionMissingError,
+    PayloadError,
+    PointsMissingError,
+    VectorNormError,
+)
+from extraction_dagster.records import EmbeddingBatch, Failure
+from extraction_dagster.stages.index.points import PointFilter, build_points
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping, Sequence
+    from datetime import datetime
 
-    from extraction_dagster.records import EmbeddingBatch, VideoRow
+    from extraction_dagster.records import VideoRow
+    from extraction_dagster.settings import Settings
+    from extraction_dagster.stages.index.points import PointBatch
     from extraction_dagster.stages.index.protocol import CollectionSpec, PointStore
+
+# Keeps a filter, which names each record, and the ids of their points well within one call.
+_RECORDS_PER_STEP = 64
+_RECORDS_PER_DELETE = 512
+_RECORDS_SHOWN = 5
+
+
+def open_point_store(settings: Settings, *, wait_seconds: float = 0.0, attempts: int | None = None) -> PointStore:
+    """Open the store that the settings choose: a server when `qdrant_url` is set, else the embedded engine.
+
+    Args:
+        settings: Which one, and where.
+        wait_seconds: How long to wait for another process to release the embedded store.
+        attempts: Tries of each call to a server; as many as a write takes when None.
+    """
+    if settings.qdrant_url is None:
+        from extraction_dagster.stages.index.edge.store import EdgeStore  # noqa: PLC0415 - one engine is loaded
+
+        return EdgeStore(settings.home / "qdrant", wait_seconds=wait_seconds)
+    from extraction_dagster.stages.index.server.retry import RetryPolicy  # noqa: PLC0415 - one engine is loaded
+    from extraction_dagster.stages.index.server.store import ServerStore  # noqa: PLC0415
+
+    return ServerStore.connect(settings, retry=RetryPolicy(attempts=attempts) if attempts else None)
+
+
+def open_for_writing(store: PointStore, spec: CollectionSpec) -> None:
+    """Open the collection that takes these vectors: the one in use, or the one that was staged beside it.
+
+    Raises:
+        CollectionMismatchError: The one in use holds other vectors, and none was staged for these.
+    """
+    there = store.collections(spec.name)
+    others_in_use = any(in_use for fingerprint, in_use in there.items() if fingerprint != spec.fingerprint)
+    store.ensure_collection(spec, staged=others_in_use and spec.fingerprint in there)
+
+
+def open_for_reading(store: PointStore, name: str, fingerprint: str) -> bool:
+    """Open the collection of these vectors, in use or staged, if there is one. Returns whether there is."""
+    for chosen in (None, fingerprint):
+        with contextlib.suppress(CollectionMissingError):
+            if store.open_collection(name, fingerprint=chosen).fingerprint == fingerprint:
+                return True
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,25 +114,132 @@ def index_records(
             return Indexed(written, tuple(failures))
 
 
-def open_for_writing(store: PointStore, spec: CollectionSpec) -> None:
-    """Open the collection that takes these vectors: the one in use, or the one that was staged beside it.
+def replace_records(
+    store: PointStore,
+    embeddings: EmbeddingBatch,
+    *,
+    rows: Mapping[int, VideoRow],
+    generations: Mapping[int, str],
+    created_at: datetime | None = None,
+) -> dict[int, int]:
+    """Make the store hold exactly these points for exactly the records in the batch.
+
+    Records that are not in the batch are never touched. Marking rows is the caller's, afterwards.
+
+    Args:
+        store: With its collection open.
+        embeddings: All frames of each record in it.
+        rows: The row of every record in the batch.
+        generations: What each record's points are made from; see `points.generation`.
+        created_at: Timezone-aware; now when None.
+
+    Returns:
+        The number of points of each record.
 
     Raises:
-        CollectionMismatchError: The one in use holds other vectors, and none was staged for these.
+        PointsMissingError: The store does not hold what it acknowledged; old points that were there are kept.
+        PointStoreError: The store failed.
     """
-    there = store.collections(spec.name)
-    others_in_use = any(in_use for fingerprint, in_use in there.items() if fingerprint != spec.fingerprint)
-    store.ensure_collection(spec, staged=others_in_use and spec.fingerprint in there)
+    expected: dict[int, int] = {}
+    for part in _parts(embeddings):
+        batch = build_points(part, rows=rows, generations=generations, created_at=created_at)
+        ids, counts = np.unique(part.record_id, return_counts=True)
+        part_expected = dict(zip(ids.tolist(), counts.tolist(), strict=True))
+        _replace(store, batch, expected=part_expected, generations={key: generations[key] for key in part_expected})
+        expected |= part_expected
+    if expected:
+        store.flush()
+    return expected
 
 
-def open_for_reading(store: PointStore, name: str, fingerprint: str) -> bool:
-    """Open the collection of these vectors, in use or staged, if there is one. Returns whether there is."""
-    for chosen in (None, fingerprint):
-        with contextlib.suppress(CollectionMissingError):
-            if store.open_collection(name, fingerprint=chosen).fingerprint == fingerprint:
-                return True
-    return False
+def delete_records(store: PointStore, record_ids: Sequence[int]) -> int:
+    """Remove every point of these records, and see that they are gone.
+
+    Returns:
+        The number of points removed.
+
+    Raises:
+        PointsMissingError: Points are left.
+    """
+    removed = 0
+    for start in range(0, len(record_ids), _RECORDS_PER_DELETE):
+        filters = PointFilter(record_ids=tuple(record_ids[start : start + _RECORDS_PER_DELETE]))
+        before = store.count(filters)
+        if before:
+            store.delete(filters)
+            _verify(store, filters, when="after removing them", expected={})
+        removed += before
+    if removed:
+        store.flush()
+    return removed
+
+
+def wrong_counts(found: Mapping[int, int], expected: Mapping[int, int]) -> str:
+    """Name the records with a wrong number of points: `record 7: 4 of 2, record 8: 0 of 1`."""
+    wrong = [
+        f"record {record_id}: {found.get(record_id, 0)} of {expected.get(record_id, 0)}"
+        for record_id in sorted(expected.keys() | found.keys())
+        if found.get(record_id, 0) != expected.get(record_id, 0)
+    ]
+    more = len(wrong) - _RECORDS_SHOWN
+    return ", ".join(wrong[:_RECORDS_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _failure(row: VideoRow, error: PayloadError | VectorNormError) -> Failure:
     return Failure(row.record_id, row.content_version, "index", type(error).__name__, str(error), error.permanent)
+
+
+def _parts(embeddings: EmbeddingBatch) -> Iterator[EmbeddingBatch]:
+    """Cut between records, a few of them at a time."""
+    records = np.unique(embeddings.record_id)
+    for start in range(0, len(records), _RECORDS_PER_STEP):
+        chosen = np.isin(embeddings.record_id, records[start : start + _RECORDS_PER_STEP])
+        yield embeddings[chosen]
+
+
+def _replace(
+    store: PointStore, batch: PointBatch, *, expected: Mapping[int, int], generations: Mapping[int, str]
+) -> None:
+    store.upsert(batch)
+    current = PointFilter.current(generations)
+    surplus = _surplus(store, current, batch, expected)
+    store.delete(PointFilter.stale_points(generations))
+    if surplus:
+        store.delete(PointFilter(point_ids=surplus))
+    _verify(store, PointFilter(record_ids=tuple(expected)), when="after removing stale ones", expected=expected)
+    _verify_ids(store, batch, expected)
+
+
+def _surplus(
+    store: PointStore, current: PointFilter, batch: PointBatch, expected: Mapping[int, int]
+) -> tuple[str, ...]:
+    """Points of the current generation beyond the batch.
+
+    The same file can give fewer frames than before (a disk that fails half-way, say): those are stale as well, though
+    their generation says otherwise.
+    """
+    count = store.count(current)
+    if count == len(batch):
+        return ()
+    found = store.point_ids(current)
+    if not found.issuperset(batch.ids):
+        _refuse(store, current, when="after writing them", expected=expected, got=len(found.intersection(batch.ids)))
+    return tuple(sorted(found.difference(batch.ids)))
+
+
+def _verify(store: PointStore, filters: PointFilter, *, when: str, expected: Mapping[int, int]) -> None:
+    count = store.count(filters)
+    if count != sum(expected.values()):
+        _refuse(store, filters, when=when, expected=expected, got=count)
+
+
+def _verify_ids(store: PointStore, batch: PointBatch, expected: Mapping[int, int]) -> None:
+    """Numbers can agree by chance, ids can't."""
+    filters = PointFilter(record_ids=tuple(expected))
+    if (found := store.point_ids(filters)) != set(batch.ids):
+        _refuse(store, filters, when="by their ids", expected=expected, got=len(found.intersection(batch.ids)))
+
+
+def _refuse(store: PointStore, filters: PointFilter, *, when: str, expected: Mapping[int, int], got: int) -> None:
+    records = wrong_counts(store.count_by_record(filters), expected)
+    raise PointsMissingError(when, expected=sum(expected.values()), got=got, records=records or "ids differ")

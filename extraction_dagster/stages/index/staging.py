@@ -1,4 +1,4 @@
-"""Change the model without a pause: load another collection beside the one in use, verify it, let it take over.
+"""Change the model without a pause: load another collection beside the one in use, verify it, put it in use.
 
 stage       video_frames-<new> is created, empty; searches use video_frames-<old>
 load        runs with the new settings write into it; the ledger says which records have
@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from extraction_dagster.errors.index import CollectionNotReadyError
-from extraction_dagster.stages.index.compare import compare_points
-from extraction_dagster.stages.index.reconcile import WHOLE, expected_points, finished, windows
+from extraction_dagster.stages.index.compare import WHOLE, compare_points, expected_points, finished, windows
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -56,7 +55,7 @@ def stage_collection(store: PointStore, spec: CollectionSpec) -> bool:
     """Create a collection beside the one in use; safe to repeat.
 
     Returns:
-        Whether it waits beside another; False when it is the one in use, or the first one, which is in use at once.
+        Whether it is beside another; False when it is the one in use, or the first one, which is in use at once.
     """
     beside = any(
         in_use for fingerprint, in_use in store.collections(spec.name).items() if fingerprint != spec.fingerprint
@@ -66,13 +65,13 @@ def stage_collection(store: PointStore, spec: CollectionSpec) -> bool:
 
 
 def publish_collection(store: PointStore, catalog: Catalog, *, name: str, fingerprint: str, force: bool = False) -> int:
-    """Let a collection take over, once every record that is done is in it with all its points.
+    """Put a collection in use, once every record that is done is in it with all its points.
 
     Args:
         store: The store.
         catalog: The source table and the ledger.
         name: The name by which the collection is asked for.
-        fingerprint: Which one takes over.
+        fingerprint: Which one is put in use.
         force: Publish it as it is.
 
     Returns:

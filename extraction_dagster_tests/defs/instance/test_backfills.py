@@ -8,11 +8,15 @@ from dagster._core.execution.backfill import BulkActionStatus, PartitionBackfill
 from dagster._core.test_utils import create_run_for_test
 from dagster._daemon.types import DaemonHeartbeat
 
-from extraction_dagster.defs.instance.backfill_here import Processed, process_here
-from extraction_dagster.defs.instance.backfilled import ASSETS
-from extraction_dagster.defs.instance.backfills import BackfillPlan, BackfillProgress, Backfills
+from extraction_dagster.defs.instance.backfills import (
+    BackfillPlan,
+    BackfillProgress,
+    Backfills,
+    Processed,
+    process_here,
+)
 from extraction_dagster.defs.instance.launching import FinishedRun
-from extraction_dagster.defs.instance.runs import InstanceRuns
+from extraction_dagster.defs.instance.runs import ASSETS, InstanceRuns
 from extraction_dagster.defs.partitions import add_ranges
 from extraction_dagster.errors.runs import BackfillUnknownError, RangeBusyError
 from extraction_dagster.records import IdRange
@@ -173,11 +177,11 @@ def test_a_backfill_nobody_knows_is_refused(instance):
 
 def test_backfills_are_served_while_their_daemons_say_that_they_live(on_disk):
     backfills = Backfills(on_disk)
-    assert not backfills.is_served()
+    assert not backfills.has_daemons()
     beat(on_disk)
-    assert backfills.is_served()
+    assert backfills.has_daemons()
     beat(on_disk, seconds_ago=400)
-    assert not backfills.is_served()
+    assert not backfills.has_daemons()
 
 
 def test_the_sensor_hears_of_ranges_that_wait_in_a_backfill_and_of_its_runs(on_disk, catalog):
@@ -230,7 +234,7 @@ def here(monkeypatch, instance, outcomes):
             raise RangeBusyError(id_range.partition_key, "r1")
         return FinishedRun("r2", success=became == "ok", error="" if became == "ok" else became)
 
-    monkeypatch.setattr("extraction_dagster.defs.instance.backfill_here.launch", launch)
+    monkeypatch.setattr("extraction_dagster.defs.instance.backfills.launch", launch)
     many = tuple(IdRange(number, number) for number in range(1, 7))
     done = process_here(instance, BackfillPlan(IdRange(1, 6), ("qdrant_points",), many, (), {}, ()))
     return done, launched

@@ -15,7 +15,8 @@ from extraction_dagster.errors.runs import RunFailedError, SensorBusyError
 from extraction_dagster.settings import load_settings
 from extraction_dagster.stages.catalog.catalog import open_catalog
 from extraction_dagster.stages.embed.models.registry import embedding_fingerprint
-from extraction_dagster.stages.index.protocol import CollectionSpec, open_point_store
+from extraction_dagster.stages.index.protocol import CollectionSpec
+from extraction_dagster.stages.index.stage import open_point_store
 from extraction_dagster.ticks.cursor import CursorState
 
 

@@ -12,7 +12,7 @@ import psutil
 import pytest
 from dagster._core.test_utils import create_run_for_test
 
-from extraction_dagster.defs.instance.runs import InstanceRuns, active_runs, bury_dead_runs, range_of
+from extraction_dagster.defs.instance.runs import InstanceRuns, active_runs, fail_dead_runs, range_of
 from extraction_dagster.defs.partitions import add_ranges, is_dead, process_tags
 from extraction_dagster.records import IdRange
 from extraction_dagster.ticks.planner import History
@@ -62,7 +62,7 @@ def test_a_run_that_works_is_left_alone(instance):
 def test_a_retry_that_inherited_the_tags_of_its_dead_parent_is_left_alone(instance, killed, status):
     tags = {".dagster__extraction_process": killed, ".dagster__extraction_process_run": str(uuid.uuid4())}
     retry = make_run(instance, status=status, dagster__partition="1-9", **tags)
-    bury_dead_runs(instance)
+    fail_dead_runs(instance)
     assert instance.get_run_by_id(retry.run_id).status == status
 
 

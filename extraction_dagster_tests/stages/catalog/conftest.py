@@ -38,17 +38,18 @@ def make_fetcher(server, settings):
     """A fetcher for which the server's names lie on this machine: `make_fetcher(max_file_bytes=1000)`."""
     made = []
 
-    def make(*, resolve=None, tls=None, **overrides):
+    def make(*, resolve=None, tls=None, attempts=4, stall_seconds=20.0, **overrides):
         known = {
             "allowed_hosts": tuple(f"{name}:{server.server_port}" for name in NAMES),
             "allowed_networks": ("127.0.0.1/32",),
-            "fetch_stall_seconds": 20.0,
             **overrides,
         }
-        fetcher = Fetcher.from_settings(
+        fetcher = Fetcher(
             settings(**known),
             resolve=resolve or (lambda host, _port: ["127.0.0.1"] if host in NAMES else []),
             tls=tls or server.trust,
+            attempts=attempts,
+            stall_seconds=stall_seconds,
             wait_seconds=0.001,
         )
         made.append(fetcher)

@@ -6,6 +6,7 @@ frame it got, whatever the codec, the scaler or the rotation did to it.
 
 from __future__ import annotations
 
+import hashlib
 import struct
 import time
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from extraction_dagster.demo.priority import take_ordinary_priority
+from extraction_dagster.demo.videos import take_ordinary_priority
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -245,14 +246,26 @@ def picture_of() -> Callable[..., np.ndarray]:
 
 
 @pytest.fixture(scope="session")
-def clip_path(tmp_path_factory) -> Callable[[str], Path]:
-    """Gives the file of a clip by its name in CLIPS, rendered once."""
+def clip_path(shared_folder, one_worker) -> Callable[[str], Path]:
+    """Gives the file of a clip by its name in CLIPS, rendered once for all workers of a session; read it only.
+
+    The folder is named after what the clip is made of, so that no other clip can be taken for it.
+    """
     made: dict[str, Path] = {}
+    program = Path(__file__).read_bytes()
 
     def give(name: str) -> Path:
         if name not in made:
             clip = {**CLIPS, **STRETCHED}[name]
-            made[name] = render_clip(tmp_path_factory.mktemp("clip") / clip.name, clip)
+            key = hashlib.sha256(program + repr(clip).encode()).hexdigest()[:16]
+            folder = shared_folder / "clips" / key
+            with one_worker(f"clip-{key}"):
+                if not folder.exists():
+                    beside = folder.with_suffix(".tmp")
+                    beside.mkdir(parents=True, exist_ok=True)
+                    render_clip(beside / clip.name, clip)
+                    beside.rename(folder)
+            made[name] = folder / clip.name
         return made[name]
 
     return give
@@ -274,6 +287,32 @@ def truth_of(clip_path) -> Callable[[str], Truth]:
 @pytest.fixture(scope="session", params=list(CLIPS))
 def clip_name(request) -> str:
     """Each clip's name in turn."""
+    return request.param
+
+
+# One clip for each thing that can go wrong with frames and times; the whole matrix is in the two contract tests.
+MECHANISMS = (
+    "h264 with B-frames",
+    "h264 open GOP",
+    "h264 intra refresh in TS",
+    "h264 variable frame rate",
+    "h264 edit list",
+    "h264 negative start in TS",
+    "h264 without times at first",
+    "h264 begins without a keyframe",
+    "h264 turned by 90",
+    "h264 one frame",
+    "hevc cut out of a longer video",
+    "vp8 with hidden frames",
+    "mpeg2 in a program stream",
+    "mpeg4 with frames not coded",
+    "gif",
+)
+
+
+@pytest.fixture(scope="session", params=MECHANISMS)
+def mechanism(request) -> str:
+    """A clip's name for each mechanism in turn."""
     return request.param
 
 

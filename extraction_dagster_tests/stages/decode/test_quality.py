@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from extraction_dagster.errors.decode import FramesRejectedError
 from extraction_dagster.records import FrameBatch
 from extraction_dagster.settings import Settings
-from extraction_dagster.shards.frame_store import frames_fingerprint
 from extraction_dagster.stages.decode.decoders.decoder import DecodedVideo
 from extraction_dagster.stages.decode.jpeg import decode_frames
 from extraction_dagster.stages.decode.quality import (
@@ -22,7 +21,7 @@ from extraction_dagster.stages.decode.quality import (
     refine,
 )
 from extraction_dagster.stages.decode.sampling import Sampling
-from extraction_dagster.stages.decode.task import DecodeJob, decode_job
+from extraction_dagster.stages.decode.task import DecodeJob, decode_job, frames_fingerprint
 
 BLACK, WHITE, RED, BLUE = (0, 0, 0), (255, 255, 255), (200, 30, 30), (30, 30, 200)
 SIZE = (96, 160)  # height, width

@@ -1,10 +1,12 @@
+from typing import get_args, get_type_hints
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from extraction_dagster.settings import Settings
-from extraction_dagster.stages.decode.sampling import Sampling, select_frames
+from extraction_dagster.stages.decode.sampling import SAMPLERS, Sampler, Sampling, Selection, select_frames
 
 
 def select(pts, **fields):
@@ -143,3 +145,18 @@ def test_the_settings_decide_the_sampling():
 )
 def test_only_fields_that_the_mode_uses_identify_a_sampling(one, other, same):
     assert (one.identity == other.identity) is same
+
+
+def test_the_setting_names_every_sampler():
+    assert get_args(get_type_hints(Settings)["sampling"]) == tuple(SAMPLERS) == ("fps", "uniform", "keyframes", "scene")
+
+
+def test_a_sampler_is_a_function_and_an_entry(monkeypatch):
+    def odd(pts_seconds, _keyframe, _sampling):
+        return Selection(np.arange(1, len(pts_seconds), 2), pts_seconds[1::2])
+
+    monkeypatch.setitem(SAMPLERS, "odd", Sampler(odd, uses=("max_frames",)))
+    selection = select_frames(np.arange(10) / 2, Sampling("odd", max_frames=3))
+    assert selection.frame_number.tolist() == [1, 3, 7]
+    assert Sampling("odd", fps=9.0, max_frames=3).identity == {"mode": "odd", "max_frames": 3}
+    assert repr(selection) == "Selection(3 frames)"

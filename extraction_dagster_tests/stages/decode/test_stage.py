@@ -9,13 +9,14 @@ import pytest
 
 from extraction_dagster.records import IdRange, VideoRow
 from extraction_dagster.settings import Settings
-from extraction_dagster.shards.compaction import Compacted, CompactionOptions, compact_frames
+from extraction_dagster.shards.compaction import Compacted, CompactionOptions, compact
 from extraction_dagster.shards.frame_export import export_frames
 from extraction_dagster.shards.frame_store import FrameStore
+from extraction_dagster.shards.retention import prune_frames
 from extraction_dagster.stages.catalog.catalog import Fingerprints
 from extraction_dagster.stages.catalog.ledger import LedgerEntry
+from extraction_dagster.stages.decode import stage
 from extraction_dagster.stages.decode.quality import Quality
-from extraction_dagster.stages.decode.retention import prune_frames
 from extraction_dagster.stages.decode.sampling import Sampling
 from extraction_dagster.stages.decode.stage import decode_rows
 
@@ -23,9 +24,10 @@ RANGE = IdRange(1, 100)
 
 
 @pytest.fixture
-def settings(tmp_path, clip_path):
+def settings(tmp_path, clip_path, monkeypatch):
+    monkeypatch.setattr(stage, "_MAX_SHARD_SECONDS", 3600)
     root = Path(clip_path("h264")).parent.parent
-    return Settings(home=tmp_path, allowed_roots=(str(root),), decode_workers=2, fps=2.0, shard_seconds=3600)
+    return Settings(home=tmp_path, allowed_roots=(str(root),), decode_workers=2, fps=2.0)
 
 
 @pytest.fixture
@@ -53,11 +55,14 @@ def test_every_row_lands_once_with_frames_or_a_failure(clip_path, settings, stor
         VideoRow(7, "ftp://example.com/video.mp4"),
     ]
     landed = list(decode_rows(work, store=store, partition=RANGE, settings=settings))
-    assert [shard.num_videos for shard in landed] == [2]
-    assert landed[0].shard == store.shards(RANGE)[0]
-    assert (landed[0].num_frames, landed[0].num_bytes) == (8, landed[0].shard.size_bytes)
-    assert landed[0].cpu_seconds > 0
-    facts = {f.record_id: (f.stage, f.error_type, f.permanent, f.content_version) for f in landed[0].failures}
+    (with_frames,) = [item for item in landed if item.shard is not None]
+    assert with_frames.shard == store.shards(RANGE)[0]
+    assert with_frames.num_videos == 2
+    assert (with_frames.num_frames, with_frames.num_bytes) == (8, with_frames.shard.size_bytes)
+    assert sum(item.cpu_seconds for item in landed) > 0
+    failures = [failure for item in landed for failure in item.failures]
+    assert len(failures) == 5
+    facts = {f.record_id: (f.stage, f.error_type, f.permanent, f.content_version) for f in failures}
     assert facts == {
         3: ("decode", "VideoOpenError", False, "v3"),
         4: ("fetch", "FileUnavailableError", False, ""),
@@ -65,7 +70,7 @@ def test_every_row_lands_once_with_frames_or_a_failure(clip_path, settings, stor
         6: ("fetch", "AddressForbiddenError", True, ""),
         7: ("fetch", "SchemeError", True, ""),
     }
-    assert all(f.message.startswith(f"Record {f.record_id}: ") for f in landed[0].failures)
+    assert all(f.message.startswith(f"Record {f.record_id}: ") for f in failures)
 
 
 def test_the_stored_frames_are_those_shown_at_the_sampled_times(clip_path, settings, store):
@@ -89,7 +94,7 @@ def test_frames_live_in_a_bucket_until_nobody_needs_them(clip_path, settings, s3
         for number in (1, 2, 3)
     }
     at_once = CompactionOptions(max_records=64, enough_shards=2, untouched=timedelta())
-    assert compact_frames(store, RANGE, done, at_once) == Compacted(removed=3, written=1)
+    assert compact(store, RANGE, at_once, entries=done) == Compacted(removed=3, written=1)
     assert (len(store.shards(RANGE)), landed_ids(store)) == (1, [1, 2, 3])
     assert export_frames(store, RANGE, tmp_path / "out") == (3, 12)
     assert (tmp_path / "out" / "3" / "00000036.jpg").read_bytes()[:2] == b"\xff\xd8"
@@ -121,9 +126,9 @@ def test_a_shard_lands_once_it_holds_its_share_of_videos(clip_path, settings, st
     assert landed_ids(store) == [1, 2, 3, 4, 5]
 
 
-def test_a_shard_lands_once_its_first_video_is_old_enough(clip_path, settings, store):
-    eager = settings.model_copy(update={"shard_seconds": 1e-9})
-    landed = list(decode_rows(rows(clip_path, 3), store=store, partition=RANGE, settings=eager))
+def test_a_shard_lands_once_its_first_video_is_old_enough(clip_path, settings, store, monkeypatch):
+    monkeypatch.setattr(stage, "_MAX_SHARD_SECONDS", 1e-9)
+    landed = list(decode_rows(rows(clip_path, 3), store=store, partition=RANGE, settings=settings))
     assert [shard.num_videos for shard in landed] == [1, 1, 1]
 
 
@@ -137,27 +142,13 @@ def test_no_rows_give_nothing(settings, store):
     assert list(decode_rows([], store=store, partition=RANGE, settings=settings)) == []
 
 
-def test_rows_are_fetched_by_the_given_function(clip_path, settings, store):
-    landed = list(
-        decode_rows(
-            [VideoRow(1, "anything")],
-            store=store,
-            partition=RANGE,
-            settings=settings,
-            fetch=lambda _row: clip_path("h264"),
-        )
-    )
-    assert landed[0].num_videos == 1
-
-
 def test_an_interruption_yields_the_finished_videos_then_goes_on(clip_path, settings, store):
-    def fetch(row):
-        if row.record_id == 4:
-            raise KeyboardInterrupt
-        return Path(row.uri)
+    def interrupted():
+        yield from rows(clip_path, 3)
+        raise KeyboardInterrupt
 
     landed = []
-    outcomes = decode_rows(rows(clip_path), store=store, partition=RANGE, settings=settings, fetch=fetch)
+    outcomes = decode_rows(interrupted(), store=store, partition=RANGE, settings=settings)
     with pytest.raises(KeyboardInterrupt, match=r"^$"):
         landed.extend(outcomes)
     done = sorted(record.record_id for shard in landed for record in shard.shard.records)
@@ -166,25 +157,41 @@ def test_an_interruption_yields_the_finished_videos_then_goes_on(clip_path, sett
 
 
 def test_closing_early_has_reported_everything_that_is_stored(clip_path, settings, store):
-    fetched = []
+    drawn = []
 
-    def fetch(row):
-        fetched.append(row.record_id)
-        return Path(row.uri)
+    def watched():
+        for row in rows(clip_path, 50):
+            drawn.append(row.record_id)
+            yield row
 
     few = settings.model_copy(update={"shard_records": 2})
-    outcomes = decode_rows(rows(clip_path, 50), store=store, partition=RANGE, settings=few, fetch=fetch)
+    outcomes = decode_rows(watched(), store=store, partition=RANGE, settings=few)
     reported = [record.record_id for record in next(outcomes).shard.records]
     outcomes.close()
     assert sorted(reported) == landed_ids(store)
-    assert len(fetched) <= 5
+    assert len(drawn) <= 5
+
+
+def test_closing_where_only_failures_were_reported_keeps_the_finished_videos(clip_path, settings, store, monkeypatch):
+    monkeypatch.setattr(stage, "_FAILURE_SECONDS", 0.0)
+    work = [*rows(clip_path, 1), VideoRow(2, "no.mp4"), VideoRow(3, "no.mp4")]
+    one_by_one = settings.model_copy(update={"decode_workers": 1})
+    outcomes = decode_rows(work, store=store, partition=RANGE, settings=one_by_one)
+    first = next(outcomes)
+    assert (first.shard, [failure.record_id for failure in first.failures]) == (None, [2])
+    assert landed_ids(store) == []
+    outcomes.close()
+    assert landed_ids(store) == [1]
 
 
 def test_a_store_that_refuses_is_an_error_and_the_rows_stay_to_be_done(clip_path, settings, tmp_path):
     (tmp_path / "frames").write_text("in the way")
     store = FrameStore(settings.resolved_frames_uri, "f1")
+    landed = []
+    work = [*rows(clip_path, 1), VideoRow(2, "no.mp4")]
     with pytest.raises(OSError, match="Not a directory"):
-        list(decode_rows(rows(clip_path, 1), store=store, partition=RANGE, settings=settings))
+        landed.extend(decode_rows(work, store=store, partition=RANGE, settings=settings))
+    assert [(item.shard, failure.record_id) for item in landed for failure in item.failures] == [(None, 2)]
 
 
 KILLED = """
@@ -194,11 +201,12 @@ from extraction_dagster.records import IdRange, VideoRow
 from extraction_dagster.settings import Settings
 from extraction_dagster.stages.catalog.catalog import Fingerprints
 from extraction_dagster.stages.catalog.ledger import LedgerEntry
-from extraction_dagster.shards.compaction import Compacted, CompactionOptions, compact_frames
+from extraction_dagster.shards.compaction import Compacted, CompactionOptions, compact
 from extraction_dagster.shards.frame_export import export_frames
 from extraction_dagster.shards.frame_store import FrameStore
+from extraction_dagster.stages.decode import stage
+from extraction_dagster.shards.retention import prune_frames
 from extraction_dagster.stages.decode.quality import Quality
-from extraction_dagster.stages.decode.retention import prune_frames
 from extraction_dagster.stages.decode.sampling import Sampling
 from extraction_dagster.stages.decode.stage import decode_rows
 home, clip = sys.argv[1:]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -9,9 +10,10 @@ import torch  # noqa: TID253 - what the settings act on
 
 from extraction_dagster.errors.embed import EmbeddingDeviceError
 from extraction_dagster.settings import Settings
-from extraction_dagster.stages.embed import gpu_lease
+from extraction_dagster.stages.embed import runtime
 from extraction_dagster.stages.embed.runtime import (
     batch_size,
+    lease_gpu,
     num_readers,
     resolve_device,
     tune_process,
@@ -37,8 +39,8 @@ def test_auto_is_the_cpu_where_there_is_no_gpu(tmp_path):
 def test_auto_is_the_first_gpu_and_a_number_is_checked(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(gpu_lease, "_uuid", str)
-    monkeypatch.setattr(gpu_lease, "_held", {})
+    monkeypatch.setattr(runtime, "_uuid", str)
+    monkeypatch.setattr(runtime, "_leases", {})
 
     assert resolve_device("auto", tmp_path) == "cuda:0"
     assert resolve_device("cuda", tmp_path) == "cuda:0"
@@ -113,3 +115,72 @@ def test_batches_and_readers_are_those_set_or_what_the_device_wants(monkeypatch)
     assert [batch_size(unset, device) for device in ("cpu", "cuda:1", "mps")] == [8, 128, 8]
     assert [num_readers(unset, device) for device in ("cpu", "cuda:1", "mps")] == [1, 4, 1]
     assert (batch_size(chosen, "cuda:0"), num_readers(chosen, "cuda:0")) == (5, 2)
+
+
+# Which of several GPUs a process takes: the GPUs are stand-ins, the processes and locks are real
+
+GPUS = ["cuda:0", "cuda:1", "cuda:2"]
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    monkeypatch.setattr(runtime, "_uuid", lambda device: f"GPU-{device[-1]}")
+    monkeypatch.setattr(runtime, "_leases", {})
+
+
+LEASE = """
+import faulthandler
+faulthandler.dump_traceback_later(300, exit=True)  # the test must not wait for a line for ever
+import sys
+from pathlib import Path
+from extraction_dagster.stages.embed import runtime
+runtime._uuid = lambda device: f"GPU-{device[-1]}"
+print(runtime.lease_gpu(["cuda:0", "cuda:1", "cuda:2"], Path(sys.argv[1])), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def other_process(tmp_path):
+    """`other_process()`: the process that leases a device and keeps it, and the device."""
+    running = []
+
+    def start():
+        process = subprocess.Popen(
+            [sys.executable, "-c", LEASE, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        running.append(process)
+        return process, process.stdout.readline().strip()
+
+    yield start
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_a_single_gpu_is_shared_without_a_lock(tmp_path):
+    assert lease_gpu(["cuda:0"], tmp_path / "gpus") == "cuda:0"
+    assert not (tmp_path / "gpus").exists()
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_each_process_gets_a_gpu_of_its_own_until_it_dies(tmp_path, other_process):
+    first, device_of_first = other_process()
+    _, device_of_second = other_process()
+    assert (device_of_first, device_of_second) == ("cuda:0", "cuda:1")
+    first.send_signal(signal.SIGKILL)
+    first.wait(timeout=60)
+
+    assert lease_gpu(GPUS, tmp_path) == "cuda:0"
+    assert lease_gpu(GPUS, tmp_path) == "cuda:0"  # the one it has, not another
+    assert other_process()[1] == "cuda:2"
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_when_every_gpu_is_taken_one_is_shared(tmp_path, other_process, monkeypatch, caplog):
+    assert [other_process()[1] for _ in GPUS] == GPUS
+    monkeypatch.setattr("os.getpid", lambda: 3001)
+
+    assert lease_gpu(GPUS, tmp_path) == "cuda:1"
+    assert "All 3 GPUs are in use by other processes; sharing cuda:1 with one of them" in caplog.text

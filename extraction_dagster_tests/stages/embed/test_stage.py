@@ -2,10 +2,10 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import sys
 import threading
 import time
+from itertools import count
 
 import numpy as np
 import pytest
@@ -15,13 +15,13 @@ from extraction_dagster.records import Failure, IdRange
 from extraction_dagster.shards.embedding_store import EmbeddedRecord, EmbeddingStore
 from extraction_dagster.stages.embed.models.registry import load_model
 from extraction_dagster.stages.embed.passes import Finished
-from extraction_dagster.stages.embed.stage import embed_shards
+from extraction_dagster.stages.embed.stage import embed_shards, prefetch
 
 RANGE = IdRange(1, 100)
 
 
 class Faulty:
-    """The real model, save that it gives bad values for chosen frames and runs out of memory above a batch size."""
+    """The real model, but it gives bad values for chosen frames and runs out of memory above a batch size."""
 
     def __init__(self, model, *, spoil=(), value=np.nan, fits=1000):
         self.name, self.dim, self.device, self.fingerprint = model.name, model.dim, model.device, model.fingerprint
@@ -158,7 +158,7 @@ def test_a_second_run_reads_and_embeds_nothing(run, shards, frames, model):
     assert (frames.asked, faulty.batches) == ([], [])
 
 
-def test_without_reuse_every_shard_is_embedded_anew_and_its_file_replaced(run, shards, model):
+def test_without_reuse_every_shard_is_embedded_again_and_its_file_replaced(run, shards, model):
     first = {e.shard.path: e.shard for e in run(shards)}
     other = Faulty(model)
     again = run(shards, model=other, reuse=False)
@@ -340,7 +340,7 @@ def test_a_shard_that_can_not_be_read_ends_the_run_and_keeps_what_was_before_it(
 
 SLOW_RUN = """
 import faulthandler
-faulthandler.dump_traceback_later(300, exit=True)  # whoever waits for a line waits no longer
+faulthandler.dump_traceback_later(300, exit=True)  # the test must not wait for a line for ever
 import sys
 sys.path.insert(0, sys.argv[2])
 from conftest import MemoryFrames, MemoryShard, video
@@ -350,7 +350,7 @@ from extraction_dagster.shards.embedding_store import EmbeddingStore
 from extraction_dagster.stages.embed.models.registry import load_model
 from extraction_dagster.stages.embed.stage import embed_shards
 settings = Settings(device="cpu", embed_batch_size=2, embed_threads=1)
-shards = [MemoryShard(f"{n:04d}", [video(n, 6)]) for n in range(1, 40)]
+shards = [MemoryShard(f"{n:04d}", [video(n, 6)]) for n in range(1, 21)]
 for done in embed_shards(shards, frames=MemoryFrames(), store=EmbeddingStore(sys.argv[1], "f00d"),
                          model=load_model(settings), partition=IdRange(1, 100), settings=settings):
     print(done.shard.name, flush=True)
@@ -358,22 +358,116 @@ for done in embed_shards(shards, frames=MemoryFrames(), store=EmbeddingStore(sys
 
 
 def test_after_kill_9_only_unfinished_shards_are_embedded_and_nothing_is_torn(
-    run, make_shard, make_video, store, frames, tmp_path, request
+    run, make_shard, make_video, store, frames, tmp_path, request, commands
 ):
     folder = str(request.path.parent)
-    worker = subprocess.Popen(
-        [sys.executable, "-c", SLOW_RUN, str(tmp_path / "embeddings"), folder], stdout=subprocess.PIPE, text=True
-    )
-    with worker:
+    with commands.start([sys.executable, "-c", SLOW_RUN, str(tmp_path / "embeddings"), folder]) as worker:
         reported = [worker.stdout.readline().strip() for _ in range(3)]
         worker.send_signal(signal.SIGKILL)
     there = [shard.name for shard in store.shards(RANGE)]
     assert reported == ["0001", "0002", "0003"]
     assert set(reported) <= set(there)
-    assert len(there) < 39
+    assert len(there) < 20
 
-    done = run([make_shard(f"{n:04d}", [make_video(n, 6)]) for n in range(1, 40)])
+    done = run([make_shard(f"{n:04d}", [make_video(n, 6)]) for n in range(1, 21)])
 
     assert [e.shard.name for e in done if e.reused] == there
-    assert frames.asked == [f"{n:04d}" for n in range(1, 40) if f"{n:04d}" not in there]
-    assert [shard.num_frames for shard in store.shards(RANGE)] == [6] * 39
+    assert frames.asked == [f"{n:04d}" for n in range(1, 21) if f"{n:04d}" not in there]
+    assert [shard.num_frames for shard in store.shards(RANGE)] == [6] * 20
+
+
+# Reading ahead
+
+
+def same(item):
+    return item
+
+
+def test_items_come_in_order_and_from_another_thread():
+    def items():
+        for n in range(50):
+            yield n, threading.current_thread() is threading.main_thread()
+
+    with prefetch(items(), same, depth=3) as drawn:
+        assert list(drawn) == [(n, False) for n in range(50)]
+
+
+def test_an_error_is_raised_at_its_place_in_the_order():
+    def items():
+        yield 1
+        yield 2
+        message = "third"
+        raise OSError(message)
+
+    seen = []
+    with pytest.raises(OSError, match="third"), prefetch(items(), same, depth=5) as drawn:
+        seen.extend(drawn)
+
+    # extend takes nothing from an iterator that raises half-way but what it already took
+    assert seen == [1, 2]
+
+
+def test_the_reader_never_runs_further_ahead_than_the_depth():
+    started = []
+    waiting = threading.Semaphore(0)
+
+    def items():
+        for n in count():
+            started.append(n)
+            waiting.release()
+            yield n
+
+    with prefetch(items(), same, depth=2) as drawn:
+        next(drawn)  # frees one place: items 0, 1, 2 may be drawn, a fourth may not
+        for _ in range(3):
+            assert waiting.acquire(timeout=10)
+        assert not waiting.acquire(timeout=0.2)
+        assert started == [0, 1, 2]
+
+
+def test_leaving_early_ends_the_thread():
+    before = threading.active_count()
+
+    with prefetch(count(), same, depth=2) as drawn:
+        assert next(drawn) == 0
+
+    assert threading.active_count() == before
+
+
+def test_leaving_by_an_interrupt_ends_the_thread():
+    before = threading.active_count()
+
+    def interrupted():
+        with prefetch(count(), same, depth=2):
+            message = "now"
+            raise KeyboardInterrupt(message)
+
+    with pytest.raises(KeyboardInterrupt, match="now"):
+        interrupted()
+
+    assert threading.active_count() == before
+
+
+def test_items_are_worked_on_at_once_and_still_come_in_order():
+    both = threading.Barrier(2)
+
+    def work(n):
+        both.wait(timeout=30)  # never passes unless another thread works too
+        return n * 10
+
+    with prefetch(range(8), work, depth=4, threads=2) as done:
+        assert list(done) == [0, 10, 20, 30, 40, 50, 60, 70]
+
+
+def test_an_error_of_the_work_is_raised_in_its_place():
+    def work(n):
+        if n == 2:
+            message = "third"
+            raise OSError(message)
+        return n
+
+    seen = []
+    with pytest.raises(OSError, match="third"), prefetch(count(), work, depth=5, threads=3) as done:
+        seen.extend(done)
+
+    assert seen == [0, 1]

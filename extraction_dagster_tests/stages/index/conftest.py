@@ -18,9 +18,9 @@ from extraction_dagster.stages.index.edge.store import EdgeStore
 from extraction_dagster.stages.index.points import generation
 from extraction_dagster.stages.index.protocol import CollectionSpec
 from extraction_dagster.stages.index.reconcile import reconcile
-from extraction_dagster.stages.index.replace import replace_records
 from extraction_dagster.stages.index.server.retry import RetryPolicy
 from extraction_dagster.stages.index.server.store import ServerStore
+from extraction_dagster.stages.index.stage import replace_records
 
 # Quick, and yet long enough for a connection that was reset to be made again.
 QUICK = RetryPolicy(attempts=5, base_seconds=0.05, longest_seconds=1.0, longest_retry_after_seconds=0.01)

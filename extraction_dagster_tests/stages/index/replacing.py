@@ -21,10 +21,10 @@ from extraction_dagster.records import EmbeddingBatch, VideoRow
 from extraction_dagster.settings import Settings
 from extraction_dagster.stages.index.edge.store import EdgeStore
 from extraction_dagster.stages.index.protocol import CollectionSpec
-from extraction_dagster.stages.index.replace import replace_records
 from extraction_dagster.stages.index.search import search_images
 from extraction_dagster.stages.index.server.retry import RetryPolicy
 from extraction_dagster.stages.index.server.store import ServerStore
+from extraction_dagster.stages.index.stage import replace_records
 
 SPEC = CollectionSpec("frames", dim=32, fingerprint="abc123")
 RECORDS = range(1, 61)

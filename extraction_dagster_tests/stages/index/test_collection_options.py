@@ -6,8 +6,8 @@ import pytest
 
 from extraction_dagster.stages.index.edge.store import EdgeStore
 from extraction_dagster.stages.index.protocol import CollectionSpec
-from extraction_dagster.stages.index.replace import replace_records
 from extraction_dagster.stages.index.search import search_images
+from extraction_dagster.stages.index.stage import replace_records
 
 OPTIONS = [("float32", "none", False), ("float16", "scalar", True)]
 
@@ -60,8 +60,8 @@ def test_a_server_is_told_every_option(wire_store, spec):
 
 
 def test_the_settings_choose_the_options(settings):
-    chosen = settings(vector_dtype="float32", quantization="scalar", vectors_on_disk=True)
+    chosen = settings(quantization="scalar", vectors_on_disk=True)
     assert CollectionSpec.of(chosen, dim=8, fingerprint="a") == CollectionSpec(
-        "video_frames", 8, "a", "float32", "scalar", on_disk=True
+        "video_frames", 8, "a", "float16", "scalar", on_disk=True
     )
     assert CollectionSpec.of(settings(), dim=8, fingerprint="a") == CollectionSpec("video_frames", 8, "a")

@@ -1,14 +1,11 @@
-"""Loss, orphans and stale points are found; a copy is verified."""
+"""Loss, orphans and stale points are found."""
 
 import pytest
 
-from extraction_dagster.errors.index import PointsMissingError
 from extraction_dagster.records import IdRange
-from extraction_dagster.stages.index.compare import Comparison, ExpectedPoints, compare_points, copy_points
-from extraction_dagster.stages.index.edge.store import EdgeStore
-from extraction_dagster.stages.index.filters import PointFilter
-from extraction_dagster.stages.index.points import point_id
-from extraction_dagster.stages.index.replace import replace_records
+from extraction_dagster.stages.index.compare import Comparison, ExpectedPoints, compare_points
+from extraction_dagster.stages.index.points import PointFilter, point_id
+from extraction_dagster.stages.index.stage import replace_records
 
 FRAMES = {5: [0], 7: [0, 30, 60], 8: [0, 15], 9: [0], 20: [0, 1]}
 EXPECTED = {7: ExpectedPoints(3, "a"), 8: ExpectedPoints(2, "a"), 9: ExpectedPoints(1, "a")}
@@ -48,29 +45,3 @@ def test_points_of_another_generation_are_lost_and_stale(filled):
 def test_more_points_than_were_verified_are_stale(filled):
     wanted = {**EXPECTED, 7: ExpectedPoints(2, "a")}
     assert compare_points(filled, wanted, within=RANGE) == Comparison(stale={7: 1})
-
-
-def test_a_copy_holds_the_same_points(filled, spec, tmp_path):
-    with EdgeStore(tmp_path / "copy") as target:
-        target.ensure_collection(spec)
-        assert copy_points(filled, target) == 9
-        assert copy_points(filled, target) == 9
-        assert target.point_ids() == filled.point_ids()
-        assert target.count_by_record(PointFilter.current(dict.fromkeys(FRAMES, "a"))) == {
-            5: 1,
-            7: 3,
-            8: 2,
-            9: 1,
-            20: 2,
-        }
-
-
-def test_a_copy_that_lacks_points_is_refused(filled, spec, tmp_path, monkeypatch):
-    with EdgeStore(tmp_path / "copy") as target:
-        target.ensure_collection(spec)
-        upsert = target.upsert
-        monkeypatch.setattr(target, "upsert", lambda batch: upsert(next(batch.chunks(max_points=8, max_bytes=10**6))))
-        with pytest.raises(
-            PointsMissingError, match=r"8 points were found in the target .*exactly 9 \(record \d+: \d of"
-        ):
-            copy_points(filled, target)

@@ -14,14 +14,9 @@ from extraction_dagster.errors.index import (
     StoreNotOpenError,
 )
 from extraction_dagster.records import IdRange
-from extraction_dagster.settings import Settings
-from extraction_dagster.stages.index.edge import store as edge_store
-from extraction_dagster.stages.index.edge.store import EdgeStore
-from extraction_dagster.stages.index.filters import PointFilter
-from extraction_dagster.stages.index.points import PointBatch, build_points, point_id
-from extraction_dagster.stages.index.protocol import CollectionSpec, Hit, PointStore, open_point_store
-from extraction_dagster.stages.index.server import store as server_store
-from extraction_dagster.stages.index.server.store import ServerStore
+from extraction_dagster.stages.index import protocol
+from extraction_dagster.stages.index.points import PointBatch, PointFilter, build_points, point_id
+from extraction_dagster.stages.index.protocol import CollectionSpec, Hit, PointStore
 
 BIG = 2**60
 
@@ -43,8 +38,12 @@ def load(opened, embeddings, rows):
     return write
 
 
-def test_every_store_has_the_whole_interface(store):
+def test_an_engine_that_lacks_a_part_of_the_interface_can_not_be_made(store):
     assert isinstance(store, PointStore)
+    whole = type(store)
+    lacking = type("Lacking", (whole,), {"drop": PointStore.drop})
+    with pytest.raises(TypeError, match=r"abstract method '?drop"):
+        lacking("home")
 
 
 def test_what_is_written_is_read_back(opened, load):
@@ -108,8 +107,7 @@ def test_a_filter_selects_exactly_its_points(opened, load, filters, expected):
 
 def test_records_are_counted_beyond_one_page_of_the_engine(opened, load, monkeypatch):
     load({record_id: [0, 1] for record_id in range(1, 21)})
-    monkeypatch.setattr(edge_store, "_PAGE", 2)
-    monkeypatch.setattr(server_store, "_PAGE", 2)
+    monkeypatch.setattr(protocol, "_PAGE", 2)
     assert opened.count_by_record() == dict.fromkeys(range(1, 21), 2)
     assert len(opened.point_ids()) == 40
 
@@ -118,6 +116,12 @@ def test_removing_takes_exactly_the_named_points(opened, load):
     load({7: [0, 30], 8: [0], 9: [0]})
     opened.delete(PointFilter(record_ids=(7, 9)))
     assert opened.point_ids() == {point_id(8, 0)}
+
+
+def test_a_record_without_points_is_not_counted_after_they_were_removed(opened, load):
+    load({7: [0, 30], 8: [0]})
+    opened.delete(PointFilter(record_ids=(7,)))
+    assert opened.count_by_record() == {8: 1}
 
 
 def test_removing_without_naming_records_is_refused(opened, load):
@@ -201,11 +205,3 @@ def test_another_model_is_loaded_beside_and_takes_over_in_one_step(opened, embed
     assert opened.collections(spec.name) == {"new": True}
     with pytest.raises(CollectionMissingError, match="abc123"):
         opened.drop(spec.name, "abc123")
-
-
-def test_the_settings_choose_the_store(tmp_path):
-    with open_point_store(Settings(home=tmp_path)) as store:
-        assert isinstance(store, EdgeStore)
-    with open_point_store(Settings(home=tmp_path, qdrant_url="http://127.0.0.1:1")) as store:
-        assert isinstance(store, ServerStore)
-    assert list(tmp_path.iterdir()) == []

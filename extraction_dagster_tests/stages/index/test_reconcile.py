@@ -5,10 +5,9 @@ from contextlib import closing
 from extraction_dagster.records import IdRange
 from extraction_dagster.stages.catalog.catalog import Catalog, Fingerprints
 from extraction_dagster.stages.index.edge.store import EdgeStore
-from extraction_dagster.stages.index.filters import PointFilter
-from extraction_dagster.stages.index.points import generation, point_id
+from extraction_dagster.stages.index.points import PointFilter, generation, point_id
 from extraction_dagster.stages.index.reconcile import Differences, compare_range
-from extraction_dagster.stages.index.replace import delete_records, replace_records
+from extraction_dagster.stages.index.stage import delete_records, replace_records
 
 TODAY = Fingerprints(frames="f1", embedding="e1")
 ALL = IdRange(1, 99)

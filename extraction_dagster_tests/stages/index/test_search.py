@@ -8,7 +8,7 @@ import pytest
 from extraction_dagster.errors.base import RecordShapeError
 from extraction_dagster.errors.index import CollectionMismatchError
 from extraction_dagster.records import IdRange, VideoRow
-from extraction_dagster.stages.index.points import PointBatch, build_points, point_id
+from extraction_dagster.stages.index.points import PointBatch, PointFilter, build_points, point_id
 from extraction_dagster.stages.index.protocol import CollectionSpec
 from extraction_dagster.stages.index.search import Hit, VideoHit, open_for_search, search_images, search_videos
 
@@ -65,10 +65,17 @@ def test_equal_scores_come_by_record_then_frame_even_at_the_limit(scored):
 
 def test_filters_and_threshold_combine(scored):
     store = scored({(7, 0): 0.9, (8, 0): 0.8, (9, 0): 0.7, (9, 1): 0.1}, platforms={8: "tiktok"})
-    assert _found(search_images(store, QUERY, record_id_range=IdRange(8, 9))) == [(8, 0), (9, 0), (9, 1)]
-    assert _found(search_images(store, QUERY, platform="insta", score_threshold=0.5)) == [(7, 0), (9, 0)]
-    assert search_images(store, QUERY, created_from=datetime(2026, 1, 2, tzinfo=UTC)) == []
-    assert len(search_images(store, QUERY, created_before=datetime(2026, 1, 2, tzinfo=UTC))) == 4
+    assert _found(search_images(store, QUERY, filters=PointFilter(record_id_range=IdRange(8, 9)))) == [
+        (8, 0),
+        (9, 0),
+        (9, 1),
+    ]
+    assert _found(search_images(store, QUERY, filters=PointFilter(platform="insta"), score_threshold=0.5)) == [
+        (7, 0),
+        (9, 0),
+    ]
+    assert search_images(store, QUERY, filters=PointFilter(created_from=datetime(2026, 1, 2, tzinfo=UTC))) == []
+    assert len(search_images(store, QUERY, filters=PointFilter(created_before=datetime(2026, 1, 2, tzinfo=UTC)))) == 4
 
 
 def test_grouping_finds_videos_behind_one_that_fills_every_page(scored):
@@ -118,13 +125,14 @@ def test_a_frame_that_did_not_vote_for_a_video_counts_as_nothing(scored, monkeyp
     store = scored({(7, 0): 1.0, **{(record_id, 0): np.cos(0.75) for record_id in (8, 9, 10, 11)}})
     hits = search_videos(store, FRAMES, limit=1)
     assert (hits[0].record_id, hits[0].votes) == (8, 2)
-    scores = {hit.record_id: hit.score for hit in search_videos(store, FRAMES, limit=1, record_id_range=IdRange(7, 7))}
+    only_7 = PointFilter(record_id_range=IdRange(7, 7))
+    scores = {hit.record_id: hit.score for hit in search_videos(store, FRAMES, limit=1, filters=only_7)}
     assert scores == {7: pytest.approx((1 + np.cos(0.5) + np.cos(1.0)) / 3, abs=0.01)}
 
 
 def test_filters_and_threshold_hold_for_videos(scored):
     store = scored({(7, 0): 1.0, (8, 0): 0.9, (9, 0): 0.1}, platforms={8: "tube"})
-    assert [hit.record_id for hit in search_videos(store, FRAMES[:1], platform="insta")] == [7, 9]
+    assert [hit.record_id for hit in search_videos(store, FRAMES[:1], filters=PointFilter(platform="insta"))] == [7, 9]
     assert [hit.record_id for hit in search_videos(store, FRAMES[:1], score_threshold=0.5)] == [7, 8]
     assert [hit.record_id for hit in search_videos(store, FRAMES[:1], limit=1)] == [7]
     with pytest.raises(RecordShapeError, match="it needs vectors"):

@@ -6,7 +6,7 @@ from extraction_dagster.errors.index import CollectionInUseError, CollectionMiss
 from extraction_dagster.records import IdRange
 from extraction_dagster.stages.catalog.catalog import Fingerprints
 from extraction_dagster.stages.index.edge.store import EdgeStore
-from extraction_dagster.stages.index.filters import PointFilter
+from extraction_dagster.stages.index.points import PointFilter
 from extraction_dagster.stages.index.protocol import CollectionSpec
 from extraction_dagster.stages.index.staging import (
     CollectionInfo,

@@ -56,15 +56,23 @@ _UNAUTHORIZED = 401
 
 def open_store(scheme: str, *, stall_seconds: float) -> Any:  # noqa: ANN401 - fsspec is not typed
     """The fsspec file system of a scheme, configured by its own environment variables."""
-    options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
-    if scheme == "s3":
-        limits = {"connect_timeout": stall_seconds, "read_timeout": stall_seconds, "retries": {"max_attempts": 1}}
-        options |= {"config_kwargs": limits}
-    return fsspec.filesystem(scheme, **options)
+    limits = {"connect_timeout": stall_seconds, "read_timeout": stall_seconds, "retries": {"max_attempts": 1}}
+    options: dict[str, Any] = {"config_kwargs": limits} if scheme == "s3" else {}
+    return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True, **options)
 
 
 class BucketDownload:
-    """Downloads from the buckets on the list."""
+    """Downloads from the buckets on the list.
+
+    Args:
+        buckets: `s3://name` or `gs://name`.
+        max_file_bytes: The largest file that is taken.
+        stall_seconds: How long one answer may take.
+        stores: Opens a scheme's fsspec file system, in place of the standard one.
+
+    Raises:
+        FetchExtraMissingError: A bucket's package is not installed.
+    """
 
     def __init__(
         self,
@@ -74,17 +82,6 @@ class BucketDownload:
         stall_seconds: float,
         stores: Mapping[str, Callable[[], Any]] | None = None,
     ) -> None:
-        """Set the limits.
-
-        Args:
-            buckets: `s3://name` or `gs://name`.
-            max_file_bytes: The largest file that is taken.
-            stall_seconds: How long one answer may take.
-            stores: Opens a scheme's fsspec file system, where the standard one does not do.
-
-        Raises:
-            FetchExtraMissingError: A bucket's package is not installed.
-        """
         self._buckets, self._max_bytes, self._stall_seconds = frozenset(buckets), max_file_bytes, stall_seconds
         self._make, self._open = dict(stores or {}), dict[str, Any]()
         for scheme in sorted({bucket.partition("://")[0] for bucket in buckets} - self._make.keys()):
@@ -168,18 +165,18 @@ class BucketDownload:
 
 
 def _judged(error: Exception, uri: str) -> Exception:
-    """What a store's exception means. Its own words may repeat the request, so that its kind has to do."""
-    kind, code = type(error), _code(error)
-    if kind.__name__ in _CREDENTIALS or code in _CREDENTIAL_CODES or code == _UNAUTHORIZED:
-        return FetchCredentialsError(uri, str(code or kind.__name__))
+    """What a store's exception means. Its own words may repeat the request, so only its type and code are shown."""
+    name, code = type(error).__name__, _code(error)
+    if name in _CREDENTIALS or code in _CREDENTIAL_CODES or code == _UNAUTHORIZED:
+        return FetchCredentialsError(uri, str(code or name))
     if isinstance(error, FileNotFoundError):
         return FileRefusedError(uri, "404 Not Found")
     if isinstance(error, PermissionError) or str(error).startswith("Forbidden"):
         return FileRefusedError(uri, "403 Forbidden")
     if isinstance(error, ValueError):
         return AddressForbiddenError(uri, "the store does not take its key", "Correct the row.")
-    if isinstance(error, OSError) or kind.__module__.partition(".")[0] in STORE_PACKAGES:
-        return PassingFaultError(f"the store failed ({code or getattr(error, 'strerror', None) or kind.__name__})")
+    if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in STORE_PACKAGES:
+        return PassingFaultError(f"the store failed ({code or getattr(error, 'strerror', None) or name})")
     return error
 
 

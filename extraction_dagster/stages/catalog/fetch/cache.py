@@ -1,13 +1,13 @@
 """A bounded folder of downloads that several processes share.
 
-    <key>.lock        held by whoever downloads or uses the entry; its time is that of the last use
+    <key>.lock        held by the process that downloads or uses it; its time is that of the last use
     <key>.json        which version of the file the other two hold
     <key>.part        what has arrived so far
     <key>.video.mp4   all of it
 
 A download reserves its room before its first byte, so that the folder never exceeds its limit. Room is made by removing
-the entries that were unused for longest; an entry in use is locked and stays. Whatever dies here leaves nothing worse
-than a part to go on from, and its lock ends with it.
+the entries that were unused for longest; an entry in use is locked and stays. A process that dies here leaves nothing
+worse than a part to go on from, and its locks end with it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from extraction_dagster.errors.fetch import DownloadCacheError, FileUnavailableError
+from extraction_dagster.files import write_atomically
 from extraction_dagster.stages.catalog.fetch.download import FileVersion, PassingFaultError
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 _LOCK, _RESERVED = "cache.lock", "reserved.json"
 _WAIT_SECONDS = 0.1
 _TURN_SECONDS = 0.005
-_PART_SECONDS = 10.0  # for which a part may wait for room: several, each in the way of the others, would for ever
+_PART_SECONDS = 10.0  # for which a part may wait for room: several could wait for each other's room for ever
 _FLAGS = os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 # What an entry needs beside the file itself, and the file of reservations.
 OVERHEAD_BYTES = 16_384
@@ -47,22 +48,21 @@ class _Held:
 
 
 class DownloadCache:
-    """The folder, its limit and its reservations."""
+    """The folder, its limit and its reservations; the folder is made when the first entry is.
+
+    Args:
+        folder: Where the entries lie.
+        max_bytes: What it never exceeds.
+        max_idle_seconds: An entry that was unused for longer is removed.
+        patience_seconds: How long to wait for room, or for an entry that another process has.
+    """
 
     def __init__(self, folder: Path, *, max_bytes: int, max_idle_seconds: float, patience_seconds: float) -> None:
-        """Use a folder; it is made when the first entry is.
-
-        Args:
-            folder: Where the entries lie.
-            max_bytes: What it never exceeds.
-            max_idle_seconds: An entry that was unused for longer is removed.
-            patience_seconds: How long to wait for room, or for an entry that another process has.
-        """
         self.folder = folder
         self._max_bytes, self._max_idle_seconds, self._patience = max_bytes, max_idle_seconds, patience_seconds
 
     def entry(self, key: str, *, suffix: str, deadline: Deadline) -> CacheEntry:
-        """Take an entry; nobody else has it until it is released.
+        """Take an entry; no other process has it until it is released.
 
         Raises:
             FileUnavailableError: Another process has it for too long.
@@ -114,9 +114,8 @@ class DownloadCache:
             for other in reserved.keys() - {key}:
                 if self._is_unused(other):
                     del reserved[other]
-            sizes = {name: max(entry.num_bytes, reserved.get(name, 0)) for name, entry in held.items()} | {
-                key: num_bytes
-            }
+            sizes = {name: max(entry.num_bytes, reserved.get(name, 0)) for name, entry in held.items()}
+            sizes[key] = num_bytes
             total = sum(sizes.values()) + OVERHEAD_BYTES
             for name in sorted(held.keys() - {key}, key=lambda name: held[name].used_at):
                 fresh = held[name].used_at >= time.time() - self._max_idle_seconds
@@ -132,7 +131,7 @@ class DownloadCache:
         held: dict[str, _Held] = {}
         with os.scandir(self.folder) as found:
             for item in found:
-                if item.name in {_LOCK, _RESERVED}:
+                if item.name in {_LOCK, _RESERVED} or item.name.startswith("."):  # a note that is being written
                     continue
                 entry = held.setdefault(item.name.partition(".")[0], _Held())
                 with suppress(FileNotFoundError):
@@ -151,7 +150,7 @@ class DownloadCache:
         lock = _try_lock(self.folder / f"{key}.lock")
         if lock is None:
             return False
-        for path in (*self.folder.glob(f"{key}.[!l]*"), self.folder / f"{key}.lock"):
+        for path in (*self.folder.glob(f"{key}.[!l]*"), *self.folder.glob(f".{key}.*"), self.folder / f"{key}.lock"):
             path.unlink(missing_ok=True)
         os.close(lock)
         return True
@@ -173,7 +172,7 @@ class DownloadCache:
                 os.close(lock)
 
     def _wait_for(self, lock: int) -> None:
-        """Wait for a lock that is held for moments; one who was stopped while holding it is not waited for for ever."""
+        """Wait for a lock that is held for moments, but not for ever: its holder may have been stopped meanwhile."""
         end = time.monotonic() + self._patience
         while True:
             try:
@@ -188,7 +187,7 @@ class DownloadCache:
 
 
 class CacheEntry:
-    """One file of the cache, while somebody has it.
+    """One file of the cache, locked by this process until `release`.
 
     Attributes:
         path: Where the whole file lies once it is complete.
@@ -196,7 +195,6 @@ class CacheEntry:
     """
 
     def __init__(self, cache: DownloadCache, key: str, suffix: str, lock: int) -> None:
-        """Read what is there."""
         self._cache, self._key, self._lock = cache, key, lock
         self.path = cache.folder / f"{key}.video{suffix}"
         self._part = cache.folder / f"{key}.part"
@@ -309,8 +307,4 @@ def _read_version(path: Path) -> FileVersion | None:
 
 
 def _write_json(path: Path, content: object) -> None:
-    beside = path.with_name(f"{path.name}.new")
-    file = os.open(beside, os.O_WRONLY | os.O_TRUNC | _FLAGS, 0o600)
-    with os.fdopen(file, "w") as stream:
-        json.dump(content, stream)
-    beside.replace(path)
+    write_atomically(path, json.dumps(content).encode(), durable=False)

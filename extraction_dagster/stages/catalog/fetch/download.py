@@ -14,16 +14,23 @@ if TYPE_CHECKING:
 
 
 class PassingFaultError(Exception):
-    """One try failed in a way that may pass; the next may succeed."""
+    """One try failed in a way that may pass; the next may succeed.
+
+    Args:
+        why: The reason, without anything that the address holds.
+        wait_seconds: How long the server asks to be left alone.
+    """
 
     def __init__(self, why: str, *, wait_seconds: float = 0.0) -> None:
-        """Say why, without anything that the address holds, and for how long the server wants to be left alone."""
         super().__init__(why)
         self.wait_seconds = wait_seconds
 
 
 class FetchStoppedError(ExtractionError):
-    """Nobody waits for the download any more."""
+    """The download was stopped."""
+
+    def __init__(self) -> None:
+        super().__init__("The download was stopped.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +54,6 @@ class Deadline:
     """The time that one file may take, all tries together; also where a download learns that it should stop."""
 
     def __init__(self, uri: str, seconds: float, stopped: threading.Event) -> None:
-        """Start the clock."""
         self.uri, self._seconds, self._stopped = uri, seconds, stopped
         self._end = time.monotonic() + seconds
 
@@ -56,10 +62,10 @@ class Deadline:
 
         Raises:
             DownloadTimeoutError: None are left.
-            FetchStoppedError: Nobody waits any more.
+            FetchStoppedError: The fetcher was closed.
         """
         if self._stopped.is_set():
-            raise FetchStoppedError("The download was stopped.")
+            raise FetchStoppedError
         left = self._end - time.monotonic()
         if left <= 0:
             raise DownloadTimeoutError(self.uri, seconds=self._seconds)
@@ -74,9 +80,9 @@ class Deadline:
         """Wait for what is not the server's fault: the clock stands still meanwhile.
 
         Raises:
-            FetchStoppedError: Nobody waits any more.
+            FetchStoppedError: The fetcher was closed.
         """
         began = time.monotonic()
         if self._stopped.wait(seconds):
-            raise FetchStoppedError("The download was stopped.")
+            raise FetchStoppedError
         self._end += time.monotonic() - began

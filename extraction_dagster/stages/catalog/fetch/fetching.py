@@ -1,24 +1,26 @@
-"""From a row to a local file that may be read.
+"""From rows to local files that may be read; downloads run ahead, so that decoding does not wait for the network.
 
-A row's address comes from a table that others write: it is trusted with nothing. Links are followed first and judged
-by where they end; servers and buckets must be on a list, and what they send goes through a bounded cache.
+A row's address comes from a table that others write, so it is never trusted. Links are followed first and judged by
+where they end; servers and buckets must be on a list, and what they send goes through a bounded cache.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import queue
 import re
 import ssl
 import stat
 import threading
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 import tenacity
 
-from extraction_dagster.errors.fetch import FileForbiddenError, FileUnavailableError, SchemeError
+from extraction_dagster.errors.fetch import FetchSetupError, FileForbiddenError, FileUnavailableError, SchemeError
 from extraction_dagster.stages.catalog.fetch.buckets import BucketDownload
 from extraction_dagster.stages.catalog.fetch.cache import OVERHEAD_BYTES, DownloadCache
 from extraction_dagster.stages.catalog.fetch.download import Deadline, PassingFaultError
@@ -26,7 +28,7 @@ from extraction_dagster.stages.catalog.fetch.guard import NetworkGuard, resolve_
 from extraction_dagster.stages.catalog.fetch.https import HttpsDownload
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Generator, Iterable, Sequence
 
     from extraction_dagster.records import VideoRow
     from extraction_dagster.settings import Settings
@@ -35,8 +37,10 @@ if TYPE_CHECKING:
 _REMOTE = frozenset({"https", "http", "s3", "gs"})
 _SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,5}")
 _LONGEST_WAIT_SECONDS = 30.0
+_MAX_IDLE_SECONDS = 7 * 86_400.0
+_POLL_SECONDS = 0.05
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-_KINDS = {
+_FILE_TYPES = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
@@ -67,8 +71,8 @@ def fetch_local(row: VideoRow, roots: Sequence[Path]) -> Path:
     except OSError as error:
         raise FileUnavailableError(row.uri, error.strerror or type(error).__name__) from error
     if not stat.S_ISREG(status.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "no regular file")
-        raise FileForbiddenError(row.uri, f"it is {kind}", roots=allowed)
+        found = _FILE_TYPES.get(stat.S_IFMT(status.st_mode), "no regular file")
+        raise FileForbiddenError(row.uri, f"it is {found}", roots=allowed)
     if status.st_size == 0:
         raise FileUnavailableError(row.uri, "it is empty")
     if not os.access(resolved, os.R_OK):
@@ -113,46 +117,38 @@ class Fetcher:
     """Gives the local file of any row: at once where it is local, through the cache where it is not.
 
     Several threads may use it. A downloaded file stays until it is released; then the cache may remove it.
+
+    Args:
+        settings: Roots, hosts, buckets, limits.
+        resolve: Gives the numeric addresses of a host; they are judged all the same.
+        tls: Makes what certificates are checked with.
+        attempts: Tries of one download before its record fails.
+        stall_seconds: A connection that is silent for so long is given up and tried again.
+        wait_seconds: Longest wait before the second try; doubles at each further one.
+
+    Raises:
+        FetchExtraMissingError: A bucket is on the list whose package is not installed.
     """
 
-    def __init__(  # noqa: PLR0913 - its parts, by name
+    def __init__(  # noqa: PLR0913 - what a test replaces, each by name
         self,
-        *,
-        roots: Sequence[Path],
-        cache: DownloadCache,
-        https: HttpsDownload,
-        buckets: BucketDownload,
-        timeout_seconds: float,
-        attempts: int,
-        wait_seconds: float = 0.5,
-    ) -> None:
-        """Put the parts together; `from_settings` does it as the settings say."""
-        self._roots, self._cache, self._https, self._buckets = roots, cache, https, buckets
-        self._timeout_seconds, self._attempts, self._wait_seconds = timeout_seconds, attempts, wait_seconds
-        self._entries: dict[int, CacheEntry] = {}
-        self._changing = threading.Lock()
-        self._stopped = threading.Event()
-
-    @classmethod
-    def from_settings(
-        cls,
         settings: Settings,
         *,
         resolve: Callable[[str, int], Sequence[str]] = resolve_host,
         tls: Callable[[], ssl.SSLContext] = ssl.create_default_context,
+        attempts: int = 4,
+        stall_seconds: float = 30.0,
         wait_seconds: float = 0.5,
-    ) -> Self:
-        """A fetcher as the settings say.
-
-        Args:
-            settings: Roots, hosts, buckets, limits.
-            resolve: Gives the numeric addresses of a host; they are judged all the same.
-            tls: Makes what certificates are checked with.
-            wait_seconds: Longest wait before the second try; doubles at each further one.
-
-        Raises:
-            FetchExtraMissingError: A bucket is on the list whose package is not installed.
-        """
+    ) -> None:
+        self._roots = settings.resolved_allowed_roots
+        self._timeout_seconds, self._attempts = settings.fetch_timeout_seconds, attempts
+        self._wait_seconds = wait_seconds
+        self._cache = DownloadCache(
+            (settings.home / "cache" / "videos").resolve(),  # no link leads to a file that is decoded
+            max_bytes=settings.cache_bytes,
+            max_idle_seconds=_MAX_IDLE_SECONDS,
+            patience_seconds=settings.fetch_timeout_seconds,
+        )
         largest = min(settings.max_file_bytes, settings.cache_bytes - OVERHEAD_BYTES)
         guard = NetworkGuard(
             settings.allowed_hosts,
@@ -160,21 +156,11 @@ class Fetcher:
             allow_http=settings.allow_http,
             resolve=resolve,
         )
-        stall = settings.fetch_stall_seconds
-        return cls(
-            roots=settings.resolved_allowed_roots,
-            cache=DownloadCache(
-                (settings.home / "cache" / "videos").resolve(),  # no link leads to a file that is decoded
-                max_bytes=settings.cache_bytes,
-                max_idle_seconds=settings.cache_seconds,
-                patience_seconds=settings.fetch_timeout_seconds,
-            ),
-            https=HttpsDownload(guard, max_file_bytes=largest, stall_seconds=stall, tls=tls),
-            buckets=BucketDownload(settings.allowed_buckets, max_file_bytes=largest, stall_seconds=stall),
-            timeout_seconds=settings.fetch_timeout_seconds,
-            attempts=settings.fetch_attempts,
-            wait_seconds=wait_seconds,
-        )
+        self._https = HttpsDownload(guard, max_file_bytes=largest, stall_seconds=stall_seconds, tls=tls)
+        self._buckets = BucketDownload(settings.allowed_buckets, max_file_bytes=largest, stall_seconds=stall_seconds)
+        self._entries: dict[int, CacheEntry] = {}
+        self._changing = threading.Lock()
+        self._stopped = threading.Event()
 
     @staticmethod
     def is_remote(row: VideoRow) -> bool:
@@ -206,7 +192,7 @@ class Fetcher:
         return entry.path
 
     def release(self, record_id: int, *, keep: bool) -> None:
-        """A row's file is not needed any more; `keep` it for another time, or not since it was of no use."""
+        """A row's file is not needed any more; it stays in the cache if `keep` says so, else it is removed."""
         with self._changing:
             entry = self._entries.pop(record_id, None)
         if entry is not None:
@@ -246,6 +232,100 @@ class Fetcher:
 
 
 def _suffix(uri: str) -> str:
-    """The ending of the file's name: a hint to whoever looks into the cache, trusted by nobody."""
+    """The ending of the file's name: a hint for a person who looks into the cache; no code relies on it."""
     ending = Path(re.split(r"[?#]", uri, maxsplit=1)[0]).suffix
     return ending if _SUFFIX.fullmatch(ending) else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """A row with its local file, or with the reason why it has none."""
+
+    row: VideoRow
+    path: Path | None = None
+    error: BaseException | None = None
+
+
+def fetch_ahead(rows: Iterable[VideoRow], fetcher: Fetcher, *, threads: int) -> Generator[Fetched | None, None, None]:
+    """Fetch rows: local ones as they come, the others several at a time, in the order in which they are ready.
+
+    Args:
+        rows: Drawn only as far as downloads are under way.
+        fetcher: Fetches one row. Closed when this ends early; else by the caller, who still needs the last files.
+        threads: Most downloads that are under way, or ready and not yet taken.
+
+    Yields:
+        Fetched: a row that is ready; or None, a moment after it was asked for, while none is.
+
+    Raises:
+        FetchSetupError: Nothing can be fetched as things are set up here.
+    """
+    downloads = _Downloads(fetcher)
+    source = iter(rows)
+    more = True
+    try:
+        while more or downloads.pending:
+            if more and downloads.pending < threads:
+                row = next(source, None)
+                more = row is not None
+                if row is not None and fetcher.is_remote(row):
+                    downloads.start(row)
+                elif row is not None:
+                    yield _checked(_try(fetcher, row))
+                continue
+            yield downloads.take()
+    except BaseException:
+        fetcher.close()  # ends what is under way
+        raise
+    finally:
+        downloads.stop()
+
+
+class _Downloads:
+    """The threads, what they are asked for and what they have done."""
+
+    def __init__(self, fetcher: Fetcher) -> None:
+        self._fetcher = fetcher
+        self._todo: queue.SimpleQueue[VideoRow | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[Fetched] = queue.SimpleQueue()
+        self._threads = 0
+        self.pending = 0
+
+    def start(self, row: VideoRow) -> None:
+        self.pending += 1
+        self._todo.put(row)
+        if self._threads < self.pending:
+            self._threads += 1
+            # A daemon: an interpreter that ends does not wait for a silent server.
+            threading.Thread(target=self._serve, name=f"fetch-{self._threads}", daemon=True).start()
+
+    def take(self) -> Fetched | None:
+        try:
+            done = self._done.get(timeout=_POLL_SECONDS)
+        except queue.Empty:
+            return None
+        self.pending -= 1
+        return _checked(done)
+
+    def stop(self) -> None:
+        for _ in range(self._threads):
+            self._todo.put(None)
+
+    def _serve(self) -> None:
+        while (row := self._todo.get()) is not None:
+            self._done.put(_try(self._fetcher, row))
+
+
+def _try(fetcher: Fetcher, row: VideoRow) -> Fetched:
+    try:
+        return Fetched(row, fetcher.fetch(row))
+    except BaseException as error:  # noqa: BLE001 - a thread can raise to nobody: `_checked` does, where rows are drawn
+        return Fetched(row, error=error)
+
+
+def _checked(fetched: Fetched) -> Fetched:
+    """Raise what is no row's fault; any other error that a row's address provokes is that row's failure."""
+    error = fetched.error
+    if error is not None and (isinstance(error, FetchSetupError | MemoryError) or not isinstance(error, Exception)):
+        raise error
+    return fetched

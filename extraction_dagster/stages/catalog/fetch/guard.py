@@ -97,7 +97,14 @@ def is_text(address: str) -> bool:
 
 
 class NetworkGuard:
-    """Judges addresses before anything is sent to them."""
+    """Judges addresses before anything is sent to them.
+
+    Args:
+        hosts: `name`, `*.name` or `name:port`; without a port, the scheme's own.
+        networks: Where besides the public internet an allowed host may lie.
+        allow_http: Whether http is allowed beside https.
+        resolve: Gives the numeric addresses of a name.
+    """
 
     def __init__(
         self,
@@ -107,14 +114,6 @@ class NetworkGuard:
         allow_http: bool = False,
         resolve: Callable[[str, int], Sequence[str]] = resolve_host,
     ) -> None:
-        """Allow hosts.
-
-        Args:
-            hosts: `name`, `*.name` or `name:port`; without a port, the scheme's own.
-            networks: Where besides the public internet an allowed host may lie.
-            allow_http: Whether http is allowed beside https.
-            resolve: Gives the numeric addresses of a name.
-        """
         self._hosts = frozenset(hosts)
         self._networks: tuple[Network, ...] = tuple(ipaddress.ip_network(network) for network in networks)
         self._allow_http = allow_http

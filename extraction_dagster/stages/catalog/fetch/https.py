@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import io
 import re
 import socket
 import ssl
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin
 
 from extraction_dagster import __version__
@@ -22,7 +23,6 @@ from extraction_dagster.errors.fetch import (
     FileUnavailableError,
 )
 from extraction_dagster.stages.catalog.fetch.download import FileVersion, PassingFaultError
-from extraction_dagster.stages.catalog.fetch.timed_socket import TimedSocket
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -37,10 +37,18 @@ _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _PASSING = frozenset({408, 421, 425, 429})
 _RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
 _MAX_RETRY_AFTER_SECONDS = 60.0
+_SLICE_SECONDS = 0.5  # after which a silent connection looks whether the download was stopped
 
 
 class HttpsDownload:
-    """Downloads from servers that the guard lets through."""
+    """Downloads from servers that the guard lets through.
+
+    Args:
+        guard: Judges every address.
+        max_file_bytes: The largest file that is taken.
+        stall_seconds: For how long a connection may be silent.
+        tls: Makes what certificates are checked with.
+    """
 
     def __init__(
         self,
@@ -50,14 +58,6 @@ class HttpsDownload:
         stall_seconds: float,
         tls: Callable[[], ssl.SSLContext] = ssl.create_default_context,
     ) -> None:
-        """Set the limits.
-
-        Args:
-            guard: Judges every address.
-            max_file_bytes: The largest file that is taken.
-            stall_seconds: For how long a connection may be silent.
-            tls: Makes what certificates are checked with.
-        """
         self._guard, self._max_bytes, self._stall_seconds = guard, max_file_bytes, stall_seconds
         self._make_tls = tls
         self._tls: ssl.SSLContext | None = None
@@ -125,7 +125,7 @@ class HttpsDownload:
         asked_to_go_on = entry.num_bytes > 0 and not entry.is_complete
         if status == HTTPStatus.OK or (status == HTTPStatus.PARTIAL_CONTENT and asked_to_go_on):
             return
-        answer = f"{status} {_phrase(status)}".strip()
+        answer = f"{status} {http.client.responses.get(status, '')}".strip()
         if status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and asked_to_go_on:
             entry.discard()
             raise PassingFaultError(f"the server answered {answer} and is asked for the whole file")
@@ -161,7 +161,7 @@ class HttpsDownload:
             wire = self._connect(target, deadline)
             connection = http.client.HTTPConnection(target.host, target.port)
             connection.default_port = 443 if target.scheme == "https" else 80  # decides whether Host names the port
-            connection.sock = TimedSocket(wire, deadline, self._stall_seconds)
+            connection.sock = _TimedSocket(wire, deadline, self._stall_seconds)
             connection.request("GET", target.path, headers={**_HEADERS, **headers})
             yield connection.getresponse()
         except ssl.SSLCertVerificationError as error:
@@ -170,7 +170,7 @@ class HttpsDownload:
         except TimeoutError:
             raise PassingFaultError(f"the server was silent for {self._stall_seconds:g} s") from None
         except (OSError, http.client.HTTPException) as error:
-            # The exception's own words may repeat what the server sent: its kind has to do.
+            # The exception's own words may repeat what the server sent: only its type is shown.
             said = (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
             raise PassingFaultError(f"the connection failed ({said})") from None
         finally:
@@ -186,15 +186,11 @@ class HttpsDownload:
                 plain.settimeout(deadline.remaining(self._stall_seconds))
                 plain.connect((address, target.port))
                 return self._secured(plain, target) if target.scheme == "https" else plain
-            except ssl.SSLError:
+            except BaseException as error:
                 plain.close()
-                raise
-            except OSError as error:
-                plain.close()
+                if not isinstance(error, OSError) or isinstance(error, ssl.SSLError):
+                    raise
                 fault = error
-            except BaseException:
-                plain.close()
-                raise
         raise fault
 
     def _secured(self, plain: socket.socket, target: Target) -> ssl.SSLSocket:
@@ -203,6 +199,46 @@ class HttpsDownload:
         # A connection that ends without saying so was cut: never taken for the end of a file.
         name = target.host.strip("[]")
         return self._tls.wrap_socket(plain, server_hostname=name, suppress_ragged_eofs=False)
+
+
+class _TimedSocket:
+    """What http.client needs of a socket; each wait ends with the stall limit, the deadline or a stop."""
+
+    def __init__(self, wire: socket.socket, deadline: Deadline, stall_seconds: float) -> None:
+        self._wire, self._deadline, self._stall_seconds = wire, deadline, stall_seconds
+
+    def sendall(self, data: bytes) -> None:
+        """Send all of it."""
+        self._wire.settimeout(self._deadline.remaining(self._stall_seconds))
+        self._wire.sendall(data)
+
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        """What an answer is read from."""
+        return io.BufferedReader(_TimedReader(self._wire, self._deadline, self._stall_seconds))
+
+    def close(self) -> None:
+        """Do nothing: `_exchange` made the connection and closes it."""
+
+
+class _TimedReader(io.RawIOBase):
+    def __init__(self, wire: socket.socket, deadline: Deadline, stall_seconds: float) -> None:
+        super().__init__()
+        self._wire, self._deadline, self._stall_seconds = wire, deadline, stall_seconds
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:  # noqa: ANN401 - a writable buffer has no type in Python 3.11
+        silent = 0.0
+        while True:
+            seconds = self._deadline.remaining(min(_SLICE_SECONDS, max(self._stall_seconds - silent, 0.001)))
+            self._wire.settimeout(seconds)
+            try:
+                return self._wire.recv_into(buffer)
+            except TimeoutError:
+                silent += seconds
+                if silent >= self._stall_seconds:
+                    raise
 
 
 _HEADERS = {
@@ -259,13 +295,6 @@ def _time(text: str) -> datetime | None:
         return parsedate_to_datetime(text).astimezone(UTC)
     except (ValueError, TypeError, OverflowError):
         return None
-
-
-def _phrase(status: int) -> str:
-    try:
-        return HTTPStatus(status).phrase
-    except ValueError:
-        return ""
 
 
 def _retry_after(response: http.client.HTTPResponse) -> float:

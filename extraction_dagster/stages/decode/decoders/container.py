@@ -1,12 +1,16 @@
-"""Open an untrusted file as a video: which containers, which stream, within which limits.
+"""Open an untrusted file as a video: once, without following links; which containers, which stream, which limits.
 
-The container format is whitelisted and the only protocol is `file`: a playlist or a script named .mp4 would
-otherwise make the library read other files or open sockets.
+A path was judged before it reached a decoder. It is opened once, and every reading sees the content that was there
+first: if a folder or a file is swapped for a link in between, the result is an error, never another file's frames.
+The container format is whitelisted and the only protocol is `file`: a playlist or a script named .mp4 would otherwise
+make the library read other files or open sockets.
 """
 
 from __future__ import annotations
 
 import errno
+import os
+import stat
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -28,19 +32,110 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
     from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits
-    from extraction_dagster.stages.decode.decoders.video_file import VideoFile
 
+# Looking a folder up needs no right to list it, where the system can tell the two apart.
+_FOLDER = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC | getattr(os, "O_PATH", os.O_RDONLY)
+# A pipe that took the file's place must not make the opening wait for somebody who writes to it.
+_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+_LINKS = frozenset({errno.ELOOP, errno.ENOTDIR})
 CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif,mxf"
-# Codecs whose parameters an MP4 has beside its packets, where decoding begins without a look at any of them.
+# Codecs whose parameters an MP4 holds outside of its packets: none has to be decoded before the stream is known.
 _CARRIED = frozenset({"h264", "hevc", "mpeg4"})
 _FTYP = slice(4, 8)
-_MOST_STREAMS = 16  # whose packets are left alone while they are opened; of more, the others' are looked at
+_MOST_STREAMS = 16  # whose packets are not decoded while the file is opened without a probe
 _MICROSECONDS = 1_000_000
 _MAX_ASPECT = 8.0
 
 
 class ProbeNeededError(Exception):
     """What the container says is not enough: its packets must be looked at; caught here, never seen outside."""
+
+
+class VideoFile:
+    """An open regular file; `open_file` makes one.
+
+    Attributes:
+        path: Where it was opened.
+    """
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self.path, self._descriptor = path, descriptor
+
+    def reading(self) -> Reading:
+        """A reading from the beginning, independent of the others."""
+        return Reading(self._descriptor, f"file:{self.path}")
+
+    @property
+    def alias(self) -> str:
+        """A path of this very file, for a library that takes only paths; on Linux it stays valid without the name."""
+        alias = f"/proc/self/fd/{self._descriptor}"
+        return alias if os.path.exists(alias) else str(self.path)  # noqa: PTH110 - a string for a library
+
+
+class Reading:
+    """A reading of a file from its beginning, with what a library that reads through Python asks for.
+
+    Attributes:
+        name: The file's name; its ending helps to tell containers apart.
+    """
+
+    def __init__(self, descriptor: int, name: str) -> None:
+        self.name = name
+        self._descriptor, self._at = descriptor, 0
+
+    def read(self, size: int) -> bytes:
+        """The next bytes, `size` at most; none at the end."""
+        found = os.pread(self._descriptor, size, self._at)
+        self._at += len(found)
+        return found
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to a place, and say where that is."""
+        bases = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: os.fstat(self._descriptor).st_size}
+        self._at = max(0, bases[whence] + offset)
+        return self._at
+
+    def tell(self) -> int:
+        """Where the reading is."""
+        return self._at
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[VideoFile]:
+    """Open a regular file, without following links.
+
+    Args:
+        path: Resolved before: a link anywhere in it is refused.
+
+    Raises:
+        VideoOpenError: It is gone, no regular file, or a link leads to it.
+    """
+    path = path.absolute()
+    try:
+        descriptor = _open_without_links(path)
+    except OSError as error:
+        why = "a link leads to it, or it was replaced meanwhile" if error.errno in _LINKS else error.strerror
+        raise VideoOpenError(str(path), why or type(error).__name__) from error
+    except ValueError as error:  # a NUL byte
+        raise VideoOpenError(str(path), str(error)) from error
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise VideoOpenError(str(path), "it is no regular file")
+        yield VideoFile(path, descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _open_without_links(path: Path) -> int:
+    folder = os.open(path.anchor, _FOLDER)
+    try:
+        for part in path.parts[1:-1]:
+            inner = os.open(part, _FOLDER, dir_fd=folder)
+            os.close(folder)
+            folder = inner
+        return os.open(path.name, _FILE, dir_fd=folder)
+    finally:
+        os.close(folder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,30 +184,13 @@ def open_video(file: VideoFile, limits: DecodeLimits, *, probe: bool = True) -> 
     Raises:
         ProbeNeededError: Without `probe`, it has several video streams, or one whose codec may want it.
         VideoOpenError: The file is no complete video.
-        VideoFormatError: The file is of a kind that is never opened.
+        VideoFormatError: The file's format is one that is never opened.
         NoVideoStreamError: It holds no moving pictures.
         VideoEncryptedError: They are encrypted.
         VideoTooLargeError: They have too many pixels.
     """
-    import av
-
     path = file.path
-    # The pixel limit reaches the codecs too, which are run to find out a stream's parameters.
-    options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS, "max_pixels": str(limits.max_pixels)}
-    unprobed = {"options": options | {"probesize": "32"}, "stream_options": [{"skip_frame": "all"}] * _MOST_STREAMS}
-    try:
-        container = av.open(
-            file.reading(), "r", metadata_errors="replace", **({"options": options} if probe else unprobed)
-        )
-    except av.error.FFmpegError as error:
-        raise_out_of_memory(error)
-        if error.errno == errno.EINVAL:
-            raise VideoFormatError(str(path), CONTAINERS) from error
-        raise VideoOpenError(str(path), error.strerror or type(error).__name__) from error
-    except ValueError as error:  # streams that show themselves only by their packets
-        if probe:
-            raise
-        raise ProbeNeededError from error
+    container = _open_container(file, limits, probe=probe)
     with container:
         if not (probe or _says_enough(container)):
             raise ProbeNeededError
@@ -122,6 +200,25 @@ def open_video(file: VideoFile, limits: DecodeLimits, *, probe: bool = True) -> 
         context.thread_count = 1
         context.options = {"max_pixels": str(limits.max_pixels)}
         yield OpenVideo(file, container, stream, _claimed_seconds(container, stream))
+
+
+def _open_container(file: VideoFile, limits: DecodeLimits, *, probe: bool) -> InputContainer:
+    import av
+
+    # The pixel limit reaches the codecs too, which are run to find out a stream's parameters.
+    options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS, "max_pixels": str(limits.max_pixels)}
+    unprobed = {"options": options | {"probesize": "32"}, "stream_options": [{"skip_frame": "all"}] * _MOST_STREAMS}
+    try:
+        return av.open(file.reading(), "r", metadata_errors="replace", **({"options": options} if probe else unprobed))
+    except av.error.FFmpegError as error:
+        raise_out_of_memory(error)
+        if error.errno == errno.EINVAL:
+            raise VideoFormatError(str(file.path), CONTAINERS) from error
+        raise VideoOpenError(str(file.path), error.strerror or type(error).__name__) from error
+    except ValueError as error:  # streams that show themselves only by their packets
+        if probe:
+            raise
+        raise ProbeNeededError from error
 
 
 def packets_of(video: OpenVideo) -> Iterator[Packet[VideoStream]]:
@@ -163,8 +260,8 @@ def _choose_stream(path: Path, container: InputContainer) -> VideoStream:
     playable = [s for s in container.streams.video if s.codec_context is not None and not s.disposition & aside]
     filled = [s for s in playable if s.frames != 0] or playable
     if not filled:
-        kinds = ", ".join(_describe(stream) for stream in container.streams) or "no stream at all"
-        raise NoVideoStreamError(str(path), kinds)
+        found = ", ".join(_describe(stream) for stream in container.streams) or "no stream at all"
+        raise NoVideoStreamError(str(path), found)
     return max(filled, key=lambda s: (s.codec_context.width * s.codec_context.height, -s.index))
 
 
@@ -191,9 +288,8 @@ def _claimed_seconds(container: InputContainer, stream: VideoStream) -> float | 
     else:
         claimed = (container.duration or 0) / _MICROSECONDS
     if "matroska" in container.format.name and stream.start_time and stream.time_base:
-        claimed -= max(
-            0.0, float(stream.start_time * stream.time_base)
-        )  # Matroska counts from zero, not from the start
+        # Matroska counts from zero, not from the start.
+        claimed -= max(0.0, float(stream.start_time * stream.time_base))
     return claimed if claimed > 0 else None
 
 

@@ -1,4 +1,8 @@
-"""What a decoder is: a file and a sampling in, exactly the frames shown at the sampled times out."""
+"""What a decoder is: a file and a sampling in, exactly the frames shown at the sampled times out.
+
+To add one, write a function as `Decoder` describes it in a file beside this one, and name it in `task.DECODERS` and in
+the setting `decoder`.
+"""
 
 from __future__ import annotations
 
@@ -69,11 +73,9 @@ class DecodedVideo:
 
 
 class Decoder(Protocol):
-    """Decodes the sampled frames of one local file, on one thread."""
+    """A function that decodes the sampled frames of one local file, on one thread."""
 
-    name: str
-
-    def decode(self, video: Path, *, sampling: Sampling, short_side_px: int, limits: DecodeLimits) -> DecodedVideo:
+    def __call__(self, video: Path, *, sampling: Sampling, short_side_px: int, limits: DecodeLimits) -> DecodedVideo:
         """Decode the frames shown at the sampled times.
 
         Args:
@@ -87,7 +89,7 @@ class Decoder(Protocol):
 
         Raises:
             VideoOpenError: The file is no complete video.
-            VideoFormatError: The file is of a kind that is never opened.
+            VideoFormatError: The file's format is one that is never opened.
             NoVideoStreamError: It holds no moving pictures.
             VideoEncryptedError: They are encrypted.
             VideoTooLargeError: They have too many pixels.

@@ -1,4 +1,4 @@
-"""The decoder that many know: `import decord`.
+"""The decoder `decord`, which many know.
 
 It seeks by its own index, which is wrong on open groups of pictures, MPEG-TS and streams cut without re-encoding; see
 docs/adr/0001. The container's whitelist and the limits are the same as for the default decoder: PyAV looks first.
@@ -14,33 +14,26 @@ import numpy as np
 
 from extraction_dagster.errors.decode import DecoderMissingError, VideoDecodeError, VideoTooLongError
 from extraction_dagster.records import FrameBatch
-from extraction_dagster.stages.decode.decoders.container import open_video, packets_of, raise_out_of_memory
+from extraction_dagster.stages.decode.decoders.container import open_file, open_video, packets_of, raise_out_of_memory
 from extraction_dagster.stages.decode.decoders.decoder import DecodedVideo, shortfall
 from extraction_dagster.stages.decode.decoders.geometry import Geometry
-from extraction_dagster.stages.decode.decoders.video_file import open_file
 from extraction_dagster.stages.decode.sampling import select_frames
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from extraction_dagster.stages.decode.decoders.container import OpenVideo
+    from extraction_dagster.stages.decode.decoders.container import OpenVideo, VideoFile
     from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits
-    from extraction_dagster.stages.decode.decoders.video_file import VideoFile
     from extraction_dagster.stages.decode.sampling import Sampling
 
 _SOURCE_LINE = re.compile(r"^(\[[0-9:]+\] \S+: )+")
 
 
-class DecordDecoder:
-    """Decodes by decord's `VideoReader`."""
-
-    name = "decord"
-
-    def decode(self, video: Path, *, sampling: Sampling, short_side_px: int, limits: DecodeLimits) -> DecodedVideo:
-        """Decode the frames that decord takes for those shown at the sampled times; see `Decoder.decode`."""
-        decord = _import_decord()
-        with open_file(video) as file:
-            return _decode(decord, file, sampling, short_side_px, limits)
+def decode_with_decord(video: Path, *, sampling: Sampling, short_side_px: int, limits: DecodeLimits) -> DecodedVideo:
+    """Decode the frames that decord takes for those shown at the sampled times; see `Decoder`."""
+    decord = _import_decord()
+    with open_file(video) as file:
+        return _decode(decord, file, sampling, short_side_px, limits)
 
 
 def _decode(

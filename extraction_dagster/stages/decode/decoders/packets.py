@@ -76,6 +76,11 @@ class PacketIndex:
         """The number of packets, P."""
         return len(self.pts)
 
+    def __repr__(self) -> str:
+        """Its size, not its packets."""
+        why = self.irregular or self.stopped or "regular"
+        return f"PacketIndex({len(self)} packets, {np.count_nonzero(self.keyframe)} keyframes, {why})"
+
     def head(self) -> Run | None:
         """The packets whose frames may not decode because the stream's beginning is missing; None when all will.
 

@@ -19,6 +19,7 @@ from extraction_dagster.records import FrameBatch
 from extraction_dagster.stages.decode.decoders.container import (
     ProbeNeededError,
     may_do_without_probe,
+    open_file,
     open_video,
     raise_out_of_memory,
 )
@@ -26,7 +27,6 @@ from extraction_dagster.stages.decode.decoders.decoder import DecodedVideo, shor
 from extraction_dagster.stages.decode.decoders.geometry import Geometry
 from extraction_dagster.stages.decode.decoders.packets import fed_packets, read_packets
 from extraction_dagster.stages.decode.decoders.sequential import decode_sequentially
-from extraction_dagster.stages.decode.decoders.video_file import open_file
 from extraction_dagster.stages.decode.sampling import select_frames
 
 if TYPE_CHECKING:
@@ -35,10 +35,9 @@ if TYPE_CHECKING:
 
     from av.video.frame import VideoFrame
 
-    from extraction_dagster.stages.decode.decoders.container import OpenVideo
+    from extraction_dagster.stages.decode.decoders.container import OpenVideo, VideoFile
     from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits
     from extraction_dagster.stages.decode.decoders.packets import PacketIndex, Run
-    from extraction_dagster.stages.decode.decoders.video_file import VideoFile
     from extraction_dagster.stages.decode.sampling import Sampling, Selection
 
 logger = logging.getLogger(__name__)
@@ -51,22 +50,17 @@ class UnplannedError(Exception):
     """The stream does not decode as its packets promised; caught here, never seen outside."""
 
 
-class PyAVDecoder:
-    """Decodes by libavcodec through PyAV."""
-
-    name = "pyav"
-
-    def decode(self, video: Path, *, sampling: Sampling, short_side_px: int, limits: DecodeLimits) -> DecodedVideo:
-        """Decode the frames shown at the sampled times; see `Decoder.decode`."""
-        with open_file(video) as file:
-            if may_do_without_probe(file):
-                with suppress(UnplannedError, ProbeNeededError, ExtractionError):  # the next attempt finds it as well
-                    return _decode_planned(file, sampling, short_side_px, limits, probe=False)
-            try:
-                return _decode_planned(file, sampling, short_side_px, limits, probe=True)
-            except UnplannedError as unplanned:
-                logger.debug("Decoding %r from its beginning: %s.", str(video), unplanned)
-                return decode_sequentially(file, sampling, short_side_px, limits)
+def decode_with_pyav(video: Path, *, sampling: Sampling, short_side_px: int, limits: DecodeLimits) -> DecodedVideo:
+    """Decode the frames shown at the sampled times, by libavcodec through PyAV; see `Decoder`."""
+    with open_file(video) as file:
+        if may_do_without_probe(file):
+            with suppress(UnplannedError, ProbeNeededError, ExtractionError):  # the next attempt finds it as well
+                return _decode_planned(file, sampling, short_side_px, limits, probe=False)
+        try:
+            return _decode_planned(file, sampling, short_side_px, limits, probe=True)
+        except UnplannedError as unplanned:
+            logger.debug("Decoding %r from its beginning: %s.", str(video), unplanned)
+            return decode_sequentially(file, sampling, short_side_px, limits)
 
 
 def _decode_planned(
@@ -105,7 +99,7 @@ def _seconds(ticks: np.ndarray, video: OpenVideo) -> np.ndarray:
 def _display_order(video: OpenVideo, index: PacketIndex, limits: DecodeLimits) -> np.ndarray:
     """The packets whose frames are shown, in the order in which they are shown."""
     shown = index.shown.copy()
-    head = index.head() if index.clean else None  # else the check of the whole run sees to it
+    head = index.head() if index.clean else None  # else the check of the whole run does it
     if head is not None:
         decoded = {frame.pts for frame in _decode_runs(video, index, [head], limits, targets=None)}
         positions = np.arange(head.last + 1)

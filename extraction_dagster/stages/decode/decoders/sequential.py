@@ -24,9 +24,8 @@ if TYPE_CHECKING:
 
     from av.video.frame import VideoFrame
 
-    from extraction_dagster.stages.decode.decoders.container import OpenVideo
+    from extraction_dagster.stages.decode.decoders.container import OpenVideo, VideoFile
     from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits
-    from extraction_dagster.stages.decode.decoders.video_file import VideoFile
     from extraction_dagster.stages.decode.sampling import Sampling, Selection
 
 # A step back further than this is a new clock (two recordings joined); a smaller one is frames out of order.
@@ -57,7 +56,7 @@ class _Tally:
 
 
 def decode_sequentially(file: VideoFile, sampling: Sampling, short_side_px: int, limits: DecodeLimits) -> DecodedVideo:
-    """Decode every frame and keep the sampled ones; see `Decoder.decode`."""
+    """Decode every frame and keep the sampled ones; see `Decoder`."""
     path, tally = file.path, _Tally()
     with open_video(file, limits) as video:
         seen = [
@@ -94,7 +93,7 @@ def display_times(times: list[int | None], *, gap_ticks: int, new_clock_ticks: i
         Their order, int64, shape (N,), and their ticks from the first on, int64, shape (N,), ascending.
 
     Examples:
-        A clock that starts anew goes on: 50, 55, 0, 5 with gap 5 is 0, 5, 10, 15.
+        A clock that starts again goes on: 50, 55, 0, 5 with gap 5 is 0, 5, 10, 15.
         Frames out of order are sorted: 0, 2, 1 is the order 0, 2, 1.
         Frames without a time come one gap after the other, at the beginning one before the other.
     """

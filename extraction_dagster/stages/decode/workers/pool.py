@@ -8,6 +8,7 @@ run can all be the parent. Killing a worker is always safe: it shares no lock wi
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from enum import Enum
 from multiprocessing.connection import wait
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
     from extraction_dagster.stages.decode.task import DecodeJob
     from extraction_dagster.stages.decode.workers.worker import Report
 
-_TURN_SECONDS = 0.05
+_TURN_SECONDS = 0.05  # between two looks for a job that is not ready yet
+_PULSE_SECONDS = 1.0  # after which a caller that nothing new can be told has its turn
 _MOST_EARLY_ENDS = 8  # of workers, one after the other, before they began with a video: so would all others
 
 
@@ -74,12 +76,30 @@ class Decoded:
     wall_seconds: float = 0.0
 
 
-def decode_all(jobs: Iterable[DecodeJob | None], options: PoolOptions) -> Generator[Decoded, None, None]:
+def decode_all(jobs: Iterable[DecodeJob], options: PoolOptions) -> Generator[Decoded, None, None]:
     """Decode videos in worker processes; the outcomes come as they are ready.
 
-    Jobs are drawn as workers become free, so that no more than `options.workers` are under way; None among them means
-    that the next one is not ready yet, and gives the workers a turn. Closing the iterator, or any exception in it,
-    stops the workers at once.
+    See `decode_as_ready`, whose turns without an outcome are left out.
+    """
+    with closing(decode_as_ready(jobs, options)) as decoded:
+        yield from (item for item in decoded if item is not None)
+
+
+def decode_as_ready(
+    jobs: Iterable[DecodeJob | Decoded | None], options: PoolOptions
+) -> Generator[Decoded | None, None, None]:
+    """Decode videos in worker processes, with a turn for the caller at least every second.
+
+    Jobs are drawn as workers become free, so that no more than `options.workers` are under way. Closing the iterator,
+    or any exception in it, stops the workers at once.
+
+    Args:
+        jobs: None among them means that the next one is not ready yet, and gives the workers a turn; what is decided
+            already, a row whose file could not be fetched say, is handed on.
+        options: How many workers, and what each may cost.
+
+    Yields:
+        Decoded: what became of a video, as soon as it is known; None while nothing is.
 
     Raises:
         DecodeWorkerStartError: A worker can't start; no video is to blame.
@@ -99,27 +119,41 @@ class _Pool:
         self._workers: list[WorkerProcess] = []
         self._returned: list[DecodeJob] = []
         self._early_ends = 0
+        self._more = True
 
-    def run(self, jobs: Iterator[DecodeJob | None]) -> Iterator[Decoded]:
-        more = True
+    def run(self, jobs: Iterator[DecodeJob | Decoded | None]) -> Iterator[Decoded | None]:
         while True:
-            drawn: DecodeJob | _End | None = _End.END
-            while self._has_room() and (more or self._returned):
-                drawn = self._returned.pop() if self._returned else next(jobs, _End.END)
-                if drawn is None:
-                    break
-                if drawn is _End.END:
-                    more = False
-                else:
-                    self._give(drawn)
+            drawn = self._fill(jobs)
+            wait_seconds = _TURN_SECONDS if drawn is None else _PULSE_SECONDS
+            if isinstance(drawn, Decoded):
+                yield from self._hand_over([drawn])
+                wait_seconds = 0.0
             busy = [worker for worker in self._workers if worker.job is not None]
             if busy:
-                for decoded in self._collect(busy, at_most=_TURN_SECONDS if drawn is None else None):
-                    handed_over = time.monotonic()
-                    yield decoded
-                    self._make_up_for(time.monotonic() - handed_over)
-            elif drawn is not None:
+                yield from self._hand_over(self._collect(busy, at_most=wait_seconds))
+            elif drawn is _End.END:
                 return
+            yield from self._hand_over([None])
+
+    def _fill(self, jobs: Iterator[DecodeJob | Decoded | None]) -> Decoded | _End | None:
+        """Give jobs to workers while one is idle; what is drawn and is no job is returned, END when nothing is."""
+        while self._has_room() and (self._more or self._returned):
+            drawn = self._returned.pop() if self._returned else next(jobs, _End.END)
+            if drawn is None or isinstance(drawn, Decoded):
+                return drawn
+            if drawn is _End.END:
+                self._more = False
+            else:
+                self._give(drawn)
+        return _End.END
+
+    def _hand_over(self, items: Iterable[Decoded | None]) -> Iterator[Decoded | None]:
+        """Yield to the caller; the time that it takes, in a slow store say, is not counted as a video's."""
+        for item in items:
+            handed_over = time.monotonic()
+            yield item
+            for worker in self._workers:
+                worker.deadline += time.monotonic() - handed_over
 
     def stop(self) -> None:
         while self._workers:
@@ -129,7 +163,7 @@ class _Pool:
         return len(self._workers) < self._options.workers or any(worker.job is None for worker in self._workers)
 
     def _give(self, job: DecodeJob) -> None:
-        """Hand a job to an idle worker, or to a new one; an idle worker that died meanwhile is replaced."""
+        """Hand a job to an idle worker, or to a new one; an idle worker that has died is replaced."""
         while True:
             worker = next((worker for worker in self._workers if worker.job is None), None)
             if worker is None:
@@ -143,20 +177,14 @@ class _Pool:
             else:
                 return
 
-    def _collect(self, busy: list[WorkerProcess], *, at_most: float | None) -> Iterator[Decoded]:
-        """Wait for the next report, death or deadline, or until a job may be ready."""
+    def _collect(self, busy: list[WorkerProcess], *, at_most: float) -> Iterator[Decoded]:
+        """Wait for the next report, death or deadline, or for `at_most` seconds."""
         left = min(worker.deadline for worker in busy) - time.monotonic()
-        left = left if at_most is None else min(left, at_most)
-        wait([worker.wire for worker in busy], timeout=max(0.0, left))
+        wait([worker.wire for worker in busy], timeout=max(0.0, min(left, at_most)))
         for worker in busy:
             yield from self._hear(worker)
             if worker.job is not None and time.monotonic() >= worker.deadline:
                 yield self._time_out(worker)
-
-    def _make_up_for(self, seconds: float) -> None:
-        """Workers may have waited to be heard while the caller was busy with an outcome, a slow store say."""
-        for worker in self._workers:
-            worker.deadline += seconds
 
     def _hear(self, worker: WorkerProcess) -> Iterator[Decoded]:
         try:
@@ -176,7 +204,7 @@ class _Pool:
             outcome = Outcome(job.record_id, frames=report.result)
         elif fault.out_of_memory:
             error = DecodeMemoryError(job.path, limit_bytes=self._options.memory_bytes)
-            outcome = _failed(job, _fault_of(error), worker.last_words())
+            outcome = _failed(job, error, worker.last_words())
         else:
             outcome = _failed(job, fault, worker.last_words())
         if worker.tasks >= self._options.max_tasks or (fault is not None and fault.out_of_memory):
@@ -189,7 +217,7 @@ class _Pool:
         job, said = _job_of(worker), worker.last_words()
         self._drop(worker)
         error = DecodeTimeoutError(job.path, seconds=self._options.timeout_seconds)
-        return Decoded(_failed(job, _fault_of(error), said), wall_seconds=self._options.timeout_seconds)
+        return Decoded(_failed(job, error, said), wall_seconds=self._options.timeout_seconds)
 
     def _bury(self, worker: WorkerProcess) -> Iterator[Decoded]:
         """Blame a worker's death on its video, unless it died before it took it."""
@@ -200,7 +228,7 @@ class _Pool:
         how = self._drop(worker)
         if worker.taken:
             self._early_ends = 0
-            yield Decoded(_failed(job, _fault_of(DecodeWorkerDiedError(job.path, how=how)), said))
+            yield Decoded(_failed(job, DecodeWorkerDiedError(job.path, how=how), said))
         else:
             self._returned.append(job)
 
@@ -232,11 +260,8 @@ def _job_of(worker: WorkerProcess) -> DecodeJob:
     return worker.job
 
 
-def _fault_of(error: ExtractionError) -> Fault:
-    return Fault(type(error).__name__, str(error), permanent=error.permanent)
-
-
-def _failed(job: DecodeJob, fault: Fault, said: str) -> Outcome:
+def _failed(job: DecodeJob, why: Fault | ExtractionError, said: str) -> Outcome:
+    fault = why if isinstance(why, Fault) else Fault(type(why).__name__, str(why), permanent=why.permanent)
     details = "\n".join(part for part in (fault.traceback.strip(), said) if part)
     message = f"Record {job.record_id}: {fault.message or fault.error_type}"
     return Outcome(

@@ -1,7 +1,7 @@
-"""One worker process, as its parent sees it: started with nothing that a hostile file could want, believed nothing.
+"""One worker process, as its parent sees it: given nothing that a hostile file could want, and not trusted.
 
-It gets no setting and no key of the environment; what it sends back can be built from a handful of classes alone, since
-a pickle may otherwise run whatever it likes in the process that reads it.
+It gets no setting and no key of the environment. What it sends back may be built from a few classes only, since reading
+a pickle can otherwise run any code in the process that reads it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ import time
 from typing import IO, TYPE_CHECKING
 
 from extraction_dagster.records import EncodedFrames
-from extraction_dagster.stages.decode.workers import messages
-from extraction_dagster.stages.decode.workers.worker import READY, TAKEN, Report
+from extraction_dagster.stages.decode.workers.worker import READY, TAKEN, Fault, Inbox, Report, send
 
 if TYPE_CHECKING:
     from extraction_dagster.stages.decode.task import DecodeJob
@@ -39,22 +38,26 @@ ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(2**25),
     "MALLOC_TRIM_THRESHOLD_": str(2**28),
 }
-_PASSED_ON = re.compile(
+_PASSED_VARIABLES = re.compile(
     r"PATH|HOME|TMPDIR|TZ|LANG|LANGUAGE|GLIBC_TUNABLES|(LC|LD|DYLD|PYTHON|MALLOC|DECORD|OPENCV|COV_CORE|COVERAGE)_?\w*"
 )
-_HERE = "extraction_dagster.stages.decode.workers.worker"
-_BELIEVED = frozenset({(_HERE, "Report"), (_HERE, "Fault"), ("extraction_dagster.records", "EncodedFrames")})
-_ARRAYS = frozenset({"ndarray", "dtype", "scalar", "_reconstruct", "_frombuffer"})  # of numpy, wherever they live
+# What a report may be built from: these, and of numpy, in whatever module its releases keep them, these names.
+_ALLOWED_CLASSES = frozenset((allowed.__module__, allowed.__qualname__) for allowed in (Report, Fault, EncodedFrames))
+_ALLOWED_NUMPY = frozenset({"ndarray", "dtype", "scalar", "_reconstruct", "_frombuffer"})
 _START_SECONDS = 120.0
 _REAP_SECONDS = 2.0
 _DETAILS_BYTES = 2000
 
 
 class WorkerProcess:
-    """A worker process and the video that it has.
+    """A worker process and the video that it has; it is started at once, and says when it is ready.
+
+    Args:
+        task: What it runs on each job, as `module:function`.
+        memory_bytes: Address space that it may use beyond its own start.
 
     Attributes:
-        wire: To the process; `receive` reads from it, and neither that nor `give` waits for it for ever.
+        wire: The socket to it; neither `receive` nor `give` waits on it for ever.
         process: The process.
         ready: Whether it has started.
         taken: Whether it has begun with its video.
@@ -64,7 +67,6 @@ class WorkerProcess:
     """
 
     def __init__(self, *, task: str, memory_bytes: int) -> None:
-        """Start the process; it says when it is ready."""
         self.wire, theirs = socket.socketpair()
         self.wire.settimeout(0.0)
         self.log: IO[bytes] = tempfile.TemporaryFile(prefix="extraction-worker-")  # noqa: SIM115 - closed by stop()
@@ -77,10 +79,10 @@ class WorkerProcess:
                 stdout=self.log,
                 stderr=self.log,
                 pass_fds=(theirs.fileno(),),
-                env={**_passed_on(), **ENVIRONMENT},
+                env={**_passed_variables(), **ENVIRONMENT},
                 process_group=0,
             )
-        self._inbox = messages.Inbox(most_bytes=memory_bytes)
+        self._inbox = Inbox(most_bytes=memory_bytes)
         self.ready = False
         self.taken = False
         self.tasks = 0
@@ -95,7 +97,7 @@ class WorkerProcess:
         """
         self.wire.settimeout(_START_SECONDS)
         try:
-            messages.send(self.wire, job)
+            send(self.wire, job)
         finally:
             self.wire.settimeout(0.0)
         self.job = job
@@ -113,12 +115,12 @@ class WorkerProcess:
         """
         while (message := self._inbox.take(self.wire)) is not None:
             said = _Unpickler(io.BytesIO(message)).load()
-            if isinstance(said, Report) and (said.fault is not None or self._is_asked_for(said.result)):
+            if isinstance(said, Report) and (said.fault is not None or self._is_of_its_video(said.result)):
                 return said
-            self._get_on(said)
+            self._note_step(said)
         return None
 
-    def _get_on(self, said: object) -> None:
+    def _note_step(self, said: object) -> None:
         """It started, or took its video: either once, and it has all of its time from then on."""
         if said == READY and not self.ready:
             self.ready = True
@@ -128,7 +130,7 @@ class WorkerProcess:
             raise pickle.UnpicklingError("neither the next step nor the frames of its video")
         self.deadline = time.monotonic() + self._timeout_seconds
 
-    def _is_asked_for(self, result: object) -> bool:
+    def _is_of_its_video(self, result: object) -> bool:
         return isinstance(result, EncodedFrames) and self.job is not None and result.record_id == self.job.record_id
 
     def reap(self) -> None:
@@ -157,10 +159,6 @@ class WorkerProcess:
         self.log.close()
         if self.process.stdin is not None:
             self.process.stdin.close()
-        return self.how()
-
-    def how(self) -> str:
-        """How the process ended, in words."""
         code = self.process.returncode
         if code is None or code >= 0:
             return f"exit code {code}"
@@ -169,16 +167,16 @@ class WorkerProcess:
         return f"killed by signal {-code}"
 
 
-def _passed_on() -> dict[str, str]:
+def _passed_variables() -> dict[str, str]:
     """The variables that an interpreter and its libraries need, and no other."""
-    return {name: value for name, value in os.environ.items() if _PASSED_ON.fullmatch(name)}
+    return {name: value for name, value in os.environ.items() if _PASSED_VARIABLES.fullmatch(name)}
 
 
 class _Unpickler(pickle.Unpickler):
     """Builds what a report is made of, and refuses everything else."""
 
     def find_class(self, module: str, name: str) -> object:
-        of_numpy = module.partition(".")[0] == "numpy" and name in _ARRAYS
-        if not of_numpy and (module, name) not in _BELIEVED:
+        is_numpy = module.partition(".")[0] == "numpy" and name in _ALLOWED_NUMPY
+        if not is_numpy and (module, name) not in _ALLOWED_CLASSES:
             raise pickle.UnpicklingError(f"{module}.{name} is no part of a report")
         return super().find_class(module, name)

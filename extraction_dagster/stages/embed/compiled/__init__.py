@@ -1,1 +1,1 @@
-"""A model's network, compiled once for this machine and kept."""
+"""EXTRACTION_COMPILE: a model's network in ONNX Runtime's format, made once and kept."""

@@ -1,10 +1,10 @@
-"""Compiled networks on disk. Most are native code, so what is loaded is what this user made, here, unaltered.
+"""Compiled networks on disk: what is loaded is what this user made, here, unaltered.
 
     <folder>                    of this user, and writable by nobody else
-        <key>-<sha256>.so       a compiled network (or .onnx); its name says what its bytes hash to
+        <key>-<sha256>.onnx     a compiled network; its name says what its bytes hash to
         <key>.lock              held by the process that compiles it
         <key>.tmp               the folder in which that process works
-        <key>.failed            why it could not be compiled, and with which compiler
+        <key>.failed            why it could not be compiled, and with which packages
 
 A process that is killed while it compiles leaves a `.tmp`, which the next one to compile removes, and no lock.
 """
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from extraction_dagster.errors.embed import ArtifactFolderError
+from extraction_dagster.files import publish
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -37,14 +38,13 @@ _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 class ArtifactFolder:
-    """The folder of compiled networks."""
+    """The folder of compiled networks; it is made when it is first looked into.
+
+    Args:
+        folder: Under the data folder, never a shared place such as the system's temporary folder.
+    """
 
     def __init__(self, folder: Path) -> None:
-        """Use a folder; it is made when it is first looked into.
-
-        Args:
-            folder: Under the data folder, never a shared place such as the system's temporary folder.
-        """
         self.folder = folder
 
     def find(self, key: str) -> Path | None:
@@ -63,8 +63,8 @@ class ArtifactFolder:
         return None
 
     def discard(self, path: Path, why: str) -> None:
-        """Remove a compiled network that does not do."""
-        _log.warning("The compiled network %s %s; it is removed and made anew", path, why)
+        """Remove a compiled network that can't be used."""
+        _log.warning("The compiled network %s %s; it is removed and made again", path, why)
         path.unlink(missing_ok=True)
 
     @contextmanager
@@ -88,10 +88,8 @@ class ArtifactFolder:
     def keep(self, key: str, made: Path) -> Path:
         """Put a compiled network in its place, whole or not at all; those unused for a month go."""
         made.chmod(0o600)
-        with made.open("rb") as file:
-            os.fsync(file.fileno())
         path = self.folder / f"{key}-{self._sha256(made)}{made.suffix}"
-        made.replace(path)
+        publish(made, path)
         (self.folder / f"{key}.failed").unlink(missing_ok=True)
         for other in self.folder.glob("*-*.*"):
             with suppress(FileNotFoundError):
@@ -100,7 +98,7 @@ class ArtifactFolder:
         return path
 
     def remember_failure(self, key: str, compiler: str, why: str) -> None:
-        """Keep the reason, so that not every process finds it out anew."""
+        """Keep the reason, so that the next process does not try the same."""
         (self.folder / f"{key}.failed").write_text(json.dumps({"compiler": compiler, "why": why}), "utf-8")
 
     def failure(self, key: str, compiler: str) -> str | None:

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
+import struct
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from extraction_dagster.errors.embed import ModelFilesError
-from extraction_dagster.stages.embed.models.config import asks_elsewhere, code_names, numbers
-from extraction_dagster.stages.embed.models.safetensors_header import HeaderError, num_weights, tensor_shapes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
 CONFIG: Final = "config.json"
@@ -57,6 +57,15 @@ _OUTPUTS: Final = {
     "dinov2_with_registers": "embeddings.patch_embeddings.projection.weight",
 }
 _PROJECTED: Final = {"clip": ("", "projection_dim", 512), "siglip": ("vision_config", "hidden_size", 768)}
+_CODE: Final = {"auto_map", "custom_pipelines"}
+_ATTENTION: Final = {"attn_implementation", "_attn_implementation"}
+# transformers would read weights from another file than is looked at; compute in another type than was set; fetch
+# kernels, which are code, from the hub, if the package for that is there.
+_ELSEWHERE: Final = {"transformers_weights", "quantization_config", *_ATTENTION}
+_OWN_ATTENTION: Final = {"eager", "sdpa"}
+# A safetensors file is: length of the header (8 bytes), header (JSON), tensors.
+_MOST_HEADER_BYTES: Final = 64 * 2**20
+_LENGTH_BYTES: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +171,7 @@ class _Inspection:
             if file != WEIGHTS_INDEX
             for name, shape in self.shapes(path).items()
         }
-        folder = ModelFolder(self.model, self.path, config, files | weights, num_weights(shapes))
+        folder = ModelFolder(self.model, self.path, config, files | weights, sum(map(math.prod, shapes.values())))
         self.check_dim(folder, shapes)
         return folder
 
@@ -200,16 +209,16 @@ class _Inspection:
 
     def check_architecture(self, config: Mapping[str, Any]) -> None:
         kind = config.get("model_type")
-        if not self.trusted and kind not in MODEL_TYPES and not code_names(config):
+        if not self.trusted and kind not in MODEL_TYPES and not _code_names(config):
             fixed = " (SigLIP 2 at a fixed resolution has the type siglip)" if kind == "siglip2" else ""
             self.refuse(
                 CONFIG, f"model_type {kind!r}", f"one of {', '.join(MODEL_TYPES)}{fixed}", "Choose another model."
             )
-        for name, value in numbers(config):
+        for name, value in _numbers(config):
             most = _MOST_LAYERS if name == _LAYERS else _LARGEST_NUMBER
             if not -most <= value <= most:
                 self.refuse(CONFIG, f"{name} {str(value)[:20]}", f"at most {most}")
-        if asked := asks_elsewhere(config):
+        if asked := _asks_elsewhere(config):
             expected = f"plain weights in {WEIGHTS} and torch's own attention"
             self.refuse(CONFIG, f"{asked[0]} {asked[1]!r}", expected, f"Take {asked[0]} out, or choose another model.")
         for part in ("vision_config", "text_config"):
@@ -222,7 +231,7 @@ class _Inspection:
                 self.refuse(name, f"{path.stat().st_size} bytes", f"at most {_MOST_VOCABULARY_BYTES}")
             return
         most = _MOST_TOKENIZER_JSON_BYTES if name in TOKENIZER_FILES else _MOST_JSON_BYTES
-        code = code_names(self.read_json(path, most))
+        code = _code_names(self.read_json(path, most))
         if code and not self.trusted:
             fix = f"Read that code; to let it run, set EXTRACTION_TRUST_REMOTE_CODE={self.model}."
             own = f"Python code of the model's own ({code[:200]})"
@@ -251,8 +260,8 @@ class _Inspection:
 
     def shapes(self, path: Path) -> dict[str, tuple[int, ...]]:
         try:
-            return tensor_shapes(path)
-        except HeaderError as error:
+            return _tensor_shapes(path)
+        except _HeaderError as error:
             self.refuse(path.name, error.got, error.expected)
 
     def check_dim(self, folder: ModelFolder, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -281,3 +290,76 @@ def _stamp(path: Path) -> tuple[int, int]:
 def _sha256(path: Path, size: int, mtime_ns: int) -> str:  # noqa: ARG001 - a changed file is hashed again
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _code_names(described: Mapping[str, Any]) -> str:
+    """The Python code that a file asks for; empty for none."""
+    return ", ".join(str(value) for name, value in _leaves(described) if name in _CODE)
+
+
+def _asks_elsewhere(config: Mapping[str, Any]) -> tuple[str, object] | None:
+    """The first thing in a configuration that would have more read, or run, than the folder's plain weights."""
+    for name, value in _leaves(config):
+        own = name in _ATTENTION and isinstance(value, str) and value in _OWN_ATTENTION
+        if name in _ELSEWHERE and value is not None and not own:
+            return name, value
+    return None
+
+
+def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Every number, with its name."""
+    for name, value in _leaves(config):
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield name, value
+
+
+def _leaves(described: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    """Every value with its name, in order; what is asked for stays whole."""
+    # A list instead of recursion: a hostile file may be nested deeper than Python's stack.
+    waiting: list[tuple[str, object]] = [("", described)]
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, dict) and name not in _CODE | _ELSEWHERE:
+            waiting += reversed(value.items())
+        elif isinstance(value, list):
+            waiting += [(name, part) for part in reversed(value)]
+        else:
+            yield name, value
+
+
+class _HeaderError(ValueError):
+    """The header of a safetensors file can't be read, or does not fit the file."""
+
+    def __init__(self, got: str, expected: str = "a safetensors file") -> None:
+        self.got, self.expected = got, expected
+        super().__init__(f"got {got}, expected {expected}")
+
+
+def _tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor, by name.
+
+    Raises:
+        _HeaderError: The header is damaged, lies, or disagrees with the file's size.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(_LENGTH_BYTES)
+        length = struct.unpack("<Q", start)[0] if len(start) == _LENGTH_BYTES else 0
+        if not len("{}") <= length <= min(size - _LENGTH_BYTES, _MOST_HEADER_BYTES):
+            raise _HeaderError(f"a header of {length} bytes in a file of {size}")
+        header = file.read(length)
+    try:
+        tensors = {name: part for name, part in json.loads(header).items() if name != "__metadata__"}
+        end = max((_whole(part["data_offsets"])[1] for part in tensors.values()), default=0)
+        shapes = {name: _whole(part["shape"]) for name, part in tensors.items()}
+    except (ValueError, RecursionError, AttributeError, KeyError, TypeError, IndexError) as error:
+        raise _HeaderError(f"no readable header ({type(error).__name__})") from error
+    if end != size - _LENGTH_BYTES - length:
+        raise _HeaderError(f"{size} bytes", f"{end + _LENGTH_BYTES + length}, as its header says")
+    return shapes
+
+
+def _whole(numbers: list[int]) -> tuple[int, ...]:
+    if not all(isinstance(number, int) and number >= 0 for number in numbers):
+        raise ValueError(numbers)
+    return tuple(numbers)

@@ -15,13 +15,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from extraction_dagster.errors.base import ExtractionError
 from extraction_dagster.errors.embed import ModelFilesError, ModelLibraryError
-from extraction_dagster.stages.embed.gpu_lease import LEASES
 from extraction_dagster.stages.embed.models import hub
 from extraction_dagster.stages.embed.models.folder import inspect_folder
-from extraction_dagster.stages.embed.models.preprocess import arithmetic
-from extraction_dagster.stages.embed.models.transformers_pixels import AS_PROCESSOR, Pixels
-from extraction_dagster.stages.embed.passes import ResidentModel
-from extraction_dagster.stages.embed.runtime import autocast, resize_device, resolve_device, tune_process
+from extraction_dagster.stages.embed.models.interface import EmbeddingModel, ModelFamily
+from extraction_dagster.stages.embed.models.preprocess import AS_PROCESSOR, ProcessorPixels, arithmetic
+from extraction_dagster.stages.embed.runtime import autocast, open_device, resize_device
 from extraction_dagster.stages.embed.vectors import normalise
 
 if TYPE_CHECKING:
@@ -86,20 +84,22 @@ def _folder(settings: Settings) -> Path:
     return Path(settings.model).expanduser().absolute()
 
 
-class TransformersModel(ResidentModel):
-    """A model of transformers, resident on one device."""
+class TransformersModel(EmbeddingModel):
+    """A model of transformers.
+
+    Args:
+        name: The model's name.
+        network: In evaluation mode, on the device.
+        pixels: What its processor does.
+        where: device, fingerprint and dtype.
+
+    Raises:
+        ModelFilesError: Its vector of a plain picture is not finite, or has no length.
+    """
 
     network: torch.nn.Module
 
-    def __init__(self, name: str, network: torch.nn.Module, pixels: Pixels, **where: str) -> None:
-        """Take a network and its pixels.
-
-        Args:
-            name: The model's name.
-            network: In evaluation mode, on the device.
-            pixels: What its processor does.
-            where: device, fingerprint and dtype.
-        """
+    def __init__(self, name: str, network: torch.nn.Module, pixels: ProcessorPixels, **where: str) -> None:
         import torch
 
         super().__init__(name, network, device=where["device"], fingerprint=where["fingerprint"])
@@ -107,7 +107,7 @@ class TransformersModel(ResidentModel):
         self._scale, self._offset = (
             torch.from_numpy(part).to(self.device)[None, :, None, None] for part in (pixels.scale, pixels.offset)
         )
-        self.dim = self._try()
+        self.network_dim = self._try()
 
     def _try(self) -> int:
         """The length of its vectors, once two pictures have got sound ones."""
@@ -132,10 +132,9 @@ class TransformersModel(ResidentModel):
 
 
 class TransformersTextModel(TransformersModel):
-    """A model that puts texts beside images."""
+    """A `TransformersModel` that puts texts beside images; `tokenize` makes texts into tokens."""
 
     def __init__(self, *args: Any, tokenize: Callable[[list[str]], Any], **where: Any) -> None:  # noqa: ANN401 - handed on
-        """Take what a `TransformersModel` takes, and what makes texts into tokens."""
         super().__init__(*args, **where)
         self._tokenize = tokenize
 
@@ -144,10 +143,10 @@ class TransformersTextModel(TransformersModel):
         with self._torch.inference_mode(), autocast(self.device, self._dtype):
             tokens = self._tokenize(list(texts)).to(self.device)
             vectors: np.ndarray[Any, Any] = _features(self.network, "get_text_features", **tokens).float().cpu().numpy()
-            return vectors
+            return vectors[:, : self.dim]
 
 
-def load(settings: Settings, *, fingerprint: str) -> TransformersModel:
+def load(settings: Settings, fingerprint: str) -> TransformersModel:
     """Load a model of transformers onto the configured device.
 
     Raises:
@@ -155,10 +154,9 @@ def load(settings: Settings, *, fingerprint: str) -> TransformersModel:
         ModelFilesError: The files are missing, damaged, refused, or don't fit each other.
         EmbeddingDeviceError: The device is not there.
     """
-    device = resolve_device(settings.device, settings.home / LEASES)
+    device = open_device(settings)
     _need_library(settings.model)
     folder = inspect(settings)
-    tune_process(device, settings.embed_threads)
     where = {"device": device, "fingerprint": fingerprint, "dtype": settings.embed_dtype}
     options = {"trust_remote_code": is_trusted(settings), "local_files_only": True}
     with _as_refusal(folder), _quiet():
@@ -216,10 +214,11 @@ def _read_network(folder: ModelFolder, options: Mapping[str, Any]) -> torch.nn.M
     return network.eval().requires_grad_(requires_grad=False)  # type: ignore[no-any-return] # AutoModel is untyped
 
 
-def _read_pixels(folder: ModelFolder, options: Mapping[str, Any], device: str | None) -> Pixels:
+def _read_pixels(folder: ModelFolder, options: Mapping[str, Any], device: str | None) -> ProcessorPixels:
     import transformers
 
-    return Pixels(transformers.AutoImageProcessor.from_pretrained(folder.path, backend="pil", **options), device)
+    processor = transformers.AutoImageProcessor.from_pretrained(folder.path, backend="pil", **options)
+    return ProcessorPixels(processor, device)
 
 
 def _features(network: Any, method: str, **inputs: torch.Tensor) -> torch.Tensor:  # noqa: ANN401 - any architecture
@@ -273,3 +272,26 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+def _hub_identity(settings: Settings) -> dict[str, object]:
+    hub.check_pinned(settings.model)
+    return settings_identity(settings)
+
+
+FOLDERS: Final = ModelFamily(
+    shown="./folder or /folder, saved by transformers",
+    answers_for=answers_for_folder,
+    settings_identity=settings_identity,
+    identity=identity,
+    dim=declared_dim,
+    load=load,
+)
+HUB: Final = ModelFamily(
+    shown=hub.SHOWN,
+    answers_for=hub.answers_for,
+    settings_identity=_hub_identity,
+    identity=_hub_identity,  # the commit names every byte of the files
+    dim=lambda _: None,
+    load=load,
+)

@@ -8,51 +8,38 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-import numpy as np
-
-from extraction_dagster.errors.base import RecordShapeError
 from extraction_dagster.errors.index import (
-    CollectionMismatchError,
     CollectionMissingError,
     StoreBusyError,
     StoreEngineError,
     StoreNotOpenError,
     StoreUnreadableError,
 )
-from extraction_dagster.stages.index.edge.files import EdgeFiles
-from extraction_dagster.stages.index.filters import Dialect, PointFilter, translate
-from extraction_dagster.stages.index.points import PointBatch
-from extraction_dagster.stages.index.protocol import (
-    MAX_BYTES_PER_CALL,
-    MAX_POINTS_PER_CALL,
-    PAYLOAD_INDEXES,
-    CollectionSpec,
-    Hit,
-)
+from extraction_dagster.stages.index.edge.collection_folder import EdgeFiles
+from extraction_dagster.stages.index.points import Dialect
+from extraction_dagster.stages.index.protocol import PAYLOAD_INDEXES, CollectionSpec, PointStore
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
-    from types import TracebackType
 
     import qdrant_edge
 
-_PAGE = 4096
+    from extraction_dagster.stages.index.points import PointBatch
 
 
-class EdgeStore:
-    """A `PointStore` on the embedded engine; see `PointStore` for what each method promises."""
+class EdgeStore(PointStore):
+    """The store on the embedded engine. Nothing is created or held before a collection is opened.
+
+    Args:
+        home: The folder under which collections lie.
+        wait_seconds: How long to wait for another process to release it.
+    """
 
     def __init__(self, home: Path, *, wait_seconds: float = 0.0) -> None:
-        """Name the folder under which collections lie; nothing is created or held before one is opened.
-
-        Args:
-            home: The folder.
-            wait_seconds: How long to wait for another process to let go of it.
-        """
         self._home = home
         self._wait_seconds = wait_seconds
         self._files: EdgeFiles | None = None
@@ -68,12 +55,11 @@ class EdgeStore:
         with self._opening(spec.name) as files:
             current = files.current
             if current is not None and not staged:
-                found = files.spec(current)
-                _refuse_other_vectors(found, spec, str(files.folder))
+                spec.require_same_vectors(files.spec(current), str(files.folder))
             elif not files.exists(spec.fingerprint):
                 files.create(spec, functools.partial(_create, spec=spec))
             self._load(files, spec.fingerprint)
-            _refuse_other_vectors(files.spec(spec.fingerprint), spec, str(files.folder))
+            spec.require_same_vectors(files.spec(spec.fingerprint), str(files.folder))
             if current is None and not staged:
                 files.publish(spec.fingerprint)
 
@@ -90,7 +76,7 @@ class EdgeStore:
 
     def publish(self) -> None:
         """Make the open collection the one in use."""
-        files, spec, _ = self._open("publish a collection")
+        spec, files, _ = self._open("publish a collection")
         self.flush()
         files.publish(spec.fingerprint)
 
@@ -114,98 +100,8 @@ class EdgeStore:
             if not held:
                 files.release()
 
-    def upsert(self, batch: PointBatch) -> None:
-        """Write points; the engine applies them before it returns."""
-        import qdrant_edge as edge
-
-        _, spec, engine = self._open("write points")
-        if batch.dim != spec.dim and len(batch):
-            raise RecordShapeError(
-                record="PointBatch", why=f"collection {spec.name!r} takes dim {spec.dim}", shapes=f"dim {batch.dim}"
-            )
-        for chunk in batch.chunks(max_points=MAX_POINTS_PER_CALL, max_bytes=MAX_BYTES_PER_CALL):
-            points = [
-                edge.Point(point_id, vector, dict(payload))
-                for point_id, vector, payload in zip(chunk.ids, chunk.vectors.tolist(), chunk.payloads, strict=True)
-            ]
-            with self._engine_errors("write points"):
-                engine.update(edge.UpdateOperation.upsert_points(points))
-
-    def count(self, filters: PointFilter | None = None) -> int:
-        """The exact number of points."""
-        import qdrant_edge as edge
-
-        _, _, engine = self._open("count points")
-        with self._engine_errors("count points"):
-            return engine.count(edge.CountRequest(exact=True, filter=translate(filters, _dialect())))
-
-    def count_by_record(self, filters: PointFilter | None = None) -> dict[int, int]:
-        """The exact number of points of each record that has any."""
-        import qdrant_edge as edge
-
-        _, _, engine = self._open("count points")
-        limit = _PAGE
-        while True:
-            request = edge.FacetRequest("record_id", limit=limit, exact=True, filter=translate(filters, _dialect()))
-            with self._engine_errors("count points"):
-                hits = engine.facet(request).hits
-            if len(hits) < limit:
-                return {int(hit.value): hit.count for hit in hits}
-            limit *= 8
-
-    def delete(self, filters: PointFilter) -> None:
-        """Remove points; the engine applies it before it returns."""
-        import qdrant_edge as edge
-
-        _, _, engine = self._open("remove points")
-        if not filters.names_points:
-            raise RecordShapeError(
-                record="PointFilter", why="removing needs records or points by name", shapes=repr(filters)
-            )
-        with self._engine_errors("remove points"):
-            condition = translate(filters, _dialect())
-            engine.update(edge.UpdateOperation.delete_points_by_filter(cast("edge.Filter", condition)))
-
-    def search(
-        self,
-        vector: np.ndarray,
-        *,
-        limit: int,
-        filters: PointFilter | None = None,
-        score_threshold: float | None = None,
-    ) -> list[Hit]:
-        """The points nearest to a vector."""
-        import qdrant_edge as edge
-
-        _, _, engine = self._open("search")
-        request = edge.QueryRequest(
-            limit=limit,
-            query=edge.Query.Nearest(vector.astype(np.float32).tolist()),
-            filter=translate(filters, _dialect()),
-            score_threshold=score_threshold,
-            with_payload=True,
-        )
-        with self._engine_errors("search"):
-            found = engine.query(request)
-        return sorted((Hit.from_payload(hit.payload or {}, hit.score) for hit in found), key=lambda hit: hit.order)
-
-    def point_ids(self, filters: PointFilter | None = None) -> set[str]:
-        """The ids of the points."""
-        return {str(record.id) for page in self._pages(filters, _PAGE, content=False) for record in page}
-
-    def read(
-        self, filters: PointFilter | None = None, *, batch_size: int = MAX_POINTS_PER_CALL
-    ) -> Iterator[PointBatch]:
-        """The points themselves, in the order of their ids."""
-        for page in self._pages(filters, batch_size, content=True):
-            yield PointBatch(
-                ids=tuple(str(record.id) for record in page),
-                vectors=np.asarray([record.vector for record in page], dtype=np.float32),
-                payloads=tuple(record.payload or {} for record in page),
-            )
-
     def optimize(self) -> None:
-        """Give back the room of removed points and build the vector index."""
+        """Free the disk space of removed points and build the vector index."""
         _, _, engine = self._open("optimize")
         with self._engine_errors("optimize"):
             engine.optimize()
@@ -217,7 +113,7 @@ class EdgeStore:
             engine.flush()
 
     def close(self) -> None:
-        """Let go of the store; it can be opened again."""
+        """Release the store; it can be opened again."""
         try:
             self._unload()
         finally:
@@ -225,19 +121,9 @@ class EdgeStore:
                 self._files.release()
             self._files = None
 
-    def __enter__(self) -> Self:
-        """The store."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Let go of the store."""
-        self.close()
-
     @contextlib.contextmanager
     def _opening(self, name: str) -> Iterator[EdgeFiles]:
-        """Hold the folder of a name; let go of it again when opening fails."""
+        """Lock the folder of a name; unlock it again when opening fails."""
         if self._files is None or self._files.folder.name != name:
             self.close()
             self._files = EdgeFiles(self._home / name)
@@ -268,10 +154,71 @@ class EdgeStore:
         if engine is not None:
             engine.close()
 
-    def _open(self, operation: str) -> tuple[EdgeFiles, CollectionSpec, qdrant_edge.EdgeShard]:
+    def _open(self, operation: str) -> tuple[CollectionSpec, EdgeFiles, qdrant_edge.EdgeShard]:
         if self._files is None or self._spec is None or self._engine is None:
             raise StoreNotOpenError(operation, str(self._home))
-        return self._files, self._spec, self._engine
+        return self._spec, self._files, self._engine
+
+    @property
+    def _dialect(self) -> Dialect:
+        return _dialect()
+
+    def _write(self, batch: PointBatch) -> None:
+        """The engine applies a write before it returns."""
+        import qdrant_edge as edge
+
+        _, _, engine = self._open("write points")
+        points = [
+            edge.Point(point_id, vector, dict(payload))
+            for point_id, vector, payload in zip(batch.ids, batch.vectors.tolist(), batch.payloads, strict=True)
+        ]
+        with self._engine_errors("write points"):
+            engine.update(edge.UpdateOperation.upsert_points(points))
+
+    def _remove(self, condition: Any) -> None:  # noqa: ANN401 - the engine's own filter
+        import qdrant_edge as edge
+
+        _, _, engine = self._open("remove points")
+        with self._engine_errors("remove points"):
+            engine.update(edge.UpdateOperation.delete_points_by_filter(condition))
+
+    def _count(self, condition: Any) -> int:  # noqa: ANN401
+        import qdrant_edge as edge
+
+        _, _, engine = self._open("count points")
+        with self._engine_errors("count points"):
+            return engine.count(edge.CountRequest(exact=True, filter=condition))
+
+    def _count_by_record(self, condition: Any, limit: int) -> list[Any]:  # noqa: ANN401
+        import qdrant_edge as edge
+
+        _, _, engine = self._open("count points")
+        with self._engine_errors("count points"):
+            return engine.facet(edge.FacetRequest("record_id", limit=limit, exact=True, filter=condition)).hits
+
+    def _nearest(self, vector: list[float], limit: int, condition: Any, score_threshold: float | None) -> list[Any]:  # noqa: ANN401
+        import qdrant_edge as edge
+
+        _, _, engine = self._open("search")
+        request = edge.QueryRequest(
+            limit=limit,
+            query=edge.Query.Nearest(vector),
+            filter=condition,
+            score_threshold=score_threshold,
+            with_payload=True,
+        )
+        with self._engine_errors("search"):
+            return engine.query(request)
+
+    def _page(self, condition: Any, size: int, offset: Any, *, content: bool) -> tuple[list[Any], Any]:  # noqa: ANN401
+        import qdrant_edge as edge
+
+        _, _, engine = self._open("read points")
+        request = edge.ScrollRequest(
+            offset=offset, limit=size, filter=condition, with_payload=content, with_vector=content
+        )
+        with self._engine_errors("read points"):
+            return engine.scroll(request)
 
     @contextlib.contextmanager
     def _engine_errors(self, operation: str) -> Iterator[None]:
@@ -279,31 +226,6 @@ class EdgeStore:
             yield
         except Exception as error:
             raise StoreEngineError(operation, str(self._home), str(error)) from error
-
-    def _pages(self, filters: PointFilter | None, size: int, *, content: bool) -> Iterator[list[Any]]:
-        import qdrant_edge as edge
-
-        _, _, engine = self._open("read points")
-        offset: Any = None
-        while True:
-            request = edge.ScrollRequest(
-                offset=offset,
-                limit=size,
-                filter=translate(filters, _dialect()),
-                with_payload=content,
-                with_vector=content,
-            )
-            with self._engine_errors("read points"):
-                page, offset = engine.scroll(request)
-            if page:
-                yield page
-            if offset is None:
-                return
-
-
-def _refuse_other_vectors(found: CollectionSpec, spec: CollectionSpec, where: str) -> None:
-    if (found.dim, found.fingerprint) != (spec.dim, spec.fingerprint):
-        raise CollectionMismatchError(spec.name, where, got=found.vectors, expected=spec.vectors)
 
 
 def _create(path: Path, *, spec: CollectionSpec) -> None:

@@ -5,12 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from extraction_dagster.errors.index import (
-    CollectionInUseError,
-    CollectionMismatchError,
-    CollectionMissingError,
-    CollectionNameTakenError,
-)
+from extraction_dagster.errors.index import CollectionInUseError, CollectionMissingError, CollectionNameTakenError
 from extraction_dagster.stages.index.protocol import PAYLOAD_INDEXES, CollectionSpec
 from extraction_dagster.stages.index.server.retry import is_already_there, require_completed
 
@@ -24,7 +19,7 @@ _METADATA_KEY = "extraction"
 
 
 class _Call(Protocol):
-    """Make a call to the server, and repeat it while its failure may pass."""
+    """Make a call to the server, and repeat it while its failure is temporary."""
 
     def __call__(self, operation: str, function: Callable[[], _Result], /) -> _Result: ...
 
@@ -38,13 +33,13 @@ class ServerCollections:
     call: _Call
 
     def behind(self, name: str) -> str | None:
-        """The collection that a name stands for: an alias' target, or a collection of that very name."""
+        """The collection that a name stands for: an alias' target, or a collection with exactly that name."""
         aliases = self.call("list aliases", self.client.get_aliases).aliases
         found = {alias.alias_name: alias.collection_name for alias in aliases}
         return found.get(name) or (name if self.exists(name) else None)
 
     def exists(self, target: str) -> bool:
-        """Whether there is a collection of this very name."""
+        """Whether there is a collection with exactly this name."""
         return bool(self.call("look up a collection", lambda: self.client.collection_exists(target)))
 
     def under(self, name: str) -> dict[str, bool]:
@@ -79,9 +74,7 @@ class ServerCollections:
         """
         if not self.exists(target):
             self._create(target, spec)
-        found = self.spec(target, spec.name)
-        if (found.dim, found.fingerprint) != (spec.dim, spec.fingerprint):
-            raise CollectionMismatchError(spec.name, self.url, got=found.vectors, expected=spec.vectors)
+        spec.require_same_vectors(self.spec(target, spec.name), self.url)
         info = self.call("look up a collection", lambda: self.client.get_collection(target))
         for field, kind in PAYLOAD_INDEXES.items():
             if field not in (info.payload_schema or {}):
@@ -137,7 +130,7 @@ class ServerCollections:
             try:
                 self.client.create_collection(target, vectors_config=vectors, metadata=metadata)
             except Exception as error:
-                # Another run was quicker, or an earlier try of ours whose answer was lost.
+                # Another run created it meanwhile, or an earlier try of ours whose answer was lost.
                 if not is_already_there(error):
                     raise
 

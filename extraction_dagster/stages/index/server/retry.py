@@ -1,4 +1,4 @@
-"""Which of a server's failures may pass, and how long to wait before asking again."""
+"""Which of a server's failures are temporary, and how long to wait before the next try."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def require_completed(result: models.UpdateResult) -> None:
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How a call that may succeed later is repeated: exponential back-off with full jitter.
+    """How a call is repeated that may succeed later: exponential back-off with full jitter.
 
     Attributes:
         attempts: Tries in all.
@@ -54,11 +54,11 @@ class RetryPolicy:
     sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
 
     def call(self, operation: str, url: str, function: Callable[[], _Result]) -> _Result:
-        """Call, and call again while the failure may pass.
+        """Call, and call again while the failure is temporary.
 
         Raises:
-            StoreUnavailableError: It did not pass.
-            StoreRefusedError: It was not of that kind.
+            StoreUnavailableError: Every try failed.
+            StoreRefusedError: The failure is not temporary.
         """
         retrying = tenacity.Retrying(
             stop=tenacity.stop_after_attempt(self.attempts),
@@ -110,7 +110,7 @@ def reason(error: BaseException) -> str:
 
 
 def is_already_there(error: BaseException) -> bool:
-    """Whether a creation failed because somebody else was quicker."""
+    """Whether a creation failed because the collection exists by now."""
     return _grpc_code(error) == "ALREADY_EXISTS" or "already exists" in str(error).lower()
 
 
@@ -121,7 +121,7 @@ def _from_server(error: BaseException) -> bool:
 
 
 def _grpc_code(error: BaseException) -> str | None:
-    """The status of a gRPC error, which is told by its `code` method."""
+    """The status of a gRPC error, which its `code` method returns."""
     code = getattr(error, "code", None)
     return getattr(code(), "name", None) if callable(code) else None
 

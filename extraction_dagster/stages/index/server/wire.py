@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from extraction_dagster.stages.index.filters import Dialect
+from extraction_dagster.stages.index.points import Dialect
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -55,9 +55,9 @@ class Faulty:
 def make_fetcher(settings):
     made = []
 
-    def make(*, store=None, **overrides):
-        chosen = settings(**{"allowed_buckets": ("s3://videos",), "fetch_attempts": 3, **overrides})
-        fetcher = Fetcher.from_settings(chosen, wait_seconds=0.001)
+    def make(*, store=None, attempts=3, **overrides):
+        chosen = settings(**{"allowed_buckets": ("s3://videos",), **overrides})
+        fetcher = Fetcher(chosen, attempts=attempts, wait_seconds=0.001)
         if store is not None:
             fetcher._buckets._make["s3"] = fetcher._buckets._make["gs"] = lambda: store
         made.append(fetcher)
@@ -165,7 +165,7 @@ def test_sizes_are_limited_before_anything_is_read(s3, make_fetcher, row):
 def test_a_store_that_is_down_fails_the_record_for_now(make_fetcher, row, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:1")
     with pytest.raises(FileUnavailableError, match=r"the store failed .*, in 1 tries") as raised:
-        make_fetcher(fetch_attempts=1).fetch(row("s3://videos/a.mp4"))
+        make_fetcher(attempts=1).fetch(row("s3://videos/a.mp4"))
     assert not raised.value.permanent
 
 
@@ -177,13 +177,13 @@ def test_a_store_that_is_slow_ends_with_the_time(make_fetcher, row):
         cat_file = info
 
     with pytest.raises(DownloadTimeoutError, match=r"did not arrive within 0\.5 s"):
-        make_fetcher(store=Slow(), fetch_timeout_seconds=0.5, fetch_attempts=20).fetch(row("s3://videos/a"))
+        make_fetcher(store=Slow(), fetch_timeout_seconds=0.5, attempts=20).fetch(row("s3://videos/a"))
 
 
 @pytest.mark.usefixtures("s3")
 def test_missing_credentials_are_no_records_fault(make_fetcher, row, monkeypatch):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-    with pytest.raises(FetchCredentialsError, match=r"s3://videos/a\.mp4' do not do: NoCredentialsError"):
+    with pytest.raises(FetchCredentialsError, match=r"s3://videos/a\.mp4' are not accepted: NoCredentialsError"):
         make_fetcher().fetch(row("s3://videos/a.mp4"))
 
 
@@ -191,8 +191,8 @@ def test_missing_credentials_are_no_records_fault(make_fetcher, row, monkeypatch
     ("code", "kind", "says"),
     [
         ("AccessDenied", FileRefusedError, "403 Forbidden"),
-        ("ExpiredToken", FetchCredentialsError, "do not do: ExpiredToken"),
-        ("SignatureDoesNotMatch", FetchCredentialsError, "do not do: SignatureDoesNotMatch"),
+        ("ExpiredToken", FetchCredentialsError, "are not accepted: ExpiredToken"),
+        ("SignatureDoesNotMatch", FetchCredentialsError, "are not accepted: SignatureDoesNotMatch"),
         ("NoSuchBucket", FileRefusedError, "404 Not Found"),
         ("SlowDown", FileUnavailableError, r"the store failed \(SlowDown\), in 3 tries"),
         ("InternalError", FileUnavailableError, r"the store failed \(InternalError\), in 3 tries"),
@@ -231,8 +231,8 @@ def test_a_missing_package_is_named_with_its_extra_before_any_row(scheme, packag
     there = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else there(name))
     with pytest.raises(FetchExtraMissingError, match=rf"{package} is not .*'extraction-dagster\[{scheme}\]'"):
-        Fetcher.from_settings(settings(allowed_buckets=(f"{scheme}://videos",)))
-    Fetcher.from_settings(settings())
+        Fetcher(settings(allowed_buckets=(f"{scheme}://videos",)))
+    Fetcher(settings())
 
 
 def test_google_objects_arrive_whole_and_in_one_version(plain_server, make_fetcher, row):

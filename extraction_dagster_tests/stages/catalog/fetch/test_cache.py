@@ -60,6 +60,14 @@ def test_what_was_unused_for_longest_makes_room(cache, deadline):
     assert not list(cache.folder.glob("[abc].*"))
 
 
+def test_a_note_that_a_killed_process_left_half_written_goes_with_its_entry(cache, deadline):
+    store(cache, "a", 3 * KB, deadline, at=time.time() - 20).release()
+    (cache.folder / ".a.json.4711-00000000.0123abcd.tmp").write_bytes(b"{")
+    store(cache, "b", 9 * KB, deadline).release()
+    assert names(cache) == ["b.video.mp4"]
+    assert not list(cache.folder.glob(".*"))
+
+
 def test_using_an_entry_again_makes_it_young(cache, deadline):
     old = time.time() - 100
     for key in ("a", "b"):

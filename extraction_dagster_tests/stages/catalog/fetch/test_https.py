@@ -199,7 +199,7 @@ def test_an_answer_that_may_pass_is_asked_for_again(status, server, make_fetcher
 def test_a_server_that_stays_down_fails_the_record_for_now(server, make_fetcher, row):
     server.scripts["/v.mp4"] = lambda handler, _nth: handler.answer(503)
     with pytest.raises(FileUnavailableError, match="the server answered 503 Service Unavailable, in 3 tries") as raised:
-        make_fetcher(fetch_attempts=3).fetch(row(server.url("/v.mp4?sig=canary-4711")))
+        make_fetcher(attempts=3).fetch(row(server.url("/v.mp4?sig=canary-4711")))
     assert not raised.value.permanent
     assert "canary" not in str(raised.value)
     assert len(server.requests) == 3
@@ -224,7 +224,7 @@ def test_a_download_goes_on_in_another_process(server, make_fetcher, row, tmp_pa
     tag = {"ETag": '"v1"'}
     server.scripts["/v.mp4"] = in_turn(cut_after(100_000, **tag), lambda handler, _nth: rest(handler, **tag))
     with pytest.raises(FileUnavailableError, match=r"the connection (ended|failed)"):
-        make_fetcher(fetch_attempts=1).fetch(row(server.url("/v.mp4")))
+        make_fetcher(attempts=1).fetch(row(server.url("/v.mp4")))
     assert cached(tmp_path) == [".part"]
     assert make_fetcher().fetch(row(server.url("/v.mp4"))).read_bytes() == BODY
     assert cached(tmp_path) == [".mp4"]
@@ -347,14 +347,14 @@ def test_a_body_of_unknown_length_that_is_cut_is_never_taken_for_whole(headers, 
 
     server.scripts["/v.mp4"] = script
     with pytest.raises(FileUnavailableError, match="the connection failed"):
-        make_fetcher(fetch_attempts=2).fetch(row(server.url("/v.mp4")))
+        make_fetcher(attempts=2).fetch(row(server.url("/v.mp4")))
     assert len(server.requests) == 2
 
 
 def test_a_length_that_is_wrong_is_never_taken_for_whole(server, make_fetcher, row):
     server.scripts["/v.mp4"] = cut_after(255_999)
     with pytest.raises(FileUnavailableError, match=r"the connection (ended after 255999 of 256000 bytes|failed)"):
-        make_fetcher(fetch_attempts=2).fetch(row(server.url("/v.mp4")))
+        make_fetcher(attempts=2).fetch(row(server.url("/v.mp4")))
 
 
 def test_a_slow_drip_ends_with_the_time(server, make_fetcher, row, tmp_path):
@@ -385,7 +385,7 @@ def test_headers_that_drip_end_with_the_time(server, make_fetcher, row):
 
 def test_a_silent_server_is_given_up_and_asked_again(server, make_fetcher, row):
     server.scripts["/v.mp4"] = in_turn(lambda handler, _nth: handler.rfile.read(1), whole())
-    fetcher = make_fetcher(fetch_stall_seconds=1)
+    fetcher = make_fetcher(stall_seconds=1)
     assert fetcher.fetch(row(server.url("/v.mp4"))).read_bytes() == BODY
     assert len(server.requests) == 2
 
@@ -408,7 +408,7 @@ def test_an_empty_file_may_still_be_filled(server, make_fetcher, row, tmp_path):
 def test_what_is_no_http_at_all_is_a_fault_that_does_not_repeat_it(server, make_fetcher, row):
     server.scripts["/v.mp4"] = lambda handler, _nth: handler.wfile.write(b"canary-4711\r\n\r\n")
     with pytest.raises(FileUnavailableError, match=r"the connection failed \(BadStatusLine\)") as raised:
-        make_fetcher(fetch_attempts=1).fetch(row(server.url("/v.mp4")))
+        make_fetcher(attempts=1).fetch(row(server.url("/v.mp4")))
     assert "canary" not in str(raised.value)
     assert "canary" not in repr(raised.value.__cause__)
 

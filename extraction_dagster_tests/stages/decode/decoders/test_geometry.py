@@ -1,7 +1,12 @@
+import struct
+
 import numpy as np
 import pytest
 
+from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits
 from extraction_dagster.stages.decode.decoders.geometry import Geometry, _turn, scaled_size
+from extraction_dagster.stages.decode.decoders.pyav import decode_with_pyav
+from extraction_dagster.stages.decode.sampling import Sampling
 
 
 def coloured(width, height, *, seed=1):
@@ -71,3 +76,36 @@ def test_the_short_side_is_scaled_in_square_pixels_and_never_up(size, sample_asp
 )
 def test_a_display_matrix_turns_and_mirrors(matrix, turn):
     assert _turn(matrix) == turn
+
+
+def write_motion_jpeg(path, source, orientation):
+    """Copy a Motion JPEG video with an Exif header in every picture, as cameras write it; 1 is upright."""
+    import av
+
+    tag = struct.pack("<HHIHH", 0x0112, 3, 1, orientation, 0)
+    body = b"Exif\0\0" + b"II*\0" + struct.pack("<IH", 8, 1) + tag + struct.pack("<I", 0)
+    header = b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body
+    with av.open(str(source)) as read, av.open(str(path), "w") as written:
+        stream = written.add_stream_from_template(read.streams.video[0])
+        for number, packet in enumerate(packet for packet in read.demux(video=0) if packet.size):
+            jpeg = bytes(packet)
+            copy = av.Packet(jpeg[:2] + header + jpeg[2:])
+            copy.stream, copy.time_base, copy.pts, copy.dts = stream, packet.time_base, number, number
+            written.mux(copy)
+
+
+# What an Exif orientation asks for, in counterclockwise quarter turns.
+@pytest.mark.parametrize(("orientation", "turns"), [(1, 0), (3, 2), (6, -1), (8, 1)])
+def test_a_turn_is_kept_where_pyav_can_not_name_a_frames_other_side_data(orientation, turns, clip_path, tmp_path):
+    import av
+
+    path = tmp_path / "camera.avi"
+    write_motion_jpeg(path, clip_path("mjpeg in AVI"), orientation)
+    with av.open(str(path)) as container, pytest.raises(ValueError, match="is not a valid Type"):
+        _ = next(container.decode(video=0)).side_data
+
+    def shown(video):
+        return decode_with_pyav(video, sampling=Sampling(), short_side_px=500, limits=DecodeLimits()).frames.data
+
+    expected = np.stack([np.rot90(picture, turns) for picture in shown(clip_path("mjpeg in AVI"))])
+    assert np.array_equal(shown(path), expected)

@@ -5,13 +5,12 @@ import numpy as np
 import pytest
 
 from extraction_dagster.errors.decode import VideoTooLargeError
-from extraction_dagster.stages.decode.decoders.container import open_video
+from extraction_dagster.stages.decode.decoders import pyav as pyav_decoder
+from extraction_dagster.stages.decode.decoders.container import open_file, open_video
 from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits
 from extraction_dagster.stages.decode.decoders.packets import read_packets
-from extraction_dagster.stages.decode.decoders.pyav import PyAVDecoder
-from extraction_dagster.stages.decode.decoders.registry import pyav as pyav_decoder
+from extraction_dagster.stages.decode.decoders.pyav import decode_with_pyav
 from extraction_dagster.stages.decode.decoders.sequential import decode_sequentially, display_times
-from extraction_dagster.stages.decode.decoders.video_file import open_file
 from extraction_dagster.stages.decode.sampling import Sampling
 
 UPRIGHT = {"h264 turned by 90": -1, "h264 turned by 180": 2, "h264 turned by 270": 1}
@@ -24,7 +23,7 @@ KEYFRAMES_ONLY_ONCE_DECODED = {"ffv1 in Matroska", "gif"}
 
 
 def decode(path, *, sampling=None, short_side_px=500, **limits):
-    return PyAVDecoder().decode(
+    return decode_with_pyav(
         path,
         sampling=sampling or Sampling("uniform", num_frames=16),
         short_side_px=short_side_px,
@@ -51,18 +50,18 @@ def test_pixels_and_times_equal_those_of_a_full_decode(sampling, clip_name, clip
     assert_exact(video, truth_of(clip_name), UPRIGHT.get(clip_name, 0))
 
 
-def test_decoding_from_the_beginning_gives_the_same_frames(clip_name, clip_path, truth_of):
+def test_decoding_from_the_beginning_gives_the_same_frames(mechanism, clip_path, truth_of):
     sampling = Sampling("uniform", num_frames=16)
-    with open_file(clip_path(clip_name)) as file:
+    with open_file(clip_path(mechanism)) as file:
         video = decode_sequentially(file, sampling, 500, DecodeLimits())
-    assert_exact(video, truth_of(clip_name), UPRIGHT.get(clip_name, 0))
+    assert_exact(video, truth_of(mechanism), UPRIGHT.get(mechanism, 0))
 
 
-def test_every_single_frame_can_be_had_alone(clip_name, clip_path, truth_of, number_in):
-    truth = truth_of(clip_name)
-    video = decode(clip_path(clip_name), sampling=Sampling("fps", fps=1e6))
+def test_every_single_frame_can_be_had_alone(mechanism, clip_path, truth_of, number_in):
+    truth = truth_of(mechanism)
+    video = decode(clip_path(mechanism), sampling=Sampling("fps", fps=1e6))
     assert video.frames.frame_number.tolist() == list(range(len(truth.seconds)))
-    if clip_name not in UPRIGHT:
+    if mechanism not in UPRIGHT:
         numbers = [number_in(image) for image in video.frames.data]
         assert numbers == [number_in(image) for image in truth.pictures]
 
@@ -156,8 +155,8 @@ def test_a_stream_decoded_as_a_whole_of_which_a_packet_is_no_frame_is_that_of_a_
     assert np.array_equal(video.frames.data, full.frames.data)
 
 
-def test_a_file_too_large_to_keep_is_read_twice_with_the_same_result(clip_name, clip_path):
-    kept, reread = decode(clip_path(clip_name)), decode(clip_path(clip_name), max_packet_bytes=1)
+def test_a_file_too_large_to_keep_is_read_twice_with_the_same_result(mechanism, clip_path):
+    kept, reread = decode(clip_path(mechanism)), decode(clip_path(mechanism), max_packet_bytes=1)
     assert np.array_equal(kept.frames.data, reread.frames.data)
     assert kept.frames.pts_seconds.tolist() == reread.frames.pts_seconds.tolist()
 
@@ -194,6 +193,34 @@ def test_damaged_frames_are_those_of_a_full_decode_and_flagged(clip_path, tmp_pa
     assert video.partial is not None
     assert "damaged" in video.partial
     assert np.array_equal(video.frames.data, np.stack(shown))
+
+
+def flip_until_one_frame_is_damaged(path, wanted):
+    """Flip one bit of an H.264 video, so that its codec refuses no packet and calls one frame damaged."""
+    import av
+
+    content = path.read_bytes()
+    for at in range(content.index(b"mdat") + 1500, len(content), 7):
+        wanted.write_bytes(content[:at] + bytes([content[at] ^ 0x10]) + content[at + 1 :])
+        try:
+            with av.open(str(wanted)) as container:
+                container.streams.video[0].codec_context.thread_count = 1
+                damaged = [frame.is_corrupt for frame in container.decode(video=0)]
+        except av.error.FFmpegError:
+            continue
+        if len(damaged) == 48 and sum(damaged) == 1:
+            return damaged.index(True)
+    pytest.fail("no bit does it")
+
+
+def test_a_frame_that_the_codec_calls_damaged_is_flagged_though_every_packet_decodes(clip_path, tmp_path):
+    path = tmp_path / "bit.mp4"
+    number = flip_until_one_frame_is_damaged(clip_path("h264"), path)
+    video = decode(path, sampling=Sampling("fps", fps=24.0))
+    assert video.partial == "1 of 48 sampled frames are damaged"
+    with open_file(path) as file:
+        full = decode_sequentially(file, Sampling("fps", fps=24.0), 500, DecodeLimits())
+    assert np.array_equal(video.frames.data[number], full.frames.data[number])
 
 
 def test_cover_art_is_no_video_and_the_largest_track_is_the_video(tmp_path, clip_path, number_in):
@@ -271,7 +298,7 @@ def times(*ticks):
     return order.tolist(), shown.tolist()
 
 
-def test_a_clock_that_starts_anew_goes_on():
+def test_a_clock_that_starts_again_goes_on():
     assert times(50, 55, 0, 5) == ([0, 1, 2, 3], [0, 5, 10, 15])
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from extraction_dagster.errors.decode import DecodeWorkerStartError
+from extraction_dagster.records import Failure, Outcome
 from extraction_dagster.stages.decode.task import DecodeJob
-from extraction_dagster.stages.decode.workers.pool import PoolOptions, decode_all
+from extraction_dagster.stages.decode.workers.pool import Decoded, PoolOptions, decode_all, decode_as_ready
 
 # What a job does is its path; a hang keeps the interpreter's lock, as a codec may.
 FAULTS = """
@@ -17,9 +18,9 @@ import ctypes, dataclasses, os, pathlib, signal, socket, subprocess, sys, time
 import numpy as np
 from extraction_dagster.errors.decode import NoVideoStreamError
 from extraction_dagster.records import EncodedFrames
-from extraction_dagster.stages.decode.workers import messages
+from extraction_dagster.stages.decode.workers import worker
 
-send = messages.send
+send = worker.send
 
 def send_half(wire, message):
     wire.sendall((1000).to_bytes(8, "big") + b"half of it")
@@ -31,7 +32,7 @@ def send_steps(wire, message):
 
 ways = {"half": send_half, "steps": send_steps}
 way = [send]
-messages.send = lambda wire, message: way[0](wire, message)
+worker.send = lambda wire, message: way[0](wire, message)
 
 class Trick:
     # What it becomes in whoever reads it: a program.
@@ -181,6 +182,20 @@ def test_no_more_jobs_are_drawn_than_workers_can_take():
     assert len(drawn) <= 3
 
 
+def test_what_is_decided_already_is_handed_on_while_others_are_decoded_and_while_none_is_ready():
+    missing = [Decoded(Outcome(n, failure=Failure(n, "v1", "fetch", "FileNotFound", "gone"))) for n in (1, 2)]
+    stream = decode_as_ready([*jobs("nap"), missing[0], None, missing[1]], options())
+    given = list(stream)
+    assert [item for item in given if item is not None][:2] == missing
+    assert [item.outcome.record_id for item in given if item is not None] == [1, 2, 0]
+
+
+def test_the_caller_has_a_turn_while_a_video_takes_long(tmp_path):
+    stream = decode_as_ready(jobs(f"hang {tmp_path / 'pid'}"), options())
+    assert [next(stream), next(stream)] == [None, None]
+    stream.close()
+
+
 def test_a_worker_is_replaced_after_its_share_of_tasks():
     outcomes = run("ok", "ok", "ok", "ok", "ok", workers=1, max_tasks=2)
     pids = [outcomes[number].frames.content_version for number in range(5)]
@@ -243,9 +258,9 @@ def test_a_worker_that_can_not_start_is_nobodys_record():
 
 DEAF = """
 import os
-from extraction_dagster.stages.decode.workers import messages
+from extraction_dagster.stages.decode.workers import worker
 
-messages.wait_for = lambda wire: os._exit(9)
+worker.receive = lambda wire: os._exit(9)
 run = None
 """
 KILLED_AT_THE_START = """

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import huggingface_hub
+import time
+
+import huggingface_hub.constants
 import numpy as np
 import pytest
 
@@ -24,6 +26,7 @@ def cache(tmp_path, monkeypatch):
     """An empty cache, and a hub that nobody answers for."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(time, "sleep", lambda _seconds: None)  # the client waits 23 s between its tries
     return tmp_path / "hub"
 
 

@@ -13,8 +13,13 @@ from efficientnet_lite_pytorch import EfficientNet
 from extraction_dagster.errors.embed import EmbeddingDeviceError, ModelFilesError
 from extraction_dagster.settings import Settings
 from extraction_dagster.stages.embed.models import lite0 as efficientnet_lite0
-from extraction_dagster.stages.embed.models.lite0 import read_checkpoint, weights_path
-from extraction_dagster.stages.embed.models.lite0_network import checkpoint_shapes, fold, has_onednn
+from extraction_dagster.stages.embed.models.lite0 import (
+    checkpoint_shapes,
+    fold,
+    has_onednn,
+    read_checkpoint,
+    weights_path,
+)
 from extraction_dagster.stages.embed.models.registry import load_model
 from extraction_dagster.stages.embed.vectors import normalise
 

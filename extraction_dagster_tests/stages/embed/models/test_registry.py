@@ -3,17 +3,22 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch  # noqa: TID253 - a model of the test's own computes with it
 
 from extraction_dagster.errors.embed import EmbeddingModelError
 from extraction_dagster.settings import Settings
 from extraction_dagster.stages.embed.models import lite0 as efficientnet_lite0
+from extraction_dagster.stages.embed.models import registry
+from extraction_dagster.stages.embed.models.interface import EmbeddingModel, ModelFamily, TextEmbeddingModel
+from extraction_dagster.stages.embed.models.preprocess import SQUASH, squash
 from extraction_dagster.stages.embed.models.registry import (
-    TextEmbeddingModel,
     embedding_fingerprint,
     embedding_settings_fingerprint,
     load_model,
 )
+from extraction_dagster.stages.embed.runtime import open_device
 
 
 def test_an_unknown_name_is_an_error_that_says_which_there_are():
@@ -68,6 +73,52 @@ def test_other_weights_change_the_fingerprint_but_not_the_settings_one(monkeypat
 
     assert embedding_fingerprint(Settings()) != before[0]
     assert embedding_settings_fingerprint(Settings()) == before[1]
+
+
+class ColourHistogram(EmbeddingModel):
+    """Shares of 8 colours: which of red, green and blue are at least half."""
+
+    network_dim = 8
+
+    def prepare(self, images):
+        return squash(images, height_px=32, width_px=32)
+
+    def forward(self, pixels):
+        halves = (pixels >> 7).long()
+        colours = halves[..., 0] * 4 + halves[..., 1] * 2 + halves[..., 2]
+        return torch.nn.functional.one_hot(colours.flatten(1), self.network_dim).float().mean(1)
+
+
+def histogram_identity(_settings):
+    return {"model": "colour-histogram", "bins": 8, "resize": SQUASH}
+
+
+HISTOGRAMS = ModelFamily(
+    shown="colour-histogram",
+    answers_for="colour-histogram".__eq__,
+    settings_identity=histogram_identity,
+    identity=histogram_identity,
+    dim=lambda _: ColourHistogram.network_dim,
+    load=lambda settings, fingerprint: ColourHistogram(
+        settings.model, None, device=open_device(settings), fingerprint=fingerprint
+    ),
+)
+
+
+def test_a_model_of_ones_own_is_a_class_and_a_family(monkeypatch, cpu_settings):
+    monkeypatch.setattr(registry, "FAMILIES", (*registry.FAMILIES, HISTOGRAMS))
+    monkeypatch.setattr(registry, "_resident", {})
+    wanted = cpu_settings.model_copy(update={"model": "colour-histogram"})
+    red, yellow = np.zeros((48, 64, 3), np.uint8), np.zeros((30, 30, 3), np.uint8)
+    red[..., 0], yellow[..., :2] = 255, 255
+
+    model = load_model(wanted)
+
+    assert (model.name, model.dim, model.device) == ("colour-histogram", 8, "cpu")
+    assert model.fingerprint == embedding_fingerprint(wanted) == embedding_settings_fingerprint(wanted)
+    assert model.embed_images([red, yellow]).tolist() == [[0, 0, 0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0, 1, 0]]
+    cut = load_model(wanted.model_copy(update={"embedding_dim": 5}))
+    assert cut.embed_images([red, yellow]).tolist() == [[0, 0, 0, 0, 1], [0, 0, 0, 0, 0]]
 
 
 def test_fingerprints_need_no_torch():

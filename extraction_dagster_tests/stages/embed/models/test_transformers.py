@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from extraction_dagster.errors.base import SettingsError
 from extraction_dagster.errors.embed import ModelFilesError
 from extraction_dagster.settings import Settings
+from extraction_dagster.stages.embed.models.interface import TextEmbeddingModel
 from extraction_dagster.stages.embed.models.registry import (
-    TextEmbeddingModel,
     embedding_fingerprint,
     embedding_settings_fingerprint,
     load_model,
@@ -211,7 +211,7 @@ def test_fingerprints_of_a_folder_need_neither_torch_nor_transformers(saved_mode
     script = (
         "import sys\n"
         "from extraction_dagster.settings import Settings\n"
-        "from extraction_dagster.stages.embed import model\n"
+        "from extraction_dagster.stages.embed.models import registry as model\n"
         "settings = Settings(model=sys.argv[1], embedding_dim=8)\n"
         "model.embedding_fingerprint(settings), model.embedding_settings_fingerprint(settings)\n"
         "print(sorted({'torch', 'transformers', 'huggingface_hub', 'PIL'} & set(sys.modules)))\n"

@@ -79,7 +79,7 @@ def test_a_second_store_in_the_same_process_is_refused(home):
 def test_a_store_waits_for_a_holder_that_lets_go(home, monkeypatch):
     first, second = EdgeStore(home), EdgeStore(home, wait_seconds=60)
     first.ensure_collection(SPEC)
-    monkeypatch.setattr("extraction_dagster.stages.index.edge.files.time.sleep", lambda _: first.close())
+    monkeypatch.setattr("extraction_dagster.stages.index.edge.collection_folder.time.sleep", lambda _: first.close())
     assert second.open_collection(SPEC.name) == SPEC
     second.close()
 

@@ -10,9 +10,9 @@ from extraction_dagster.errors.index import CollectionNameTakenError, StoreRefus
 from extraction_dagster.records import VideoRow
 from extraction_dagster.settings import Settings
 from extraction_dagster.stages.index.points import build_points
-from extraction_dagster.stages.index.replace import replace_records
 from extraction_dagster.stages.index.server.retry import RetryPolicy, may_pass
 from extraction_dagster.stages.index.server.store import ServerStore
+from extraction_dagster.stages.index.stage import replace_records
 
 # One of each kind that may pass, at each call that replacing makes over the wire.
 KINDS = ["unavailable", "internal", "aborted", "deadline", "exhausted", "lost", "reset", "reset_after"]

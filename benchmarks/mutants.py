@@ -1,0 +1,384 @@
+"""Plant mistakes, one at a time, and see that the tests named for each fail.
+
+    python benchmarks/mutants.py [WORDS…]      only mutants whose name has these words; exit code 1 when one survives
+
+Each mistake is planted in a temporary copy of the package, where only its tests run: first, without any mistake, all of
+them must pass. A text is looked for in the whole package and a test by the beginning of its name, so that files may
+move; a text that is not there once, or a test that is not there, is reported as such and counts as a survivor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE, TESTS = "extraction_dagster", "extraction_dagster_tests"
+_MOST_SECONDS = 600
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A mistake.
+
+    Attributes:
+        name: What it does wrong.
+        edits: Texts and what is put in the place of each; each text stands in one file only.
+        tests: How the names of the tests begin of which at least one must fail.
+    """
+
+    name: str
+    edits: tuple[tuple[str, str], ...]
+    tests: tuple[str, ...]
+
+
+def mutant(name: str, text: str, replacement: str, *tests: str) -> Mutant:
+    """A mistake in one place."""
+    return Mutant(name, ((text, replacement),), tests)
+
+
+MUTANTS = (
+    # Marks and the ledger
+    mutant(
+        "a cleared mark is ignored",
+        '    if marked_done is False:\n        return "again"\n',
+        "",
+        "test_the_status_of_a_row_follows_from_its_marks",
+        "test_a_cleared_mark_gives_the_row_a_new_revision",
+    ),
+    mutant(
+        "the source is never marked",
+        "write(connection, self.source.mark(connection, versions, step=step))",
+        "write(connection, {})",
+        "test_marking_writes_the_ledger_and_the_marks",
+    ),
+    mutant(
+        "a record that is brought back stays done",
+        '{"record_id": record_id, "state": "todo", "attempts": 0, "not_before": None} for record_id in record_ids',
+        '{"record_id": record_id, "state": "done", "attempts": 0, "not_before": None} for record_id in record_ids',
+        "test_what_is_brought_back_is",
+    ),
+    mutant(
+        "a record is never parked",
+        "parked = failure.permanent or tries >= max_attempts",
+        "parked = failure.permanent",
+        "test_a_failing_record_is_tried_three_times_then_parked",
+    ),
+    mutant(
+        "a permanent failure is tried again",
+        "parked = failure.permanent or tries >= max_attempts",
+        "parked = tries >= max_attempts",
+        "test_a_permanent_failure_parks_at_once",
+    ),
+    mutant(
+        "tries are not counted",
+        "tries = attempts[failure.record_id] + 1",
+        "tries = 1",
+        "test_a_failing_record_is_tried_three_times_then_parked",
+    ),
+    mutant(
+        "the ledger of another source is used",
+        "    if kept.get(_SOURCE) != source_identity:\n",
+        "    if kept.get(_SOURCE) is None:\n",
+        "test_state_tables_of_another_source_are_refused",
+    ),
+    Mutant(
+        "the source is marked before the ledger when they are two databases",
+        (
+            (
+                """\
+        with writing(self.state_engine, what="write the ledger") as connection:
+            write(connection, versions)
+        if not self.source.has_marks:
+            return
+        with writing(self.source_engine, what=f"mark rows of {self.source.name!r}") as connection:
+            stamped = self.source.mark(connection, versions, step=step)
+""",
+                """\
+        stamped = {}
+        if self.source.has_marks:
+            with writing(self.source_engine, what="mark rows") as connection:
+                stamped = self.source.mark(connection, versions, step=step)
+        with writing(self.state_engine, what="write the ledger") as connection:
+            write(connection, versions)
+""",
+            ),
+        ),
+        ("test_a_crash_between_the_marks_of_two_databases", "test_the_ledger_is_written_before_the_source"),
+    ),
+    # The replace protocol
+    mutant(
+        "stale points are never deleted",
+        "    store.delete(PointFilter.stale_points(generations))\n",
+        "",
+        "test_the_records_in_the_batch_hold_exactly_their_new_points",
+    ),
+    mutant(
+        "old points are deleted first",
+        "    store.upsert(batch)\n    current =",
+        "    store.delete(PointFilter(record_ids=tuple(expected)))\n    store.upsert(batch)\n    current =",
+        "test_a_fault_at_any_call_loses_nothing",
+        "test_a_searcher_during_a_replacement_never_misses",
+    ),
+    mutant(
+        "what was written is not counted before the old is deleted",
+        "    if not found.issuperset(batch.ids):",
+        "    if found is None:",
+        "test_nothing_is_removed_when_written_points_are_missing",
+    ),
+    mutant(
+        "points are counted and their ids not compared",
+        "if (found := store.point_ids(filters)) != set(batch.ids):",
+        "if len(found := store.point_ids(filters)) != len(batch.ids):",
+        "test_a_right_number_of_wrong_points_is_noticed",
+    ),
+    mutant(
+        "surplus points of the same generation stay",
+        "    if surplus:\n        store.delete(PointFilter(point_ids=surplus))\n",
+        "",
+        "test_fewer_frames_of_the_same_generation_leave_no_surplus",
+    ),
+    mutant(
+        "a generation ignores the file's version",
+        "frames=frames_fingerprint, content=content_version)",
+        'frames=frames_fingerprint, content="")',
+        "test_a_generation_follows_from_what_the_points_are_made_from",
+    ),
+    # The cursor and the planner
+    mutant(
+        "the watermark moves when a range is handed out",
+        "            self._move(frontier_id=last)\n            self._patience",
+        "            self._move(frontier_id=last, last_processed_id=last)\n            self._patience",
+        "test_a_range_handed_out_moves_the_frontier_and_not_the_watermark",
+        "test_no_order_of_events_loses_a_row",
+    ),
+    mutant(
+        "rows below the watermark are never looked at",
+        "    if up_to_id is None or not is_turn:\n        return []\n",
+        "    if up_to_id is None or is_turn in {True, False}:\n        return []\n",
+        "test_a_row_that_commits_late_is_found_below_the_watermark",
+    ),
+    mutant(
+        "the marks of the cursor may go back",
+        "if name in changes and old is not None and changes[name] <= old:",
+        "if name not in changes and old is not None and changes[name] <= old:",
+        "test_the_watermark_never_goes_back",
+        "test_no_order_of_events_loses_a_row",
+    ),
+    mutant(
+        "active runs are not looked at",
+        "merge([*seen.active, *self._backfilled])",
+        "merge([*self._backfilled])",
+        "test_a_row_that_an_active_run_covers_is_not_asked_for_again",
+    ),
+    mutant(
+        "backfills are not looked at",
+        "merge([*seen.active, *self._backfilled])",
+        "merge([*seen.active])",
+        "test_late_rows_that_a_backfill_takes_care_of_wait",
+    ),
+    mutant(
+        "the watermark passes an unfinished row",
+        "nothing_before = not window.unfinished and window.reached_id is None",
+        "nothing_before = True",
+        "test_the_watermark_stays_below_the_frontier_while_something_there_is_unfinished",
+        "test_no_order_of_events_loses_a_row",
+    ),
+    mutant(
+        "runs in flight are not counted",
+        "self._rules.max_in_flight - len(self._seen.active)",
+        "self._rules.max_in_flight",
+        "test_no_more_ranges_are_in_flight_than_allowed",
+    ),
+    mutant(
+        "a run key is used twice",
+        "self._move(seq=self.cursor.seq + 1)",
+        "self._move(seq=self.cursor.seq)",
+        "test_a_late_row_sends_its_range_to_a_new_run_with_a_key_of_its_own",
+        "test_no_order_of_events_loses_a_row",
+    ),
+    # Sampling and decoding
+    mutant(
+        "the frame after the target is taken",
+        'targets + _TOLERANCE_SECONDS, side="right") - 1',
+        'targets + _TOLERANCE_SECONDS, side="right")',
+        "test_a_target_selects_the_frame_that_is_shown_then",
+    ),
+    mutant(
+        "a rounding error past the target counts",
+        "np.searchsorted(pts_seconds, targets + _TOLERANCE_SECONDS,",
+        "np.searchsorted(pts_seconds, targets,",
+        "test_a_rounding_error_past_the_target_does_not_count",
+    ),
+    mutant(
+        "more frames than the cap are kept",
+        "    if len(selection) <= most:\n",
+        "    if len(selection) <= most or most:\n",
+        "test_the_cap_thins_evenly_and_keeps_the_first_frame",
+    ),
+    mutant(
+        "a picture is turned the other way",
+        "return True, c < 0, b < 0",
+        "return True, b < 0, c < 0",
+        "test_a_display_matrix_turns_and_mirrors",
+    ),
+    Mutant(
+        "`is_corrupt` is ignored",
+        (("elif frame.is_corrupt:", "elif frame is None:"), ("damaged += frame.is_corrupt", "damaged += 0")),
+        ("test_a_frame_that_the_codec_calls_damaged",),
+    ),
+    mutant(
+        "the rotation fallback of `_display_matrix` is dropped",
+        "return _QUARTER_TURNS[round(frame.rotation / 90) % 4]",
+        "return 1, 0, 0, 1",
+        "test_a_turn_is_kept_where_pyav_can_not_name",
+    ),
+    # The network guard
+    mutant(
+        "a private address is let through",
+        "if not is_public(address) and not any(address in network for network in self._networks):",
+        "if address is None:",
+        "test_one_private_address_among_public_ones_is_enough",
+        "test_what_is_not_the_public_internet_is_refused",
+    ),
+    mutant(
+        "a redirect may give up encryption",
+        'if parts.scheme == "http" and (redirected_from and redirected_from.scheme == "https"):',
+        'if parts.scheme == "" and (redirected_from and redirected_from.scheme == "https"):',
+        "test_a_redirect_never_gives_up_encryption",
+    ),
+    mutant(
+        "an IPv4 address behind a translator is not looked at",
+        "    if address in _NAT64:\n        return is_public(last_four)\n",
+        "    if address in _NAT64:\n        return True\n",
+        "test_what_is_not_the_public_internet_is_refused",
+    ),
+    # Vectors
+    mutant(
+        "vectors are not normalised",
+        "np.divide(raw, lengths[:, None],",
+        "np.divide(raw, 1.0,",
+        "test_vectors_are_scaled_to_length_one",
+    ),
+    mutant(
+        "a vector that is not finite is kept",
+        "good = finite & (lengths > _SHORTEST)",
+        "good = ~(lengths <= _SHORTEST)",
+        "test_each_bad_vector_is_named_and_the_good_ones",
+    ),
+    # Reconciling
+    mutant(
+        "lost points are not found",
+        "lost={**found.lost, **not_in_use},",
+        "lost=not_in_use,",
+        "test_lost_points_are_found_and_their_records_alone",
+    ),
+    mutant(
+        "points of deleted rows stay",
+        "removed = delete_records(store, with_points) if store is not None else 0",
+        "removed = 0",
+        "test_points_of_deleted_rows_are_removed_and_the_ledger_forgets",
+    ),
+    mutant(
+        "a difference is believed at the first look",
+        "                if not found.agrees:\n                    found = view.compare(turns.store(), window)\n",
+        "",
+        "test_a_difference_that_is_gone_at_the_second_look",
+    ),
+    # Files
+    mutant(
+        "a file is published without being renamed",
+        "    made.replace(path)\n    sync_folder",
+        "    path.write_bytes(made.read_bytes())\n    made.unlink()\n    sync_folder",
+        "test_a_link_is_replaced_and_what_it_points_at_stays",
+    ),
+)
+
+
+class Planted:
+    """A copy of package and tests, in which mistakes are planted."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        for name in (PACKAGE, TESTS):
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("pyproject.toml", "dagster.yaml", "workspace.yaml"):
+            shutil.copy(ROOT / name, folder)
+        self._sources = {path: path.read_text() for path in sorted((folder / PACKAGE).rglob("*.py"))}
+        self._tests = {path: path.read_text() for path in sorted((folder / TESTS).rglob("test_*.py"))}
+
+    def find(self, tests: tuple[str, ...]) -> list[str]:
+        """The node ids of the tests whose names begin so."""
+        beginning = re.compile(rf"^def ((?:{'|'.join(tests)})\w*)\(", re.MULTILINE)
+        return [f"{path}::{name}" for path, text in self._tests.items() for name in beginning.findall(text)]
+
+    def fails(self, nodes: list[str]) -> bool:
+        """Whether one of the tests fails, or none can be run."""
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-k", "not postgresql"]  # one database shows a mistake
+        command = [sys.executable, "-m", "pytest", *options, *nodes]
+        environment = {**os.environ, "PYTHONPATH": str(self._folder), "PYTHONDONTWRITEBYTECODE": "1"}
+        done = subprocess.run(
+            command, cwd=self._folder, env=environment, capture_output=True, check=False, timeout=_MOST_SECONDS
+        )
+        return done.returncode != 0
+
+    def plant(self, mutant: Mutant) -> str:
+        """Make the mistake. Returns why it can't be made, or nothing."""
+        for text, replacement in mutant.edits:
+            places = [path for path, source in self._sources.items() if text in source]
+            if len(places) != 1:
+                return f"its text stands in {len(places)} files: {text.strip().splitlines()[0]}"
+            places[0].write_text(places[0].read_text().replace(text, replacement))
+        return ""
+
+    def restore(self) -> None:
+        """Take the mistake back."""
+        for path, source in self._sources.items():
+            if path.read_text() != source:
+                path.write_text(source)
+
+
+def judge(planted: Planted, mutant: Mutant) -> str:
+    """What became of a mutant: `caught`, or why not."""
+    nodes = planted.find(mutant.tests)
+    if not nodes:
+        return "SURVIVES: none of its tests is there"
+    try:
+        if problem := planted.plant(mutant):
+            return f"SURVIVES: {problem}"
+        return "caught" if planted.fails(nodes) else "SURVIVES"
+    finally:
+        planted.restore()
+
+
+def main() -> None:
+    """Plant what was asked for; print a line for each, and how many were caught."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("words", nargs="*", help="only mutants whose name has all of these")
+    words = parser.parse_args().words
+    chosen = [mutant for mutant in MUTANTS if all(word in mutant.name for word in words)]
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        planted = Planted(Path(folder))
+        nodes = sorted({node for mutant in chosen for node in planted.find(mutant.tests)})
+        if nodes and planted.fails(nodes):
+            sys.exit("The tests fail without any mistake.")
+        verdicts = {}
+        for mutant in chosen:
+            verdicts[mutant.name] = judge(planted, mutant)
+            print(f"{verdicts[mutant.name]:8} {mutant.name}", flush=True)
+    caught = sum(verdict == "caught" for verdict in verdicts.values())
+    print(f"{caught} of {len(chosen)} caught in {time.monotonic() - began:.0f} s")
+    sys.exit(caught != len(chosen))
+
+
+if __name__ == "__main__":
+    main()

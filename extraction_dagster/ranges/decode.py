@@ -1,0 +1,85 @@
+"""Decode a range: pending rows -> video files -> frame shards; each shard's rows are marked as soon as it is stored.
+
+    plan      row 1 pending    row 2 pending    row 3 pending, its frames are stored by an earlier try
+    decode    frames           a dead link      -
+    marks     extracted        failed           extracted
+
+A row that fails is written to the errors table when it fails, not at the end of the range.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+from extraction_dagster import step_progress
+from extraction_dagster.ranges.contact_sheet import ContactSheet
+from extraction_dagster.ranges.work import RangeWork, Report, Stopwatch, frames_by_record
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from extraction_dagster.stages.catalog.catalog import PlannedRow
+    from extraction_dagster.stages.decode.stage import LandedShard
+
+_log = logging.getLogger(__name__)  # managed by Dagster: these lines are in the run's events too
+_HAS_FRAMES = {"extracted", "embedded", "done"}
+
+
+def decode_range(work: RangeWork) -> Report:
+    """Fetch, decode and sample the pending rows; shards that an earlier try finished are kept.
+
+    Raises:
+        DecodeWorkerStartError, FetchSetupError, FrameStoreError: No row is to blame; what was finished is marked.
+    """
+    from extraction_dagster.stages.decode.stage import decode_rows  # noqa: PLC0415 - loads what decodes
+
+    watch, report, counts, pending = Stopwatch(), Report(), Counter[str](), work.pending
+    kept = frames_by_record(work.frame_store.shards(work.id_range), pending)
+    _mark_extracted(work, {record_id: number for record_id, number in kept.items() if _is_unmarked(pending[record_id])})
+    rows = [planned.video for record_id, planned in pending.items() if record_id not in kept]
+    ids = work.id_range.first_id, work.id_range.last_id
+    if rows:
+        _log.info("Processing batch of %d records (IDs: %d - %d)", len(rows), *ids)
+    else:
+        _log.info("Nothing to decode (IDs: %d - %d)", *ids)
+    step_progress.begin("video_frames", len(rows))
+    sheet = ContactSheet(work.settings.contact_sheet_frames)
+    shards = decode_rows(rows, store=work.frame_store, partition=work.id_range, settings=work.settings)
+    with closing(shards):  # an interruption keeps, and marks, what was finished by then
+        for landed in shards:
+            _record(work, landed)
+            report.failures.extend(landed.failures)
+            watch.add("decode", landed.cpu_seconds)
+            sheet.add(landed.previews)
+            records = landed.shard.records if landed.shard else ()
+            counts.update(frames=landed.num_frames, bytes=landed.num_bytes)
+            counts.update(videos_partial=sum(record.partial is not None for record in records))
+    report.contact_sheet = sheet.markdown()
+    report.numbers = {
+        "videos": len(rows) - len(report.failures),
+        "videos_kept": len(kept),
+        **{name: counts[name] for name in ("videos_partial", "frames", "bytes")},
+        **watch.numbers(num_frames=counts["frames"]),
+    }
+    return report
+
+
+def _record(work: RangeWork, landed: LandedShard) -> None:
+    """Mark the rows of a stored shard, and write failures down; those of dead links come without a shard."""
+    if landed.shard is not None:
+        _mark_extracted(work, {record.record_id: record.num_frames for record in landed.shard.records})
+    work.record_failures(landed.failures)
+    step_progress.advance("video_frames", landed.num_videos + len(landed.failures))
+
+
+def _is_unmarked(planned: PlannedRow) -> bool:
+    return planned.entry is None or planned.entry.state not in _HAS_FRAMES
+
+
+def _mark_extracted(work: RangeWork, num_frames: Mapping[int, int]) -> None:
+    if num_frames:
+        work.catalog.mark_extracted(work.plan, num_frames, work.fingerprints.frames)
+        _log.info("Marked %d records as extracted", len(num_frames))

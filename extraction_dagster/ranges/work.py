@@ -1,0 +1,217 @@
+"""What each step of a range begins with, fixed for as long as it takes; and what it reports at the end.
+
+Settings can change at any moment: `.env` is a file. So they are read once, before `open_range`, and with them all that
+follows from them: the fingerprints, and the stores that are named by the fingerprints. What a step stores and what it
+marks always agree.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from extraction_dagster.errors.catalog import EmptyRangeError
+from extraction_dagster.shards.embedding_store import EmbeddingStore
+from extraction_dagster.shards.frame_store import FrameStore
+from extraction_dagster.stages.catalog.catalog import Fingerprints, open_catalog
+from extraction_dagster.stages.decode.task import frames_fingerprint
+from extraction_dagster.stages.embed.models.registry import embedding_fingerprint
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from extraction_dagster.records import Failure, IdRange
+    from extraction_dagster.settings import Settings
+    from extraction_dagster.stages.catalog.catalog import Catalog, PlannedRow
+    from extraction_dagster.stages.catalog.ledger import LedgerEntry
+
+_log = logging.getLogger(__name__)  # managed by Dagster: these lines are in the run's events too
+
+
+@dataclass(frozen=True, slots=True)
+class RangeWork:
+    """A range that a step works on.
+
+    Attributes:
+        settings: Those with which the step began.
+        fingerprints: What frames and vectors are made with under these settings.
+        catalog: Open.
+        frame_store: The frames of this fingerprint.
+        embedding_store: The vectors of this fingerprint, made of these frames.
+        id_range: The partition.
+        plan: Its rows above the operator's floor, as they were when the step began.
+        run_id: For the errors table.
+        force: Whether rows that are done are embedded and indexed again.
+    """
+
+    settings: Settings
+    fingerprints: Fingerprints
+    catalog: Catalog
+    frame_store: FrameStore
+    embedding_store: EmbeddingStore
+    id_range: IdRange
+    plan: Mapping[int, PlannedRow]
+    run_id: str
+    force: bool
+
+    @property
+    def pending(self) -> dict[int, PlannedRow]:
+        """The rows to be processed."""
+        return {record_id: planned for record_id, planned in self.plan.items() if planned.status == "todo"}
+
+    @property
+    def selected(self) -> dict[int, PlannedRow]:
+        """The pending rows, and in a forced run those as well that this project has done."""
+        statuses = {"todo", "done"} if self.force else {"todo"}
+        return {
+            record_id: planned
+            for record_id, planned in self.plan.items()
+            if planned.status in statuses and (planned.entry is not None or planned.status == "todo")
+        }
+
+    def entries(self) -> dict[int, LedgerEntry]:
+        """The ledger of the whole range, as it is now."""
+        return self.catalog.ledger.entries(self.id_range)
+
+    def record_failures(self, failures: Iterable[Failure]) -> None:
+        """Write failures to the errors table, and log each with the state that its record is in now."""
+        failures = list(failures)
+        if not failures:
+            return
+        states = self.catalog.record_failures(self.plan, failures, run_id=self.run_id)
+        for failure in failures:
+            _log.warning("%s (%s)", failure.message, states[failure.record_id])
+
+
+@contextmanager
+def open_range(  # noqa: PLR0913 - the range, and what a run may want otherwise, each by name
+    settings: Settings,
+    id_range: IdRange,
+    *,
+    within: IdRange | None = None,
+    begins: bool = False,
+    force: bool = False,
+    fingerprints: Fingerprints | None = None,
+    run_id: str = "",
+) -> Iterator[RangeWork]:
+    """Open the catalog and the stores of a range, and plan what is to be done with its rows.
+
+    Args:
+        settings: Read once, for the whole step.
+        id_range: The partition.
+        within: The part of it that the operator's floor leaves; all of it by default.
+        begins: It is the first step: rows that are asked for again get their new revision, with `force` every row.
+        force: Do rows again that are done.
+        fingerprints: Those of the settings, where the caller has them already.
+        run_id: Stands beside each failure in the errors table.
+
+    Raises:
+        EmptyRangeError: The first step finds no eligible row.
+        EmbeddingModelError, ModelFilesError: The settings' model can't be used; nothing was opened.
+    """
+    made_with = fingerprints or fingerprints_of(settings)
+    planned = within or id_range
+    with open_catalog(settings) as catalog:
+        plan = catalog.begin(planned, made_with, force=force) if begins else catalog.plan(planned, made_with)
+        if begins and not plan:
+            raise EmptyRangeError(id_range.partition_key, catalog.source.name, catalog.source.extent())
+        yield RangeWork(
+            settings=settings,
+            fingerprints=made_with,
+            catalog=catalog,
+            frame_store=FrameStore(settings.resolved_frames_uri, made_with.frames),
+            embedding_store=EmbeddingStore(settings.resolved_embeddings_uri, vectors_fingerprint(made_with)),
+            id_range=id_range,
+            plan=plan,
+            run_id=run_id,
+            force=force,
+        )
+
+
+def fingerprints_of(settings: Settings) -> Fingerprints:
+    """What frames and vectors are made with under these settings; reads the model's files."""
+    return Fingerprints(frames=frames_fingerprint(settings), embedding=embedding_fingerprint(settings))
+
+
+def vectors_fingerprint(made_with: Fingerprints) -> str:
+    """Names all that stored vectors depend on: how their frames were made, and the model."""
+    return f"{made_with.frames}-{made_with.embedding}"
+
+
+@dataclass(slots=True)
+class Report:
+    """What a step did.
+
+    Attributes:
+        numbers: To be plotted.
+        failures: Records that gave nothing.
+        contact_sheet: Thumbnails of what was decoded, as Markdown, if there are any.
+        num_points: Verified points by record.
+        unnormalised: Stored vectors whose length is not 1.
+        verified: Points of the whole range, counted in the store.
+    """
+
+    numbers: dict[str, float] = field(default_factory=dict)
+    failures: list[Failure] = field(default_factory=list)
+    contact_sheet: str | None = None
+    num_points: dict[int, int] = field(default_factory=dict)
+    unnormalised: int = 0
+    verified: int = 0
+
+
+class Stopwatch:
+    """Wall and CPU seconds of a step, phase by phase; CPU seconds of worker processes are added by hand."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+        self._phases: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the CPU seconds of this process towards a phase."""
+        before = time.process_time()
+        try:
+            yield
+        finally:
+            self.add(name, time.process_time() - before)
+
+    def add(self, name: str, cpu_seconds: float) -> None:
+        """Count CPU seconds towards a phase."""
+        self._phases[name] = self._phases.get(name, 0.0) + cpu_seconds
+
+    def numbers(self, *, own: Sequence[str] = (), num_frames: int = 0) -> dict[str, float]:
+        """`seconds`, `cpu_seconds`, one `cpu_seconds_<phase>` each, and `frames_per_second` when there are frames.
+
+        Args:
+            own: The phases that this process spent itself; the rest of its time is the phase `other`.
+            num_frames: Frames of this run.
+        """
+        wall, process = time.perf_counter() - self._wall, time.process_time() - self._cpu
+        other = process - sum(self._phases.get(name, 0.0) for name in own)
+        phases = {**self._phases, "other": max(other, 0.0)}
+        rate = {"frames_per_second": round(num_frames / wall, 3)} if num_frames and wall > 0 else {}
+        return {
+            "seconds": round(wall, 3),
+            "cpu_seconds": round(sum(phases.values()), 3),
+            **{f"cpu_seconds_{name}": round(seconds, 3) for name, seconds in phases.items()},
+            **rate,
+        }
+
+
+def frames_by_record(shards: Iterable[Any], rows: Mapping[int, PlannedRow]) -> dict[int, int]:
+    """The number of frames of each of these rows that a shard holds in the row's present version."""
+    return {
+        record.record_id: record.num_frames
+        for shard in shards
+        for record in shard.records
+        if record.record_id in rows and record.content_version == rows[record.record_id].video.content_version
+    }
+
+
+def was_done(planned: PlannedRow) -> bool:
+    """Whether a row was done in its present version, though with other settings perhaps."""
+    entry = planned.entry
+    return entry is not None and entry.state == "done" and entry.source_version == planned.source_version

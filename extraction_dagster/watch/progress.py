@@ -1,0 +1,191 @@
+"""How far things are, in one record for `extraction status`, the charts of the UI, and Prometheus.
+
+A look costs the same whatever the table's size. It also says whether anything moves: each look remembers where the
+watermark was, in the state database, so that the sensor and the metrics share one memory.
+
+    09:00   watermark 4,000, 900 rows pending      moved: now
+    09:30   watermark 4,000, a shard was marked    moved: when it was marked
+    10:40   watermark 4,000, nothing since         stuck after an hour (EXTRACTION_STUCK_SECONDS)
+    11:00   watermark 4,900, nothing pending       moved: now
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from extraction_dagster.records import IdRange
+from extraction_dagster.stages.catalog.pending import scan
+from extraction_dagster.ticks.memory import recall_text, remember_text
+
+if TYPE_CHECKING:
+    import sqlalchemy as sa
+
+    from extraction_dagster.stages.catalog.catalog import Catalog
+    from extraction_dagster.ticks.cursor import CursorState
+
+# Rows are counted up to these limits at each look: beyond them, a chart shows a backlog by how far its ids reach.
+MOST_COUNTED = 100_000
+MOST_SCANNED = 20_000
+_KEY = "progress_memory"
+_NOT_CHARTED = {"moved_at", "stalled_seconds", "is_stuck"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far things are at one moment.
+
+    Attributes:
+        last_processed_id: The watermark.
+        frontier_id: The end of the last range handed out.
+        floor_id: The operator's floor.
+        newest_id: The greatest eligible id.
+        lag_ids: How far the watermark is behind the newest id; None before there is a watermark.
+        lag_rows: Eligible rows above the watermark and the floor, up to `MOST_COUNTED`.
+        pending_rows: Rows among them that may be processed now; rows are looked at up to `MOST_SCANNED`.
+        waiting_rows: Failed rows among them that wait for their next try.
+        failed_records: All that failed and have tries left.
+        parked_records: All that are not tried again until somebody says so.
+        active_runs: Runs that are queued or at work.
+        videos_per_second: Over the newest runs; None when none has ended lately.
+        moved_at: When something last moved, or when nothing was pending.
+        stalled_seconds: How long ago that was.
+        is_stuck: Rows are pending, and nothing has moved for `stuck_seconds`.
+    """
+
+    last_processed_id: int | None = None
+    frontier_id: int | None = None
+    floor_id: int | None = None
+    newest_id: int | None = None
+    lag_ids: int | None = None
+    lag_rows: int = 0
+    pending_rows: int = 0
+    waiting_rows: int = 0
+    failed_records: int = 0
+    parked_records: int = 0
+    active_runs: int = 0
+    videos_per_second: float | None = None
+    moved_at: datetime
+    stalled_seconds: float = 0.0
+    is_stuck: bool = False
+
+    @property
+    def after_id(self) -> int | None:
+        """Above which id rows lag: the watermark, or the operator's floor where that is higher."""
+        return _highest(self.last_processed_id, self.floor_id)
+
+    @property
+    def is_lag_counted(self) -> bool:
+        """Whether `lag_rows` is the whole lag."""
+        return self.lag_rows < MOST_COUNTED
+
+    @property
+    def eta_seconds(self) -> int | None:
+        """When nothing will be pending; None where that is not known, or where not every row was looked at."""
+        is_counted = self.pending_rows + self.waiting_rows < MOST_SCANNED
+        return eta_seconds(self.pending_rows, self.videos_per_second) if is_counted else None
+
+    def numbers(self) -> dict[str, float]:
+        """What the charts of the UI show; the names are stable, and what is not known is left out."""
+        values = {**asdict(self), "eta_seconds": self.eta_seconds}
+        return {name: value for name, value in values.items() if value is not None and name not in _NOT_CHARTED}
+
+
+@dataclass(slots=True)
+class ProgressMemory:
+    """What a look remembers of the looks before; when it is lost, only a stall is noticed later.
+
+    Attributes:
+        last_processed_id: The watermark that was seen last.
+        moved_at: When something last moved.
+    """
+
+    last_processed_id: int | None = None
+    moved_at: datetime | None = None
+
+
+def eta_seconds(pending: int, videos_per_second: float | None) -> int | None:
+    """How long pending rows take at a rate; None without one."""
+    if not pending:
+        return 0
+    return round(pending / videos_per_second) if videos_per_second else None
+
+
+def recall_progress(engine: sa.Engine) -> ProgressMemory:
+    """What the last look left; nothing is remembered when it can't be read."""
+    try:
+        values = json.loads(recall_text(engine, _KEY) or "")
+        moved_at = values["moved_at"]
+        return ProgressMemory(values["watermark"], moved_at and datetime.fromisoformat(moved_at))
+    except (ValueError, KeyError, TypeError):
+        return ProgressMemory()
+
+
+def remember_progress(engine: sa.Engine, memory: ProgressMemory) -> None:
+    """Keep it for the next look."""
+    moved_at = memory.moved_at and memory.moved_at.isoformat()
+    remember_text(engine, _KEY, json.dumps({"watermark": memory.last_processed_id, "moved_at": moved_at}))
+
+
+def measure_progress(  # noqa: PLR0913 - the table, the cursor, and what Dagster's instance says
+    catalog: Catalog,
+    cursor: CursorState | None,
+    memory: ProgressMemory,
+    *,
+    now: datetime,
+    active_runs: int = 0,
+    videos_per_second: float | None = None,
+) -> Progress:
+    """Take one look, and see whether anything has moved since the last one.
+
+    Args:
+        catalog: The source table and the ledger.
+        cursor: The sensor's; None before its first tick.
+        memory: Of the last look; what moved is noted in it.
+        now: Timezone-aware.
+        active_runs: Runs that are queued or at work.
+        videos_per_second: Over the newest runs.
+    """
+    last, frontier, floor = (
+        (cursor.last_processed_id, cursor.frontier_id, cursor.floor_id) if cursor else (None, None, None)
+    )
+    after, newest = _highest(last, floor), catalog.source.newest_id()
+    ahead = scan(catalog, after_id=after, up_to_id=None, budget=MOST_SCANNED)
+    pending, stopped = len(ahead.pending_ids), catalog.ledger.count_failed_and_parked()
+    moved = [memory.moved_at, _last_mark(catalog, after, frontier)]
+    if pending == 0 or memory.moved_at is None or memory.last_processed_id != last:
+        moved.append(now)
+    memory.moved_at = max(moment for moment in moved if moment is not None)
+    memory.last_processed_id = last
+    stalled_seconds = max((now - memory.moved_at).total_seconds(), 0.0)
+    return Progress(
+        last_processed_id=last,
+        frontier_id=frontier,
+        floor_id=floor,
+        newest_id=newest,
+        lag_ids=None if newest is None or after is None else max(newest - after, 0),
+        lag_rows=catalog.source.count_next(after, MOST_COUNTED),
+        pending_rows=pending,
+        waiting_rows=len(ahead.unfinished) - pending,
+        failed_records=stopped["failed"],
+        parked_records=stopped["parked"],
+        active_runs=active_runs,
+        videos_per_second=videos_per_second,
+        moved_at=memory.moved_at,
+        stalled_seconds=stalled_seconds,
+        is_stuck=stalled_seconds >= catalog.settings.stuck_seconds,
+    )
+
+
+def _highest(*ids: int | None) -> int | None:
+    return max((number for number in ids if number is not None), default=None)
+
+
+def _last_mark(catalog: Catalog, after_id: int | None, frontier_id: int | None) -> datetime | None:
+    """When a row between the watermark and the frontier was last marked: a long range moves long before its end."""
+    first = -(2**63) if after_id is None else after_id + 1
+    if frontier_id is None or first > frontier_id:
+        return None
+    return catalog.ledger.last_change(IdRange(first, frontier_id), MOST_COUNTED)
