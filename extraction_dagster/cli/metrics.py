@@ -51,11 +51,12 @@ def command(
 
 @contextlib.contextmanager
 def _scraping() -> Iterator["Scrape"]:
+    from extraction_dagster.defs.instance.launching import open_instance
     from extraction_dagster.defs.instance.measuring import InstanceMeter
     from extraction_dagster.watch.scrape import Scrape
 
     settings = load_settings()
-    instance = InstanceMeter(settings)
+    instance = InstanceMeter(lambda: open_instance(settings))
     with console.warnings(), contextlib.closing(instance), contextlib.closing(Scrape(settings, instance)) as scrape:
         yield scrape
 

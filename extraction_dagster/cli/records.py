@@ -12,7 +12,7 @@ from extraction_dagster.errors.ticks import CursorError
 from extraction_dagster.settings import Settings, load_settings
 from extraction_dagster.stages.catalog.catalog import Catalog, open_catalog
 from extraction_dagster.ticks.cursor import CursorState
-from extraction_dagster.watch.progress import Progress, eta_seconds, measure_progress, recall_progress
+from extraction_dagster.watch.progress_record import Progress, eta_seconds, measure_progress, recall_progress
 
 _SECONDS = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
 _AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]

@@ -20,7 +20,7 @@ from extraction_dagster.settings import Settings, load_settings
 from extraction_dagster.stages.catalog.catalog import Catalog, open_catalog
 from extraction_dagster.ticks.cursor import CursorState
 from extraction_dagster.ticks.memory import recall_text, remember_text
-from extraction_dagster.watch.progress import Progress, measure_progress, recall_progress, remember_progress
+from extraction_dagster.watch.progress_record import Progress, measure_progress, recall_progress, remember_progress
 
 _settings = load_settings()
 _KEY = dg.AssetKey("extraction_progress")

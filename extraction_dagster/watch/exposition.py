@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
     from extraction_dagster.watch.figures import Census, Figures, InstanceFigures, MirrorFigures
-    from extraction_dagster.watch.progress import Progress
+    from extraction_dagster.watch.progress_record import Progress
 
 CONTENT_TYPE = openmetrics.CONTENT_TYPE_LATEST
 _PREFIX = "extraction_"  # of every metric

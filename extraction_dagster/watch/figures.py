@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     import sqlalchemy as sa
 
-    from extraction_dagster.watch.progress import Progress
+    from extraction_dagster.watch.progress_record import Progress
 
 _CENSUS_KEY = "metrics_census"
 

@@ -21,14 +21,14 @@ from extraction_dagster.stages.index.stage import open_point_store
 from extraction_dagster.ticks.cursor import CursorState
 from extraction_dagster.ticks.mirrors import make_mirror
 from extraction_dagster.watch.figures import Census, Figures, MirrorFigures, recall_census, remember_census
-from extraction_dagster.watch.progress import measure_progress, recall_progress, remember_progress
+from extraction_dagster.watch.progress_record import measure_progress, recall_progress, remember_progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from extraction_dagster.settings import Settings
     from extraction_dagster.watch.figures import InstanceFigures
-    from extraction_dagster.watch.progress import Progress
+    from extraction_dagster.watch.progress_record import Progress
 
 _log = logging.getLogger(__name__)
 _EVERY_ID = IdRange(-(2**63), 2**63 - 1)

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 import pytest
 
 from extraction_dagster.watch.figures import Census, Figures, InstanceFigures, MirrorFigures
-from extraction_dagster.watch.progress import Progress
+from extraction_dagster.watch.progress_record import Progress
 
 CENSUS = Census(
     taken_at=1_748_780_000.0,

@@ -19,7 +19,7 @@ from extraction_dagster.stages.index.stage import open_point_store
 from extraction_dagster.ticks.cursor import CursorState
 from extraction_dagster.watch.figures import InstanceFigures, MirrorFigures, recall_census, remember_census
 from extraction_dagster.watch.meter import Meter, census_seconds
-from extraction_dagster.watch.progress import Progress, ProgressMemory, remember_progress
+from extraction_dagster.watch.progress_record import Progress, ProgressMemory, remember_progress
 
 TODAY = Fingerprints(frames="f1", embedding="e1")
 EVERY_ID = IdRange(-100, 10_000)
@@ -177,7 +177,7 @@ def test_what_the_sensors_look_has_seen_move_is_no_stall_for_the_metrics(meter, 
 
 def test_a_lag_that_reaches_the_limit_is_left_to_the_census(meter, monkeypatch):
     for limit, is_counted in ((7, True), (6, False), (5, False)):
-        monkeypatch.setattr("extraction_dagster.watch.progress.MOST_COUNTED", limit)
+        monkeypatch.setattr("extraction_dagster.watch.progress_record.MOST_COUNTED", limit)
         assert meter.measure().progress.is_lag_counted is is_counted
 
 

@@ -1,17 +1,15 @@
 """What Dagster's instance says of how far things are; each look-up is flat in partitions, runs and rows."""
 
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from datetime import UTC, datetime, timedelta
 
 import dagster as dg
 
 from extraction_dagster.defs.instance.cursor_store import CursorStore
-from extraction_dagster.defs.instance.launching import open_instance
 from extraction_dagster.defs.instance.private_api import daemon_statuses
 from extraction_dagster.defs.instance.runs import active_runs
-from extraction_dagster.settings import Settings
 from extraction_dagster.watch.figures import InstanceFigures
 
 _LIVE = {
@@ -35,8 +33,8 @@ _MADE = {"qdrant_points": ("videos", "points"), "video_frames": ("frames",)}
 class InstanceMeter:
     """Asks an instance, which is opened at the first question and stays open."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
+    def __init__(self, open_instance: Callable[[], AbstractContextManager[dg.DagsterInstance]]) -> None:
+        self._open_instance = open_instance
         self._opened = ExitStack()
         self._instance: dg.DagsterInstance | None = None
 
@@ -44,7 +42,7 @@ class InstanceMeter:
         """Take the figures; whatever goes wrong, the instance is opened again next time."""
         try:
             if self._instance is None:
-                self._instance = self._opened.enter_context(open_instance(self._settings))
+                self._instance = self._opened.enter_context(self._open_instance())
             return read_instance(self._instance)
         except BaseException:
             self.close()

@@ -13,6 +13,7 @@ from dagster._daemon.types import DaemonHeartbeat
 
 from extraction_dagster.defs.instance import measuring
 from extraction_dagster.defs.instance.cursor_store import CursorStore
+from extraction_dagster.defs.instance.launching import open_instance
 from extraction_dagster.defs.instance.measuring import InstanceMeter, read_instance, recent_rates, video_rate
 from extraction_dagster.errors.runs import InstanceError
 
@@ -135,7 +136,7 @@ def test_metadata_of_another_type_is_no_number(instance):
 
 
 def test_an_instance_that_cannot_be_opened_is_tried_again(settings, monkeypatch, tmp_path):
-    meter = InstanceMeter(settings())
+    meter = InstanceMeter(lambda: open_instance(settings()))
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path / "nowhere"))
     with pytest.raises(InstanceError, match="it is no folder"):
         meter()

@@ -9,8 +9,8 @@ from extraction_dagster.stages.catalog.catalog import Fingerprints
 from extraction_dagster.stages.catalog.state_tables import LEDGER_TABLE
 from extraction_dagster.ticks.cursor import CursorState
 from extraction_dagster.ticks.memory import remember_text
-from extraction_dagster.watch import progress
-from extraction_dagster.watch.progress import (
+from extraction_dagster.watch import progress_record
+from extraction_dagster.watch.progress_record import (
     Progress,
     ProgressMemory,
     measure_progress,
@@ -89,7 +89,7 @@ def test_when_it_will_be_done_follows_from_the_rate(catalog, rate, expected):
 
 
 def test_of_a_backlog_that_is_not_counted_to_its_end_nobody_knows_when_it_will_be_done(catalog, monkeypatch):
-    monkeypatch.setattr(progress, "MOST_SCANNED", 10)
+    monkeypatch.setattr(progress_record, "MOST_SCANNED", 10)
     assert "eta_seconds" not in look(catalog, None, ProgressMemory(), videos_per_second=2.0).numbers()
 
 
