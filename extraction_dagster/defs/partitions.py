@@ -1,4 +1,4 @@
-"""Partitions: one per contiguous range of ids, registered as ranges come into being."""
+"""Partitions: one per contiguous range of ids, registered when a range is first run."""
 
 import os
 import socket
