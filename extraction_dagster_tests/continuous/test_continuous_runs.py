@@ -49,7 +49,7 @@ class Scale:
     trickle_seconds: float
 
 
-SMALL = Scale(800, 30, seconds=5, poisoned=(601,), kills=2, weights={"worker": 1, "everything": 0}, trickle_seconds=15)
+SMALL = Scale(400, 20, seconds=3, poisoned=(301,), kills=2, weights={"worker": 1, "everything": 0}, trickle_seconds=15)
 LARGE = Scale(
     20_000,
     120,
