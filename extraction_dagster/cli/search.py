@@ -148,7 +148,7 @@ def _spec(settings: Settings, model: "EmbeddingModel") -> CollectionSpec:
 
 def _embed_text(model: "EmbeddingModel", text: str) -> "np.ndarray":
     from extraction_dagster.stages.embed.models.interface import TextEmbeddingModel
-    from extraction_dagster.stages.embed.vectors import normalise
+    from extraction_dagster.stages.embed.passes import normalise
 
     if not isinstance(model, TextEmbeddingModel):
         raise TextSearchError(model.name)
