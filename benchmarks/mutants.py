@@ -117,7 +117,7 @@ MUTANTS = (
     # The replace protocol
     mutant(
         "stale points are never deleted",
-        "    store.delete(PointFilter.stale_points(generations))\n",
+        "    store.delete(PointFilter(generations=generations, stale=True))\n",
         "",
         "test_the_records_in_the_batch_hold_exactly_their_new_points",
     ),

@@ -148,7 +148,7 @@ def _spec(settings: Settings, model: "EmbeddingModel") -> CollectionSpec:
 
 def _embed_text(model: "EmbeddingModel", text: str) -> "np.ndarray":
     from extraction_dagster.stages.embed.models.interface import TextEmbeddingModel
-    from extraction_dagster.stages.embed.vectors import normalise
+    from extraction_dagster.stages.embed.passes import normalise
 
     if not isinstance(model, TextEmbeddingModel):
         raise TextSearchError(model.name)
@@ -182,7 +182,7 @@ def _write_gallery(settings: Settings, query: _Query, hits: list[Hit] | list[Vid
     from extraction_dagster.shards.frame_export import find_frames
     from extraction_dagster.shards.frame_store import FrameStore
     from extraction_dagster.stages.decode.task import frames_fingerprint
-    from extraction_dagster.stages.index.gallery import Card, render_gallery, write_gallery
+    from extraction_dagster.stages.index.search import Card, render_gallery, write_gallery
 
     frames = FrameStore(settings.resolved_frames_uri, frames_fingerprint(settings))
     pictures = find_frames(frames, [(_frame(hit).record_id, _frame(hit).frame_number) for hit in hits])

@@ -92,7 +92,7 @@ def _embed(work: RangeWork, shards: list[FrameShard], watch: Stopwatch) -> Itera
 
 
 def _count_unnormalised(store: EmbeddingStore, shards: Iterable[EmbeddingShard]) -> int:
-    from extraction_dagster.stages.embed.vectors import count_unnormalised  # noqa: PLC0415 - beside the model
+    from extraction_dagster.stages.embed.passes import count_unnormalised  # noqa: PLC0415 - beside the model
 
     return sum(count_unnormalised(store.read(shard).vectors) for shard in shards)
 

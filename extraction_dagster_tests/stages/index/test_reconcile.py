@@ -4,9 +4,10 @@ from contextlib import closing
 
 from extraction_dagster.records import IdRange
 from extraction_dagster.stages.catalog.catalog import Catalog, Fingerprints
+from extraction_dagster.stages.index.compare import Differences
 from extraction_dagster.stages.index.edge.store import EdgeStore
 from extraction_dagster.stages.index.points import PointFilter, generation, point_id
-from extraction_dagster.stages.index.reconcile import Differences, compare_range
+from extraction_dagster.stages.index.reconcile import compare_range
 from extraction_dagster.stages.index.stage import delete_records, replace_records
 
 TODAY = Fingerprints(frames="f1", embedding="e1")
