@@ -12,9 +12,8 @@ from extraction_dagster.cli import console
 from extraction_dagster.errors.base import ExtractionError
 from extraction_dagster.settings import Settings, load_settings
 from extraction_dagster.stages.catalog.catalog import Catalog, open_catalog
-from extraction_dagster.ticks.cursor import CursorState
+from extraction_dagster.ticks.cursor import CursorState, Requests
 from extraction_dagster.ticks.mirrors import make_mirror, read_legacy_checkpoint
-from extraction_dagster.ticks.requests import Requests
 
 app = typer.Typer(no_args_is_help=True, help="Look at the checkpoint, or say where to start.")
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from extraction_dagster.cli import console
 from extraction_dagster.settings import load_settings
 from extraction_dagster.stages.catalog.catalog import Catalog, open_catalog
-from extraction_dagster.stages.catalog.migrations import newest_version
 from extraction_dagster.stages.catalog.pending import make_pending_index
+from extraction_dagster.stages.catalog.state_tables import newest_version
 
 
 def command() -> None:

@@ -300,5 +300,5 @@ def _repair(catalog: Catalog, store: PointStore | None, found: Differences) -> i
     removed = delete_records(store, with_points) if store is not None else 0
     there = catalog.source.existing(found.gone)
     catalog.forget([record_id for record_id in found.gone if record_id not in there])
-    catalog.request_again(sorted({*there, *found.to_write_again}))
+    catalog.make_pending(sorted({*there, *found.to_write_again}))
     return removed
