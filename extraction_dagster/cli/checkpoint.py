@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from extraction_dagster.cli import console
-from extraction_dagster.errors.base import ExtractionError
+from extraction_dagster.errors import ExtractionError
 from extraction_dagster.settings import Settings, load_settings
 from extraction_dagster.stages.catalog.catalog import Catalog, open_catalog
 from extraction_dagster.ticks.cursor import CursorState

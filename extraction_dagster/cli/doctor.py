@@ -7,7 +7,7 @@ from pydantic import SecretStr
 from rich.table import Table
 
 from extraction_dagster.cli import console
-from extraction_dagster.errors.base import ExtractionError
+from extraction_dagster.errors import ExtractionError
 from extraction_dagster.errors.index import CollectionMissingError
 from extraction_dagster.settings import PREFIX, Settings, load_settings
 

@@ -26,7 +26,7 @@ from extraction_dagster.cli import (
     runs,
     search,
 )
-from extraction_dagster.errors.base import ExtractionError
+from extraction_dagster.errors import ExtractionError
 from extraction_dagster.interrupts import redeliver_dropped_interrupts
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from extraction_dagster.cli import console
-from extraction_dagster.errors.watch import MetricsFileError
+from extraction_dagster.errors.runs import MetricsFileError
 from extraction_dagster.files import write_atomically
 from extraction_dagster.settings import load_settings
 

@@ -1,7 +1,7 @@
 """`extraction notify`: try whether notices arrive."""
 
 from extraction_dagster.cli import console
-from extraction_dagster.errors.base import SettingsError
+from extraction_dagster.errors import SettingsError
 from extraction_dagster.settings import load_settings
 
 

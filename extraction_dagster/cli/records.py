@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from extraction_dagster.cli import console
-from extraction_dagster.errors.ticks import CursorError
+from extraction_dagster.errors.runs import CursorError
 from extraction_dagster.settings import Settings, load_settings
 from extraction_dagster.stages.catalog.catalog import Catalog, open_catalog
 from extraction_dagster.ticks.cursor import CursorState

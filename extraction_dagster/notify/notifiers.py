@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from extraction_dagster import __version__
-from extraction_dagster.errors.watch import NoticeError, NotifierError
+from extraction_dagster.errors.runs import NoticeError, NotifierError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, TypeGuard
 
-from extraction_dagster.errors.ticks import CursorError
+from extraction_dagster.errors.runs import CursorError
 
 MAX_BYTES = 64 * 1024  # of a cursor, a mirror or an earlier script's checkpoint: whatever is larger is none
 _KEYS = {"v", "source", "last_processed_id", "frontier_id", "floor_id", "seq", "reset_epoch", "updated_at"}

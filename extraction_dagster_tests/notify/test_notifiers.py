@@ -7,8 +7,8 @@ import threading
 
 import pytest
 
-from extraction_dagster.errors.base import SettingsError
-from extraction_dagster.errors.watch import NoticeError, NotifierError
+from extraction_dagster.errors import SettingsError
+from extraction_dagster.errors.runs import NoticeError, NotifierError
 from extraction_dagster.notify import notifiers
 from extraction_dagster.notify.notice import RunFailure
 from extraction_dagster.notify.notifiers import deliver, make_notifier, post_json

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extraction_dagster.errors.ticks import CursorError
+from extraction_dagster.errors.runs import CursorError
 from extraction_dagster.ticks.cursor import CursorState
 
 SOURCE = "0123456789abcdef"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from extraction_dagster.errors.base import RecordShapeError
+from extraction_dagster.errors import RecordShapeError
 from extraction_dagster.stages.index.points import PointFilter
 from extraction_dagster.stages.index.protocol import Hit
 

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 import numpy as np
 import pytest
 
-from extraction_dagster.errors.base import RecordShapeError
+from extraction_dagster.errors import RecordShapeError
 from extraction_dagster.errors.index import CollectionMismatchError
 from extraction_dagster.records import IdRange, VideoRow
 from extraction_dagster.stages.index.points import PointBatch, PointFilter, build_points, point_id

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from extraction_dagster.errors.base import ExtractionError
+from extraction_dagster.errors import ExtractionError
 from extraction_dagster.errors.embed import ModelFilesError, ModelLibraryError
 from extraction_dagster.stages.embed.models import hub
 from extraction_dagster.stages.embed.models.folder import inspect_folder

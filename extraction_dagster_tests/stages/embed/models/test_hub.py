@@ -8,7 +8,7 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 
-from extraction_dagster.errors.base import SettingsError
+from extraction_dagster.errors import SettingsError
 from extraction_dagster.errors.embed import EmbeddingModelError, ModelFilesError
 from extraction_dagster.settings import Settings
 from extraction_dagster.stages.embed.models.registry import (
