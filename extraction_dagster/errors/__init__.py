@@ -5,8 +5,6 @@ the fix. A class whose name a user may filter by (`extraction errors --type`) is
 written over several lines, the later ones indented by twelve: each break becomes one space.
 """
 
-import copyreg
-
 SKIPPED = "Nothing was written for it; the range goes on."
 _BREAK = "\n" + 12 * " "
 
@@ -25,7 +23,7 @@ class ExtractionError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         """Rebuild the error from its finished sentence, so that it crosses process boundaries."""
-        return (copyreg.__newobj__, (type(self), *self.args), self.__dict__)
+        return (Exception.__new__, (type(self), *self.args), self.__dict__)
 
 
 class PermanentError(ExtractionError):
