@@ -81,7 +81,7 @@ def _store(settings: Settings) -> str:
 
 
 def _notices(settings: Settings) -> str:
-    from extraction_dagster.notify.notifiers import make_notifier
+    from extraction_dagster.notify import make_notifier
 
     if make_notifier(settings) is None:
         return "nobody is told of failed runs (EXTRACTION_NOTIFY)"

@@ -7,8 +7,7 @@ from extraction_dagster.settings import load_settings
 
 def command() -> None:
     """Send a test notice, as EXTRACTION_NOTIFY says: what a failed run would send."""
-    from extraction_dagster.notify.notice import RunFailure
-    from extraction_dagster.notify.notifiers import deliver, make_notifier
+    from extraction_dagster.notify import RunFailure, deliver, make_notifier
 
     settings = load_settings()
     notifier = make_notifier(settings)
