@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
 
-from extraction_dagster.errors.base import PartitionKeyError, RecordShapeError
+from extraction_dagster.errors import PartitionKeyError, RecordShapeError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import dagster as dg
 import psutil
 
-from extraction_dagster.errors.base import PartitionKeyError
+from extraction_dagster.errors import PartitionKeyError
 from extraction_dagster.records import IdRange
 
 # Dagster's pages leave tags of this prefix out: they would be noise beside each run.

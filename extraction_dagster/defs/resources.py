@@ -8,7 +8,7 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
-from extraction_dagster.errors.base import ExtractionError
+from extraction_dagster.errors import ExtractionError
 from extraction_dagster.errors.runs import OtherModelError
 from extraction_dagster.ranges.work import fingerprints_of
 from extraction_dagster.run_options import (

@@ -11,9 +11,9 @@ import logging
 from typing import TYPE_CHECKING
 
 from extraction_dagster import step_progress
+from extraction_dagster.errors.decode import ShardStoreError
 from extraction_dagster.errors.index import PointsChangedError
 from extraction_dagster.errors.runs import VectorsMissingError
-from extraction_dagster.errors.shards import ShardStoreError
 from extraction_dagster.ranges.work import RangeWork, Report, Stopwatch, frames_by_record, was_done
 
 if TYPE_CHECKING:

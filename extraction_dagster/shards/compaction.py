@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Generic
 
-from extraction_dagster.errors.shards import ShardError
+from extraction_dagster.errors.decode import ShardError
 from extraction_dagster.shards.store import S, Shard, merged_name, written_at
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from extraction_dagster.errors.shards import EmbeddingShardError, EmbeddingStoreError
+from extraction_dagster.errors.decode import EmbeddingShardError, EmbeddingStoreError
 from extraction_dagster.records import EmbeddingBatch, Failure
 from extraction_dagster.shards.store import ShardStore
 

@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from extraction_dagster.errors.shards import FrameShardError, FrameStoreError
+from extraction_dagster.errors.decode import FrameShardError, FrameStoreError
 from extraction_dagster.records import EncodedFrames
 from extraction_dagster.shards.store import ShardStore, new_name
 

@@ -28,7 +28,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from extraction_dagster import files
 from extraction_dagster.addresses import shown_address
-from extraction_dagster.errors.base import PartitionKeyError
+from extraction_dagster.errors import PartitionKeyError
 from extraction_dagster.records import IdRange
 from extraction_dagster.stages.catalog.fetch.buckets import STORE_PACKAGES
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     import pyarrow.parquet as pq
 
-    from extraction_dagster.errors.shards import ShardStoreError
+    from extraction_dagster.errors.decode import ShardStoreError
 
 logger = logging.getLogger(__name__)
 _SUFFIX = ".parquet"

@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeGuard
 
 import sqlalchemy as sa
 
-from extraction_dagster.errors.ticks import CursorError
+from extraction_dagster.errors.runs import CursorError
 from extraction_dagster.stages.catalog.database import reading, writing
 from extraction_dagster.stages.catalog.state_tables import REQUESTS_TABLE
 

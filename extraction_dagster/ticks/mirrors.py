@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Literal
 
 import sqlalchemy as sa
 
-from extraction_dagster.errors.base import ExtractionError
-from extraction_dagster.errors.ticks import LegacyCheckpointError, LostCursorError, MirrorError
+from extraction_dagster.errors import ExtractionError
+from extraction_dagster.errors.runs import LegacyCheckpointError, LostCursorError, MirrorError
 from extraction_dagster.files import read_small, write_atomically
 from extraction_dagster.stages.catalog.database import describe, reading, writing
 from extraction_dagster.stages.catalog.state_tables import UtcDateTime

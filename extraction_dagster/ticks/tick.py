@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from extraction_dagster.errors.ticks import CursorError
+from extraction_dagster.errors.runs import CursorError
 from extraction_dagster.stages.catalog.pending import Scan, scan
 from extraction_dagster.ticks.cursor import CursorState, Requests
 from extraction_dagster.ticks.mirrors import Mirror, Notice, adopt, follow, make_mirror

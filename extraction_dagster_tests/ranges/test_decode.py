@@ -5,7 +5,7 @@ import threading
 import time
 
 from extraction_dagster import step_progress
-from extraction_dagster.errors.fetch import FileUnavailableError
+from extraction_dagster.errors.catalog import FileUnavailableError
 from extraction_dagster.ranges.decode import decode_range
 from extraction_dagster.ranges.work import open_range
 from extraction_dagster.records import IdRange

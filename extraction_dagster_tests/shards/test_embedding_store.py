@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from extraction_dagster.errors.shards import EmbeddingShardError
+from extraction_dagster.errors.decode import EmbeddingShardError
 from extraction_dagster.records import EmbeddingBatch, Failure, IdRange
 from extraction_dagster.shards.compaction import CompactionOptions, compact
 from extraction_dagster.shards.embedding_store import EmbeddedRecord, EmbeddingShard, EmbeddingStore

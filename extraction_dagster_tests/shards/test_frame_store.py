@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from extraction_dagster.errors.shards import FrameShardError, FrameStoreError
+from extraction_dagster.errors.decode import FrameShardError, FrameStoreError
 from extraction_dagster.records import EncodedFrames, IdRange
 from extraction_dagster.settings import Settings
 from extraction_dagster.shards.frame_store import FrameStore, ShardRecord

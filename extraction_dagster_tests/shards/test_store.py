@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from extraction_dagster.errors.shards import EmbeddingShardError, FrameShardError, ShardStoreError
+from extraction_dagster.errors.decode import EmbeddingShardError, FrameShardError, ShardStoreError
 from extraction_dagster.files import temporary_name
 from extraction_dagster.records import EmbeddingBatch, Failure, IdRange
 from extraction_dagster.shards.compaction import Compacted, CompactionOptions, compact

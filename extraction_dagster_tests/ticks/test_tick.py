@@ -7,7 +7,7 @@ import pytest
 import sqlalchemy as sa
 from pydantic import SecretStr
 
-from extraction_dagster.errors.ticks import CursorError, LostCursorError, MirrorError
+from extraction_dagster.errors.runs import CursorError, LostCursorError, MirrorError
 from extraction_dagster.records import Failure, IdRange
 from extraction_dagster.stages.catalog.catalog import Fingerprints
 from extraction_dagster.ticks import tick as tick_module

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from extraction_dagster.errors.base import ExtractionError
+from extraction_dagster.errors import ExtractionError
 from extraction_dagster.records import Failure, Outcome
 from extraction_dagster.stages.catalog.fetch.fetching import Fetcher, fetch_ahead
 from extraction_dagster.stages.decode.sampling import evenly

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from extraction_dagster.errors.decode import StoredFrameError
 from extraction_dagster.errors.embed import InvalidVectorError
-from extraction_dagster.errors.shards import StoredFrameError
 from extraction_dagster.records import EmbeddingBatch, Failure
 from extraction_dagster.stages.embed.batching import BatchEmbedder, embed_pieces
 from extraction_dagster.stages.embed.passes import normalise
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
     from concurrent.futures import Future
 
-    from extraction_dagster.errors.base import ExtractionError
+    from extraction_dagster.errors import ExtractionError
     from extraction_dagster.records import EncodedFrames, IdRange
     from extraction_dagster.settings import Settings
     from extraction_dagster.shards.embedding_store import EmbeddingShard, EmbeddingStore

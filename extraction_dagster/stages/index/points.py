@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from extraction_dagster.addresses import shown_address
-from extraction_dagster.errors.base import RecordShapeError, SettingsError
+from extraction_dagster.errors import RecordShapeError, SettingsError
 from extraction_dagster.errors.index import PayloadError, VectorNormError
 from extraction_dagster.records import fingerprint
 from extraction_dagster.settings import RESERVED_PAYLOAD_KEYS

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from extraction_dagster.errors.base import RecordShapeError
+from extraction_dagster.errors import RecordShapeError
 from extraction_dagster.errors.index import GalleryError
 from extraction_dagster.files import write_atomically
 from extraction_dagster.stages.decode.jpeg import shrink_jpeg

@@ -6,13 +6,13 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from extraction_dagster.shards.retention import prune_frames
 
 from extraction_dagster.records import IdRange, VideoRow
 from extraction_dagster.settings import Settings
 from extraction_dagster.shards.compaction import Compacted, CompactionOptions, compact
 from extraction_dagster.shards.frame_export import export_frames
 from extraction_dagster.shards.frame_store import FrameStore
-from extraction_dagster.shards.retention import prune_frames
 from extraction_dagster.stages.catalog.catalog import Fingerprints
 from extraction_dagster.stages.catalog.ledger import LedgerEntry
 from extraction_dagster.stages.decode import stage

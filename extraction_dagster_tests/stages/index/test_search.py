@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import simplejpeg
 
-from extraction_dagster.errors.base import RecordShapeError
+from extraction_dagster.errors import RecordShapeError
 from extraction_dagster.errors.index import CollectionMismatchError, GalleryError
 from extraction_dagster.records import IdRange, VideoRow
 from extraction_dagster.stages.index.points import PointBatch, PointFilter, build_points, point_id

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from extraction_dagster.errors.fetch import DownloadCacheError, FileUnavailableError
+from extraction_dagster.errors.catalog import DownloadCacheError, FileUnavailableError
 from extraction_dagster.files import write_atomically
 from extraction_dagster.stages.catalog.fetch.download import FileVersion, PassingFaultError
 

@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from extraction_dagster.errors.base import ExtractionError
-from extraction_dagster.errors.fetch import DownloadTimeoutError
+from extraction_dagster.errors import ExtractionError
+from extraction_dagster.errors.catalog import DownloadTimeoutError
 
 if TYPE_CHECKING:
     import threading

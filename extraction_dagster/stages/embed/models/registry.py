@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
-from extraction_dagster.errors.base import SettingsError
+from extraction_dagster.errors import SettingsError
 from extraction_dagster.errors.embed import EmbeddingModelError
 from extraction_dagster.records import fingerprint
 from extraction_dagster.stages.embed.models import lite0, transformers

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from extraction_dagster.errors.base import ExtractionError
+from extraction_dagster.errors import ExtractionError
 from extraction_dagster.errors.embed import EmbeddingModelError, ModelFilesError, ModelLibraryError
 from extraction_dagster.stages.embed.models.folder import FILES, inspect_folder
 from extraction_dagster.stages.embed.models.interface import EmbeddingModel, ModelFamily

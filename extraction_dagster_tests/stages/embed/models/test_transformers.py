@@ -18,7 +18,7 @@ import transformers  # noqa: TID253 - as above
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from extraction_dagster.errors.base import SettingsError
+from extraction_dagster.errors import SettingsError
 from extraction_dagster.errors.embed import EmbeddingModelError, ModelFilesError
 from extraction_dagster.settings import Settings
 from extraction_dagster.stages.embed.models.interface import TextEmbeddingModel
