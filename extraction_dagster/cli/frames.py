@@ -48,8 +48,7 @@ def prune(
     ] = None,
 ) -> None:
     """Remove frame shards whose records are all done, when EXTRACTION_KEEP_FRAMES says that they go."""
-    from extraction_dagster.shards.frame_store import FrameStore
-    from extraction_dagster.shards.retention import keep_time, prune_frames
+    from extraction_dagster.shards.frame_store import FrameStore, keep_time, prune_frames
     from extraction_dagster.stages.catalog.catalog import Fingerprints, open_catalog
     from extraction_dagster.stages.decode.task import frames_fingerprint
     from extraction_dagster.stages.embed.models.registry import embedding_fingerprint
