@@ -46,8 +46,7 @@ def export(
 def prune(id_range: console.AnyRange = None) -> None:
     """Remove frame shards whose records are all done, when EXTRACTION_KEEP_FRAMES says that they go."""
     from extraction_dagster.ranges.work import fingerprints_of
-    from extraction_dagster.shards.frame_store import FrameStore
-    from extraction_dagster.shards.retention import keep_time, prune_frames
+    from extraction_dagster.shards.frame_store import FrameStore, keep_time, prune_frames
 
     settings = load_settings()
     keep = keep_time(settings.keep_frames)
