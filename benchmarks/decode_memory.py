@@ -16,7 +16,7 @@ from fuzz import CLIPS, EVERY_STEP, SAMPLINGS, mutate, render
 
 from extraction_dagster.stages.decode.quality import Quality
 from extraction_dagster.stages.decode.task import DecodeJob
-from extraction_dagster.stages.decode.workers.pool import PoolOptions, decode_all
+from extraction_dagster.stages.decode.workers.pool import PoolOptions, decode_as_ready
 
 MIB = 2**20
 DAMAGED_OF_EACH = 5
@@ -37,7 +37,7 @@ def main() -> None:
         pool = PoolOptions(workers=1, timeout_seconds=300.0, memory_bytes=2**32, max_tasks=options.videos + 1)
         held: list[int] = []
         workers: set[int] = set()
-        for _ in decode_all(jobs, pool):
+        for _ in filter(None, decode_as_ready(jobs, pool)):
             (worker,) = psutil.Process().children()
             workers.add(worker.pid)
             held.append(worker.memory_info().rss)

@@ -32,7 +32,7 @@ from extraction_dagster.errors import decode as decode_errors
 from extraction_dagster.stages.decode.quality import Quality
 from extraction_dagster.stages.decode.sampling import Sampling
 from extraction_dagster.stages.decode.task import DecodeJob
-from extraction_dagster.stages.decode.workers.pool import PoolOptions, decode_all
+from extraction_dagster.stages.decode.workers.pool import PoolOptions, decode_as_ready
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,7 +66,7 @@ def main() -> None:
         clips = {name: render(Path(folder) / name) for name in CLIPS}
         jobs = list(_jobs(Path(folder), clips, options.mutations, options.seed))
         pool = PoolOptions(options.workers, options.timeout_seconds, memory_bytes=2**30)
-        outcomes = [decoded.outcome for decoded in decode_all(jobs, pool)]
+        outcomes = [decoded.outcome for decoded in filter(None, decode_as_ready(jobs, pool))]
     escapes = _escapes(jobs, outcomes)
     found = Counter(
         outcome.failure.error_type

@@ -91,8 +91,7 @@ def _each(pattern: re.Pattern[str], examples: str) -> AfterValidator:
 
     def check(value: tuple[str, ...]) -> tuple[str, ...]:
         if wrong := [part for part in value if not pattern.fullmatch(part)]:
-            message = f"{examples} (refused: {wrong[0]})"
-            raise ValueError(message)
+            raise ValueError(f"{examples} (refused: {wrong[0]})")
         return value
 
     return AfterValidator(check)
@@ -454,8 +453,7 @@ class Settings(BaseSettings):
     def _no_reserved_column(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if taken := sorted({*value} & {*RESERVED_PAYLOAD_KEYS}):
             every = ", ".join(RESERVED_PAYLOAD_KEYS)
-            message = f"columns other than {every}, which every point has (refused: {', '.join(taken)})"
-            raise ValueError(message)
+            raise ValueError(f"columns other than {every}, which every point has (refused: {', '.join(taken)})")
         return value
 
     @field_validator("allowed_networks", mode="after")
@@ -481,24 +479,21 @@ class Settings(BaseSettings):
             message = "an address without user, password or query: the key belongs into EXTRACTION_QDRANT_API_KEY"
             raise ValueError(message)
         if parts.scheme not in {"http", "https"} or not parts.hostname:
-            message = "an address such as http://localhost:6333 or https://qdrant.example.com:6333"
-            raise ValueError(message)
+            raise ValueError("an address such as http://localhost:6333 or https://qdrant.example.com:6333")
         return value
 
     @field_validator("notify", mode="after")
     @classmethod
     def _known_notifier(cls, value: str) -> str:
         if value not in _NOTIFIERS and not _FUNCTION.fullmatch(value):
-            message = f"{', '.join(_NOTIFIERS)}, or module:function"
-            raise ValueError(message)
+            raise ValueError(f"{', '.join(_NOTIFIERS)}, or module:function")
         return value
 
     @field_validator("notify_url", mode="after")
     @classmethod
     def _usable_address(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None and _split_address(value.get_secret_value()) is None:
-            message = "an address such as https://hooks.example.com/services/…, without user and password"
-            raise ValueError(message)
+            raise ValueError("an address such as https://hooks.example.com/services/…, without user and password")
         return value
 
     @field_validator("home", mode="after")
@@ -507,10 +502,12 @@ class Settings(BaseSettings):
         return value.expanduser().absolute()
 
     @model_validator(mode="after")
-    def _read_only_source_keeps_state_elsewhere(self) -> Self:
+    def _settings_agree(self) -> Self:
         if self.source_read_only and self.state_url is None:
             message = "source_read_only needs state_url: the ledger can't be kept in a database that is never written"
             raise ValueError(message)
+        if self.min_frames > self.max_frames:
+            raise ValueError(f"min_frames ({self.min_frames}) must not be greater than max_frames ({self.max_frames})")
         return self
 
     @model_validator(mode="after")
@@ -519,18 +516,9 @@ class Settings(BaseSettings):
             return self
         parts = _split_address(self.notify_url.get_secret_value()) if self.notify_url else None
         if parts is None:
-            message = f"notify={self.notify} needs notify_url"
-            raise ValueError(message)
+            raise ValueError(f"notify={self.notify} needs notify_url")
         if parts.scheme == "http" and not self.notify_allow_http and not _is_this_machine(parts.hostname or ""):
-            message = "notify_url must be https, unless it leads to this machine or notify_allow_http is true"
-            raise ValueError(message)
-        return self
-
-    @model_validator(mode="after")
-    def _fewest_frames_are_no_more_than_most(self) -> Self:
-        if self.min_frames > self.max_frames:
-            message = f"min_frames ({self.min_frames}) must not be greater than max_frames ({self.max_frames})"
-            raise ValueError(message)
+            raise ValueError("notify_url must be https, unless it leads to this machine or notify_allow_http is true")
         return self
 
     @classmethod

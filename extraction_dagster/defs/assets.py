@@ -19,8 +19,7 @@ from extraction_dagster.defs.metadata import (
     stopped_table,
 )
 from extraction_dagster.defs.partitions import id_ranges
-from extraction_dagster.defs.resources import Extraction
-from extraction_dagster.defs.step import open_step
+from extraction_dagster.defs.resources import Extraction, open_step
 from extraction_dagster.errors.index import PointsChangedError, PointsMissingError
 from extraction_dagster.ranges.decode import decode_range
 from extraction_dagster.ranges.embed import embed_range
@@ -63,15 +62,9 @@ def video_frames(context: dg.AssetExecutionContext, extraction: Extraction) -> d
     """Fetch, decode and sample the range's pending rows; finished shards of an earlier try are kept."""
     with open_step(context, extraction, begins=True) as work:
         report = decode_range(work)
-        entries = work.entries()
         found = [
-            checks.no_zero_frame_video(entries),
-            checks.failure_rate(
-                entries,
-                num_records=len(work.plan),
-                most=work.settings.max_failure_rate,
-                spec=checks.FRAMES_FAILURE_RATE,
-            ),
+            checks.no_zero_frame_video(work.entries()),
+            checks.failure_rate(work, checks.FRAMES_FAILURE_RATE),
         ]
         return _result("video_frames", work, report, found, extraction.options)
 
@@ -117,12 +110,7 @@ def qdrant_points(
             raise
         found = [
             checks.points_verified(points=report.verified),
-            checks.failure_rate(
-                work.entries(),
-                num_records=len(work.plan),
-                most=work.settings.max_failure_rate,
-                spec=checks.POINTS_FAILURE_RATE,
-            ),
+            checks.failure_rate(work, checks.POINTS_FAILURE_RATE),
         ]
         yield _result("qdrant_points", work, report, found, extraction.options)
 

@@ -10,6 +10,7 @@ from extraction_dagster.defs.metadata import stopped_table
 from extraction_dagster.defs.partitions import id_ranges
 
 if TYPE_CHECKING:
+    from extraction_dagster.ranges.work import RangeWork
     from extraction_dagster.stages.catalog.ledger import LedgerEntry
 
 
@@ -59,11 +60,10 @@ def no_zero_frame_video(entries: Mapping[int, "LedgerEntry"]) -> dg.AssetCheckRe
     )
 
 
-def failure_rate(
-    entries: Mapping[int, "LedgerEntry"], *, num_records: int, most: float, spec: dg.AssetCheckSpec
-) -> dg.AssetCheckResult:
+def failure_rate(work: "RangeWork", spec: dg.AssetCheckSpec) -> dg.AssetCheckResult:
     """Compare the share of records that are failed or parked now with the setting."""
-    bad = [entry for _, entry in sorted(entries.items()) if entry.state in {"failed", "parked"}]
+    num_records, most = len(work.plan), work.settings.max_failure_rate
+    bad = [entry for _, entry in sorted(work.entries().items()) if entry.state in {"failed", "parked"}]
     rate = len(bad) / num_records if num_records else 0.0
     metadata: dict[str, Any] = {"records": num_records, "records_failed_or_parked": len(bad), "rate": round(rate, 4)}
     return dg.AssetCheckResult(

@@ -102,10 +102,10 @@ def code_versions(settings: Settings) -> dict[str, str]:
 
 def data_version(asset: str, entries: Mapping[int, LedgerEntry]) -> dg.DataVersion:
     """Names what a range of an asset holds: changes with any record, stays when a run finds nothing to do."""
-    held = [_content(asset, entry) for _, entry in sorted(entries.items()) if entry.state in _STATES_WITH[asset]]
+    held = [
+        [entry.record_id, entry.content_version, entry.frames_fingerprint, entry.num_frames]
+        + ([] if asset == "video_frames" else [entry.embedding_fingerprint])
+        for _, entry in sorted(entries.items())
+        if entry.state in _STATES_WITH[asset]
+    ]
     return dg.DataVersion(fingerprint(asset=asset, records=held))
-
-
-def _content(asset: str, entry: LedgerEntry) -> list[object]:
-    content: list[object] = [entry.record_id, entry.content_version, entry.frames_fingerprint, entry.num_frames]
-    return content if asset == "video_frames" else [*content, entry.embedding_fingerprint]

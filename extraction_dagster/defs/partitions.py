@@ -38,14 +38,10 @@ def valid_ranges(keys: Iterable[str]) -> Iterator[IdRange]:
             continue
 
 
-def this_process() -> str:
-    """This process as a tag: host, process id and start time, for process ids are used again."""
-    return f"{socket.gethostname()}:{os.getpid()}:{int(psutil.Process().create_time())}"
-
-
 def process_tags(run_id: str) -> dict[str, str]:
-    """The tags that say that this process works on a run."""
-    return {PROCESS_TAG: this_process(), PROCESS_RUN_TAG: run_id}
+    """The tags that say that this process works on a run: host, process id, and start time, for ids are used again."""
+    this_process = f"{socket.gethostname()}:{os.getpid()}:{int(psutil.Process().create_time())}"
+    return {PROCESS_TAG: this_process, PROCESS_RUN_TAG: run_id}
 
 
 def is_dead(tag: str) -> bool:
@@ -54,9 +50,14 @@ def is_dead(tag: str) -> bool:
     number, _, started = rest.partition(":")
     if host != socket.gethostname() or not (number.isdecimal() and started.isdecimal()):
         return False
+    return is_gone(int(number), since=int(started), until=int(started) + 1)
+
+
+def is_gone(process_id: int, *, since: float = 0.0, until: float) -> bool:
+    """Whether no process with this id that began between two moments lives; False where that can't be seen."""
     try:
-        process = psutil.Process(int(number))
-        return int(process.create_time()) != int(started) or process.status() == psutil.STATUS_ZOMBIE
+        process = psutil.Process(process_id)
+        return not since <= process.create_time() < until or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
     except psutil.AccessDenied:

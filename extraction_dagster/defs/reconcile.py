@@ -1,7 +1,6 @@
 """Bring the collection and the table to agreement: a check on qdrant_points, the job that runs it, a schedule."""
 
 import time
-from typing import Any
 
 import dagster as dg
 from pydantic import Field
@@ -13,7 +12,7 @@ from extraction_dagster.records import IdRange
 from extraction_dagster.settings import load_settings
 from extraction_dagster.stages.catalog.catalog import open_catalog
 from extraction_dagster.stages.index.compare import WHOLE
-from extraction_dagster.stages.index.reconcile import Reconciliation, reconcile
+from extraction_dagster.stages.index.reconcile import reconcile
 
 _MOST_RECORDS_SHOWN = 100
 
@@ -54,11 +53,16 @@ def points_agree_with_table(
             repair=bool(config.repair),
         )
     context.log.info("%d records differ on %d points", found.remaining, found.points)
+    differences = [dg.TableRecord(row) for row in found.rows(limit=_MOST_RECORDS_SHOWN)]
     return dg.AssetCheckResult(
         passed=found.remaining == 0,
         severity=dg.AssetCheckSeverity.ERROR,
         description=found.summary,
-        metadata={**_metadata(found), "seconds": round(time.perf_counter() - started, 3)},
+        metadata={
+            **{name: value for name, value in found.document().items() if isinstance(value, int)},
+            **({"differences": dg.MetadataValue.table(differences)} if differences else {}),
+            "seconds": round(time.perf_counter() - started, 3),
+        },
     )
 
 
@@ -78,11 +82,3 @@ reconcile_schedule = dg.ScheduleDefinition(
     run_config={"ops": {points_agree_with_table.node_def.name: {"config": {"repair": True}}}},
     description="Purges deleted rows and asks for lost points again; EXTRACTION_RECONCILE_CRON says when (UTC).",
 )
-
-
-def _metadata(found: Reconciliation) -> dict[str, Any]:
-    metadata: dict[str, Any] = {name: value for name, value in found.document().items() if isinstance(value, int)}
-    shown = found.rows(limit=_MOST_RECORDS_SHOWN)
-    if not shown:
-        return metadata
-    return {**metadata, "differences": dg.MetadataValue.table([dg.TableRecord(row) for row in shown])}

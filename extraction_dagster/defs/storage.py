@@ -24,13 +24,15 @@ def instance_folder() -> Path:
     return load_settings().home / "dagster"
 
 
-class ExtractionStorage(DagsterStorage, ConfigurableClass):
-    """Runs, events, schedules and cursors: PostgreSQL when EXTRACTION_POSTGRES_URL is set, else SQLite under home."""
-
+class _ConfiguredBySettings:
     @classmethod
     def config_type(cls) -> dict[str, Any]:
         """Nothing to configure here: the settings decide."""
         return {}
+
+
+class ExtractionStorage(_ConfiguredBySettings, DagsterStorage, ConfigurableClass):
+    """Runs, events, schedules and cursors: PostgreSQL when EXTRACTION_POSTGRES_URL is set, else SQLite under home."""
 
     @classmethod
     def from_config_value(  # type: ignore[override]  # it opens one of two kinds
@@ -57,13 +59,8 @@ class ExtractionStorage(DagsterStorage, ConfigurableClass):
         return DagsterPostgresStorage(url.render_as_string(hide_password=False), inst_data=inst_data)
 
 
-class ExtractionArtifactStorage(LocalArtifactStorage):
+class ExtractionArtifactStorage(_ConfiguredBySettings, LocalArtifactStorage):
     """Local artifacts, under home."""
-
-    @classmethod
-    def config_type(cls) -> dict[str, Any]:
-        """Nothing to configure here: the settings decide."""
-        return {}
 
     @classmethod
     def from_config_value(
@@ -75,13 +72,8 @@ class ExtractionArtifactStorage(LocalArtifactStorage):
         return cls(str(instance_folder()), inst_data=inst_data)
 
 
-class ExtractionComputeLogManager(LocalComputeLogManager):
+class ExtractionComputeLogManager(_ConfiguredBySettings, LocalComputeLogManager):
     """What steps print, under home."""
-
-    @classmethod
-    def config_type(cls) -> dict[str, Any]:
-        """Nothing to configure here: the settings decide."""
-        return {}
 
     captures = True  # off where a command runs steps in its own process: what they print is on its terminal
 

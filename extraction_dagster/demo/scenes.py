@@ -16,8 +16,6 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-_NOISE_CELLS = 6  # of smooth noise across the picture
-
 
 @dataclass(frozen=True)
 class Canvas:
@@ -64,8 +62,8 @@ class Canvas:
         numbers: np.ndarray = np.random.default_rng((self.seed, stream)).random(shape, dtype=np.float32)
         return numbers
 
-    def noise(self, cells: int = _NOISE_CELLS, stream: int = 0) -> np.ndarray:
-        """Smooth clouds, 0 to 1, that repeat at the edges: a grid of random numbers, blended between its points."""
+    def noise(self, cells: int = 6, stream: int = 0) -> np.ndarray:
+        """Smooth clouds, 0 to 1, that repeat at the edges: a grid of cells x cells random numbers, blended between."""
         grid = np.pad(self.random(cells, cells, stream=stream), (0, 1), mode="wrap")
         clouds: np.ndarray = _blend(self.height_px, cells) @ grid @ _blend(self.width_px, cells).T
         return clouds

@@ -59,7 +59,11 @@ def make_table(database: str | sa.Engine, videos: Sequence[DemoVideo]) -> int:
         with engine.begin() as connection:
             _INSTA_CONTENT.create(connection, checkfirst=True)
             there = set(connection.scalars(sa.select(_INSTA_CONTENT.c.id)))
-            missing = [_row(video) for video in videos if video.record_id not in there]
+            missing = [
+                {"id": video.record_id, "platform": video.platform, "code": video.code, "path": video.path}
+                for video in videos
+                if video.record_id not in there
+            ]
             if missing:
                 connection.execute(sa.insert(_INSTA_CONTENT), missing)
     except sa.exc.DBAPIError as error:
@@ -68,10 +72,6 @@ def make_table(database: str | sa.Engine, videos: Sequence[DemoVideo]) -> int:
         if isinstance(database, str):
             engine.dispose()
     return len(missing)
-
-
-def _row(video: DemoVideo) -> dict[str, object]:
-    return {"id": video.record_id, "platform": video.platform, "code": video.code, "path": video.path}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,10 @@ def choose_query(home: Path, videos: Sequence[DemoVideo]) -> DemoQuery:
     by_code = {video.code: video for video in videos}
     video = next(by_code[code] for code in _QUERY_CODES if code in by_code)
     image = home / "query.jpg"
-    jpeg = simplejpeg.encode_jpeg(_crop(_middle_frame(home / "videos" / video.path)), quality=_QUERY_JPEG_QUALITY)
+    frame = _middle_frame(home / "videos" / video.path)
+    high, wide = (round(side * (1 - _QUERY_KEEP) / 2) for side in frame.shape[:2])  # what is cut off at each side
+    cropped = frame[high : frame.shape[0] - high, wide : frame.shape[1] - wide].copy()
+    jpeg = simplejpeg.encode_jpeg(cropped, quality=_QUERY_JPEG_QUALITY)
     try:
         write_atomically(image, jpeg, mode=None, durable=False)
     except OSError as error:
@@ -128,12 +131,6 @@ def _middle_frame(path: Path) -> np.ndarray:
         return middle.to_ndarray(format="rgb24")
 
 
-def _crop(frame: np.ndarray) -> np.ndarray:
-    """The middle of a frame."""
-    height, width = (round(side * (1 - _QUERY_KEEP) / 2) for side in frame.shape[:2])
-    return frame[height : frame.shape[0] - height, width : frame.shape[1] - width].copy()
-
-
 def refuse_foreign_targets(settings: Settings) -> None:
     """Refuse settings that would have the demo write outside its home folder, or read another table.
 
@@ -142,30 +139,26 @@ def refuse_foreign_targets(settings: Settings) -> None:
     """
     foreign = [name for name in ("qdrant_url", "postgres_url") if getattr(settings, name) is not None]
     urls = {"source_url": settings.resolved_source_url, "state_url": settings.resolved_state_url}
-    foreign += [name for name, url in urls.items() if getattr(settings, name) and not _inside(url, settings.home)]
+    foreign += [name for name, url in urls.items() if getattr(settings, name) and not _holds(settings.home, url)]
     folders = {"frames_uri": settings.resolved_frames_uri, "embeddings_uri": settings.resolved_embeddings_uri}
-    foreign += [name for name, folder in folders.items() if not _folder_inside(folder, settings.home)]
-    own = Settings.model_fields
-    foreign += [
-        name
-        for name in own
-        if name.startswith("source_") and name != "source_url" and getattr(settings, name) != own[name].default
-    ]
+    foreign += [name for name, uri in folders.items() if "://" in uri or not _is_inside(uri, settings.home)]
+    own = {name: field for name, field in Settings.model_fields.items() if name.startswith("source_")}
+    foreign += [name for name in own if name != "source_url" and getattr(settings, name) != own[name].default]
     if not any((settings.home / "videos").is_relative_to(root) for root in settings.resolved_allowed_roots):
         foreign.append("allowed_roots")
     if foreign:
         raise DemoTargetError(tuple(PREFIX + name.upper() for name in foreign), str(settings.home))
 
 
-def _inside(url: str, home: Path) -> bool:
+def _holds(home: Path, url: str) -> bool:
+    """Whether a URL names a SQLite file in the folder."""
     try:
         parsed = sa.make_url(url)
     except sa.exc.ArgumentError:
         return False
-    if parsed.get_backend_name() != "sqlite" or not parsed.database or parsed.database == ":memory:":
-        return False
-    return Path(parsed.database).absolute().resolve().is_relative_to(home.resolve())
+    is_file = parsed.get_backend_name() == "sqlite" and parsed.database not in {None, "", ":memory:"}
+    return is_file and _is_inside(str(parsed.database), home)
 
 
-def _folder_inside(uri: str, home: Path) -> bool:
-    return "://" not in uri and Path(uri).absolute().resolve().is_relative_to(home.resolve())
+def _is_inside(path: str, home: Path) -> bool:
+    return Path(path).absolute().resolve().is_relative_to(home.resolve())

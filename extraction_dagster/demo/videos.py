@@ -192,7 +192,11 @@ def make_videos(folder: Path, *, on_finished: Callable[[int, int], None] | None 
         DemoEncoderError: This build of PyAV can't encode a clip.
         DemoFolderError: The folder can't be written.
     """
-    makers = [(video, make) for video, make in _makers() if video.kind != "real" or _has_real(folder, video)]
+    makers = [
+        (video, make)
+        for video, make in _makers()
+        if video.kind != "real" or (folder / video.path).is_file() or _real_file(video.code) is not None
+    ]
     for finished, (video, make) in enumerate(makers, start=1):
         _write(folder / video.path, make)
         if on_finished is not None:
@@ -269,10 +273,6 @@ def _real_file(code: str) -> Path | None:
     return found if found.is_file() else None
 
 
-def _has_real(folder: Path, video: DemoVideo) -> bool:
-    return (folder / video.path).is_file() or _real_file(video.code) is not None
-
-
 def _copy_real(code: str, path: Path) -> None:
     source = _real_file(code)
     if source is None:
@@ -335,8 +335,6 @@ def take_ordinary_priority() -> None:
     As root, in a container too, SVT-AV1 starts its threads with the highest real-time priority. Whatever else runs on
     a machine with few cores, the thread that they wait for included, then gets a twentieth of the time.
     """
-    if not _THREADS.is_dir():
-        return
-    for thread in _THREADS.iterdir():
+    for thread in _THREADS.glob("*"):
         with contextlib.suppress(OSError):  # it has ended, or a sandbox forbids the call
             os.sched_setscheduler(int(thread.name), os.SCHED_OTHER, os.sched_param(0))

@@ -19,10 +19,9 @@ if TYPE_CHECKING:
 
     from prometheus_client.metrics_core import Metric
 
-    from extraction_dagster.watch.figures import Census, Figures, InstanceFigures, MirrorFigures
+    from extraction_dagster.watch.meter import Census, Figures, InstanceFigures
     from extraction_dagster.watch.progress import Progress
 
-CONTENT_TYPE = openmetrics.CONTENT_TYPE_LATEST
 _PREFIX = "extraction_"  # of every metric
 _MIRROR_STATES = ("ok", "missing", "behind", "ahead", "corrupt", "unreachable")
 
@@ -51,19 +50,21 @@ class Exposition:
         if figures.instance is not None:
             yield from _of_instance(figures.instance)
         if figures.mirror is not None:
-            yield from _of_mirror(figures.mirror)
+            about = "The mirror of the checkpoint beside the cursor: 1 for its state."
+            yield _by(
+                "mirror_state", about, "state", {state: state == figures.mirror.state for state in _MIRROR_STATES}
+            )
+            yield from _known(("mirror_watermark_id", "What the mirror says.", figures.mirror.last_processed_id))
         if census is not None:
             yield from _of_census(census)
 
     def openmetrics(self) -> str:
         """The OpenMetrics text."""
-        text: bytes = openmetrics.generate_latest(self)  # type: ignore[no-untyped-call]  # the client's own function
-        return text.decode()
+        return str(openmetrics.generate_latest(self), "utf-8")  # type: ignore[no-untyped-call]  # the client's own
 
     def classic(self) -> str:
         """The text format that was before OpenMetrics: the one that node_exporter reads from files."""
-        text: bytes = exposition.generate_latest(self)
-        return text.decode()
+        return str(exposition.generate_latest(self), "utf-8")
 
     def negotiated(self, accept: str) -> tuple[bytes, str]:
         """The text in the form that an Accept header asks for, and its content type."""
@@ -103,12 +104,6 @@ def _of_instance(instance: InstanceFigures) -> Iterator[Metric]:
     for name in ("frames", "points", "videos"):
         help_text = f"The {name} made a second by the newest runs; 0 when none has ended lately."
         yield _gauge(f"{name}_per_second", help_text, instance.rates.get(name, 0.0))
-
-
-def _of_mirror(mirror: MirrorFigures) -> Iterator[Metric]:
-    states = {state: state == mirror.state for state in _MIRROR_STATES}
-    yield _by("mirror_state", "The mirror of the checkpoint beside the cursor: 1 for its state.", "state", states)
-    yield from _known(("mirror_watermark_id", "What the mirror says.", mirror.last_processed_id))
 
 
 def _of_census(census: Census) -> Iterator[Metric]:

@@ -1,17 +1,19 @@
-"""Takes the figures of the metrics: the cheap ones at each scrape, the census now and then.
+"""The figures of the metrics, and what takes them: the cheap ones at each scrape, the census now and then.
 
 `measure` costs the same whatever the table's size; its `Progress` is the one of `extraction status` and of the charts
 in Dagster's UI. `count` reads the whole table and ledger, and is paced so that it takes two per cent of the time.
+`exposition.py` gives the figures their names.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import time
-from dataclasses import replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from extraction_dagster.errors import ExtractionError
 from extraction_dagster.errors.index import CollectionMissingError, StoreBusyError
@@ -19,18 +21,19 @@ from extraction_dagster.records import IdRange
 from extraction_dagster.stages.catalog.catalog import Catalog
 from extraction_dagster.stages.index.stage import open_point_store
 from extraction_dagster.ticks.cursor import CursorState
+from extraction_dagster.ticks.memory import recall_text, remember_text
 from extraction_dagster.ticks.mirrors import make_mirror
-from extraction_dagster.watch.figures import Census, Figures, MirrorFigures, recall_census, remember_census
-from extraction_dagster.watch.progress import measure_progress, recall_progress, remember_progress
+from extraction_dagster.watch.progress import Progress, measure_progress, recall_progress, remember_progress
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
+
+    import sqlalchemy as sa
 
     from extraction_dagster.settings import Settings
-    from extraction_dagster.watch.figures import InstanceFigures
-    from extraction_dagster.watch.progress import Progress
 
 _log = logging.getLogger(__name__)
+_CENSUS_KEY = "metrics_census"
 _EVERY_ID = IdRange(-(2**63), 2**63 - 1)
 _MOST_SECONDS_A_CALL = 10.0  # to a Qdrant server: what can't be counted now is counted another time
 _REMEMBER_EVERY = timedelta(minutes=1)  # not at each scrape
@@ -38,9 +41,105 @@ _LEAST_CENSUS_SECONDS = 60.0
 _CENSUS_SHARE = 50  # a census that takes a second is taken every 50 s at most
 
 
+@dataclass(frozen=True, slots=True)
+class InstanceFigures:
+    """What Dagster's instance says.
+
+    Attributes:
+        cursor: The sensor's cursor as it is stored; None before the first tick.
+        runs: Runs that have not ended, by status.
+        ended_runs: Runs that ended within the last hour, by status.
+        last_tick_at: When the sensor last ticked, in seconds since the epoch; None before the first tick.
+        is_switched_on: Whether the sensor is on: it was not stopped.
+        daemons: Whether each daemon that is needed lives.
+        rates: Videos, frames and points a second, of those that were made lately.
+    """
+
+    cursor: str | None
+    runs: Mapping[str, int]
+    ended_runs: Mapping[str, int]
+    last_tick_at: float | None
+    is_switched_on: bool
+    daemons: Mapping[str, bool]
+    rates: Mapping[str, float]
+
+
+class MirrorFigures(NamedTuple):
+    """The mirror of the checkpoint: ok, missing, behind, ahead, corrupt or unreachable; and its last processed id."""
+
+    state: str
+    last_processed_id: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Census:
+    """Every row counted.
+
+    Attributes:
+        taken_at: When, in seconds since the epoch.
+        seconds: How long it took.
+        rows: Eligible rows by state: done, pending.
+        lag_rows: Eligible rows above the watermark and the floor.
+        frames: Stored frames of the rows that are done.
+        points: Verified points of the rows that are done.
+        errors: Errors ever recorded, by stage and type.
+        collection_points: What the collection holds; None when it could not be asked.
+        collection_counted_at: When it was last asked; None when it never could be.
+        collection_is_up: Whether the collection could be asked, or is merely held by a run.
+    """
+
+    taken_at: float
+    seconds: float
+    rows: Mapping[str, int]
+    lag_rows: int
+    frames: int
+    points: int
+    errors: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    collection_points: int | None = None
+    collection_counted_at: float | None = None
+    collection_is_up: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Everything that one scrape shows; what could not be read is None.
+
+    Attributes:
+        at: When, in seconds since the epoch.
+        seconds: How long it took, without the census.
+        parts: Whether each part could be read: table, dagster, cursor, and mirror where there is one.
+        instance: Dagster's part.
+        progress: The part of the table, the ledger and the cursor.
+        mirror: The mirror's part.
+    """
+
+    at: float
+    seconds: float
+    parts: Mapping[str, bool]
+    instance: InstanceFigures | None = None
+    progress: Progress | None = None
+    mirror: MirrorFigures | None = None
+
+
 def census_seconds(census: Census) -> float:
     """For how long a census need not be repeated."""
     return max(_LEAST_CENSUS_SECONDS, _CENSUS_SHARE * census.seconds)
+
+
+def recall_census(engine: sa.Engine) -> Census | None:
+    """The newest census, for a cron job has no other memory; None when there is none that can be read."""
+    try:
+        values = json.loads(recall_text(engine, _CENSUS_KEY) or "")
+        errors = {(str(stage), str(kind)): int(number) for stage, kind, number in values.pop("errors")}
+        return Census(**values, errors=errors)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def remember_census(engine: sa.Engine, census: Census) -> None:
+    """Keep a census for the next call."""
+    errors = [[stage, kind, number] for (stage, kind), number in census.errors.items()]
+    remember_text(engine, _CENSUS_KEY, json.dumps({**asdict(census), "errors": errors}))
 
 
 class Meter:
@@ -76,7 +175,8 @@ class Meter:
             catalog = self._opened()
         if instance is not None and catalog is not None:
             with self._part("cursor", parts):
-                cursor = _cursor(instance.cursor, catalog.source.identity)
+                source, stored = catalog.source.identity, instance.cursor  # None before the first tick
+                cursor = CursorState.from_json(stored, source=source) if stored else CursorState(source)
         if instance is not None and catalog is not None and cursor is not None:
             with self._part("table", parts):
                 progress = self._progress(catalog, cursor, instance, now)
@@ -103,11 +203,9 @@ class Meter:
         frames, points = catalog.ledger.totals()
         lag, errors = catalog.source.count_above(after_id), catalog.ledger.error_counts()
         held, is_up = self._count_points()
-        if held is not None:
-            counted_at: float | None = now
-        else:  # a run holds the store: what was counted before is the best there is
-            held = before.collection_points if before else None
-            counted_at = before.collection_counted_at if before else None
+        counted_at = None if held is None else now
+        if held is None and before is not None:  # a run holds the store: what was counted before is the best there is
+            held, counted_at = before.collection_points, before.collection_counted_at
         census = Census(now, 0.0, rows, lag, frames, points, errors, held, counted_at, is_up)
         census = replace(census, seconds=time.perf_counter() - started)
         with contextlib.suppress(ExtractionError):
@@ -178,8 +276,3 @@ class Meter:
         except ExtractionError as error:
             _log.warning("The collection can't be asked: %s", error)
             return None, False
-
-
-def _cursor(stored: str | None, source: str) -> CursorState:
-    """The sensor's cursor; before the first tick, one that says nothing."""
-    return CursorState.from_json(stored, source=source) if stored else CursorState(source)

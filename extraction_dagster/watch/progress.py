@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING
 
 from extraction_dagster.records import IdRange
 from extraction_dagster.stages.catalog.pending import scan
+from extraction_dagster.ticks.cursor import CursorState
 from extraction_dagster.ticks.memory import recall_text, remember_text
 
 if TYPE_CHECKING:
     import sqlalchemy as sa
 
     from extraction_dagster.stages.catalog.catalog import Catalog
-    from extraction_dagster.ticks.cursor import CursorState
 
 # Rows are counted up to these limits at each look: beyond them, a chart shows a backlog by how far its ids reach.
 MOST_COUNTED = 100_000
@@ -148,9 +148,8 @@ def measure_progress(  # noqa: PLR0913 - the table, the cursor, and what Dagster
         active_runs: Runs that are queued or at work.
         videos_per_second: Over the newest runs.
     """
-    last, frontier, floor = (
-        (cursor.last_processed_id, cursor.frontier_id, cursor.floor_id) if cursor else (None, None, None)
-    )
+    cursor = cursor or CursorState(catalog.source.identity)
+    last, frontier, floor = cursor.last_processed_id, cursor.frontier_id, cursor.floor_id
     after, newest = _highest(last, floor), catalog.source.newest_id()
     ahead = scan(catalog, after_id=after, up_to_id=None, budget=MOST_SCANNED)
     pending, stopped = len(ahead.pending_ids), catalog.ledger.count_failed_and_parked()

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from extraction_dagster.errors.runs import MetricsAddressError
 from extraction_dagster.watch.exposition import Exposition
-from extraction_dagster.watch.meter import Meter, census_seconds
+from extraction_dagster.watch.meter import Census, Figures, InstanceFigures, Meter, census_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from extraction_dagster.settings import Settings
-    from extraction_dagster.watch.figures import Census, Figures, InstanceFigures
 
 _Value = TypeVar("_Value")
 _log = logging.getLogger(__name__)
@@ -145,15 +144,11 @@ class MetricsServer(ThreadingHTTPServer):
     def __init__(self, host: str, port: int, expose: Callable[[], Exposition]) -> None:
         if ":" in host:
             self.address_family = 10  # AF_INET6
-        self._expose = expose
+        self.expose = expose
         try:
             super().__init__((host, port), _Handler)
         except OSError as error:
             raise MetricsAddressError(f"{host}:{port}", error.strerror or str(error)) from None
-
-    def answer(self, accept: str) -> tuple[bytes, str]:
-        """The metrics, and their content type."""
-        return self._expose().negotiated(accept)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Print nothing when a client hangs up."""
@@ -168,7 +163,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         if path == "/metrics":
-            body, content_type = self.server.answer(self.headers.get("Accept", ""))
+            body, content_type = self.server.expose().negotiated(self.headers.get("Accept", ""))
             self._send(200, body, content_type)
         else:
             self._send(200 if path == "/" else 404, _HELP, "text/plain; charset=utf-8")

@@ -9,7 +9,7 @@ from extraction_dagster.records import EmbeddingBatch, VideoRow
 from extraction_dagster.settings import Settings
 from extraction_dagster.stages.decode.jpeg import decode_frames
 from extraction_dagster.stages.decode.task import DecodeJob
-from extraction_dagster.stages.decode.workers.pool import PoolOptions, decode_all
+from extraction_dagster.stages.decode.workers.pool import PoolOptions, decode_as_ready
 from extraction_dagster.stages.embed.models.registry import load_model
 from extraction_dagster.stages.embed.passes import normalise
 from extraction_dagster.stages.embed.query import embed_query_image, embed_query_video, load_query_image
@@ -41,7 +41,7 @@ def demo_store(settings, model, demo_folder, demo_videos):
     jobs = [DecodeJob.of(row, demo_folder / row.uri, settings) for row in rows.values()]
     with EdgeStore(settings.home / "qdrant") as store:
         store.ensure_collection(CollectionSpec("demo", model.dim, model.fingerprint))
-        for decoded in decode_all(jobs, PoolOptions.from_settings(settings)):
+        for decoded in filter(None, decode_as_ready(jobs, PoolOptions.from_settings(settings))):
             frames = decoded.outcome.frames
             vectors, _ = normalise(model.embed_images(decode_frames(frames).data))
             ids = np.full(len(frames), frames.record_id, np.int64)

@@ -16,9 +16,8 @@ from extraction_dagster.defs.jobs import extraction_job
 from extraction_dagster.defs.notify import run_failure_notices
 from extraction_dagster.defs.partitions import id_ranges
 from extraction_dagster.defs.reconcile import points_agree_with_table
-from extraction_dagster.defs.resources import Extraction
+from extraction_dagster.defs.resources import Extraction, open_step
 from extraction_dagster.defs.sensors import extraction_sensor
-from extraction_dagster.defs.step import open_step
 from extraction_dagster.records import EmbeddingBatch, Failure
 
 DIM = 8

@@ -11,8 +11,6 @@ from extraction_dagster.errors.decode import FrameShardError, FrameStoreError
 from extraction_dagster.records import EncodedFrames, IdRange
 from extraction_dagster.settings import Settings
 from extraction_dagster.shards.frame_store import FrameRecord, FrameStore
-from extraction_dagster.stages.decode.quality import Quality
-from extraction_dagster.stages.decode.sampling import Sampling
 from extraction_dagster.stages.decode.task import frames_fingerprint
 
 RANGE = IdRange(1, 1000)
@@ -206,11 +204,3 @@ def test_the_fingerprint_follows_whatever_changes_pixels_or_frames():
         Settings(jpeg_quality=90),
     ]
     assert len({frames_fingerprint(settings) for settings in changed}) == len(changed)
-
-
-def test_what_a_job_chooses_itself_counts_as_if_the_settings_said_so():
-    chosen = frames_fingerprint(
-        Settings(), sampling=Sampling("uniform", num_frames=3), quality=Quality(solid_deviation=6.0)
-    )
-    assert chosen == frames_fingerprint(Settings(sampling="uniform", num_frames=3, reject_solid=True))
-    assert chosen != frames_fingerprint(Settings())

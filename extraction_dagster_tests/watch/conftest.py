@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from extraction_dagster.watch.figures import Census, Figures, InstanceFigures, MirrorFigures
+from extraction_dagster.watch.meter import Census, Figures, InstanceFigures, MirrorFigures
 from extraction_dagster.watch.progress import Progress
 
 CENSUS = Census(

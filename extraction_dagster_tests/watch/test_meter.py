@@ -17,8 +17,14 @@ from extraction_dagster.stages.index.points import PointBatch
 from extraction_dagster.stages.index.protocol import CollectionSpec
 from extraction_dagster.stages.index.stage import open_point_store
 from extraction_dagster.ticks.cursor import CursorState
-from extraction_dagster.watch.figures import InstanceFigures, MirrorFigures, recall_census, remember_census
-from extraction_dagster.watch.meter import Meter, census_seconds
+from extraction_dagster.watch.meter import (
+    InstanceFigures,
+    Meter,
+    MirrorFigures,
+    census_seconds,
+    recall_census,
+    remember_census,
+)
 from extraction_dagster.watch.progress import Progress, ProgressMemory, remember_progress
 
 TODAY = Fingerprints(frames="f1", embedding="e1")

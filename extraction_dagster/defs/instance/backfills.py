@@ -4,11 +4,13 @@ A backfill is Dagster's own: the UI shows it, its daemon asks for the runs, and 
 says. Where no daemon runs, the ranges of a plan can be processed in this process instead.
 """
 
+import hashlib
 import logging
 import time
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import dagster as dg
 
@@ -18,9 +20,13 @@ from extraction_dagster.defs.instance.private_api import (
     BULK_ACTION_TERMINAL_STATUSES,
     AssetBackfillData,
     AssetGraphSubset,
+    BaseAssetGraph,
     BulkActionStatus,
     PartitionBackfill,
+    extract_data_provenance_from_entry,
+    extract_data_version_from_entry,
     make_new_backfill_id,
+    newest_materializations,
     requested_backfills,
 )
 from extraction_dagster.defs.instance.runs import (
@@ -33,7 +39,6 @@ from extraction_dagster.defs.instance.runs import (
     range_of,
     waiting_ranges,
 )
-from extraction_dagster.defs.instance.staleness import stale_ranges
 from extraction_dagster.defs.partitions import add_ranges, id_ranges, valid_ranges
 from extraction_dagster.errors.runs import BackfillUnknownError, RangeBusyError
 from extraction_dagster.records import IdRange
@@ -42,6 +47,7 @@ from extraction_dagster.stages.catalog.catalog import Catalog
 from extraction_dagster.stages.catalog.ranges import cover_span
 
 _log = logging.getLogger(__name__)
+_PAGE = 500  # materializations read in one query
 _CHUNK = 1000  # ranges registered in one call: SQLite takes no more than some ten thousand
 _GIVE_UP_AFTER = 3  # ranges that fail one after the other: a store is down, say, and the rest would fail as well
 _LAST = "-1"  # priority of the runs: rows that come in meanwhile go first
@@ -146,7 +152,10 @@ class Backfills:
         chosen = tuple(name for name in ASSETS if name in assets)
         wanted = [*cover.ranges]
         if stale_only:
-            stale = self._stale(wanted, chosen)
+            from extraction_dagster.definitions import defs  # noqa: PLC0415 - definitions import this folder
+
+            keys = [dg.AssetKey(name) for name in chosen]
+            stale = stale_ranges(self.instance, defs.resolve_asset_graph(), wanted, keys)
             wanted = [id_range for id_range in wanted if id_range in stale]
         busy = self._busy(wanted)
         ranges = tuple(id_range for id_range in wanted if id_range not in busy)
@@ -221,12 +230,6 @@ class Backfills:
     def _num_runs(self, backfill_id: str, *statuses: dg.DagsterRunStatus) -> int:
         return self.instance.get_runs_count(dg.RunsFilter(tags={BACKFILL_TAG: backfill_id}, statuses=statuses))
 
-    def _stale(self, ranges: Sequence[IdRange], assets: Iterable[str]) -> set[IdRange]:
-        from extraction_dagster.definitions import defs  # noqa: PLC0415 - definitions import this folder
-
-        keys = [dg.AssetKey(name) for name in assets]
-        return stale_ranges(self.instance, defs.resolve_asset_graph(), ranges, keys)
-
     def _busy(self, ranges: Iterable[IdRange]) -> dict[IdRange, str]:
         """The ranges that lie within one that is at work or promised, with what works on it."""
         taken = [(found, f"run {run.run_id}") for run in active_runs(self.instance) if (found := range_of(run))]
@@ -277,3 +280,87 @@ def process_here(instance: dg.DagsterInstance, plan: BackfillPlan) -> Processed:
             failed += plan.ranges[number:]
             break
     return Processed(finished, tuple(failed), reason)
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """What the newest materialization of an asset's range says of itself."""
+
+    storage_id: int
+    code_version: str | None
+    data_version: str
+    inputs: Mapping[dg.AssetKey, tuple[int | None, str]]
+
+    def is_newer_than_read_by(self, reader: "_Made", asset: dg.AssetKey) -> bool:
+        """Whether a reader of this asset read an older materialization of it, and one with other contents."""
+        storage_id, version = reader.inputs.get(asset, (None, ""))
+        if storage_id is not None and self.storage_id <= storage_id:
+            return False
+        return hashlib.sha256(self.data_version.encode()).hexdigest() != version  # how Dagster names a single range
+
+
+def stale_ranges(
+    instance: dg.DagsterInstance, graph: BaseAssetGraph[Any], ranges: Sequence[IdRange], assets: Iterable[dg.AssetKey]
+) -> set[IdRange]:
+    """The ranges of which an asset is missing, was made by other code or settings, or from older inputs.
+
+    The UI shows the same, range by range. Dagster's own resolver asks the storage for each asset and range; here each
+    asset costs a few queries for all of them.
+
+    Args:
+        instance: Whose materializations.
+        graph: The assets as they are now.
+        ranges: Those asked about.
+        assets: Those asked about.
+    """
+    wanted = set(assets)
+    parents = {key: graph.get(key).parent_keys & _like(graph, key) for key in wanted}
+    keys = [id_range.partition_key for id_range in ranges]
+    made = {key: _newest(instance, key, set(keys)) for key in wanted.union(*parents.values())}
+    return {
+        id_range
+        for id_range, name in zip(ranges, keys, strict=True)
+        if any(_is_stale(graph, key, parents[key], made, name) for key in wanted)
+    }
+
+
+def _like(graph: BaseAssetGraph[Any], key: dg.AssetKey) -> set[dg.AssetKey]:
+    """The assets that have a materialization for each of an asset's ranges."""
+    partitions = graph.get(key).partitions_def
+    return {other for other in graph.materializable_asset_keys if graph.get(other).partitions_def == partitions}
+
+
+def _is_stale(
+    graph: BaseAssetGraph[Any],
+    key: dg.AssetKey,
+    parents: Iterable[dg.AssetKey],
+    made: Mapping[dg.AssetKey, Mapping[str, _Made]],
+    partition_key: str,
+) -> bool:
+    mine = made[key].get(partition_key)
+    if mine is None or mine.code_version != graph.get(key).code_version:
+        return True
+    sources = {parent: made[parent].get(partition_key) for parent in parents}
+    return any(source is not None and source.is_newer_than_read_by(mine, parent) for parent, source in sources.items())
+
+
+def _newest(instance: dg.DagsterInstance, asset: dg.AssetKey, partition_keys: set[str]) -> dict[str, _Made]:
+    """The newest materialization of each range."""
+    newest = newest_materializations(instance, asset)
+    storage_ids = [number for key, number in newest.items() if key in partition_keys]
+    pages = (storage_ids[start : start + _PAGE] for start in range(0, len(storage_ids), _PAGE))
+    return {key: made for page in pages for key, made in _read(instance, asset, page)}
+
+
+def _read(instance: dg.DagsterInstance, asset: dg.AssetKey, storage_ids: Sequence[int]) -> Iterator[tuple[str, _Made]]:
+    wanted = dg.AssetRecordsFilter(asset_key=asset, storage_ids=list(storage_ids))
+    for record in instance.fetch_materializations(wanted, limit=len(storage_ids)).records:
+        provenance = extract_data_provenance_from_entry(record.event_log_entry)
+        version = extract_data_version_from_entry(record.event_log_entry)
+        inputs = {}
+        if provenance is not None:
+            read = provenance.input_storage_ids
+            inputs = {key: (read.get(key), value.value) for key, value in provenance.input_data_versions.items()}
+        code_version = None if provenance is None else provenance.code_version
+        made = _Made(record.storage_id, code_version, "" if version is None else version.value, inputs)
+        yield record.partition_key or "", made

@@ -100,13 +100,9 @@ def launch(
         run_config=_QUIET,
         raise_on_error=False,
     )
-    if not result.success and _was_interrupted(result):
+    failures = [event.step_failure_data.error for event in result.all_events if event.is_step_failure]
+    # Dagster makes a failed step of Ctrl+C and SIGTERM.
+    if any(failed is not None and failed.cls_name == "DagsterExecutionInterruptedError" for failed in failures):
         raise KeyboardInterrupt
     error = "" if result.success else first_failure(result.all_events)[1]
     return FinishedRun(run_id=result.run_id, success=result.success, error=error)
-
-
-def _was_interrupted(result: dg.ExecuteInProcessResult) -> bool:
-    """Whether Ctrl+C or SIGTERM ended the run; Dagster makes a failed step of either."""
-    failures = [event.step_failure_data.error for event in result.all_events if event.is_step_failure]
-    return any(error is not None and error.cls_name == "DagsterExecutionInterruptedError" for error in failures)

@@ -1,6 +1,5 @@
 """What Dagster's instance says of how far things are; each look-up is flat in partitions, runs and rows."""
 
-import time
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 
@@ -11,7 +10,7 @@ from extraction_dagster.defs.instance.launching import open_instance
 from extraction_dagster.defs.instance.private_api import daemon_statuses
 from extraction_dagster.defs.instance.runs import recent_rates
 from extraction_dagster.settings import Settings
-from extraction_dagster.watch.figures import InstanceFigures
+from extraction_dagster.watch.meter import InstanceFigures
 
 _LIVE = {
     "queued": (dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED),
@@ -66,5 +65,5 @@ def read_instance(instance: dg.DagsterInstance) -> InstanceFigures:
         last_tick_at=store.last_tick_at(),
         is_switched_on=store.is_switched_on(),
         daemons={kind.lower(): bool(status.healthy) for kind, status in statuses.items()},
-        rates=recent_rates(instance, now=time.time()),
+        rates=recent_rates(instance),
     )

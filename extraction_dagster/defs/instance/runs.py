@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 
 import dagster as dg
-import psutil
 
 from extraction_dagster.defs.instance.private_api import (
     GRPC_INFO_TAG,
@@ -20,7 +19,7 @@ from extraction_dagster.defs.instance.private_api import (
     requested_backfills,
     slot_holders,
 )
-from extraction_dagster.defs.partitions import PROCESS_RUN_TAG, PROCESS_TAG, is_dead, valid_ranges
+from extraction_dagster.defs.partitions import PROCESS_RUN_TAG, PROCESS_TAG, is_dead, is_gone, valid_ranges
 from extraction_dagster.records import IdRange
 from extraction_dagster.ticks.planner import History
 
@@ -40,8 +39,6 @@ _ENDED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRu
 _BACKFILL_DAEMONS = ("BACKFILL", "QUEUED_RUN_COORDINATOR")
 _LOOK_BACK = 12
 _STARTED_PROCESS = re.compile(r"Started process for run \(pid: (\d+)\)")  # Dagster's own words, before the first step
-
-
 _RATE_SECONDS = 900.0
 _MOST_EVENTS = 200
 _FEWEST_EVENTS = 5  # ranges that take long end seldom: fewer say little
@@ -60,27 +57,20 @@ def fail_dead_runs(instance: dg.DagsterInstance) -> None:
     Otherwise a run whose worker and code server were both killed would keep its range and its slots for ever.
     """
     for run in active_runs(instance):
-        if _is_gone(instance, run):
+        if _has_died(instance, run):
             instance.report_run_failed(
                 run, "Its process is gone. Its range is asked for again and goes on where it was."
             )
             free_slots(instance, run.run_id)
-    _free_slots_of_ended_runs(instance)
-
-
-def _free_slots_of_ended_runs(instance: dg.DagsterInstance) -> None:
-    """Free the pool slots of runs that were ended because their process was killed before it gave them back.
-
-    The code server ends such a run within a second; Dagster itself frees its slots minutes later, and a pool of one
-    would stand still until then.
-    """
+    # The code server ends a run whose process was killed within a second; Dagster itself frees its slots minutes later,
+    # and a pool of one would stand still until then.
     if holders := slot_holders(instance):
         for run in instance.get_runs(dg.RunsFilter(run_ids=list(holders), statuses=_ENDED)):
             if _has_lost_its_process(instance, run):
                 free_slots(instance, run.run_id)
 
 
-def _is_gone(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
+def _has_died(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
     """Whether the process that works on a run is gone; a run that waits in the queue has none."""
     if run.status == dg.DagsterRunStatus.NOT_STARTED:  # a command's own run, made and stopped before its first step
         return is_dead(_process_of(run))
@@ -103,18 +93,8 @@ def _died_early(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
         return False
     for message, moment in engine_messages(instance, run.run_id):
         if started := _STARTED_PROCESS.match(message):
-            return not _has_lived_since(int(started[1]), moment)
+            return is_gone(int(started[1]), until=moment + 1)
     return False
-
-
-def _has_lived_since(process_id: int, moment: float) -> bool:
-    try:
-        process = psutil.Process(process_id)
-        return bool(process.create_time() <= moment + 1 and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.AccessDenied:
-        return True
 
 
 class InstanceRuns:
@@ -224,12 +204,12 @@ def range_keys(subset: AssetGraphSubset) -> set[str]:
 
 def video_rate(instance: dg.DagsterInstance) -> float | None:
     """Videos a second over the newest runs, as the metrics show it; None when none has ended lately."""
-    return recent_rates(instance, now=time.time(), assets=["qdrant_points"]).get("videos")
+    return recent_rates(instance, assets=["qdrant_points"]).get("videos")
 
 
-def recent_rates(instance: dg.DagsterInstance, *, now: float, assets: Iterable[str] = tuple(_MADE)) -> dict[str, float]:
+def recent_rates(instance: dg.DagsterInstance, *, assets: Iterable[str] = tuple(_MADE)) -> dict[str, float]:
     """Videos, frames and points a second over the newest runs; none of them when no run has ended lately."""
-    rates: dict[str, float] = {}
+    rates, now = dict[str, float](), time.time()
     for asset in assets:
         records, since = _newest(instance, dg.AssetKey(asset), now)
         for name in _MADE[asset] if records else ():

@@ -21,7 +21,6 @@ from extraction_dagster.errors.decode import FramesRejectedError
 from extraction_dagster.stages.decode.sampling import evenly
 
 if TYPE_CHECKING:
-    from extraction_dagster.records import FrameBatch
     from extraction_dagster.settings import Settings
     from extraction_dagster.stages.decode.decoders.decoder import DecodedVideo
 
@@ -95,7 +94,11 @@ def refine(video: DecodedVideo, quality: Quality, *, path: str) -> DecodedVideo:
     """
     if not quality.identity:
         return video
-    frames = _cropped(video.frames) if quality.crop_bars else video.frames
+    frames = video.frames
+    if quality.crop_bars:
+        top, bottom, left, right = picture_box(frames.data)
+        if (bottom - top, right - left) != frames.data.shape[1:3]:
+            frames = replace(frames, data=frames.data[:, top:bottom, left:right])
     kept = _choose(frames.data, quality)
     if len(kept) == 0:
         raise FramesRejectedError(path, num_frames=len(frames))
@@ -121,13 +124,6 @@ def _choose(pictures: np.ndarray, quality: Quality) -> np.ndarray:
         most_telling = solid[np.argsort(-deviation[solid], kind="stable")][: missing - len(back)]
         kept = np.sort(np.concatenate([kept, back, most_telling]))
     return kept
-
-
-def _cropped(frames: FrameBatch) -> FrameBatch:
-    top, bottom, left, right = picture_box(frames.data)
-    if (bottom - top, right - left) == frames.data.shape[1:3]:
-        return frames
-    return replace(frames, data=frames.data[:, top:bottom, left:right])
 
 
 def picture_box(pictures: np.ndarray) -> tuple[int, int, int, int]:

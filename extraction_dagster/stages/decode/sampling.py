@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from extraction_dagster.records import FrameBatch
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -82,6 +84,10 @@ class Selection:
         """Its size, not its numbers."""
         return f"Selection({len(self)} frames)"
 
+    def batch(self, data: np.ndarray, pts_seconds: np.ndarray) -> FrameBatch:
+        """The selected frames: their pictures, and when each frame of the video is shown, selected or not."""
+        return FrameBatch(data, pts_seconds[self.frame_number], self.target_seconds, self.frame_number)
+
 
 @dataclass(frozen=True, slots=True)
 class Sampler:
@@ -121,8 +127,9 @@ def select_frames(pts_seconds: np.ndarray, sampling: Sampling, keyframe: np.ndar
         return Selection(np.empty(0, np.int64), np.empty(0))
     sampler = SAMPLERS[sampling.mode]
     selection = sampler.select(pts_seconds, keyframe, sampling)
-    if "max_frames" in sampler.uses:
-        selection = _thinned(selection, sampling.max_frames)
+    if "max_frames" in sampler.uses and len(selection) > sampling.max_frames:
+        kept = evenly(len(selection), sampling.max_frames)
+        selection = Selection(selection.frame_number[kept], selection.target_seconds[kept])
     return _filled_up(selection, pts_seconds, sampling.min_frames)
 
 
@@ -156,13 +163,6 @@ def _shown_at(pts_seconds: np.ndarray, targets: np.ndarray) -> Selection:
     shown = np.searchsorted(pts_seconds, targets + _TOLERANCE_SECONDS, side="right") - 1
     frames, first = np.unique(np.maximum(shown, 0), return_index=True)
     return Selection(frames.astype(np.int64), targets[first])
-
-
-def _thinned(selection: Selection, most: int) -> Selection:
-    if len(selection) <= most:
-        return selection
-    kept = evenly(len(selection), most)
-    return Selection(selection.frame_number[kept], selection.target_seconds[kept])
 
 
 def _filled_up(selection: Selection, pts_seconds: np.ndarray, least: int) -> Selection:

@@ -13,26 +13,20 @@ import time
 import traceback
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 from extraction_dagster.errors import ExtractionError
-from extraction_dagster.records import Failure, Outcome
-from extraction_dagster.stages.catalog.fetch.fetching import Fetcher, fetch_ahead
+from extraction_dagster.records import EncodedFrames, Failure, IdRange, Outcome, VideoRow
+from extraction_dagster.stages.catalog.fetch.fetching import Fetched, Fetcher, fetch_ahead
 from extraction_dagster.stages.decode.sampling import evenly
 from extraction_dagster.stages.decode.task import DecodeJob
 from extraction_dagster.stages.decode.workers.pool import Decoded, PoolOptions, decode_as_ready
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-    from pathlib import Path
+    from collections.abc import Generator, Iterable, Iterator, Sequence
 
-    from extraction_dagster.records import EncodedFrames, IdRange, VideoRow
     from extraction_dagster.settings import Settings
     from extraction_dagster.shards.frame_store import FrameShard, FrameStore
-    from extraction_dagster.stages.catalog.fetch.fetching import Fetched
-    from extraction_dagster.stages.decode.quality import Quality
-    from extraction_dagster.stages.decode.sampling import Sampling
 
 # A shard is held in memory twice while it is written.
 _MAX_SHARD_BYTES = 2**27
@@ -80,14 +74,8 @@ class LandedShard:
     previews: tuple[Preview, ...] = ()
 
 
-def decode_rows(  # noqa: PLR0913 - the rows and what is done with them, each by name
-    rows: Iterable[VideoRow],
-    *,
-    store: FrameStore,
-    partition: IdRange,
-    settings: Settings,
-    sampling: Sampling | None = None,
-    quality: Quality | None = None,
+def decode_rows(
+    rows: Iterable[VideoRow], *, store: FrameStore, partition: IdRange, settings: Settings
 ) -> Generator[LandedShard, None, None]:
     """Decode rows into frame shards.
 
@@ -96,8 +84,6 @@ def decode_rows(  # noqa: PLR0913 - the rows and what is done with them, each by
         store: Where the shards go.
         partition: The range that the rows belong to.
         settings: Decoder, sampling, steps, limits, workers, shard size, and what may be fetched from where.
-        sampling: How frames are chosen, in place of the settings' way.
-        quality: Which of them are kept, in place of the settings' way. Both belong into the store's fingerprint.
 
     Yields:
         LandedShard: once its shard is stored; every row is in exactly one, with frames or a failure.
@@ -109,8 +95,7 @@ def decode_rows(  # noqa: PLR0913 - the rows and what is done with them, each by
     batch = _Batch(store, partition, settings)
     fetcher = Fetcher(settings)
     fetched = fetch_ahead(rows, fetcher, threads=settings.fetch_threads)
-    jobs = _jobs(fetched, partial(DecodeJob.of, settings=settings, sampling=sampling, quality=quality))
-    decoded = decode_as_ready(jobs, PoolOptions.from_settings(settings))
+    decoded = decode_as_ready(_jobs(fetched, settings), PoolOptions.from_settings(settings))
     # The last files are in use until their videos are decoded, long after the last one was fetched.
     with closing(fetcher), closing(fetched), closing(decoded):
         try:
@@ -118,10 +103,8 @@ def decode_rows(  # noqa: PLR0913 - the rows and what is done with them, each by
                 if item is not None:
                     fetcher.release(item.outcome.record_id, keep=item.outcome.frames is not None)
                     batch.add(item)
-                if batch.is_full():
-                    yield batch.land()
-                elif batch.has_late_failures():
-                    yield batch.land_failures()
+                if (landed := batch.land_due()) is not None:
+                    yield landed
             if not batch.is_empty():
                 yield batch.land()
         except BaseException as stop:
@@ -133,15 +116,13 @@ def decode_rows(  # noqa: PLR0913 - the rows and what is done with them, each by
             raise
 
 
-def _jobs(
-    fetched: Iterable[Fetched | None], make_job: Callable[[VideoRow, Path], DecodeJob]
-) -> Iterator[DecodeJob | Decoded | None]:
+def _jobs(fetched: Iterable[Fetched | None], settings: Settings) -> Iterator[DecodeJob | Decoded | None]:
     """A job for each row whose file was fetched, a failure for each other row, None while none is ready."""
     for item in fetched:
         if item is None:
             yield None
         elif item.path is not None:
-            yield make_job(item.row, item.path)
+            yield DecodeJob.of(item.row, item.path, settings)
         elif item.error is not None:
             yield Decoded(Outcome(item.row.record_id, failure=_fetch_failure(item.row, item.error)))
 
@@ -163,8 +144,7 @@ class _Batch:
     """Finished videos that wait for their shard, and failures that wait for others."""
 
     def __init__(self, store: FrameStore, partition: IdRange, settings: Settings) -> None:
-        self._store, self._partition = store, partition
-        self._max_videos, self._max_seconds = settings.shard_records, _MAX_SHARD_SECONDS
+        self._store, self._partition, self._max_videos = store, partition, settings.shard_records
         self._videos: list[EncodedFrames] = []
         self._failures: list[Failure] = []
         self._bytes = 0
@@ -185,15 +165,13 @@ class _Batch:
     def is_empty(self) -> bool:
         return not self._videos and not self._failures
 
-    def is_full(self) -> bool:
-        old = bool(self._videos) and time.monotonic() - self._oldest >= self._max_seconds
-        return len(self._videos) >= self._max_videos or old or self._bytes >= _MAX_SHARD_BYTES
-
-    def has_late_failures(self) -> bool:
-        return bool(self._failures) and time.monotonic() - self._last_landing >= _FAILURE_SECONDS
-
-    def land_failures(self) -> LandedShard:
-        return self._landed(None, ())
+    def land_due(self) -> LandedShard | None:
+        """Store the videos of a shard that is full or old; else hand on the failures that have waited for others."""
+        now = time.monotonic()
+        is_old = bool(self._videos) and now - self._oldest >= _MAX_SHARD_SECONDS
+        if is_old or len(self._videos) >= self._max_videos or self._bytes >= _MAX_SHARD_BYTES:
+            return self.land()
+        return self._landed(None, ()) if self._failures and now - self._last_landing >= _FAILURE_SECONDS else None
 
     def land(self) -> LandedShard:
         """Store the videos; an interruption while writing leaves them here, to be landed again."""

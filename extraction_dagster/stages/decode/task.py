@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from extraction_dagster.errors import SettingsError
-from extraction_dagster.records import fingerprint
+from extraction_dagster.records import EncodedFrames, VideoRow, fingerprint
 from extraction_dagster.shards.frame_store import FORMAT
-from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits
+from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits, Decoder
 from extraction_dagster.stages.decode.decoders.decord import decode_with_decord
 from extraction_dagster.stages.decode.decoders.geometry import SCALING
 from extraction_dagster.stages.decode.decoders.pyav import decode_with_pyav
@@ -18,9 +18,7 @@ from extraction_dagster.stages.decode.quality import Quality, refine
 from extraction_dagster.stages.decode.sampling import Sampling
 
 if TYPE_CHECKING:
-    from extraction_dagster.records import EncodedFrames, VideoRow
     from extraction_dagster.settings import Settings
-    from extraction_dagster.stages.decode.decoders.decoder import Decoder
 
 # By the names of the setting EXTRACTION_DECODER; a decoder imports its library once it decodes.
 DECODERS: dict[str, Decoder] = {"pyav": decode_with_pyav, "decord": decode_with_decord}
@@ -53,26 +51,18 @@ class DecodeJob:
     quality: Quality = Quality()  # noqa: RUF009 - frozen
 
     @classmethod
-    def of(
-        cls,
-        row: VideoRow,
-        path: Path,
-        settings: Settings,
-        *,
-        sampling: Sampling | None = None,
-        quality: Quality | None = None,
-    ) -> DecodeJob:
-        """The job of a row whose file lies at `path`; what is not given is as the settings say."""
+    def of(cls, row: VideoRow, path: Path, settings: Settings) -> DecodeJob:
+        """The job of a row whose file lies at `path`."""
         return cls(
             row.record_id,
             row.content_version,
             str(path),
             settings.decoder,
-            sampling or Sampling.from_settings(settings),
+            Sampling.from_settings(settings),
             DecodeLimits.from_settings(settings),
             settings.short_side_px,
             settings.jpeg_quality,
-            quality or Quality.from_settings(settings),
+            Quality.from_settings(settings),
         )
 
 
@@ -85,44 +75,28 @@ def decode_job(job: DecodeJob) -> EncodedFrames:
     """
     decode = DECODERS.get(job.decoder)
     if decode is None:
-        setting = "EXTRACTION_DECODER"
-        raise SettingsError(setting, repr(job.decoder), " or ".join(DECODERS))
-    _log_codec_errors()
+        raise SettingsError("EXTRACTION_DECODER", repr(job.decoder), " or ".join(DECODERS))
+    import av.logging
+
+    # The codec library's errors go to the worker's log, from where they reach a failure's details.
+    av.logging.restore_default_callback()
+    av.logging.set_libav_level(av.logging.ERROR)
     video = decode(Path(job.path), sampling=job.sampling, short_side_px=job.short_side_px, limits=job.limits)
     if job.quality.identity:
-        _limit_opencv_threads()
+        import cv2
+
+        cv2.setNumThreads(1)  # there is a worker a core: threads inside one would only slow each other down
     video = refine(video, job.quality, path=job.path)
     return encode_frames(video, record_id=job.record_id, content_version=job.content_version, quality=job.jpeg_quality)
 
 
-def _log_codec_errors() -> None:
-    """Have the codec library write its errors to the worker's log, from where they reach a failure's details."""
-    import av.logging
-
-    av.logging.restore_default_callback()
-    av.logging.set_libav_level(av.logging.ERROR)
-
-
-def _limit_opencv_threads() -> None:
-    """There is a worker a core: threads inside one would only slow each other down."""
-    import cv2
-
-    cv2.setNumThreads(1)
-
-
-def frames_fingerprint(settings: Settings, *, sampling: Sampling | None = None, quality: Quality | None = None) -> str:
-    """What decides the stored frames: decoder, choice of frames, size, JPEG. Nothing else changes it.
-
-    Args:
-        settings: Say what is not given.
-        sampling: How frames are chosen.
-        quality: Which of them are kept.
-    """
-    steps = (quality or Quality.from_settings(settings)).identity
+def frames_fingerprint(settings: Settings) -> str:
+    """What decides the stored frames: decoder, choice of frames, size, JPEG. Nothing else changes it."""
+    steps = Quality.from_settings(settings).identity
     return fingerprint(
         layout=FORMAT,
         decoder=settings.decoder,
-        sampling=(sampling or Sampling.from_settings(settings)).identity,
+        sampling=Sampling.from_settings(settings).identity,
         short_side_px=settings.short_side_px,
         scaling=SCALING,
         jpeg_quality=settings.jpeg_quality,

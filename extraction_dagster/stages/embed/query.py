@@ -13,7 +13,7 @@ from extraction_dagster.errors.embed import QueryImageError, QueryVideoError
 from extraction_dagster.records import VideoRow
 from extraction_dagster.stages.decode.jpeg import decode_frames
 from extraction_dagster.stages.decode.task import DecodeJob
-from extraction_dagster.stages.decode.workers.pool import PoolOptions, decode_all
+from extraction_dagster.stages.decode.workers.pool import PoolOptions, decode_as_ready
 from extraction_dagster.stages.embed.passes import normalise
 from extraction_dagster.stages.embed.runtime import batch_size
 
@@ -128,7 +128,7 @@ def embed_query_video(
 
 def _decode(file: Path, settings: Settings, shown: str) -> EncodedFrames:
     job = DecodeJob.of(VideoRow(0, str(file)), file, settings)
-    (decoded,) = decode_all([job], replace(PoolOptions.from_settings(settings), workers=1))
+    (decoded,) = filter(None, decode_as_ready([job], replace(PoolOptions.from_settings(settings), workers=1)))
     failure, frames = decoded.outcome.failure, decoded.outcome.frames
     if frames is None:
         said = failure.message if failure else "it gave no frame."

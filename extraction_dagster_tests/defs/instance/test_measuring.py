@@ -84,7 +84,7 @@ def test_a_daemon_that_is_silent_for_three_minutes_is_gone(instance):
 
 
 def rates(instance):
-    return recent_rates(instance, now=time.time())
+    return recent_rates(instance)
 
 
 def test_rates_are_what_was_made_within_a_quarter_of_an_hour(instance):

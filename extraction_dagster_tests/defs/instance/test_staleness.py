@@ -5,7 +5,7 @@ import pytest
 from dagster._core.definitions.data_version import CachingStaleStatusResolver
 from dagster._core.loader import LoadingContextForTest
 
-from extraction_dagster.defs.instance.staleness import stale_ranges
+from extraction_dagster.defs.instance.backfills import stale_ranges
 from extraction_dagster.defs.partitions import add_ranges, id_ranges
 from extraction_dagster.records import IdRange
 
@@ -106,7 +106,7 @@ def test_the_same_frames_made_once_more_make_nothing_stale(instance):
 
 
 def test_many_ranges_are_asked_for_in_pages(instance, monkeypatch):
-    monkeypatch.setattr("extraction_dagster.defs.instance.staleness._PAGE", 2)
+    monkeypatch.setattr("extraction_dagster.defs.instance.backfills._PAGE", 2)
     definitions = make_definitions()
     for id_range in RANGES:
         materialize(instance, definitions, id_range, *ALL)

@@ -18,7 +18,7 @@ from extraction_dagster.stages.decode.decoders.geometry import Geometry
 from extraction_dagster.stages.decode.decoders.pyav import decode_with_pyav
 from extraction_dagster.stages.decode.sampling import Sampling
 from extraction_dagster.stages.decode.task import DecodeJob
-from extraction_dagster.stages.decode.workers.pool import PoolOptions, decode_all
+from extraction_dagster.stages.decode.workers.pool import PoolOptions, decode_as_ready
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 CORPUS = Path(os.environ.get("EXTRACTION_TEST_CORPUS") or CHECKOUT.parent / "shared" / "corpus").resolve()
@@ -89,7 +89,7 @@ def run_over(paths, decoder):
     every = [path for hostile in paths for path in (hostile, GOOD)]
     jobs = [DecodeJob(n, "", str(CORPUS / path), decoder, sampling) for n, path in enumerate(every)]
     options = PoolOptions(workers=2, timeout_seconds=120.0, memory_bytes=2**32)
-    outcomes = [decoded.outcome for decoded in decode_all(jobs, options)]
+    outcomes = [decoded.outcome for decoded in filter(None, decode_as_ready(jobs, options))]
     kinds = {outcome.record_id: kind(outcome) for outcome in outcomes}
     assert sorted(outcome.record_id for outcome in outcomes) == list(range(len(jobs)))
     assert {kinds[n] for n in range(1, len(jobs), 2)} == {"frames"}

@@ -15,8 +15,6 @@ from extraction_dagster.shards.frame_store import FrameStore, prune_frames
 from extraction_dagster.stages.catalog.catalog import Fingerprints
 from extraction_dagster.stages.catalog.ledger import LedgerEntry
 from extraction_dagster.stages.decode import stage
-from extraction_dagster.stages.decode.quality import Quality
-from extraction_dagster.stages.decode.sampling import Sampling
 from extraction_dagster.stages.decode.stage import decode_rows
 
 RANGE = IdRange(1, 100)
@@ -102,17 +100,10 @@ def test_frames_live_in_a_bucket_until_nobody_needs_them(clip_path, settings, s3
     assert FrameStore(f"{s3_root}/frames", "f1").partitions() == []
 
 
-def test_a_job_may_choose_its_own_sampling_and_steps(clip_path, settings, store):
-    landed = list(
-        decode_rows(
-            rows(clip_path, 1),
-            store=store,
-            partition=RANGE,
-            settings=settings,
-            sampling=Sampling("uniform", num_frames=8),
-            quality=Quality(solid_deviation=200.0, min_frames=3),
-        )
-    )
+def test_the_settings_choose_the_sampling_and_the_steps(clip_path, settings, store):
+    steps = {"reject_solid": True, "solid_deviation": 200.0, "min_frames": 3}
+    chosen = settings.model_copy(update={"sampling": "uniform", "num_frames": 8, **steps})
+    landed = list(decode_rows(rows(clip_path, 1), store=store, partition=RANGE, settings=chosen))
     stored = next(store.read(landed[0].shard))
     assert len(stored.frame_number) == 3  # of eight; the rest is taken for solid
     assert set(stored.frame_number.tolist()) < {3, 9, 15, 21, 27, 33, 39, 45}

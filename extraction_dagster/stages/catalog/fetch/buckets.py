@@ -19,14 +19,12 @@ from extraction_dagster.errors.catalog import (
     FileTooLargeError,
     FileUnavailableError,
 )
-from extraction_dagster.stages.catalog.fetch.download import FileVersion, PassingFaultError
+from extraction_dagster.stages.catalog.fetch.cache import CacheEntry, Deadline, FileVersion, PassingFaultError
 from extraction_dagster.stages.catalog.fetch.guard import is_text
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
-    from extraction_dagster.stages.catalog.fetch.cache import CacheEntry
-    from extraction_dagster.stages.catalog.fetch.download import Deadline
 
 _BLOCK_BYTES = 4 * 2**20
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
@@ -68,23 +66,15 @@ class BucketDownload:
         buckets: `s3://name` or `gs://name`.
         max_file_bytes: The largest file that is taken.
         stall_seconds: How long one answer may take.
-        stores: Opens a scheme's fsspec file system, in place of the standard one.
 
     Raises:
         FetchExtraMissingError: A bucket's package is not installed.
     """
 
-    def __init__(
-        self,
-        buckets: Sequence[str],
-        *,
-        max_file_bytes: int,
-        stall_seconds: float,
-        stores: Mapping[str, Callable[[], Any]] | None = None,
-    ) -> None:
+    def __init__(self, buckets: Sequence[str], *, max_file_bytes: int, stall_seconds: float) -> None:
         self._buckets, self._max_bytes, self._stall_seconds = frozenset(buckets), max_file_bytes, stall_seconds
-        self._make, self._open = dict(stores or {}), dict[str, Any]()
-        for scheme in sorted({bucket.partition("://")[0] for bucket in buckets} - self._make.keys()):
+        self._open = dict[str, Any]()
+        for scheme in sorted({bucket.partition("://")[0] for bucket in buckets}):
             if importlib.util.find_spec(_PACKAGES[scheme]) is None:
                 raise FetchExtraMissingError(scheme, _PACKAGES[scheme])
 
@@ -127,8 +117,7 @@ class BucketDownload:
         if not {".", ".."}.isdisjoint(key.split("/")):  # a server or a proxy may take it for a step into another bucket
             raise AddressForbiddenError(uri, "its key holds '.' or '..' between slashes", "Correct the row.")
         if scheme not in self._open:
-            make = self._make.get(scheme) or (lambda: open_store(scheme, stall_seconds=self._stall_seconds))
-            self._open[scheme] = make()
+            self._open[scheme] = open_store(scheme, stall_seconds=self._stall_seconds)
         return self._open[scheme], path
 
     def _look(self, store: Any, path: str, uri: str, deadline: Deadline) -> FileVersion:  # noqa: ANN401 - fsspec is not typed
@@ -149,14 +138,7 @@ class BucketDownload:
         name = str(info.get("generation") or info.get("ETag") or info.get("etag") or "")
         return FileVersion(size, name, str(info.get("LastModified") or info.get("updated") or ""), joins=bool(name))
 
-    def _ask(
-        self,
-        function: Callable[..., Any],
-        path: str,
-        uri: str,
-        deadline: Deadline,
-        **options: int,
-    ) -> Any:  # noqa: ANN401 - fsspec is not typed
+    def _ask(self, function: Callable[..., Any], path: str, uri: str, deadline: Deadline, **options: int) -> Any:  # noqa: ANN401 - fsspec is not typed
         seconds = deadline.remaining(self._stall_seconds)
         try:
             return function(path, timeout=seconds, **options)

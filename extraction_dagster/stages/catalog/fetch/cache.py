@@ -1,4 +1,4 @@
-"""A bounded folder of downloads that several processes share.
+"""A bounded folder of downloads that several processes share, and what every way of downloading into it has in common.
 
     <key>.lock        held by the process that downloads or uses it; its time is that of the last use
     <key>.json        which version of the file the other two hold
@@ -20,15 +20,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from extraction_dagster.errors.catalog import DownloadCacheError, FileUnavailableError
+from filelock import FileLock, Timeout
+
+from extraction_dagster.errors import ExtractionError
+from extraction_dagster.errors.catalog import DownloadCacheError, DownloadTimeoutError, FileUnavailableError
 from extraction_dagster.files import write_atomically
-from extraction_dagster.stages.catalog.fetch.download import FileVersion, PassingFaultError
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Iterator
     from pathlib import Path
 
-    from extraction_dagster.stages.catalog.fetch.download import Deadline
 
 _LOCK, _RESERVED = "cache.lock", "reserved.json"
 _WAIT_SECONDS = 0.1
@@ -39,12 +41,79 @@ _FLAGS = os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 OVERHEAD_BYTES = 16_384
 
 
-@dataclass(slots=True)
-class _Held:
-    """What the folder holds of one key."""
+class PassingFaultError(Exception):
+    """One try failed in a way that may pass; the next may succeed.
 
-    num_bytes: int = 0
-    used_at: float = 0.0
+    Args:
+        why: The reason, without anything that the address holds.
+        wait_seconds: How long the server asks to be left alone.
+    """
+
+    def __init__(self, why: str, *, wait_seconds: float = 0.0) -> None:
+        super().__init__(why)
+        self.wait_seconds = wait_seconds
+
+
+class FetchStoppedError(ExtractionError):
+    """The download was stopped."""
+
+    def __init__(self) -> None:
+        super().__init__("The download was stopped.")
+
+
+@dataclass(frozen=True, slots=True)
+class FileVersion:
+    """What tells one content of an address from another.
+
+    Attributes:
+        num_bytes: The size; None when the server does not say.
+        etag: The server's own name of the content; empty when it gives none.
+        modified: The time of the last change in the server's words; empty when it does not say.
+        joins: Whether parts of this content may be put together: a weak name does not promise equal bytes.
+    """
+
+    num_bytes: int | None = None
+    etag: str = ""
+    modified: str = ""
+    joins: bool = False
+
+
+class Deadline:
+    """The time that one file may take, all tries together; also where a download learns that it should stop."""
+
+    def __init__(self, uri: str, seconds: float, stopped: threading.Event) -> None:
+        self.uri, self._seconds, self._stopped = uri, seconds, stopped
+        self._end = time.monotonic() + seconds
+
+    def remaining(self, at_most: float) -> float:
+        """Seconds left, `at_most` at most.
+
+        Raises:
+            DownloadTimeoutError: None are left.
+            FetchStoppedError: The fetcher was closed.
+        """
+        if self._stopped.is_set():
+            raise FetchStoppedError
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise DownloadTimeoutError(self.uri, seconds=self._seconds)
+        return min(left, at_most)
+
+    def sleep(self, seconds: float) -> None:
+        """Wait, but no longer than there is time."""
+        self._stopped.wait(self.remaining(seconds))
+        self.remaining(seconds)
+
+    def pause(self, seconds: float) -> None:
+        """Wait for what is not the server's fault: the clock stands still meanwhile.
+
+        Raises:
+            FetchStoppedError: The fetcher was closed.
+        """
+        began = time.monotonic()
+        if self._stopped.wait(seconds):
+            raise FetchStoppedError
+        self._end += time.monotonic() - began
 
 
 class DownloadCache:
@@ -112,13 +181,14 @@ class DownloadCache:
         with self._alone() as reserved:
             held = self._held()
             for other in reserved.keys() - {key}:
-                if self._is_unused(other):
+                if (lock := _try_lock(self.folder / f"{other}.lock")) is not None:  # nobody uses it
+                    os.close(lock)
                     del reserved[other]
-            sizes = {name: max(entry.num_bytes, reserved.get(name, 0)) for name, entry in held.items()}
+            sizes = {name: max(num_bytes, reserved.get(name, 0)) for name, (num_bytes, _) in held.items()}
             sizes[key] = num_bytes
             total = sum(sizes.values()) + OVERHEAD_BYTES
-            for name in sorted(held.keys() - {key}, key=lambda name: held[name].used_at):
-                fresh = held[name].used_at >= time.time() - self._max_idle_seconds
+            for name in sorted(held.keys() - {key}, key=lambda name: held[name][1]):
+                fresh = held[name][1] >= time.time() - self._max_idle_seconds
                 if fresh and total <= self._max_bytes:
                     break
                 if self._remove_unused(name):
@@ -127,24 +197,19 @@ class DownloadCache:
                 reserved[key] = num_bytes
             return total <= self._max_bytes
 
-    def _held(self) -> dict[str, _Held]:
-        held: dict[str, _Held] = {}
+    def _held(self) -> dict[str, tuple[int, float]]:
+        """The bytes that each key holds, and when it was last used."""
+        held: dict[str, tuple[int, float]] = {}
         with os.scandir(self.folder) as found:
             for item in found:
                 if item.name in {_LOCK, _RESERVED} or item.name.startswith("."):  # a note that is being written
                     continue
-                entry = held.setdefault(item.name.partition(".")[0], _Held())
+                key = item.name.partition(".")[0]
+                num_bytes, used_at = held.setdefault(key, (0, 0.0))
                 with suppress(FileNotFoundError):
                     status = item.stat(follow_symlinks=False)
-                    entry.num_bytes += status.st_size
-                    entry.used_at = max(entry.used_at, status.st_mtime)
+                    held[key] = num_bytes + status.st_size, max(used_at, status.st_mtime)
         return held
-
-    def _is_unused(self, key: str) -> bool:
-        lock = _try_lock(self.folder / f"{key}.lock")
-        if lock is not None:
-            os.close(lock)
-        return lock is not None
 
     def _remove_unused(self, key: str) -> bool:
         lock = _try_lock(self.folder / f"{key}.lock")
@@ -159,9 +224,13 @@ class DownloadCache:
     def _alone(self) -> Iterator[dict[str, int]]:
         """The reservations, for one process at a time; what is left of them is kept."""
         with self.faults():
-            lock = os.open(self.folder / _LOCK, os.O_RDWR | _FLAGS, 0o600)
+            lock = FileLock(self.folder / _LOCK, mode=0o600)
+            try:  # it is held for moments, but its holder may have been stopped meanwhile
+                lock.acquire(self._patience, poll_interval=_TURN_SECONDS)
+            except Timeout:
+                why = "another process has been holding its list all the time"
+                raise DownloadCacheError(str(self.folder), why) from None
             try:
-                self._wait_for(lock)
                 path = self.folder / _RESERVED
                 reserved = _read_json(path)
                 before = dict(reserved)
@@ -169,21 +238,7 @@ class DownloadCache:
                 if reserved != before:
                     _write_json(path, reserved)
             finally:
-                os.close(lock)
-
-    def _wait_for(self, lock: int) -> None:
-        """Wait for a lock that is held for moments, but not for ever: its holder may have been stopped meanwhile."""
-        end = time.monotonic() + self._patience
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() >= end:
-                    why = "another process has been holding its list all the time"
-                    raise DownloadCacheError(str(self.folder), why) from None
-                time.sleep(_TURN_SECONDS)
-            else:
-                return
+                lock.release()
 
 
 class CacheEntry:

@@ -22,8 +22,13 @@ import tenacity
 
 from extraction_dagster.errors.catalog import FetchSetupError, FileForbiddenError, FileUnavailableError, SchemeError
 from extraction_dagster.stages.catalog.fetch.buckets import BucketDownload
-from extraction_dagster.stages.catalog.fetch.cache import OVERHEAD_BYTES, DownloadCache
-from extraction_dagster.stages.catalog.fetch.download import Deadline, PassingFaultError
+from extraction_dagster.stages.catalog.fetch.cache import (
+    OVERHEAD_BYTES,
+    CacheEntry,
+    Deadline,
+    DownloadCache,
+    PassingFaultError,
+)
 from extraction_dagster.stages.catalog.fetch.guard import NetworkGuard, resolve_host
 from extraction_dagster.stages.catalog.fetch.https import HttpsDownload
 
@@ -32,7 +37,6 @@ if TYPE_CHECKING:
 
     from extraction_dagster.records import VideoRow
     from extraction_dagster.settings import Settings
-    from extraction_dagster.stages.catalog.fetch.cache import CacheEntry
 
 _REMOTE = frozenset({"https", "http", "s3", "gs"})
 _SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,5}")
@@ -180,7 +184,9 @@ class Fetcher:
         deadline = Deadline(row.uri, self._timeout_seconds, self._stopped)
         deadline.remaining(0.0)
         key = hashlib.sha256(f"{row.record_id}\0{row.content_version}\0{row.uri}".encode("utf-8", "surrogatepass"))
-        entry = self._cache.entry(key.hexdigest()[:32], suffix=_suffix(row.uri), deadline=deadline)
+        ending = Path(re.split(r"[?#]", row.uri, maxsplit=1)[0]).suffix
+        suffix = ending if _SUFFIX.fullmatch(ending) else ""  # a hint for a person who looks into the cache
+        entry = self._cache.entry(key.hexdigest()[:32], suffix=suffix, deadline=deadline)
         try:
             self._download(row.uri, entry, deadline)
             with self._changing:
@@ -229,12 +235,6 @@ class Fetcher:
         asked = fault.wait_seconds if isinstance(fault, PassingFaultError) else 0.0
         jitter = tenacity.wait_random_exponential(multiplier=self._wait_seconds, max=_LONGEST_WAIT_SECONDS)
         return max(asked, jitter(state))
-
-
-def _suffix(uri: str) -> str:
-    """The ending of the file's name: a hint for a person who looks into the cache; no code relies on it."""
-    ending = Path(re.split(r"[?#]", uri, maxsplit=1)[0]).suffix
-    return ending if _SUFFIX.fullmatch(ending) else ""
 
 
 @dataclass(frozen=True, slots=True)

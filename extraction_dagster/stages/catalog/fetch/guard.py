@@ -15,10 +15,12 @@ from urllib.parse import SplitResult, quote, urlsplit
 
 from extraction_dagster.addresses import shown_address
 from extraction_dagster.errors.catalog import AddressForbiddenError, SchemeError
-from extraction_dagster.stages.catalog.fetch.download import PassingFaultError
+from extraction_dagster.stages.catalog.fetch.cache import PassingFaultError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    Refuse = Callable[[str, str], AddressForbiddenError]  # why, and how it is put right
 
 _PORTS = {"https": 443, "http": 80}
 _IN_A_PATH = "/%:@!$&'()*+,;=~-._"
@@ -39,8 +41,6 @@ _SPECIAL_V6 = tuple(
 )
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _ISATAP = (0x00005EFE, 0x02005EFE)
-
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ class NetworkGuard:
         resolve: Callable[[str, int], Sequence[str]] = resolve_host,
     ) -> None:
         self._hosts = frozenset(hosts)
-        self._networks: tuple[Network, ...] = tuple(ipaddress.ip_network(network) for network in networks)
+        self._networks = tuple(ipaddress.ip_network(network) for network in networks)
         self._allow_http = allow_http
         self._resolve = resolve
 
@@ -132,7 +132,11 @@ class NetworkGuard:
             AddressForbiddenError: It may not be read.
             PassingFaultError: Its host has no address now.
         """
-        refuse = _Refusal(asked or url, f"it redirects to {shown_address(url)!r}: " if redirected_from else "")
+
+        def refuse(why: str, fix: str) -> AddressForbiddenError:
+            led = f"it redirects to {shown_address(url)!r}: " if redirected_from else ""
+            return AddressForbiddenError(asked or url, led + why, fix)
+
         parts = _split(url, refuse)
         if parts.scheme == "http" and (redirected_from and redirected_from.scheme == "https"):
             raise refuse("that would give up encryption", "Correct the server.")
@@ -154,7 +158,7 @@ class NetworkGuard:
         names = [host, *("*." + ".".join(labels[cut:]) for cut in range(1, len(labels)))]
         return any(_with_port(name, port, scheme) in self._hosts or f"{name}:{port}" in self._hosts for name in names)
 
-    def _addresses(self, host: str, port: int, refuse: _Refusal) -> tuple[str, ...]:
+    def _addresses(self, host: str, port: int, refuse: Refuse) -> tuple[str, ...]:
         try:
             found = tuple(self._resolve(host.strip("[]"), port))
         except OSError as error:
@@ -172,16 +176,7 @@ class NetworkGuard:
         return found
 
 
-@dataclass(frozen=True, slots=True)
-class _Refusal:
-    uri: str
-    prefix: str
-
-    def __call__(self, why: str, fix: str) -> AddressForbiddenError:
-        return AddressForbiddenError(self.uri, self.prefix + why, fix)
-
-
-def _split(url: str, refuse: _Refusal) -> SplitResult:
+def _split(url: str, refuse: Refuse) -> SplitResult:
     if any(character <= " " or character in "\x7f\\" for character in url):  # urlsplit would drop some in silence
         raise refuse("it holds a blank, a control character or a backslash", "Correct the row.")
     if not is_text(url):
@@ -198,7 +193,7 @@ def _split(url: str, refuse: _Refusal) -> SplitResult:
     return parts
 
 
-def _ascii_host(parts: SplitResult, refuse: _Refusal) -> str:
+def _ascii_host(parts: SplitResult, refuse: Refuse) -> str:
     host = (parts.hostname or "").rstrip(".")
     if ":" in host:
         return f"[{host}]"

@@ -22,13 +22,11 @@ from extraction_dagster.errors.catalog import (
     FileTooLargeError,
     FileUnavailableError,
 )
-from extraction_dagster.stages.catalog.fetch.download import FileVersion, PassingFaultError
+from extraction_dagster.stages.catalog.fetch.cache import CacheEntry, Deadline, FileVersion, PassingFaultError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from extraction_dagster.stages.catalog.fetch.cache import CacheEntry
-    from extraction_dagster.stages.catalog.fetch.download import Deadline
     from extraction_dagster.stages.catalog.fetch.guard import NetworkGuard, Target
 
 _CHUNK_BYTES = 2**16
@@ -76,20 +74,16 @@ class HttpsDownload:
             encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
             if encoding not in {"", "identity"}:
                 raise FileEncodedError(uri, encoding)
-            expected = self._start(response, entry)
+            if response.status == HTTPStatus.PARTIAL_CONTENT:
+                expected = _continues(response, entry)
+                if expected is None:
+                    entry.discard()
+                    raise PassingFaultError("the server went on with another file or at another place")
+            else:
+                version = _version(response)
+                entry.begin(version)
+                expected = version.num_bytes
             self._receive(uri, response, entry, deadline, expected)
-
-    def _start(self, response: http.client.HTTPResponse, entry: CacheEntry) -> int | None:
-        """Bring the entry to where the body begins; the size of the whole file, as far as it is known."""
-        if response.status == HTTPStatus.PARTIAL_CONTENT:
-            total = _continues(response, entry)
-            if total is None:
-                entry.discard()
-                raise PassingFaultError("the server went on with another file or at another place")
-            return total
-        version = _version(response)
-        entry.begin(version)
-        return version.num_bytes
 
     def _receive(
         self,

@@ -41,7 +41,6 @@ _LINKS = frozenset({errno.ELOOP, errno.ENOTDIR})
 CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif,mxf"
 # Codecs whose parameters an MP4 holds outside of its packets: none has to be decoded before the stream is known.
 _CARRIED = frozenset({"h264", "hevc", "mpeg4"})
-_FTYP = slice(4, 8)
 _MOST_STREAMS = 16  # whose packets are not decoded while the file is opened without a probe
 _MICROSECONDS = 1_000_000
 _MAX_ASPECT = 8.0
@@ -169,7 +168,7 @@ class OpenVideo:
 
 def may_do_without_probe(file: VideoFile) -> bool:
     """Whether it is an MP4 or a QuickTime file, by its first bytes."""
-    return file.reading().read(_FTYP.stop)[_FTYP] == b"ftyp"
+    return file.reading().read(8)[4:] == b"ftyp"
 
 
 @contextmanager
@@ -192,7 +191,8 @@ def open_video(file: VideoFile, limits: DecodeLimits, *, probe: bool = True) -> 
     path = file.path
     container = _open_container(file, limits, probe=probe)
     with container:
-        if not (probe or _says_enough(container)):
+        codecs = [stream.codec_context and stream.codec_context.name for stream in container.streams.video]
+        if not probe and (len(codecs) != 1 or codecs[0] not in _CARRIED):
             raise ProbeNeededError
         stream = _choose_stream(path, container)
         _check_stream(path, stream, limits)
@@ -241,11 +241,6 @@ def raise_out_of_memory(error: Exception) -> None:
     """
     if getattr(error, "errno", None) == errno.ENOMEM:
         raise MemoryError from error
-
-
-def _says_enough(container: InputContainer) -> bool:
-    streams = container.streams.video
-    return len(streams) == 1 and streams[0].codec_context is not None and streams[0].codec_context.name in _CARRIED
 
 
 def _choose_stream(path: Path, container: InputContainer) -> VideoStream:

@@ -13,18 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from extraction_dagster.errors.decode import DecoderMissingError, VideoDecodeError, VideoTooLongError
-from extraction_dagster.records import FrameBatch
 from extraction_dagster.stages.decode.decoders.container import open_file, open_video, packets_of, raise_out_of_memory
-from extraction_dagster.stages.decode.decoders.decoder import DecodedVideo, shortfall
+from extraction_dagster.stages.decode.decoders.decoder import DecodedVideo, DecodeLimits, shortfall
 from extraction_dagster.stages.decode.decoders.geometry import Geometry
-from extraction_dagster.stages.decode.sampling import select_frames
+from extraction_dagster.stages.decode.sampling import Sampling, select_frames
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from extraction_dagster.stages.decode.decoders.container import OpenVideo, VideoFile
-    from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits
-    from extraction_dagster.stages.decode.sampling import Sampling
 
 _SOURCE_LINE = re.compile(r"^(\[[0-9:]+\] \S+: )+")
 
@@ -59,8 +56,8 @@ def _decode(
         data = reader.get_batch(selection.frame_number).asnumpy()
     except (decord.DECORDError, RuntimeError, AssertionError) as error:
         raise VideoDecodeError(str(file.path), listed_frames=0, why=_first_line(error)) from error
-    frames = FrameBatch(data, pts_seconds[selection.frame_number], selection.target_seconds, selection.frame_number)
     covered = float(spans[:, 1].max() - spans[0, 0])
+    frames = selection.batch(data, pts_seconds)
     return DecodedVideo(frames, claimed, shortfall(covered_seconds=covered, claimed_seconds=claimed))
 
 
@@ -68,8 +65,7 @@ def _import_decord() -> Any:  # noqa: ANN401 - decord has no types
     try:
         import decord
     except ImportError as error:
-        name = "decord"
-        raise DecoderMissingError(name, str(error)) from error
+        raise DecoderMissingError("decord", str(error)) from error
     decord.logging.set_level(decord.logging.ERROR)
     return decord
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from extraction_dagster.errors.decode import VideoEncryptedError, VideoTooLongError
-from extraction_dagster.stages.decode.decoders.container import open_video, packets_of, raise_out_of_memory
+from extraction_dagster.stages.decode.decoders.container import OpenVideo, open_video, packets_of, raise_out_of_memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from av.packet import Packet
     from av.video.stream import VideoStream
 
-    from extraction_dagster.stages.decode.decoders.container import OpenVideo
     from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits
 
 # What a kept packet costs beside its own bytes.
@@ -125,10 +124,9 @@ def read_packets(video: OpenVideo, limits: DecodeLimits) -> PacketIndex:
         VideoEncryptedError: A packet is encrypted.
         MemoryError: The library ran out of memory.
     """
-    builder = _Builder(video, limits)
-    stopped = None
     import av
 
+    builder, stopped = _Builder(video, limits), None
     try:
         for packet in packets_of(video):
             builder.add(packet)
@@ -144,12 +142,7 @@ def fed_packets(video: OpenVideo, index: PacketIndex, limits: DecodeLimits) -> I
         yield from index.kept
         return
     with open_video(video.file, limits) as again:
-        yield from read_again(again, len(index))
-
-
-def read_again(video: OpenVideo, count: int) -> Iterator[Packet[VideoStream]]:
-    """The first `count` packets of a freshly opened video: those that the first reading saw."""
-    return itertools.islice(packets_of(video), count)
+        yield from itertools.islice(packets_of(again), len(index))
 
 
 class _Builder:

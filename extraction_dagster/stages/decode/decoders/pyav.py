@@ -15,7 +15,6 @@ import numpy as np
 
 from extraction_dagster.errors import ExtractionError
 from extraction_dagster.errors.decode import VideoDecodeError
-from extraction_dagster.records import FrameBatch
 from extraction_dagster.stages.decode.decoders.container import (
     ProbeNeededError,
     may_do_without_probe,
@@ -23,11 +22,11 @@ from extraction_dagster.stages.decode.decoders.container import (
     open_video,
     raise_out_of_memory,
 )
-from extraction_dagster.stages.decode.decoders.decoder import DecodedVideo, shortfall
+from extraction_dagster.stages.decode.decoders.decoder import DecodedVideo, DecodeLimits, shortfall
 from extraction_dagster.stages.decode.decoders.geometry import Geometry
-from extraction_dagster.stages.decode.decoders.packets import fed_packets, read_packets
+from extraction_dagster.stages.decode.decoders.packets import PacketIndex, Run, fed_packets, read_packets
 from extraction_dagster.stages.decode.decoders.sequential import decode_sequentially
-from extraction_dagster.stages.decode.sampling import select_frames
+from extraction_dagster.stages.decode.sampling import Sampling, select_frames
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -36,9 +35,6 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
 
     from extraction_dagster.stages.decode.decoders.container import OpenVideo, VideoFile
-    from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits
-    from extraction_dagster.stages.decode.decoders.packets import PacketIndex, Run
-    from extraction_dagster.stages.decode.sampling import Sampling, Selection
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +69,8 @@ def _decode_planned(
         if index.irregular is not None:
             raise UnplannedError(index.irregular)
         if sampling.needs_keyframes and not index.clean:
-            reason = f"codec {video.stream.codec_context.name} knows its keyframes only once they are decoded"
-            raise UnplannedError(reason)
+            name = video.stream.codec_context.name
+            raise UnplannedError(f"codec {name} knows its keyframes only once they are decoded")
         display = _display_order(video, index, limits)
         ticks = index.pts[display]
         seconds = _seconds(ticks - ticks[0], video)
@@ -84,15 +80,14 @@ def _decode_planned(
         partial = _missing(
             video, index, covered_seconds=float(_seconds(ticks[-1:] - ticks[0] + index.last_duration, video)[0])
         )
-    return DecodedVideo(_batch(pictures, seconds, selection), video.claimed_seconds, partial)
+    return DecodedVideo(selection.batch(np.stack(pictures), seconds), video.claimed_seconds, partial)
 
 
 def _seconds(ticks: np.ndarray, video: OpenVideo) -> np.ndarray:
     """Ticks as seconds, each correctly rounded."""
     base = video.stream.time_base
     if base is None:
-        reason = "no time base"
-        raise UnplannedError(reason)
+        raise UnplannedError("no time base")
     return ticks * base.numerator / base.denominator
 
 
@@ -106,8 +101,7 @@ def _display_order(video: OpenVideo, index: PacketIndex, limits: DecodeLimits) -
         shown[positions] &= np.isin(index.pts[positions], np.array(list(decoded), np.int64))
     display = np.flatnonzero(shown)
     if len(display) == 0:
-        reason = "no frame of the stream's beginning decodes"
-        raise UnplannedError(reason)
+        raise UnplannedError("no frame of the stream's beginning decodes")
     return display[np.argsort(index.pts[display])]
 
 
@@ -131,8 +125,7 @@ def _decode_targets(
         pictures[number] = geometry.show(frame, reformatter)
     found = [picture for picture in pictures if picture is not None]
     if len(found) < len(pictures):
-        reason = f"{len(pictures) - len(found)} targets did not decode"
-        raise UnplannedError(reason)
+        raise UnplannedError(f"{len(pictures) - len(found)} targets did not decode")
     return found
 
 
@@ -178,17 +171,14 @@ class _Check:
         Raises:
             UnplannedError: It is not as promised.
         """
-        reason = None
         if frame.pts not in self._promised:
-            reason = f"a frame at {frame.pts} that no packet announced"
-        elif frame.is_corrupt:
-            reason = f"a damaged frame at {frame.pts}"
-        elif self._clean and frame.pts == self._first and not frame.key_frame:
-            reason = f"the frame at {frame.pts} is no keyframe, against what the container says"
-        elif not self._clean:
+            raise UnplannedError(f"a frame at {frame.pts} that no packet announced")
+        if frame.is_corrupt:
+            raise UnplannedError(f"a damaged frame at {frame.pts}")
+        if self._clean and frame.pts == self._first and not frame.key_frame:
+            raise UnplannedError(f"the frame at {frame.pts} is no keyframe, against what the container says")
+        if not self._clean:
             self._promised.remove(frame.pts)
-        if reason is not None:
-            raise UnplannedError(reason)
 
     def at_end(self) -> None:
         """All of the run came out.
@@ -197,8 +187,7 @@ class _Check:
             UnplannedError: Of a run over the whole stream, where every frame counts, one did not.
         """
         if not self._clean and self._promised:
-            reason = f"{len(self._promised)} packets gave no frame"
-            raise UnplannedError(reason)
+            raise UnplannedError(f"{len(self._promised)} packets gave no frame")
 
 
 def _checked(frames: Sequence[VideoFrame], check: _Check | None) -> Sequence[VideoFrame]:
@@ -214,9 +203,3 @@ def _missing(video: OpenVideo, index: PacketIndex, *, covered_seconds: float) ->
         return None
     short = shortfall(covered_seconds=covered_seconds, claimed_seconds=video.claimed_seconds)
     return f"{short}; reading stopped: {index.stopped}" if short and index.stopped else short
-
-
-def _batch(pictures: Sequence[np.ndarray], seconds: np.ndarray, selection: Selection) -> FrameBatch:
-    return FrameBatch(
-        np.stack(pictures), seconds[selection.frame_number], selection.target_seconds, selection.frame_number
-    )

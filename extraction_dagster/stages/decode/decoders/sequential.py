@@ -13,20 +13,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from extraction_dagster.errors.decode import VideoDecodeError, VideoTooLongError
-from extraction_dagster.records import FrameBatch
 from extraction_dagster.stages.decode.decoders.container import open_video, packets_of, raise_out_of_memory
-from extraction_dagster.stages.decode.decoders.decoder import DecodedVideo, shortfall
+from extraction_dagster.stages.decode.decoders.decoder import DecodedVideo, DecodeLimits, shortfall
 from extraction_dagster.stages.decode.decoders.geometry import Geometry
-from extraction_dagster.stages.decode.sampling import select_frames
+from extraction_dagster.stages.decode.sampling import Sampling, Selection, select_frames
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from av.video.frame import VideoFrame
 
+    from extraction_dagster.records import FrameBatch
     from extraction_dagster.stages.decode.decoders.container import OpenVideo, VideoFile
-    from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits
-    from extraction_dagster.stages.decode.sampling import Sampling, Selection
 
 # A step back further than this is a new clock (two recordings joined); a smaller one is frames out of order.
 _NEW_CLOCK_SECONDS = 1.0
@@ -50,10 +48,6 @@ class _Tally:
     stopped: str | None = None
     last_words: str = ""
 
-    def why_nothing(self) -> str:
-        """Why no frame came out."""
-        return self.last_words or f"{self.packets} packets gave no frame"
-
 
 def decode_sequentially(file: VideoFile, sampling: Sampling, short_side_px: int, limits: DecodeLimits) -> DecodedVideo:
     """Decode every frame and keep the sampled ones; see `Decoder`."""
@@ -66,7 +60,8 @@ def decode_sequentially(file: VideoFile, sampling: Sampling, short_side_px: int,
         gap = max(1, round(1 / ((video.stream.average_rate or _DEFAULT_RATE) * base)))
         listed, claimed = video.stream.frames, video.claimed_seconds
     if not seen:
-        raise VideoDecodeError(str(path), listed_frames=listed, why=tally.why_nothing())
+        why = tally.last_words or f"{tally.packets} packets gave no frame"
+        raise VideoDecodeError(str(path), listed_frames=listed, why=why)
     times, keyframe = [time for time, _ in seen], np.array([key for _, key in seen], bool)
     order, ticks = display_times(times, gap_ticks=gap, new_clock_ticks=round(_NEW_CLOCK_SECONDS / base))
     seconds = ticks * base.numerator / base.denominator
@@ -169,8 +164,7 @@ def _keep(  # noqa: PLR0913 - the second pass needs all that the first found
         if len(pictures) == len(place):
             break
     data = np.stack([pictures[number] for number in range(len(place))])
-    chosen = seconds[selection.frame_number]
-    return FrameBatch(data, chosen, selection.target_seconds, selection.frame_number), damaged
+    return selection.batch(data, seconds), damaged
 
 
 def _partial(tally: _Tally, short: str | None, *, damaged: int, num_frames: int) -> str | None:

@@ -8,7 +8,6 @@ run can all be the parent. Killing a worker is always safe: it shares no lock wi
 from __future__ import annotations
 
 import time
-from contextlib import closing
 from dataclasses import dataclass
 from enum import Enum
 from multiprocessing.connection import wait
@@ -22,7 +21,7 @@ from extraction_dagster.errors.decode import (
 )
 from extraction_dagster.records import Failure, Outcome
 from extraction_dagster.stages.decode.workers.process import WorkerProcess
-from extraction_dagster.stages.decode.workers.worker import Fault
+from extraction_dagster.stages.decode.workers.worker import Fault, Report
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
     from extraction_dagster.errors import ExtractionError
     from extraction_dagster.settings import Settings
     from extraction_dagster.stages.decode.task import DecodeJob
-    from extraction_dagster.stages.decode.workers.worker import Report
 
 _TURN_SECONDS = 0.05  # between two looks for a job that is not ready yet
 _PULSE_SECONDS = 1.0  # after which a caller that nothing new can be told has its turn
@@ -69,20 +67,10 @@ class PoolOptions:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """What became of one video, and what it cost."""
+    """What became of one video, and the worker's CPU time that it took."""
 
     outcome: Outcome
     cpu_seconds: float = 0.0
-    wall_seconds: float = 0.0
-
-
-def decode_all(jobs: Iterable[DecodeJob], options: PoolOptions) -> Generator[Decoded, None, None]:
-    """Decode videos in worker processes; the outcomes come as they are ready.
-
-    See `decode_as_ready`, whose turns without an outcome are left out.
-    """
-    with closing(decode_as_ready(jobs, options)) as decoded:
-        yield from (item for item in decoded if item is not None)
 
 
 def decode_as_ready(
@@ -137,7 +125,9 @@ class _Pool:
 
     def _fill(self, jobs: Iterator[DecodeJob | Decoded | None]) -> Decoded | _End | None:
         """Give jobs to workers while one is idle; what is drawn and is no job is returned, END when nothing is."""
-        while self._has_room() and (self._more or self._returned):
+        while self._more or self._returned:
+            if len(self._workers) >= self._options.workers and all(worker.job for worker in self._workers):
+                break
             drawn = self._returned.pop() if self._returned else next(jobs, _End.END)
             if drawn is None or isinstance(drawn, Decoded):
                 return drawn
@@ -158,9 +148,6 @@ class _Pool:
     def stop(self) -> None:
         while self._workers:
             self._workers.pop().stop()
-
-    def _has_room(self) -> bool:
-        return len(self._workers) < self._options.workers or any(worker.job is None for worker in self._workers)
 
     def _give(self, job: DecodeJob) -> None:
         """Hand a job to an idle worker, or to a new one; an idle worker that has died is replaced."""
@@ -209,15 +196,14 @@ class _Pool:
             outcome = _failed(job, fault, worker.last_words())
         if worker.tasks >= self._options.max_tasks or (fault is not None and fault.out_of_memory):
             self._drop(worker)
-        return Decoded(outcome, report.cpu_seconds, report.wall_seconds)
+        return Decoded(outcome, report.cpu_seconds)
 
     def _time_out(self, worker: WorkerProcess) -> Decoded:
         if not worker.ready:
             raise self._no_start(worker)
         job, said = _job_of(worker), worker.last_words()
         self._drop(worker)
-        error = DecodeTimeoutError(job.path, seconds=self._options.timeout_seconds)
-        return Decoded(_failed(job, error, said), wall_seconds=self._options.timeout_seconds)
+        return Decoded(_failed(job, DecodeTimeoutError(job.path, seconds=self._options.timeout_seconds), said))
 
     def _bury(self, worker: WorkerProcess) -> Iterator[Decoded]:
         """Blame a worker's death on its video, unless it died before it took it."""
@@ -240,7 +226,8 @@ class _Pool:
         """
         worker.reap()
         self._early_ends += 1
-        if self._early_ends > _MOST_EARLY_ENDS or not (worker.ready or worker.was_killed):
+        was_killed = (worker.process.returncode or 0) < 0  # by a signal
+        if self._early_ends > _MOST_EARLY_ENDS or not (worker.ready or was_killed):
             raise self._no_start(worker)
 
     def _no_start(self, worker: WorkerProcess) -> DecodeWorkerStartError:
@@ -255,8 +242,7 @@ class _Pool:
 
 def _job_of(worker: WorkerProcess) -> DecodeJob:
     if worker.job is None:
-        message = "a worker reported on a video that it was not given"
-        raise RuntimeError(message)
+        raise RuntimeError("a worker reported on a video that it was not given")
     return worker.job
 
 

@@ -38,6 +38,7 @@ ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(2**25),
     "MALLOC_TRIM_THRESHOLD_": str(2**28),
 }
+# What an interpreter and its libraries need, and no other variable.
 _PASSED_VARIABLES = re.compile(
     r"PATH|HOME|TMPDIR|TZ|LANG|LANGUAGE|GLIBC_TUNABLES|(LC|LD|DYLD|PYTHON|MALLOC|DECORD|OPENCV|COV_CORE|COVERAGE)_?\w*"
 )
@@ -79,7 +80,8 @@ class WorkerProcess:
                 stdout=self.log,
                 stderr=self.log,
                 pass_fds=(theirs.fileno(),),
-                env={**_passed_variables(), **ENVIRONMENT},
+                env={name: value for name, value in os.environ.items() if _PASSED_VARIABLES.fullmatch(name)}
+                | ENVIRONMENT,
                 process_group=0,
             )
         self._inbox = Inbox(most_bytes=memory_bytes)
@@ -138,11 +140,6 @@ class WorkerProcess:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(_REAP_SECONDS)
 
-    @property
-    def was_killed(self) -> bool:
-        """Whether a signal ended the process, once it was reaped."""
-        return self.process.returncode is not None and self.process.returncode < 0
-
     def last_words(self) -> str:
         """The end of what the worker and its codec library wrote."""
         with contextlib.suppress(OSError, ValueError):
@@ -165,11 +162,6 @@ class WorkerProcess:
         with contextlib.suppress(ValueError):
             return f"killed by {signal.Signals(-code).name}"
         return f"killed by signal {-code}"
-
-
-def _passed_variables() -> dict[str, str]:
-    """The variables that an interpreter and its libraries need, and no other."""
-    return {name: value for name, value in os.environ.items() if _PASSED_VARIABLES.fullmatch(name)}
 
 
 class _Unpickler(pickle.Unpickler):

@@ -70,12 +70,11 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What became of one task: a result or a fault, and what it cost."""
+    """What became of one task: a result or a fault, and the CPU time that it took."""
 
     result: Any
     fault: Fault | None
     cpu_seconds: float
-    wall_seconds: float
 
 
 def serve(wire_fd: int, task: str, memory_bytes: int) -> None:
@@ -89,22 +88,19 @@ def serve(wire_fd: int, task: str, memory_bytes: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _die_with_parent()
     wire = socket.socket(fileno=wire_fd)
-    run = _load(task)
+    module, _, function = task.partition(":")
+    run: Callable[[Any], Any] = getattr(importlib.import_module(module), function)
     _limit(memory_bytes)
     confine()
     with contextlib.suppress(EOFError, OSError):
         send(wire, READY)
-        while True:
-            content = receive(wire)
+        # The socket waits for the next job, for ever if need be: a worker ends with its parent.
+        while (job := Inbox(most_bytes=2**64).take(wire)) is not None:
             send(wire, TAKEN)
-            _forget_log()
-            send(wire, _run(run, pickle.loads(content)))  # noqa: S301 - from the parent, which started us
-
-
-def _load(task: str) -> Callable[[Any], Any]:
-    module, _, function = task.partition(":")
-    loaded: Callable[[Any], Any] = getattr(importlib.import_module(module), function)
-    return loaded
+            with contextlib.suppress(OSError):  # the log then holds the words about one video only
+                os.ftruncate(_LOG, 0)
+                os.lseek(_LOG, 0, os.SEEK_SET)
+            send(wire, _run(run, pickle.loads(job)))  # noqa: S301 - from the parent, which started us
 
 
 def _die_with_parent() -> None:
@@ -134,8 +130,7 @@ def _limit(memory_bytes: int) -> None:
 
 
 def _run(run: Callable[[Any], Any], job: object) -> Report:
-    wall, cpu = time.monotonic(), time.process_time()
-    result, fault = None, None
+    began, result, fault = time.process_time(), None, None
     try:
         result = run(job)
     except MemoryError as error:
@@ -144,14 +139,7 @@ def _run(run: Callable[[Any], Any], job: object) -> Report:
         permanent = getattr(error, "permanent", None)
         trace = "" if permanent is not None else traceback.format_exc()
         fault = Fault(type(error).__name__, str(error), permanent=bool(permanent), traceback=trace)
-    return Report(result, fault, time.process_time() - cpu, time.monotonic() - wall)
-
-
-def _forget_log() -> None:
-    """Empty the log, so that it holds the words about one video only."""
-    with contextlib.suppress(OSError):
-        os.ftruncate(_LOG, 0)
-        os.lseek(_LOG, 0, os.SEEK_SET)
+    return Report(result, fault, time.process_time() - began)
 
 
 def send(wire: socket.socket, message: object) -> None:
@@ -163,18 +151,6 @@ def send(wire: socket.socket, message: object) -> None:
     content = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
     wire.sendall(_LENGTH.pack(len(content)))
     wire.sendall(content)
-
-
-def receive(wire: socket.socket) -> bytes:
-    """Wait for the next message, for ever if need be: a worker ends with its parent.
-
-    Raises:
-        EOFError: The other side is gone.
-    """
-    message = Inbox(most_bytes=2**64).take(wire)
-    if message is None:
-        raise EOFError  # only a socket that does not wait comes here
-    return message
 
 
 class Inbox:
@@ -214,8 +190,7 @@ class Inbox:
             return _LENGTH.size - len(self._arrived)
         (length,) = _LENGTH.unpack_from(self._arrived)
         if length > self._most_bytes:
-            reason = f"a message of {length} bytes, expected at most {self._most_bytes}"
-            raise ValueError(reason)
+            raise ValueError(f"a message of {length} bytes, expected at most {self._most_bytes}")
         return int(_LENGTH.size + length - len(self._arrived))
 
 

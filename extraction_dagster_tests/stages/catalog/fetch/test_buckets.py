@@ -59,7 +59,7 @@ def make_fetcher(settings):
         chosen = settings(**{"allowed_buckets": ("s3://videos",), **overrides})
         fetcher = Fetcher(chosen, attempts=attempts, wait_seconds=0.001)
         if store is not None:
-            fetcher._buckets._make["s3"] = fetcher._buckets._make["gs"] = lambda: store
+            fetcher._buckets._open["s3"] = fetcher._buckets._open["gs"] = store
         made.append(fetcher)
         return fetcher
 

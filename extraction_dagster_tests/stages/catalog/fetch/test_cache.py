@@ -12,8 +12,14 @@ from pathlib import Path
 import pytest
 
 from extraction_dagster.errors.catalog import DownloadCacheError, FileUnavailableError
-from extraction_dagster.stages.catalog.fetch.cache import OVERHEAD_BYTES, DownloadCache
-from extraction_dagster.stages.catalog.fetch.download import Deadline, FetchStoppedError, FileVersion, PassingFaultError
+from extraction_dagster.stages.catalog.fetch.cache import (
+    OVERHEAD_BYTES,
+    Deadline,
+    DownloadCache,
+    FetchStoppedError,
+    FileVersion,
+    PassingFaultError,
+)
 
 KB = 1000
 
@@ -180,8 +186,7 @@ def test_a_link_put_in_place_of_a_part_is_not_followed(cache, deadline, tmp_path
 HOLDER = """
 import sys, threading, time
 from pathlib import Path
-from extraction_dagster.stages.catalog.fetch.download import Deadline, FileVersion
-from extraction_dagster.stages.catalog.fetch.cache import DownloadCache
+from extraction_dagster.stages.catalog.fetch.cache import Deadline, DownloadCache, FileVersion
 folder, max_bytes = Path(sys.argv[1]), int(sys.argv[2])
 deadline = Deadline("u", 60.0, threading.Event())
 cache = DownloadCache(folder, max_bytes=max_bytes, max_idle_seconds=3600, patience_seconds=1)
@@ -240,8 +245,7 @@ def test_one_who_was_stopped_while_holding_the_list_is_not_waited_for_for_ever(c
 FILLER = """
 import random, sys, threading
 from pathlib import Path
-from extraction_dagster.stages.catalog.fetch.download import Deadline, FileVersion
-from extraction_dagster.stages.catalog.fetch.cache import DownloadCache
+from extraction_dagster.stages.catalog.fetch.cache import Deadline, DownloadCache, FileVersion
 folder, max_bytes, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 chance = random.Random(seed)
 deadline = Deadline("u", 60.0, threading.Event())

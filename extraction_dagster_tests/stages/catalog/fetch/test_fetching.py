@@ -184,7 +184,7 @@ def any_fetcher(tmp_path_factory):
         allow_http=True,
     )
     fetcher = Fetcher(settings, resolve=lambda _host, _port: [], attempts=1, wait_seconds=0.001)
-    fetcher._buckets._make["s3"] = Empty
+    fetcher._buckets._open["s3"] = Empty()
     yield fetcher
     fetcher.close()
 

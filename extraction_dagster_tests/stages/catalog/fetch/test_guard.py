@@ -3,7 +3,7 @@ import ipaddress
 import pytest
 
 from extraction_dagster.errors.catalog import AddressForbiddenError, SchemeError
-from extraction_dagster.stages.catalog.fetch.download import PassingFaultError
+from extraction_dagster.stages.catalog.fetch.cache import PassingFaultError
 from extraction_dagster.stages.catalog.fetch.guard import NetworkGuard, Target, is_public
 
 PUBLIC = "93.184.215.14"
