@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import simplejpeg
 
-from extraction_dagster.errors.base import ExtractionError
+from extraction_dagster.errors import ExtractionError
 from extraction_dagster.stages.decode.decoders.container import open_file, open_video
 from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits
 from extraction_dagster.stages.decode.decoders.geometry import Geometry

@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from extraction_dagster.errors import ExtractionError
 from extraction_dagster.errors import decode as decode_errors
-from extraction_dagster.errors.base import ExtractionError
 from extraction_dagster.stages.decode.quality import Quality
 from extraction_dagster.stages.decode.sampling import Sampling
 from extraction_dagster.stages.decode.task import DecodeJob

@@ -64,7 +64,7 @@ MUTANTS = (
         "a record that is brought back stays done",
         '{"record_id": record_id, "state": "todo", "attempts": 0, "not_before": None} for record_id in record_ids',
         '{"record_id": record_id, "state": "done", "attempts": 0, "not_before": None} for record_id in record_ids',
-        "test_what_is_brought_back_is",
+        "test_lost_points_are_found_and_their_records_alone",
     ),
     mutant(
         "a record is never parked",
@@ -117,7 +117,7 @@ MUTANTS = (
     # The replace protocol
     mutant(
         "stale points are never deleted",
-        "    store.delete(PointFilter.stale_points(generations))\n",
+        "    store.delete(PointFilter(generations=generations, stale=True))\n",
         "",
         "test_the_records_in_the_batch_hold_exactly_their_new_points",
     ),

@@ -27,8 +27,8 @@ import simplejpeg
 from extraction_dagster.errors.embed import QueryVideoError
 from extraction_dagster.settings import Settings, load_settings
 from extraction_dagster.stages.embed.models.registry import load_model
+from extraction_dagster.stages.embed.passes import normalise
 from extraction_dagster.stages.embed.query import embed_query_video
-from extraction_dagster.stages.embed.vectors import normalise
 
 _BINS = 8
 

@@ -50,9 +50,6 @@ def replacing(path: Path, *, mode: int | None = 0o600, durable: bool = True, fol
         durable: Whether the disk has all of it before it is renamed: a power cut loses or empties no such file.
         folder: Make a folder instead, which takes the place of an empty one or of none.
 
-    Yields:
-        The temporary path: an empty file, or an empty folder.
-
     Raises:
         OSError: It can't be written; the old file is untouched, and nothing is left beside it.
     """
@@ -62,13 +59,9 @@ def replacing(path: Path, *, mode: int | None = 0o600, durable: bool = True, fol
     if folder:
         beside.mkdir()
     else:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        handle = os.open(beside, flags, 0o666 if mode is None else 0o600)
-        try:
-            if mode is not None:
-                os.fchmod(handle, mode)  # whatever the umask
-        finally:
-            os.close(handle)
+        beside.touch(0o666 if mode is None else 0o600, exist_ok=False)
+        if mode is not None:
+            beside.chmod(mode)  # whatever the umask
     try:
         yield beside
         if durable:
@@ -82,14 +75,16 @@ def replacing(path: Path, *, mode: int | None = 0o600, durable: bool = True, fol
 
 def publish(made: Path, path: Path) -> None:
     """Rename a finished file into place: first all of it is on disk, then the rename."""
-    _sync(made, os.O_NOFOLLOW)
+    with _opened(made, os.O_NOFOLLOW) as handle:
+        os.fsync(handle)
     made.replace(path)
     sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
     """Have a folder's entries on disk: a file that was renamed into it stays there after a power cut."""
-    _sync(folder, os.O_DIRECTORY)
+    with _opened(folder, os.O_DIRECTORY) as handle:
+        os.fsync(handle)
 
 
 def temporary_name(name: str) -> str:
@@ -101,11 +96,7 @@ def sweep(folder: Path, pattern: str = ".*.tmp") -> None:
     """Remove temporary files that killed processes left behind, and no file that is being written.
 
     A file goes once its process is gone from this machine. Where that can't be told, since another machine wrote it, it
-    goes once nothing was written to it for an hour.
-
-    Args:
-        folder: Where they lie; it may be missing.
-        pattern: Which names; all temporary files by default, which only a folder of our own may be swept of.
+    goes once nothing was written to it for an hour. Only a folder of our own may be swept of all temporary files.
     """
     for path in folder.glob(pattern):
         with suppress(OSError):  # another process sweeps too, or it is another user's
@@ -122,16 +113,13 @@ def read_small(path: Path, *, max_bytes: int) -> bytes | None:
         ValueError: It is larger than such a file can be.
     """
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with _opened(path, os.O_NOFOLLOW | os.O_NONBLOCK) as handle:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise OSError(errno.EINVAL, "it is no regular file")
+            with os.fdopen(handle, "rb", closefd=False) as file:
+                data = file.read(max_bytes + 1)
     except FileNotFoundError:
         return None
-    try:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise OSError(errno.EINVAL, "it is no regular file")
-        with os.fdopen(handle, "rb", closefd=False) as file:
-            data = file.read(max_bytes + 1)
-    finally:
-        os.close(handle)
     if len(data) > max_bytes:
         raise ValueError(f"it has more than {max_bytes} bytes")
     return data
@@ -156,11 +144,10 @@ def _is_abandoned(path: Path) -> bool:
     if writer is None or writer["place"] != _place():
         return time.time() - path.lstat().st_mtime > ABANDONED_SECONDS
     try:
-        os.kill(int(writer["pid"]), 0)
+        with suppress(PermissionError):  # it is there, and another user's
+            os.kill(int(writer["pid"]), 0)
     except (ProcessLookupError, OverflowError):
         return True
-    except PermissionError:  # it is there, and another user's
-        return False
     return False
 
 
@@ -171,9 +158,10 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _sync(path: Path, flags: int) -> None:
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
     handle = os.open(path, os.O_RDONLY | flags)
     try:
-        os.fsync(handle)
+        yield handle
     finally:
         os.close(handle)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
 
-from extraction_dagster.errors.base import PartitionKeyError, RecordShapeError
+from extraction_dagster.errors import PartitionKeyError, RecordShapeError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -38,9 +38,8 @@ class IdRange:
     def __post_init__(self) -> None:
         """Refuse a range that is empty or does not fit BIGINT."""
         if not _MIN_ID <= self.first_id <= self.last_id <= _MAX_ID:
-            raise PartitionKeyError(
-                self.partition_key, "the first id must not be greater than the last, and both must fit BIGINT"
-            )
+            why = "the first id must not be greater than the last, and both must fit BIGINT"
+            raise PartitionKeyError(self.partition_key, why)
 
     @property
     def partition_key(self) -> str:
@@ -102,18 +101,19 @@ def _shown(value: object) -> str:
     return repr(value)
 
 
-def _repr_of_arrays(batch: FrameBatch | EncodedFrames | EmbeddingBatch) -> str:
-    """How a batch is printed: `FrameBatch(data: uint8 (2, 240, 320, 3), pts_seconds: float64 (2,), …)`."""
-    shown = ", ".join(f"{item.name}: {_shown(getattr(batch, item.name))}" for item in fields(batch))
-    return f"{type(batch).__name__}({shown})"
+class _Arrays:
+    """A record of arrays, printed without their content: `FrameBatch(data: uint8 (2, 240, 320, 3), …)`."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        """Dtypes and shapes in place of arrays, the number of JPEGs in place of their bytes."""
+        shown = ", ".join(f"{item.name}: {_shown(getattr(self, item.name))}" for item in fields(self))  # type: ignore[arg-type]  # each is a dataclass
+        return f"{type(self).__name__}({shown})"
 
 
-def _ascending(values: np.ndarray) -> bool:
-    return bool(np.all(np.isfinite(values)) and np.all(np.diff(values) >= 0))
-
-
-@dataclass(frozen=True, slots=True)
-class FrameBatch:
+@dataclass(frozen=True, slots=True, repr=False)
+class FrameBatch(_Arrays):
     """Frames of one video, in display order.
 
     Attributes:
@@ -139,17 +139,13 @@ class FrameBatch:
         """The number of frames, N."""
         return len(self.data)
 
-    def __repr__(self) -> str:
-        """Shapes and dtypes, never pixels."""
-        return _repr_of_arrays(self)
-
     def __getitem__(self, chosen: slice | np.ndarray) -> FrameBatch:
         """Some of the frames: a slice, a mask of shape (N,), or ascending indexes."""
         return replace(self, **{item.name: getattr(self, item.name)[chosen] for item in fields(self)})
 
 
-@dataclass(frozen=True, slots=True)
-class EncodedFrames:
+@dataclass(frozen=True, slots=True, repr=False)
+class EncodedFrames(_Arrays):
     """One video's frames as they are kept: one JPEG each, in display order.
 
     Attributes:
@@ -187,10 +183,6 @@ class EncodedFrames:
         """The number of frames, N."""
         return len(self.jpegs)
 
-    def __repr__(self) -> str:
-        """The number of JPEGs in place of their bytes, shapes and dtypes in place of arrays."""
-        return _repr_of_arrays(self)
-
 
 def _check_times(record: str, length: int, arrays: Mapping[str, np.ndarray]) -> None:
     times = ("pts_seconds", "target_seconds")
@@ -198,14 +190,15 @@ def _check_times(record: str, length: int, arrays: Mapping[str, np.ndarray]) -> 
         _refuse(record, f"every array must have {length} entries", **arrays)
     if any(arrays[name].dtype != np.float64 for name in times) or arrays["frame_number"].dtype != np.int64:
         _refuse(record, "times must be float64 and frame_number int64", **arrays)
-    if not _ascending(arrays["pts_seconds"]):
+    pts_seconds = arrays["pts_seconds"]
+    if not (np.all(np.isfinite(pts_seconds)) and np.all(np.diff(pts_seconds) >= 0)):
         _refuse(record, "pts_seconds must be finite and ascending", **arrays)
-    if length > 1 and not bool(np.all(np.diff(arrays["frame_number"]) > 0)):
+    if not np.all(np.diff(arrays["frame_number"]) > 0):
         _refuse(record, "frame_number must be strictly ascending", **arrays)
 
 
-@dataclass(frozen=True, slots=True)
-class EmbeddingBatch:
+@dataclass(frozen=True, slots=True, repr=False)
+class EmbeddingBatch(_Arrays):
     """Vectors of frames, L2-normalised; the frames of a record lie side by side.
 
     Attributes:
@@ -229,16 +222,12 @@ class EmbeddingBatch:
             _refuse("EmbeddingBatch", f"every array must have {len(self.vectors)} entries", **arrays)
         if self.record_id.dtype != np.int64 or self.frame_number.dtype != np.int64:
             _refuse("EmbeddingBatch", "record_id and frame_number must be int64", **arrays)
-        if not bool(np.all(np.isfinite(self.vectors))):
+        if not np.all(np.isfinite(self.vectors)):
             _refuse("EmbeddingBatch", "vectors must be finite", **arrays)
 
     def __len__(self) -> int:
         """The number of vectors, N."""
         return len(self.vectors)
-
-    def __repr__(self) -> str:
-        """Shapes and dtypes, never numbers."""
-        return _repr_of_arrays(self)
 
     def __getitem__(self, chosen: slice | np.ndarray) -> EmbeddingBatch:
         """Some of the vectors: a slice, a mask of shape (N,), or indexes."""
@@ -292,10 +281,6 @@ class Outcome:
 
 
 def fingerprint(**parts: object) -> str:
-    """A short, stable hash of settings: 16 hex digits of sha256 over canonical JSON.
-
-    Examples:
-        `fingerprint(a=1, b="x") == fingerprint(b="x", a=1)`
-    """
+    """A short, stable hash of settings, in any order: 16 hex digits of sha256 over canonical JSON."""
     canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]

@@ -34,7 +34,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from extraction_dagster.errors.base import SettingsError
+from extraction_dagster.errors import SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

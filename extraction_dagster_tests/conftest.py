@@ -449,3 +449,31 @@ def saved_models(tmp_path_factory):
         return root / kind
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def hook_servers():
+    """The class of servers that the tests of downloads use, for what is posted; `posted` holds the bodies."""
+    module = _load("stages/catalog/misbehaving_server")
+
+    class Hook(module.MisbehavingServer):
+        def __init__(self, *, tls):
+            super().__init__(tls=tls)
+            self.posted = []
+
+            class Handler(module.Handler):
+                def do_POST(handler):  # noqa: N802, N805 - the base class looks for it; the server's self is in use
+                    handler.server.posted.append(handler.rfile.read(int(handler.headers["Content-Length"])))
+                    handler.do_GET()
+
+            self.RequestHandlerClass = Handler
+
+    return Hook
+
+
+@pytest.fixture
+def hook(hook_servers):
+    """A web server on this machine that misbehaves as it is told."""
+    with hook_servers(tls=False) as server:
+        server.address = server.url("/hook", host="127.0.0.1")
+        yield server

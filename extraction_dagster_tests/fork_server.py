@@ -28,6 +28,7 @@ import sys
 import threading
 import time
 import types
+import warnings
 from pathlib import Path
 
 _LIBRARIES = (
@@ -50,7 +51,7 @@ _LIBRARIES = (
 _NOT_BEFOREHAND = ("extraction_dagster.defs", "extraction_dagster.definitions", "extraction_dagster.cli")
 _HEADER = 8  # bytes that say how long a request is
 _START_SECONDS = 300
-_END_SECONDS = 600
+_END_SECONDS = 300
 
 
 def _import_beforehand():
@@ -122,7 +123,9 @@ class _Server:
         for name in request["modules"]:
             importlib.import_module(name)
         gc.freeze()
-        process = os.fork()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # the other threads are of libraries at rest
+            process = os.fork()
         if process:
             for descriptor in fds:
                 os.close(descriptor)
@@ -304,7 +307,7 @@ class ForkServer:
 
     def _start(self):
         Path(self._address).unlink(missing_ok=True)
-        environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
         self._process = subprocess.Popen(
             [sys.executable, __file__, self._address], stdin=subprocess.DEVNULL, env=environment, start_new_session=True
         )
@@ -330,7 +333,8 @@ class ForkServer:
         """Let the server end with its last client; who started it waits for that, so that nothing is left behind."""
         self._lifeline.close()
         if self._process is not None:
-            self._process.wait(_END_SECONDS)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_END_SECONDS)
 
     def start(self, arguments, *, cwd=None, env=None, stdout=subprocess.PIPE, stderr=subprocess.PIPE, modules=()):
         """Start a command in a session of its own; text streams as those of `subprocess.Popen(…, text=True)`.

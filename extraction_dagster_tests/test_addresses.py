@@ -3,7 +3,7 @@
 import pytest
 
 from extraction_dagster.addresses import scrubbed, shown_address
-from extraction_dagster.errors.fetch import FileForbiddenError, FileUnavailableError, SchemeError
+from extraction_dagster.errors.catalog import FileForbiddenError, FileUnavailableError, SchemeError
 
 
 @pytest.mark.parametrize(

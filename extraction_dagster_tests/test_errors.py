@@ -7,7 +7,7 @@ import pkgutil
 import pytest
 
 from extraction_dagster import errors
-from extraction_dagster.errors.base import (
+from extraction_dagster.errors import (
     DemoEncoderError,
     DemoTargetError,
     ExtractionError,
@@ -35,13 +35,18 @@ def test_an_error_crosses_processes_unchanged(error, permanent):
 
 
 def test_every_error_of_the_project_is_one_of_the_family():
-    rooms = [
-        importlib.import_module(found.name)
-        for found in pkgutil.iter_modules(errors.__path__, "extraction_dagster.errors.")
-    ]
-    kinds = [kind for room in rooms for kind in vars(room).values() if isinstance(kind, type)]
+    names = [found.name for found in pkgutil.iter_modules(errors.__path__, "extraction_dagster.errors.")]
+    rooms = [errors, *map(importlib.import_module, names)]
+    kinds = {kind for room in rooms for kind in vars(room).values() if isinstance(kind, type)}
     assert len(kinds) >= 90
     assert {kind for kind in kinds if not issubclass(kind, ExtractionError)} == set()
+
+
+def test_a_sentence_written_over_several_lines_is_one_line_and_keeps_the_breaks_of_what_it_names():
+    assert str(SettingsError("EXTRACTION_FPS", "'x\ny'", "a number")) == (
+        "Setting EXTRACTION_FPS is 'x\ny', expected a number. Correct it in the environment or in .env; "
+        "'extraction doctor' lists every setting."
+    )
 
 
 def test_the_sentence_names_the_culprit_and_the_fix():

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extraction_dagster.errors.base import PartitionKeyError, RecordShapeError
+from extraction_dagster.errors import PartitionKeyError, RecordShapeError
 from extraction_dagster.records import (
     EmbeddingBatch,
     EncodedFrames,

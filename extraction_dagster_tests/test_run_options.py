@@ -2,7 +2,7 @@
 
 import pytest
 
-from extraction_dagster.errors.base import SettingsError
+from extraction_dagster.errors import SettingsError
 from extraction_dagster.errors.runs import RunOptionError
 from extraction_dagster.run_options import OVERRIDABLE, describe_options, model_as_environment, settings_with
 from extraction_dagster.settings import Settings, load_settings

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from extraction_dagster.errors.base import SettingsError
+from extraction_dagster.errors import SettingsError
 from extraction_dagster.settings import RETIRED, Settings, load_settings
 
 

@@ -6,21 +6,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.table import Table
 
 from extraction_dagster.cli import console
-from extraction_dagster.errors.base import ExtractionError
+from extraction_dagster.errors import ExtractionError
 from extraction_dagster.settings import Settings, load_settings
 from extraction_dagster.stages.catalog.catalog import Catalog, open_catalog
-from extraction_dagster.ticks.cursor import CursorState
+from extraction_dagster.ticks.cursor import CursorState, Requests
 from extraction_dagster.ticks.mirrors import make_mirror, read_legacy_checkpoint
-from extraction_dagster.ticks.requests import Requests
 
 app = typer.Typer(no_args_is_help=True, help="Look at the checkpoint, or say where to start.")
 
 
 @app.command()
-def show(*, as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False) -> None:
+def show(*, as_json: console.AsJson = False) -> None:
     """Show the cursor, its mirror and the requests that wait for the next tick."""
     from extraction_dagster.defs.instance.cursor_store import CursorStore
     from extraction_dagster.defs.instance.launching import open_instance
@@ -30,11 +28,8 @@ def show(*, as_json: Annotated[bool, typer.Option("--json", help="One JSON docum
         document = _document(settings, catalog, CursorStore(instance).read())
     if as_json:
         console.print_json(document)
-        return
-    table = Table(show_header=False)
-    for name, value in document.items():
-        table.add_row(name.replace("_", " "), "-" if value in (None, []) else str(value))
-    console.out.print(table)
+    else:
+        console.print_values((name.replace("_", " "), value) for name, value in document.items())
 
 
 def _document(settings: Settings, catalog: Catalog, stored: str | None) -> dict[str, Any]:

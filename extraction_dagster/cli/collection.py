@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from pydantic import ValidationError
@@ -13,11 +13,11 @@ from rich.table import Table
 from extraction_dagster.cli import console
 from extraction_dagster.settings import Settings, load_settings
 from extraction_dagster.stages.catalog.catalog import open_catalog
-from extraction_dagster.stages.index.protocol import CollectionSpec
+from extraction_dagster.stages.index import reconcile as reconciling
+from extraction_dagster.stages.index.compare import WHOLE
+from extraction_dagster.stages.index.protocol import CollectionSpec, PointStore
 from extraction_dagster.stages.index.stage import open_point_store
-
-if TYPE_CHECKING:
-    from extraction_dagster.stages.index.protocol import PointStore
+from extraction_dagster.stages.index.staging import list_collections, publish_collection, stage_collection
 
 app = typer.Typer(
     help="The collections under EXTRACTION_COLLECTION_NAME: one in use, others beside it.", no_args_is_help=True
@@ -41,8 +41,6 @@ def reconcile(
     Ends with exit code 1 while differences remain.
     """
     from extraction_dagster.stages.embed.models.registry import embedding_fingerprint
-    from extraction_dagster.stages.index import reconcile as reconciling
-    from extraction_dagster.stages.index.compare import WHOLE
 
     settings = load_settings()
     with open_catalog(settings) as catalog:
@@ -66,7 +64,7 @@ def reconcile(
         raise typer.Exit(1)
 
 
-def _opener(settings: Settings) -> "Callable[[], PointStore]":
+def _opener(settings: Settings) -> Callable[[], PointStore]:
     """Opens the store: at once the first time, so that its holder is named; later on it waits, as runs do."""
     patience = itertools.chain([0.0], itertools.repeat(settings.qdrant_timeout_seconds))
     return lambda: open_point_store(settings, wait_seconds=next(patience))
@@ -85,7 +83,6 @@ def _print(rows: list[dict[str, int | None]], summary: str) -> None:
 def list_(*, as_json: console.AsJson = False) -> None:
     """Show every collection: what it holds, whether searches use it, whether the settings give its vectors."""
     from extraction_dagster.stages.embed.models.registry import embedding_fingerprint
-    from extraction_dagster.stages.index.staging import list_collections
 
     settings = load_settings()
     with open_point_store(settings) as store:
@@ -106,7 +103,6 @@ def list_(*, as_json: console.AsJson = False) -> None:
 def stage() -> None:
     """Create a collection for the vectors of these settings beside the one in use; searches don't change."""
     from extraction_dagster.stages.embed.models.registry import load_model
-    from extraction_dagster.stages.index.staging import stage_collection
 
     settings = load_settings()
     model = load_model(settings, may_compile=False)
@@ -130,7 +126,6 @@ def publish(
 ) -> None:
     """Put a collection in use, once every record that is done is in it with all its points."""
     from extraction_dagster.stages.embed.models.registry import embedding_fingerprint
-    from extraction_dagster.stages.index.staging import publish_collection
 
     settings = load_settings()
     chosen = fingerprint or embedding_fingerprint(settings)
@@ -198,11 +193,9 @@ def copy(
 
 
 def _aimed_at(settings: Settings, url: str, grpc_port: int | None) -> Settings:
-    values = {**settings.model_dump(), "qdrant_url": url}
-    if grpc_port is not None:
-        values["qdrant_grpc_port"] = grpc_port
+    port = settings.qdrant_grpc_port if grpc_port is None else grpc_port
     try:
-        aimed = Settings(**values)
+        aimed = Settings(**settings.model_dump() | {"qdrant_url": url, "qdrant_grpc_port": port})
     except ValidationError as error:
         said = error.errors(include_input=False)[0]["msg"].removeprefix("Value error, ")
         raise typer.BadParameter(f"--to expects {said}") from None

@@ -6,7 +6,7 @@ Tables and bars on a terminal, plain lines elsewhere; with --json one document a
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from extraction_dagster import step_progress
 from extraction_dagster.records import IdRange
@@ -57,6 +58,14 @@ class Answer:
         """Print the document if JSON was asked for; its keys are stable."""
         if self.as_json:
             print_json(document)
+
+
+def print_values(values: Iterable[tuple[str, object]], *, title: str | None = None) -> None:
+    """Print names and values as a table; a dash where there is none."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, value in values:
+        table.add_row(name, "-" if value in (None, []) else str(value))
+    out.print(table)
 
 
 class _Bars:

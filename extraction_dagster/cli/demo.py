@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.table import Table
-
 from extraction_dagster.cli import console
 from extraction_dagster.cli.search import hits_table, search_image
 from extraction_dagster.demo.table import DemoQuery, choose_query, make_table, refuse_foreign_targets
@@ -86,8 +84,7 @@ def _report(settings: Settings, work: _Work) -> None:
         frames, _ = catalog.ledger.totals()
         store.open_collection(settings.collection_name)
         points = store.count()
-    table = Table(title="The demo's collection", show_header=False, title_justify="left")
-    for name, value in (
+    values = (
         ("ranges processed now", ", ".join(map(str, work.runs)) or "none"),
         ("records processed now", work.finished),
         ("seconds", f"{work.seconds:.1f}"),
@@ -96,9 +93,8 @@ def _report(settings: Settings, work: _Work) -> None:
         ("frames stored", frames),
         ("points in Qdrant", points),
         ("videos that failed", len(failures)),
-    ):
-        table.add_row(str(name), str(value))
-    console.out.print(table)
+    )
+    console.print_values(values, title="The demo's collection")
     for failure in failures:
         console.out.print(f"  {failure.state}: {failure.error_message}", markup=False)
     if not work.finished:

@@ -10,6 +10,7 @@ import typer
 from extraction_dagster.cli import console
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import load_settings
+from extraction_dagster.stages.catalog.catalog import open_catalog
 
 app = typer.Typer(
     help="Take the stored frames elsewhere; merge small shards, remove needless ones.", no_args_is_help=True
@@ -21,7 +22,7 @@ _MIB = 2**20
 
 @app.command()
 def export(
-    id_range: Annotated[str, typer.Argument(metavar="FIRST-LAST", help="Range of ids, both ends included.")],
+    id_range: console.Range,
     *,
     to: Annotated[
         Path, typer.Option("--to", metavar="FOLDER|OUT.tar", help="A new folder of JPEGs, or a WebDataset tar.")
@@ -37,29 +38,22 @@ def export(
     settings = load_settings()
     store = FrameStore(settings.resolved_frames_uri, frames_fingerprint(settings))
     with console.counting("videos") as count:
-        videos, frames = export_frames(store, IdRange.parse(id_range), to, on_video=count)
+        videos, frames = export_frames(store, id_range, to, on_video=count)
     console.out.print(f"Wrote {frames} frames of {videos} videos to {to}", markup=False)
 
 
 @app.command()
-def prune(
-    id_range: Annotated[
-        str | None, typer.Argument(metavar="[FIRST-LAST]", help="Range of ids, both ends included; all when left out.")
-    ] = None,
-) -> None:
+def prune(id_range: console.AnyRange = None) -> None:
     """Remove frame shards whose records are all done, when EXTRACTION_KEEP_FRAMES says that they go."""
-    from extraction_dagster.shards.frame_store import FrameStore
-    from extraction_dagster.shards.retention import keep_time, prune_frames
-    from extraction_dagster.stages.catalog.catalog import Fingerprints, open_catalog
-    from extraction_dagster.stages.decode.task import frames_fingerprint
-    from extraction_dagster.stages.embed.models.registry import embedding_fingerprint
+    from extraction_dagster.ranges.work import fingerprints_of
+    from extraction_dagster.shards.frame_store import FrameStore, keep_time, prune_frames
 
     settings = load_settings()
     keep = keep_time(settings.keep_frames)
     if keep is None:
         console.out.print("EXTRACTION_KEEP_FRAMES is 'all': every frame stays. Set it to none, or to a number of days.")
         return
-    made_with = Fingerprints(frames=frames_fingerprint(settings), embedding=embedding_fingerprint(settings))
+    made_with = fingerprints_of(settings)
     store = FrameStore(settings.resolved_frames_uri, made_with.frames)
     shards = num_bytes = 0
     with open_catalog(settings) as catalog:
@@ -71,9 +65,7 @@ def prune(
 
 @app.command()
 def compact(
-    id_range: Annotated[
-        str | None, typer.Argument(metavar="[FIRST-LAST]", help="Range of ids, both ends included; all when left out.")
-    ] = None,
+    id_range: console.AnyRange = None,
     *,
     older_than: Annotated[
         float,
@@ -81,18 +73,16 @@ def compact(
     ] = 60.0,
 ) -> None:
     """Merge the small shards of frames and of vectors that killed runs and a slow trickle of rows leave behind."""
+    from extraction_dagster.ranges.work import fingerprints_of, vectors_fingerprint
     from extraction_dagster.shards.compaction import Compacted, CompactionOptions
     from extraction_dagster.shards.compaction import compact as compact_shards
     from extraction_dagster.shards.embedding_store import EmbeddingStore
     from extraction_dagster.shards.frame_store import FrameStore
-    from extraction_dagster.stages.catalog.catalog import open_catalog
-    from extraction_dagster.stages.decode.task import frames_fingerprint
-    from extraction_dagster.stages.embed.models.registry import embedding_fingerprint
 
     settings = load_settings()
-    made_with = frames_fingerprint(settings)
-    frames = FrameStore(settings.resolved_frames_uri, made_with)
-    vectors = EmbeddingStore(settings.resolved_embeddings_uri, f"{made_with}-{embedding_fingerprint(settings)}")
+    made_with = fingerprints_of(settings)
+    frames = FrameStore(settings.resolved_frames_uri, made_with.frames)
+    vectors = EmbeddingStore(settings.resolved_embeddings_uri, vectors_fingerprint(made_with))
     options = CompactionOptions(settings.shard_records, enough_shards=2, untouched=timedelta(minutes=older_than))
     of_frames, of_vectors = Compacted(), Compacted()
     with open_catalog(settings) as catalog:
@@ -103,9 +93,8 @@ def compact(
         console.out.print(f"{done.removed} {what} shards became {done.written}")
 
 
-def _enclosed(partitions: Iterable[IdRange], id_range: str | None) -> list[IdRange]:
+def _enclosed(partitions: Iterable[IdRange], within: IdRange | None) -> list[IdRange]:
     """Ranges that lie in the named one as a whole, in ascending order: others hold records that are not named."""
-    if id_range is None:
-        return sorted(partitions)
-    within = IdRange.parse(id_range)
-    return sorted(found for found in partitions if found.first_id in within and found.last_id in within)
+    return sorted(
+        found for found in partitions if within is None or (found.first_id in within and found.last_id in within)
+    )

@@ -12,21 +12,8 @@ import typer
 from typer.core import TyperGroup
 
 from extraction_dagster import __version__
-from extraction_dagster.cli import (
-    checkpoint,
-    collection,
-    console,
-    demo,
-    doctor,
-    frames,
-    init,
-    metrics,
-    notify,
-    records,
-    runs,
-    search,
-)
-from extraction_dagster.errors.base import ExtractionError
+from extraction_dagster.cli import checkpoint, collection, console, demo, frames, operations, records, runs, search
+from extraction_dagster.errors import ExtractionError
 from extraction_dagster.interrupts import redeliver_dropped_interrupts
 
 
@@ -51,7 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 COMMANDS: dict[str, Callable[..., None]] = {
-    "init": init.command,
+    "init": operations.init,
     "demo": demo.command,
     "run": runs.run,
     "status": records.status,
@@ -60,9 +47,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "retry": records.retry,
     "reconcile": collection.reconcile,
     "search": search.command,
-    "metrics": metrics.command,
-    "notify": notify.command,
-    "doctor": doctor.command,
+    "metrics": operations.metrics,
+    "notify": operations.notify,
+    "doctor": operations.doctor,
 }
 for name, command in COMMANDS.items():
     app.command(name)(command)

@@ -5,20 +5,18 @@ from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from extraction_dagster.cli import console
-from extraction_dagster.errors.ticks import CursorError
+from extraction_dagster.errors.runs import CursorError
 from extraction_dagster.settings import Settings, load_settings
 from extraction_dagster.stages.catalog.catalog import Catalog, open_catalog
 from extraction_dagster.ticks.cursor import CursorState
 from extraction_dagster.watch.progress import Progress, eta_seconds, measure_progress, recall_progress
 
 _SECONDS = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
-_AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
 
-def status(*, as_json: _AsJson = False) -> None:
+def status(*, as_json: console.AsJson = False) -> None:
     """Show the watermark, how many records are done, pending, failed and parked, the rate, and when it will be done."""
     settings = load_settings()
     with open_catalog(settings) as catalog:
@@ -31,11 +29,9 @@ def status(*, as_json: _AsJson = False) -> None:
     if as_json:
         console.print_json(document)
         return
-    table = Table(show_header=False)
-    for name, value in document.items():
-        shown = "-" if value is None else _duration(value) if name == "eta_seconds" else str(value)
-        table.add_row(name.removesuffix("_seconds").replace("_", " "), shown)
-    console.out.print(table)
+    eta = document.pop("eta_seconds")
+    shown = document | {"eta": None if eta is None else _duration(eta)}
+    console.print_values((name.replace("_", " "), value) for name, value in shown.items())
 
 
 def _progress(settings: Settings, catalog: Catalog) -> Progress:
@@ -70,7 +66,7 @@ def errors(
     error_type: Annotated[str | None, typer.Option("--type", help="Only errors of this type.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=100_000, help="Most errors shown, newest first.")] = 50,
     history: Annotated[bool, typer.Option("--history", help="Every error ever, not only the unresolved.")] = False,
-    as_json: _AsJson = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """List the records that failed and wait for another try, or are parked."""
     with open_catalog(load_settings()) as catalog:
@@ -95,8 +91,7 @@ def retry(
 ) -> None:
     """Make failed and parked records pending at once: the next tick, run or launch takes them."""
     if sum((bool(record_ids), everything, error_type is not None)) != 1:
-        message = "give record ids, or --all, or --error TYPE: exactly one of them"
-        raise typer.BadParameter(message)
+        raise typer.BadParameter("give record ids, or --all, or --error TYPE: exactly one of them")
     with open_catalog(load_settings()) as catalog:
         brought_back = catalog.ledger.retry(record_ids=record_ids, error_type=error_type)
     console.out.print(f"{len(brought_back)} records are pending now.")

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 from extraction_dagster.cli import console
-from extraction_dagster.errors.base import PartitionKeyError
+from extraction_dagster.errors import PartitionKeyError
 from extraction_dagster.errors.catalog import EmptyRangeError
 from extraction_dagster.errors.runs import BackfillFailedError, DaemonMissingError, RunFailedError
 from extraction_dagster.records import IdRange

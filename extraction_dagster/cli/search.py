@@ -3,8 +3,9 @@
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import numpy as np
 import typer
 from rich.table import Table
 from rich.text import Text
@@ -13,15 +14,12 @@ from extraction_dagster.cli import console
 from extraction_dagster.errors.embed import TextSearchError
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import Settings, load_settings
+from extraction_dagster.stages.embed.models.interface import EmbeddingModel, TextEmbeddingModel
+from extraction_dagster.stages.embed.passes import normalise
 from extraction_dagster.stages.index.points import PointFilter
 from extraction_dagster.stages.index.protocol import CollectionSpec, Hit
 from extraction_dagster.stages.index.search import VideoHit, open_for_search, search_images, search_videos
 from extraction_dagster.stages.index.stage import open_point_store
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from extraction_dagster.stages.embed.models.interface import EmbeddingModel
 
 _MOST_QUERY_PICTURES = 8
 
@@ -32,7 +30,7 @@ class _Query:
 
     kind: str
     shown: str
-    vectors: "np.ndarray"
+    vectors: np.ndarray
     jpegs: tuple[bytes, ...]
     spec: CollectionSpec
 
@@ -130,26 +128,19 @@ def _query(settings: Settings, *, image: Path | None, video: Path | None, text: 
     from extraction_dagster.stages.embed.models.registry import load_model
     from extraction_dagster.stages.embed.query import embed_query_image, embed_query_video, load_query_image
 
-    if image is not None:
-        picture = load_query_image(image)  # before the model is loaded: a wrong file is refused at once
-        model = load_model(settings, may_compile=False)
-        vector = embed_query_image(model, picture, shown=str(image))
-        return _Query("image", str(image), vector[None], (image.read_bytes(),), _spec(settings, model))
+    picture = None if image is None else load_query_image(image)  # a wrong file is refused before the model is loaded
     model = load_model(settings, may_compile=False)
+    spec = CollectionSpec(settings.collection_name, model.dim, model.fingerprint)
+    if image is not None and picture is not None:
+        vector = embed_query_image(model, picture, shown=str(image))
+        return _Query("image", str(image), vector[None], (image.read_bytes(),), spec)
     if video is not None:
         found = embed_query_video(model, video, settings)
-        return _Query("video", str(video), found.vectors, found.jpegs, _spec(settings, model))
-    return _Query("text", text or "", _embed_text(model, text or ""), (), _spec(settings, model))
+        return _Query("video", str(video), found.vectors, found.jpegs, spec)
+    return _Query("text", text or "", _embed_text(model, text or ""), (), spec)
 
 
-def _spec(settings: Settings, model: "EmbeddingModel") -> CollectionSpec:
-    return CollectionSpec(settings.collection_name, model.dim, model.fingerprint)
-
-
-def _embed_text(model: "EmbeddingModel", text: str) -> "np.ndarray":
-    from extraction_dagster.stages.embed.models.interface import TextEmbeddingModel
-    from extraction_dagster.stages.embed.vectors import normalise
-
+def _embed_text(model: EmbeddingModel, text: str) -> np.ndarray:
     if not isinstance(model, TextEmbeddingModel):
         raise TextSearchError(model.name)
     if not text.strip():
@@ -182,7 +173,7 @@ def _write_gallery(settings: Settings, query: _Query, hits: list[Hit] | list[Vid
     from extraction_dagster.shards.frame_export import find_frames
     from extraction_dagster.shards.frame_store import FrameStore
     from extraction_dagster.stages.decode.task import frames_fingerprint
-    from extraction_dagster.stages.index.gallery import Card, render_gallery, write_gallery
+    from extraction_dagster.stages.index.search import Card, render_gallery, write_gallery
 
     frames = FrameStore(settings.resolved_frames_uri, frames_fingerprint(settings))
     pictures = find_frames(frames, [(_frame(hit).record_id, _frame(hit).frame_number) for hit in hits])

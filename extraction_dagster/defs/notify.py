@@ -4,9 +4,8 @@ import dagster as dg
 
 from extraction_dagster.defs.instance.runs import InstanceRuns, first_failure, range_of
 from extraction_dagster.defs.resources import Extraction
-from extraction_dagster.errors.base import ExtractionError
-from extraction_dagster.notify.notice import RunFailure, redact
-from extraction_dagster.notify.notifiers import deliver, make_notifier
+from extraction_dagster.errors import ExtractionError
+from extraction_dagster.notify import RunFailure, deliver, make_notifier, redact
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import load_settings
 

@@ -1,4 +1,4 @@
-"""Partitions: one per contiguous range of ids, registered as ranges come into being."""
+"""Partitions: one per contiguous range of ids, registered when a range is first run."""
 
 import os
 import socket
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import dagster as dg
 import psutil
 
-from extraction_dagster.errors.base import PartitionKeyError
+from extraction_dagster.errors import PartitionKeyError
 from extraction_dagster.records import IdRange
 
 # Dagster's pages leave tags of this prefix out: they would be noise beside each run.

@@ -13,7 +13,7 @@ import dagster as dg
 from pydantic import Field
 
 from extraction_dagster.defs.partitions import above_floor, add_ranges, process_tags
-from extraction_dagster.errors.base import ExtractionError
+from extraction_dagster.errors import ExtractionError
 from extraction_dagster.errors.runs import OtherModelError, SettingsChangedError
 from extraction_dagster.interrupts import redeliver_dropped_interrupts
 from extraction_dagster.ranges.work import RangeWork, fingerprints_of, open_range, vectors_fingerprint

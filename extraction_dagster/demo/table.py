@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
-from extraction_dagster.errors.base import DemoFolderError, DemoTargetError
+from extraction_dagster.errors import DemoFolderError, DemoTargetError
 from extraction_dagster.files import write_atomically
 from extraction_dagster.settings import PREFIX, Settings
 

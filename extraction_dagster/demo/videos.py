@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 from extraction_dagster.demo.scenes import SCENES, Canvas
-from extraction_dagster.errors.base import DemoEncoderError, DemoFolderError
+from extraction_dagster.errors import DemoEncoderError, DemoFolderError
 from extraction_dagster.files import replacing
 
 if TYPE_CHECKING:

@@ -1,8 +1,7 @@
-"""Errors of the databases: the source table, the state tables, the predicate."""
+"""Errors of the databases, and of getting a row's file: addresses are shown without passwords and signatures."""
 
-from __future__ import annotations
-
-from extraction_dagster.errors.base import ExtractionError
+from extraction_dagster.addresses import shown_address
+from extraction_dagster.errors import SKIPPED, ExtractionError, PermanentError
 
 
 class DatabaseUrlError(ExtractionError):
@@ -10,20 +9,16 @@ class DatabaseUrlError(ExtractionError):
 
     def __init__(self, setting: str, *, driver: str | None = None) -> None:
         got = f"names the driver {driver!r}, which is not installed" if driver else "is not a database URL"
-        super().__init__(
-            f"Setting {setting} {got}, expected for example postgresql://USER:PASSWORD@HOST:5432/DATABASE or "
-            f"sqlite:////path/to/file.db (value not shown)."
-        )
+        super().__init__(f"""Setting {setting} {got}, expected for example postgresql://USER:PASSWORD@HOST:5432/DATABASE
+            or sqlite:////path/to/file.db (value not shown).""")
 
 
 class SourceUnreachableError(ExtractionError):
     """A database can't be reached, read or written."""
 
     def __init__(self, what: str, url: str, reason: str) -> None:
-        super().__init__(
-            f"Cannot {what} at {url}: {' '.join(reason.split())}. Nothing was changed. "
-            f"Check that the database runs and that its user has the rights, then try again."
-        )
+        super().__init__(f"""Cannot {what} at {url}: {" ".join(reason.split())}. Nothing was changed. Check that the
+            database runs and that its user has the rights, then try again.""")
 
 
 class SourceTableError(ExtractionError):
@@ -37,10 +32,8 @@ class PredicateError(ExtractionError):
     """EXTRACTION_SOURCE_PREDICATE can't be used."""
 
     def __init__(self, text: str, why: str, columns: list[str]) -> None:
-        super().__init__(
-            f"Setting EXTRACTION_SOURCE_PREDICATE is {text!r}: {why}. Expected a condition such as "
-            f"is_downloaded AND NOT is_removed over the columns {', '.join(columns)}."
-        )
+        super().__init__(f"""Setting EXTRACTION_SOURCE_PREDICATE is {text!r}: {why}. Expected a condition such as
+            is_downloaded AND NOT is_removed over the columns {", ".join(columns)}.""")
 
 
 class StateError(ExtractionError):
@@ -55,7 +48,101 @@ class EmptyRangeError(ExtractionError):
 
     def __init__(self, key: str, table: str, extent: tuple[int, int] | None) -> None:
         rows = f"its eligible rows have ids {extent[0]} to {extent[1]}" if extent else "it has no eligible row at all"
-        super().__init__(
-            f"Range {key} holds no eligible row of {table!r}: {rows}. Nothing was done. "
-            f"Choose a range that overlaps the table's ids, or wait until rows arrive."
-        )
+        super().__init__(f"""Range {key} holds no eligible row of {table!r}: {rows}. Nothing was done. Choose a range
+            that overlaps the table's ids, or wait until rows arrive.""")
+
+
+class SchemeError(PermanentError):
+    """A row's address has a scheme that is not read."""
+
+    def __init__(self, uri: str, scheme: str) -> None:
+        super().__init__(f"""Address {shown_address(uri)!r} has scheme {scheme!r}, expected a path, file://, https://,
+            s3:// or gs://. Correct the row, or the setting EXTRACTION_SOURCE_URI_COLUMN or
+            EXTRACTION_SOURCE_URI_TEMPLATE.""")
+
+
+class FileForbiddenError(PermanentError):
+    """A row's address points where nothing may be read, or at what is no regular file."""
+
+    def __init__(self, uri: str, why: str, *, roots: str) -> None:
+        super().__init__(f"""Address {shown_address(uri)!r} is refused: {why}. Expected a regular file under one of
+            {roots}. Correct the row, or add the folder to EXTRACTION_ALLOWED_ROOTS.""")
+
+
+class FileUnavailableError(ExtractionError):
+    """A row's file is missing, empty or unreadable now; it may still arrive."""
+
+    def __init__(self, uri: str, why: str) -> None:
+        super().__init__(f"""File {shown_address(uri)!r} is not available: {why}, expected a readable file with content.
+            The record is tried again later; the range goes on.""")
+
+
+class AddressForbiddenError(PermanentError):
+    """A row's address leads to a server, bucket or network that may not be read."""
+
+    def __init__(self, uri: str, why: str, fix: str) -> None:
+        super().__init__(f"Address {shown_address(uri)!r} is refused: {why}. Nothing was read from it. {fix}")
+
+
+class FileRefusedError(PermanentError):
+    """A server or bucket said for good that it has no such file, or not for us."""
+
+    def __init__(self, uri: str, answer: str) -> None:
+        super().__init__(f"""File {shown_address(uri)!r} can't be had: the answer was {answer}. {SKIPPED} Correct the
+            row or the rights, then retry the record.""")
+
+
+class FileTooLargeError(PermanentError):
+    """A file is larger than may be downloaded."""
+
+    def __init__(self, uri: str, *, got_bytes: int, max_bytes: int) -> None:
+        super().__init__(f"""File {shown_address(uri)!r} has {got_bytes} bytes or more, expected at most {max_bytes}. It
+            was not kept; the range goes on. Raise EXTRACTION_MAX_FILE_BYTES (and EXTRACTION_CACHE_BYTES) if it is
+            meant.""")
+
+
+class FileEncodedError(PermanentError):
+    """A server packed a file although it was asked not to; unpacking could fill any disk."""
+
+    def __init__(self, uri: str, encoding: str) -> None:
+        super().__init__(f"""File {shown_address(uri)!r} comes with Content-Encoding {encoding!r}, expected the file as
+            it is: packed answers are never unpacked. {SKIPPED} Correct the server.""")
+
+
+class DownloadTimeoutError(ExtractionError):
+    """A download took longer than allowed."""
+
+    def __init__(self, uri: str, *, seconds: float) -> None:
+        super().__init__(f"""File {shown_address(uri)!r} did not arrive within {seconds:g} s. What arrived is kept, and
+            the next try goes on from there where the server allows it; the range goes on. Raise
+            EXTRACTION_FETCH_TIMEOUT_SECONDS if the files are large or the network slow.""")
+
+
+class FetchSetupError(ExtractionError):
+    """Files can't be fetched as things are set up here: no record is to blame, so the run ends."""
+
+
+class FetchExtraMissingError(FetchSetupError):
+    """A bucket is to be read whose package is not installed."""
+
+    def __init__(self, scheme: str, package: str) -> None:
+        super().__init__(f"""EXTRACTION_ALLOWED_BUCKETS names a {scheme}:// bucket, and the package {package} is not
+            installed. Nothing was read. Install the extra: pip install 'extraction-dagster[{scheme}]'.""")
+
+
+class FetchCredentialsError(FetchSetupError):
+    """The credentials for a bucket are missing, expired or wrong."""
+
+    def __init__(self, uri: str, said: str) -> None:
+        super().__init__(f"""The credentials for {shown_address(uri)!r} are not accepted: {said}. No record is to blame,
+            and none was marked. Set them as the store's own tools do (AWS_… variables or ~/.aws,
+            GOOGLE_APPLICATION_CREDENTIALS), then run the range again.""")
+
+
+class DownloadCacheError(FetchSetupError):
+    """The cache of downloads can't be used."""
+
+    def __init__(self, folder: str, why: str) -> None:
+        super().__init__(f"""The cache of downloads in {folder!r} can't be used: {why}. No record is to blame, and none
+            was marked. Make room there, or change EXTRACTION_CACHE_BYTES or EXTRACTION_HOME; then run the range
+            again.""")

@@ -1,91 +1,64 @@
-"""Errors of one video: what it is, what its decoding did."""
+"""Errors of one video, and of stored frames and vectors."""
 
-from __future__ import annotations
-
-from extraction_dagster.errors.base import ExtractionError
+from extraction_dagster.errors import SKIPPED, ExtractionError, PermanentError
 
 
 class VideoOpenError(ExtractionError):
     """A file can't be opened as a video."""
 
     def __init__(self, video: str, why: str) -> None:
-        super().__init__(
-            f"Video {video!r} can't be opened: {why}. Expected a complete file in a known container (mp4, webm, ts). "
-            f"Nothing was written for it; the range goes on. Fetch the file again, then retry the record."
-        )
+        super().__init__(f"""Video {video!r} can't be opened: {why}. Expected a complete file in a known container (mp4,
+            webm, ts). {SKIPPED} Fetch the file again, then retry the record.""")
 
 
-class VideoFormatError(ExtractionError):
+class VideoFormatError(PermanentError):
     """A file's format is one that is never opened: a playlist, a script, a picture."""
 
-    permanent = True
-
     def __init__(self, video: str, allowed: str) -> None:
-        super().__init__(
-            f"Video {video!r} is refused: its content is not one of the containers that are opened ({allowed}). "
-            f"Playlists, scripts and pictures are never followed, whatever their name. Convert the file to mp4."
-        )
+        super().__init__(f"""Video {video!r} is refused: its content is not one of the containers that are opened
+            ({allowed}). Playlists, scripts and pictures are never followed, whatever their name. Convert the file to
+            mp4.""")
 
 
-class NoVideoStreamError(ExtractionError):
+class NoVideoStreamError(PermanentError):
     """A file holds no moving pictures that can be decoded."""
 
-    permanent = True
-
     def __init__(self, video: str, found: str) -> None:
-        super().__init__(
-            f"Video {video!r} has no video stream that can be decoded: found {found}, expected at least one. "
-            f"Cover art does not count. Nothing was written for it; the range goes on. Replace the file."
-        )
+        super().__init__(f"""Video {video!r} has no video stream that can be decoded: found {found}, expected at least
+            one. Cover art does not count. {SKIPPED} Replace the file.""")
 
 
-class VideoEncryptedError(ExtractionError):
+class VideoEncryptedError(PermanentError):
     """A video is encrypted; its frames would be noise."""
 
-    permanent = True
-
     def __init__(self, video: str) -> None:
-        super().__init__(
-            f"Video {video!r} is encrypted: its frames would be noise. Nothing was written for it; the range goes on. "
-            f"Replace it by a decrypted file."
-        )
+        super().__init__(f"""Video {video!r} is encrypted: its frames would be noise. {SKIPPED} Replace it by a
+            decrypted file.""")
 
 
-class VideoTooLargeError(ExtractionError):
+class VideoTooLargeError(PermanentError):
     """A video's pictures have more pixels than allowed."""
 
-    permanent = True
-
     def __init__(self, video: str, *, width_px: int, height_px: int, max_pixels: int) -> None:
-        super().__init__(
-            f"Video {video!r} is {width_px}x{height_px} ({width_px * height_px} pixels), expected at most "
-            f"{max_pixels}. It was not decoded; the range goes on. Raise EXTRACTION_MAX_PIXELS if it is meant."
-        )
+        super().__init__(f"""Video {video!r} is {width_px}x{height_px} ({width_px * height_px} pixels), expected at most
+            {max_pixels}. It was not decoded; the range goes on. Raise EXTRACTION_MAX_PIXELS if it is meant.""")
 
 
-class VideoTooLongError(ExtractionError):
+class VideoTooLongError(PermanentError):
     """A video is longer than allowed."""
 
-    permanent = True
-
     def __init__(self, video: str, *, seconds: float, max_seconds: float) -> None:
-        super().__init__(
-            f"Video {video!r} lasts {seconds:.0f} s or more, expected at most {max_seconds:.0f} s. It was not decoded; "
-            f"the range goes on. Raise EXTRACTION_MAX_DURATION_SECONDS if it is meant."
-        )
+        super().__init__(f"""Video {video!r} lasts {seconds:.0f} s or more, expected at most {max_seconds:.0f} s. It was
+            not decoded; the range goes on. Raise EXTRACTION_MAX_DURATION_SECONDS if it is meant.""")
 
 
-class FramesTooManyError(ExtractionError):
+class FramesTooManyError(PermanentError):
     """The sampled frames of one video do not fit the memory set aside for them."""
 
-    permanent = True
-
     def __init__(self, video: str, *, num_frames: int, needed_bytes: int, max_bytes: int) -> None:
-        super().__init__(
-            f"Video {video!r} would give {num_frames} frames of {needed_bytes} bytes together, expected at most "
-            f"{max_bytes}. It was not decoded; the range goes on. Lower EXTRACTION_FPS, EXTRACTION_MAX_FRAMES or "
-            f"EXTRACTION_SHORT_SIDE_PX, or raise EXTRACTION_DECODE_MEMORY_BYTES."
-        )
+        super().__init__(f"""Video {video!r} would give {num_frames} frames of {needed_bytes} bytes together, expected
+            at most {max_bytes}. It was not decoded; the range goes on. Lower EXTRACTION_FPS, EXTRACTION_MAX_FRAMES or
+            EXTRACTION_SHORT_SIDE_PX, or raise EXTRACTION_DECODE_MEMORY_BYTES.""")
 
 
 class VideoDecodeError(ExtractionError):
@@ -93,69 +66,114 @@ class VideoDecodeError(ExtractionError):
 
     def __init__(self, video: str, *, listed_frames: int, why: str) -> None:
         listed = f" of the {listed_frames} that it lists" if listed_frames else ""
-        super().__init__(
-            f"Video {video!r} decoded 0 frames{listed}, expected at least 1: {why}. Nothing was written for it; the "
-            f"range goes on. Fetch the file again, then retry the record."
-        )
+        super().__init__(f"""Video {video!r} decoded 0 frames{listed}, expected at least 1: {why}. {SKIPPED} Fetch the
+            file again, then retry the record.""")
 
 
 class DecoderMissingError(ExtractionError):
     """The chosen decoder is not installed."""
 
     def __init__(self, decoder: str, why: str) -> None:
-        super().__init__(
-            f"Decoder {decoder!r} can't be imported: {why}. Install it, or set EXTRACTION_DECODER to another one."
-        )
+        super().__init__(f"""Decoder {decoder!r} can't be imported: {why}. Install it, or set EXTRACTION_DECODER to
+            another one.""")
 
 
 class DecodeTimeoutError(ExtractionError):
     """A video took longer than its wall-clock limit."""
 
     def __init__(self, video: str, *, seconds: float) -> None:
-        super().__init__(
-            f"Video {video!r} was not decoded within {seconds:g} s; its worker was stopped and replaced. Nothing was "
-            f"written for it; the range goes on. Raise EXTRACTION_DECODE_TIMEOUT_SECONDS if it is just long."
-        )
+        super().__init__(f"""Video {video!r} was not decoded within {seconds:g} s; its worker was stopped and replaced.
+            {SKIPPED} Raise EXTRACTION_DECODE_TIMEOUT_SECONDS if it is just long.""")
 
 
 class DecodeMemoryError(ExtractionError):
     """A video needed more memory than a worker may use."""
 
     def __init__(self, video: str, *, limit_bytes: int) -> None:
-        super().__init__(
-            f"Video {video!r} needs more than the {limit_bytes} bytes of memory that a worker may use. Nothing was "
-            f"written for it; the range goes on. Raise EXTRACTION_DECODE_MEMORY_BYTES if it is meant."
-        )
+        super().__init__(f"""Video {video!r} needs more than the {limit_bytes} bytes of memory that a worker may use.
+            {SKIPPED} Raise EXTRACTION_DECODE_MEMORY_BYTES if it is meant.""")
 
 
 class DecodeWorkerDiedError(ExtractionError):
     """The process that decoded a video died."""
 
     def __init__(self, video: str, *, how: str) -> None:
-        super().__init__(
-            f"Video {video!r} ended its worker process ({how}), which was replaced. Nothing was written for it; the "
-            f"range goes on. If this repeats, the file is hostile or the machine is short of memory."
-        )
+        super().__init__(f"""Video {video!r} ended its worker process ({how}), which was replaced. {SKIPPED} If this
+            repeats, the file is hostile or the machine is short of memory.""")
 
 
 class DecodeWorkerStartError(ExtractionError):
     """A decoding process can't start: no video is to blame."""
 
     def __init__(self, how: str, said: str) -> None:
-        super().__init__(
-            f"A decoding worker did not start ({how}). No record is to blame; finished shards are kept. "
-            f"Its last words: {said or 'none'}."
-        )
+        super().__init__(f"""A decoding worker did not start ({how}). No record is to blame; finished shards are kept.
+            Its last words: {said or "none"}.""")
 
 
-class FramesRejectedError(ExtractionError):
+class FramesRejectedError(PermanentError):
     """The quality steps left nothing of a video."""
 
-    permanent = True
-
     def __init__(self, path: str, *, num_frames: int) -> None:
-        super().__init__(
-            f"Video {path!r} kept 0 of {num_frames} sampled frames, expected at least 1: all are of a single colour. "
-            f"Nothing was written for it; the range goes on. Set EXTRACTION_MIN_FRAMES=1 to keep one of them, or "
-            f"EXTRACTION_REJECT_SOLID=false."
-        )
+        super().__init__(f"""Video {path!r} kept 0 of {num_frames} sampled frames, expected at least 1: all are of a
+            single colour. {SKIPPED} Set EXTRACTION_MIN_FRAMES=1 to keep one of them, or
+            EXTRACTION_REJECT_SOLID=false.""")
+
+
+class StoredFrameError(ExtractionError):
+    """A frame in the frame store is no readable JPEG."""
+
+    def __init__(self, record_id: int, frame_number: int, said: str) -> None:
+        super().__init__(f"""Stored frame {frame_number} of record {record_id} is no readable JPEG ({said}), expected
+            what the decode stage wrote. No vector of the record was kept; the range goes on. Decode it again, then
+            'extraction retry {record_id}'.""")
+
+
+class ShardError(ExtractionError):
+    """A shard is gone or damaged."""
+
+
+class EmbeddingShardError(ShardError):
+    """A file is no embedding shard of this store, or it is damaged."""
+
+    def __init__(self, path: str, got: str, expected: str) -> None:
+        super().__init__(f"""Embedding shard {path!r} can't be read: got {got}, expected {expected}. Other shards are
+            not touched. Delete the file and run its range again: it is made again from the stored frames.""")
+
+
+class FrameShardError(ShardError):
+    """A frame shard can't be read back."""
+
+    def __init__(self, path: str, why: str) -> None:
+        super().__init__(f"""Frame shard {path!r} can't be read: {why}. Its records are to be decoded again: remove the
+            file and materialize video_frames for its range.""")
+
+
+class ShardStoreError(ExtractionError):
+    """Shards can't be read or written where they are kept."""
+
+    what: str
+    setting: str
+
+    def __init__(self, address: str, why: str) -> None:
+        super().__init__(f"""The {self.what} in {address!r} can't be reached: {why}. No record is to blame, and what was
+            written is kept. Correct {self.setting}, or the store's own configuration (AWS_… variables, say); then run
+            the range again.""")
+
+
+class FrameStoreError(ShardStoreError):
+    """Frames can't be read or written where they are kept."""
+
+    what, setting = "frames", "EXTRACTION_FRAMES_URI"
+
+
+class EmbeddingStoreError(ShardStoreError):
+    """Vectors can't be read or written where they are kept."""
+
+    what, setting = "vectors", "EXTRACTION_EMBEDDINGS_URI"
+
+
+class FramesExportError(ExtractionError):
+    """Frames can't be exported."""
+
+    def __init__(self, path: str, why: str, *, survives: str) -> None:
+        super().__init__(f"Frames can't be exported to {path!r}: {why}. {survives}")

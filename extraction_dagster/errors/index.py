@@ -1,22 +1,16 @@
 """Errors of the point store. Only PayloadError parks a record: when the store fails, no record is to blame."""
 
-from __future__ import annotations
-
-from extraction_dagster.errors.base import ExtractionError, some
+from extraction_dagster.errors import ExtractionError, PermanentError, some
 
 
-class PayloadError(ExtractionError):
+class PayloadError(PermanentError):
     """A row's column can't become part of a point's payload."""
-
-    permanent = True
 
     def __init__(self, record_id: int, column: str, why: str) -> None:
         self.record_id = record_id
-        super().__init__(
-            f"Column {column!r} of record {record_id} can't be kept in a point's payload: {why}. Nothing was written "
-            f"for it. Correct the value, or leave the column out of EXTRACTION_SOURCE_PAYLOAD_COLUMNS; then run "
-            f"'extraction retry {record_id}'."
-        )
+        super().__init__(f"""Column {column!r} of record {record_id} can't be kept in a point's payload: {why}. Nothing
+            was written for it. Correct the value, or leave the column out of EXTRACTION_SOURCE_PAYLOAD_COLUMNS; then
+            run 'extraction retry {record_id}'.""")
 
 
 class VectorNormError(ExtractionError):
@@ -24,11 +18,9 @@ class VectorNormError(ExtractionError):
 
     def __init__(self, record_id: int, frame_number: int, norm: float) -> None:
         self.record_id = record_id
-        super().__init__(
-            f"The vector of record {record_id}, frame {frame_number}, has norm {norm:.4g}, expected 1: its shard is "
-            f"damaged. Nothing was written for the record; the range goes on. 'extraction retry {record_id}' embeds it "
-            f"again."
-        )
+        super().__init__(f"""The vector of record {record_id}, frame {frame_number}, has norm {norm:.4g}, expected 1:
+            its shard is damaged. Nothing was written for the record; the range goes on. 'extraction retry {record_id}'
+            embeds it again.""")
 
 
 class PointStoreError(ExtractionError):
@@ -39,113 +31,94 @@ class StoreEngineError(PointStoreError):
     """The engine behind the store failed."""
 
     def __init__(self, operation: str, where: str, why: str) -> None:
-        super().__init__(
-            f"Could not {operation} in {where}: {why}. Rows are marked only after their points are verified, so "
-            f"nothing is lost: the range is tried again."
-        )
+        super().__init__(f"""Could not {operation} in {where}: {why}. Rows are marked only after their points are
+            verified, so nothing is lost: the range is tried again.""")
 
 
 class StoreNotOpenError(PointStoreError):
     """A store was used before its collection was opened; a bug, never a user's mistake."""
 
     def __init__(self, operation: str, where: str) -> None:
-        super().__init__(
-            f"Could not {operation} in {where}: no collection is open. Call ensure_collection or open_collection first."
-        )
+        super().__init__(f"""Could not {operation} in {where}: no collection is open. Call ensure_collection or
+            open_collection first.""")
 
 
 class StoreBusyError(PointStoreError):
     """Another process holds the embedded store."""
 
     def __init__(self, path: str, holder: str) -> None:
-        super().__init__(
-            f"The points in {path} are held by {holder}: the embedded store serves one process at a time, usually a "
-            f"running qdrant_points step. Nothing was changed. Wait for it to end and try again, or set "
-            f"EXTRACTION_QDRANT_URL to a server, which serves many."
-        )
+        super().__init__(f"""The points in {path} are held by {holder}: the embedded store serves one process at a time,
+            usually a running qdrant_points step. Nothing was changed. Wait for it to end and try again, or set
+            EXTRACTION_QDRANT_URL to a server, which serves many.""")
 
 
 class StoreUnreadableError(PointStoreError):
     """The embedded store's files can't be read."""
 
     def __init__(self, path: str, why: str) -> None:
-        super().__init__(
-            f"The points in {path} can't be read: {why}. Frames, embeddings and the table are untouched, and points "
-            f"can be rebuilt from them: move the folder aside, then run 'extraction reconcile --repair'."
-        )
+        super().__init__(f"""The points in {path} can't be read: {why}. Frames, embeddings and the table are untouched,
+            and points can be rebuilt from them: move the folder aside, then run 'extraction reconcile --repair'.""")
 
 
 class StoreUnavailableError(PointStoreError):
     """The Qdrant server kept failing in a way that is usually temporary."""
 
     def __init__(self, operation: str, url: str, attempts: int, why: str) -> None:
-        super().__init__(
-            f"Could not {operation} at {url} in {attempts} tries; the last one: {why}. No row was marked, so nothing "
-            f"is lost: the range is tried again. Check that the server is up and reachable on its gRPC port."
-        )
+        super().__init__(f"""Could not {operation} at {url} in {attempts} tries; the last one: {why}. No row was marked,
+            so nothing is lost: the range is tried again. Check that the server is up and reachable on its gRPC
+            port.""")
 
 
 class StoreRefusedError(PointStoreError):
     """The Qdrant server refused a call; asking again would not help."""
 
     def __init__(self, operation: str, url: str, why: str) -> None:
-        super().__init__(
-            f"The server at {url} refused to {operation}: {why}. No row was marked. Check EXTRACTION_QDRANT_URL, "
-            f"EXTRACTION_QDRANT_API_KEY and the rights of that key."
-        )
+        super().__init__(f"""The server at {url} refused to {operation}: {why}. No row was marked. Check
+            EXTRACTION_QDRANT_URL, EXTRACTION_QDRANT_API_KEY and the rights of that key.""")
 
 
 class CollectionMissingError(PointStoreError):
     """The collection does not exist, or not yet."""
 
     def __init__(self, name: str, where: str) -> None:
-        super().__init__(
-            f"There is no collection {name!r} in {where}; 'extraction collection list' shows those that exist. The "
-            f"first one comes with the first points: run 'extraction launch FIRST-LAST' on a range, or check "
-            f"EXTRACTION_COLLECTION_NAME and EXTRACTION_QDRANT_URL."
-        )
+        super().__init__(f"""There is no collection {name!r} in {where}; 'extraction collection list' shows those that
+            exist. The first one comes with the first points: run 'extraction launch FIRST-LAST' on a range, or check
+            EXTRACTION_COLLECTION_NAME and EXTRACTION_QDRANT_URL.""")
 
 
 class CollectionMismatchError(PointStoreError):
     """A collection holds vectors of another model, or of the same model with other settings."""
 
     def __init__(self, name: str, where: str, *, got: str, expected: str) -> None:
-        super().__init__(
-            f"Collection {name!r} in {where} holds vectors of {got}, but the settings give {expected}: their scores "
-            f"could not be compared. Nothing was changed. Set EXTRACTION_MODEL back, or change the model without a "
-            f"pause: 'extraction collection stage', then 'extraction launch FIRST-LAST' for every range, then "
-            f"'extraction collection publish'; searches use the old one until then."
-        )
+        super().__init__(f"""Collection {name!r} in {where} holds vectors of {got}, but the settings give {expected}:
+            their scores could not be compared. Nothing was changed. Set EXTRACTION_MODEL back, or change the model
+            without a pause: 'extraction collection stage', then 'extraction launch FIRST-LAST' for every range, then
+            'extraction collection publish'; searches use the old one until then.""")
 
 
 class CollectionInUseError(PointStoreError):
     """The collection that searches use can't be dropped."""
 
     def __init__(self, name: str, where: str) -> None:
-        super().__init__(
-            f"Collection {name!r} in {where} is the one in use: it can't be dropped before another is published in "
-            f"its place. Nothing was changed."
-        )
+        super().__init__(f"""Collection {name!r} in {where} is the one in use: it can't be dropped before another is
+            published in its place. Nothing was changed.""")
 
 
 class CollectionNameTakenError(PointStoreError):
     """The name that should stand for a collection is a collection itself."""
 
     def __init__(self, name: str, where: str) -> None:
-        super().__init__(
-            f"{name!r} at {where} is a collection, not an alias: another can't be put in its place. Nothing was "
-            f"changed. Set EXTRACTION_COLLECTION_NAME to a new name, or remove that collection on the server."
-        )
+        super().__init__(f"""{name!r} at {where} is a collection, not an alias: another can't be put in its place.
+            Nothing was changed. Set EXTRACTION_COLLECTION_NAME to a new name, or remove that collection on the
+            server.""")
 
 
 class PointsMissingError(PointStoreError):
     """The store does not hold the points that it acknowledged."""
 
     def __init__(self, when: str, *, expected: int, got: int, records: str) -> None:
-        super().__init__(
-            f"{got} points were found {when}, expected exactly {expected} ({records}). The rows were not marked, so "
-            f"their range is tried again; 'extraction reconcile' compares the whole collection."
-        )
+        super().__init__(f"""{got} points were found {when}, expected exactly {expected} ({records}). The rows were not
+            marked, so their range is tried again; 'extraction reconcile' compares the whole collection.""")
 
 
 class GalleryError(ExtractionError):
@@ -159,11 +132,9 @@ class CollectionNotReadyError(PointStoreError):
     """A collection that should be put in use lacks records."""
 
     def __init__(self, name: str, where: str, *, missing: int, records: int, ranges: str) -> None:
-        super().__init__(
-            f"Collection {name!r} in {where} can't be put in use yet: {missing} of {records} records that are done are "
-            f"not in it, or not with all their points ({ranges}). Nothing was changed. Run 'extraction launch "
-            f"FIRST-LAST' on these ranges, then publish again; --force publishes it as it is."
-        )
+        super().__init__(f"""Collection {name!r} in {where} can't be put in use yet: {missing} of {records} records that
+            are done are not in it, or not with all their points ({ranges}). Nothing was changed. Run 'extraction launch
+            FIRST-LAST' on these ranges, then publish again; --force publishes it as it is.""")
 
 
 class ExportError(ExtractionError):
@@ -177,8 +148,6 @@ class PointsChangedError(PointStoreError):
     """Points that were verified when their rows were marked are not what is there at the end of the same run."""
 
     def __init__(self, key: str, *, lost: int, surplus: int, record_ids: list[int]) -> None:
-        super().__init__(
-            f"Range {key}: {lost} verified points are gone and {surplus} are too many ({some(record_ids)}): something "
-            f"else writes into the collection. These records were made pending, so their range is run again; "
-            f"'extraction reconcile' compares the whole collection."
-        )
+        super().__init__(f"""Range {key}: {lost} verified points are gone and {surplus} are too many
+            ({some(record_ids)}): something else writes into the collection. These records were made pending, so their
+            range is run again; 'extraction reconcile' compares the whole collection.""")

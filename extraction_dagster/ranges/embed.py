@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from extraction_dagster.records import Failure
-    from extraction_dagster.shards.embedding_store import EmbeddingShard, EmbeddingStore
+    from extraction_dagster.shards.embedding_store import EmbeddingShard
     from extraction_dagster.shards.frame_store import FrameShard
     from extraction_dagster.stages.catalog.catalog import PlannedRow
     from extraction_dagster.stages.embed.stage import EmbeddedShard
@@ -33,6 +33,8 @@ def embed_range(work: RangeWork) -> Report:
         FramesMissingError: Rows that were done before are to be embedded again, and their frames are not stored.
         SettingsChangedError: The model's files have changed since the step began; nothing was embedded.
     """
+    from extraction_dagster.stages.embed.passes import count_unnormalised  # noqa: PLC0415 - beside the model
+
     watch, report, rows, store = Stopwatch(), Report(), work.selected, work.embedding_store
     there = {} if work.force else frames_by_record(store.shards(work.id_range), rows)
     shards = [
@@ -49,7 +51,7 @@ def embed_range(work: RangeWork) -> Report:
         written.append(done.shard)
         step_progress.advance("frame_embeddings", len(done.shard.records) + len(done.failures))
     with watch.phase("verify"):
-        report.unnormalised = _count_unnormalised(store, written)
+        report.unnormalised = sum(count_unnormalised(store.read(shard).vectors) for shard in written)
     have = there | frames_by_record(written, rows)
     if not report.unnormalised:
         work.catalog.mark_embedded(_unmarked(work, have), work.fingerprints.embedding)
@@ -89,12 +91,6 @@ def _embed(work: RangeWork, shards: list[FrameShard], watch: Stopwatch) -> Itera
     ):
         watch.add("embed", done.cpu_seconds)
         yield done
-
-
-def _count_unnormalised(store: EmbeddingStore, shards: Iterable[EmbeddingShard]) -> int:
-    from extraction_dagster.stages.embed.vectors import count_unnormalised  # noqa: PLC0415 - beside the model
-
-    return sum(count_unnormalised(store.read(shard).vectors) for shard in shards)
 
 
 def _unmarked(work: RangeWork, have: Iterable[int]) -> list[int]:

@@ -11,10 +11,12 @@ import logging
 from typing import TYPE_CHECKING
 
 from extraction_dagster import step_progress
+from extraction_dagster.errors.decode import ShardStoreError
 from extraction_dagster.errors.index import PointsChangedError
 from extraction_dagster.errors.runs import VectorsMissingError
-from extraction_dagster.errors.shards import ShardStoreError
 from extraction_dagster.ranges.work import RangeWork, Report, Stopwatch, frames_by_record, was_done
+from extraction_dagster.shards.compaction import CompactionOptions, compact
+from extraction_dagster.shards.frame_store import keep_time, prune_frames
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -121,7 +123,7 @@ def _verify_range(work: RangeWork, store: PointStore | None) -> int:
 
     found = compare_range(work.catalog, store, within=work.id_range, fingerprint=work.fingerprints.embedding)
     if not found.agrees:
-        work.catalog.request_again(found.to_write_again)
+        work.catalog.make_pending(found.to_write_again)
         raise PointsChangedError(
             work.id_range.partition_key,
             lost=sum(found.lost.values()),
@@ -133,8 +135,6 @@ def _verify_range(work: RangeWork, store: PointStore | None) -> int:
 
 def _prune_frames(work: RangeWork) -> None:
     """Remove frames that the settings don't keep, now that their records are done."""
-    from extraction_dagster.shards.retention import keep_time, prune_frames  # noqa: PLC0415
-
     keep = keep_time(work.settings.keep_frames)
     if keep is not None:
         prune_frames(work.frame_store, work.id_range, work.entries(), work.fingerprints, keep=keep)
@@ -142,8 +142,6 @@ def _prune_frames(work: RangeWork) -> None:
 
 def _merge_small_shards(work: RangeWork) -> None:
     """Merge small shards once there are many; those that can't be merged now stay."""
-    from extraction_dagster.shards.compaction import CompactionOptions, compact  # noqa: PLC0415
-
     options = CompactionOptions.from_settings(work.settings)
     try:
         compact(work.frame_store, work.id_range, options, entries=work.entries())

@@ -185,9 +185,7 @@ class Stopwatch:
     def numbers(self, *, own: Sequence[str] = (), num_frames: int = 0) -> dict[str, float]:
         """`seconds`, `cpu_seconds`, one `cpu_seconds_<phase>` each, and `frames_per_second` when there are frames.
 
-        Args:
-            own: The phases that this process spent itself; the rest of its time is the phase `other`.
-            num_frames: Frames of this run.
+        The phases that this process spent itself are its `own`; the rest of its time is the phase `other`.
         """
         wall, process = time.perf_counter() - self._wall, time.process_time() - self._cpu
         other = process - sum(self._phases.get(name, 0.0) for name in own)

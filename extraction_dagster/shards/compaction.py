@@ -12,11 +12,12 @@ began: a shard all of whose records a newer one has is removed first.
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Generic
 
-from extraction_dagster.errors.shards import ShardError
+from extraction_dagster.errors.decode import ShardError
 from extraction_dagster.shards.store import S, Shard, merged_name, written_at
 
 if TYPE_CHECKING:
@@ -86,13 +87,7 @@ class Compacted:
 
 
 def plan_compaction(shards: Sequence[S], options: CompactionOptions, *, not_yet: Collection[int] = ()) -> Plan[S]:
-    """Decide which shards go and which are merged.
-
-    Args:
-        shards: Of one range.
-        options: What is worth a merge.
-        not_yet: Records whose shards are left alone.
-    """
+    """Decide which shards of a range go and which are merged; those with a record of `not_yet` are left alone."""
     ordered = sorted(shards, key=lambda shard: shard.name)
     newest = {record.record_id: shard.name for shard in ordered for record in shard.records}
     before = datetime.now(UTC) - options.untouched
@@ -121,14 +116,10 @@ def compact(
     *,
     entries: Mapping[int, LedgerEntry] | None = None,
 ) -> Compacted:
-    """Merge a range's small shards, and remove what killed writers left in its folder.
+    """Merge a range's small shards of frames or vectors, and remove what killed writers left in its folder.
 
-    Args:
-        store: The frames or the vectors.
-        partition: The range.
-        options: What is worth a merge.
-        entries: The ledger's entries of the range, for frames: a shard with a record that is still under way is left
-            alone, since its vectors, if there are any, have its name. Without them no shard is.
+    With the ledger's entries of the range, for frames, a shard with a record that is still under way is left alone:
+    its vectors, if there are any, have its name. Without them no shard is.
     """
     store.sweep(partition)
     shards = store.shards(partition)
@@ -159,7 +150,6 @@ def _live(shard: Shard, newest: Mapping[int, str]) -> set[int]:
 
 
 def _was_written_before(name: str, moment: datetime) -> bool:
-    try:
+    with suppress(ValueError):  # a name that does not say when is left alone
         return written_at(name) < moment
-    except ValueError:
-        return False
+    return False

@@ -6,15 +6,14 @@ A merged shard has a name of its own: whether a record has vectors is asked of r
 from __future__ import annotations
 
 import io
-import json
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from extraction_dagster.errors.shards import EmbeddingShardError, EmbeddingStoreError
+from extraction_dagster.errors.decode import EmbeddingShardError, EmbeddingStoreError
 from extraction_dagster.records import EmbeddingBatch, Failure
-from extraction_dagster.shards.store import ShardStore
+from extraction_dagster.shards.store import Shard, ShardRecord, ShardStore
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -27,41 +26,16 @@ FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
-class EmbeddedRecord:
-    """A record of a shard: of which version, and how many vectors."""
-
-    record_id: int
-    content_version: str
-    num_frames: int
-
-
-@dataclass(frozen=True, slots=True)
-class EmbeddingShard:
-    """One file of vectors, as its footer describes it.
+class EmbeddingShard(Shard):
+    """One file of vectors, under the frame shard's name.
 
     Attributes:
-        name: The frame shard's name.
-        path: Where the file lies in its file system.
         dim: Length of each vector.
-        records: Records with vectors, in the frame shard's order.
         failures: Records of the frame shard that have none, and why.
     """
 
-    name: str
-    path: str
     dim: int
-    records: tuple[EmbeddedRecord, ...]
     failures: tuple[Failure, ...]
-
-    @property
-    def num_frames(self) -> int:
-        """Vectors in the file."""
-        return sum(record.num_frames for record in self.records)
-
-    @property
-    def size_bytes(self) -> int:
-        """Size of the vectors, uncompressed."""
-        return self.num_frames * self.dim * 2
 
 
 class EmbeddingStore(ShardStore[EmbeddingShard]):
@@ -72,6 +46,13 @@ class EmbeddingStore(ShardStore[EmbeddingShard]):
 
     kind, footer_key = "embedding", b"extraction_dagster.embedding_shard"
     store_error = EmbeddingStoreError
+    # zstd saves what float16 leaves to save; a dictionary or statistics of vectors would cost time and space.
+    parquet_options: ClassVar = {
+        "compression": "zstd",
+        "use_dictionary": False,
+        "write_statistics": False,
+        "write_page_checksum": True,
+    }
 
     def write(
         self,
@@ -94,7 +75,7 @@ class EmbeddingStore(ShardStore[EmbeddingShard]):
         if "/" in name or name.startswith("."):
             raise EmbeddingShardError(name, "a name with a folder or a leading dot", "a plain file name")
         counts = dict(zip(*(part.tolist() for part in np.unique(batch.record_id, return_counts=True)), strict=True))
-        records = tuple(EmbeddedRecord(record_id, version, counts[record_id]) for record_id, version in versions)
+        records = tuple(ShardRecord(record_id, version, counts[record_id]) for record_id, version in versions)
         footer = {
             "format_version": FORMAT_VERSION,
             "fingerprint": self.fingerprint,
@@ -104,8 +85,8 @@ class EmbeddingStore(ShardStore[EmbeddingShard]):
             "records": [[record.record_id, record.content_version, record.num_frames] for record in records],
             "failures": [asdict(failure) for failure in failures],
         }
-        path = self._write(partition, name, _to_parquet(batch, footer))
-        return EmbeddingShard(name, path, batch.dim, records, tuple(failures))
+        path, _ = self._write(partition, name, _table(batch), footer)
+        return EmbeddingShard(name, path, batch.vectors.nbytes, records, batch.dim, tuple(failures))
 
     def read(self, shard: EmbeddingShard) -> EmbeddingBatch:
         """Read a shard's vectors.
@@ -143,12 +124,8 @@ class EmbeddingStore(ShardStore[EmbeddingShard]):
             if record.record_id in kept
         ]
         failures = {failure.record_id: failure for shard, _ in parts for failure in shard.failures}
-        whole = EmbeddingBatch(
-            vectors=np.concatenate([batch.vectors for batch in batches]),
-            record_id=np.concatenate([batch.record_id for batch in batches]),
-            frame_number=np.concatenate([batch.frame_number for batch in batches]),
-            pts_seconds=np.concatenate([batch.pts_seconds for batch in batches]),
-        )
+        names = [item.name for item in fields(EmbeddingBatch)]
+        whole = EmbeddingBatch(*(np.concatenate([getattr(batch, name) for batch in batches]) for name in names))
         self.write(partition, name, whole, versions=versions, failures=list(failures.values()))
 
     def _described(
@@ -162,35 +139,25 @@ class EmbeddingStore(ShardStore[EmbeddingShard]):
         got = {key: footer[key] for key in expected}
         if got != expected:
             raise ValueError(f"it has {got}, expected {expected}")
-        return EmbeddingShard(
-            name=footer["name"],
-            path=path,
-            dim=footer["dim"],
-            records=tuple(EmbeddedRecord(*record) for record in footer["records"]),
-            failures=tuple(Failure(**failure) for failure in footer["failures"]),
-        )
+        records = tuple(ShardRecord(*record) for record in footer["records"])
+        of_vectors = 2 * footer["dim"] * sum(record.num_frames for record in records)
+        failures = tuple(Failure(**failure) for failure in footer["failures"])
+        return EmbeddingShard(footer["name"], path, of_vectors, records, footer["dim"], failures)
 
 
-def _to_parquet(batch: EmbeddingBatch, footer: dict[str, object]) -> bytes:
-    """A shard's file. Each vector is a fixed-size binary: a tenth of the CPU of a list of float16, the same size."""
+def _table(batch: EmbeddingBatch) -> pa.Table:
+    """A shard's rows. Each vector is a fixed-size binary: a tenth of the CPU of a list of float16, the same size."""
     import pyarrow as pa  # noqa: PLC0415 - as above
-    import pyarrow.parquet as pq  # noqa: PLC0415 - as above
 
     data = np.ascontiguousarray(batch.vectors, dtype="<f2")
-    rows = pa.Array.from_buffers(pa.binary(batch.dim * 2), len(data), [None, pa.py_buffer(data)])
-    columns = {
-        "record_id": pa.array(batch.record_id),
-        "frame_number": pa.array(batch.frame_number),
-        "pts_seconds": pa.array(batch.pts_seconds),
-        "vector": rows,
-    }
-    table = pa.table(columns).replace_schema_metadata({EmbeddingStore.footer_key: json.dumps(footer).encode()})
-    buffer = io.BytesIO()
-    # zstd saves what float16 leaves to save; a dictionary or statistics of vectors would cost time and space.
-    pq.write_table(
-        table, buffer, compression="zstd", use_dictionary=False, write_statistics=False, write_page_checksum=True
+    return pa.table(
+        {
+            "record_id": pa.array(batch.record_id),
+            "frame_number": pa.array(batch.frame_number),
+            "pts_seconds": pa.array(batch.pts_seconds),
+            "vector": pa.Array.from_buffers(pa.binary(batch.dim * 2), len(data), [None, pa.py_buffer(data)]),
+        }
     )
-    return buffer.getvalue()
 
 
 def _float16_rows(column: pa.ChunkedArray, dim: int) -> np.ndarray:

@@ -19,7 +19,7 @@ import tarfile
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from extraction_dagster.errors.shards import FramesExportError
+from extraction_dagster.errors.decode import FramesExportError
 from extraction_dagster.files import replacing
 
 if TYPE_CHECKING:

@@ -1,78 +1,56 @@
 """Frames between decoding and embedding: JPEGs in Parquet, and a footer that lists their videos.
 
-A shard is never changed: materializing a range again adds shards beside the old ones.
+A shard is never changed: materializing a range again adds shards beside the old ones. How long they stay is said by
+`EXTRACTION_KEEP_FRAMES`. A shard goes as a whole, once none of its records needs it: each is done or parked with the
+settings of today, or a newer shard holds it, or the ledger has not known it for a day. Removing one too early costs a
+decode, never a point: a row that is asked for again without its frames is decoded again.
 """
 
 from __future__ import annotations
 
 import functools
-import io
-import json
+import logging
 from dataclasses import asdict, dataclass
-from typing import IO, TYPE_CHECKING, Any
+from datetime import UTC, datetime, timedelta
+from typing import IO, TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from extraction_dagster.errors.shards import FrameShardError, FrameStoreError
+from extraction_dagster.errors.decode import FrameShardError, FrameStoreError
 from extraction_dagster.records import EncodedFrames
-from extraction_dagster.shards.store import ShardStore, new_name
+from extraction_dagster.shards.store import Shard, ShardRecord, ShardStore, new_name, written_at
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
 
     import pyarrow as pa
 
     from extraction_dagster.records import IdRange
+    from extraction_dagster.stages.catalog.ledger import Fingerprints, LedgerEntry
 
+logger = logging.getLogger(__name__)
 FORMAT = 1
 _ROWS_PER_GROUP = 300
+# A record, or a version of it, that the ledger does not know: its run was killed just before it was marked; or the row
+# was deleted, or changed since.
+_UNKNOWN = timedelta(days=1)
 
 
 @dataclass(frozen=True, slots=True)
-class ShardRecord:
+class FrameRecord(ShardRecord):
     """One video in a shard, as the shard's footer lists it."""
 
-    record_id: int
-    content_version: str
-    num_frames: int
     width_px: int
     height_px: int
     duration_seconds: float | None
     partial: str | None
 
-    @classmethod
-    def of(cls, video: EncodedFrames) -> ShardRecord:
-        """How a footer lists a video."""
-        return cls(
-            video.record_id,
-            video.content_version,
-            len(video),
-            video.width_px,
-            video.height_px,
-            video.duration_seconds,
-            video.partial,
-        )
-
 
 @dataclass(frozen=True, slots=True)
-class FrameShard:
-    """A shard and what it holds.
+class FrameShard(Shard):
+    """A shard of frames; its size is the file's."""
 
-    Attributes:
-        name: Its file name; later names hold newer frames.
-        path: Where it lies, on the store's file system.
-        partition_key: The range it belongs to.
-        records: The videos, in the order in which they are stored.
-        num_frames: Frames of all of them.
-        size_bytes: The file's size.
-    """
-
-    name: str
-    path: str
-    partition_key: str
-    records: tuple[ShardRecord, ...]
-    num_frames: int
-    size_bytes: int
+    records: tuple[FrameRecord, ...]
 
 
 class FrameStore(ShardStore[FrameShard]):
@@ -80,6 +58,13 @@ class FrameStore(ShardStore[FrameShard]):
 
     kind, footer_key = "frame", b"extraction_frames"
     store_error = FrameStoreError
+    # Laid out for fast reading: JPEGs uncompressed, and statistics to find a record by.
+    parquet_options: ClassVar = {
+        "compression": "none",
+        "use_dictionary": ["record_id"],
+        "row_group_size": _ROWS_PER_GROUP,
+        "write_statistics": ["record_id"],
+    }
 
     def write_shard(
         self, partition: IdRange, videos: Sequence[EncodedFrames], *, name: str | None = None
@@ -91,11 +76,15 @@ class FrameStore(ShardStore[FrameShard]):
             videos: At least one.
             name: Of a shard that takes the place of others; by default one that says now.
         """
-        records = tuple(ShardRecord.of(video) for video in videos)
-        content = _to_parquet(partition, videos, records)
+        records = tuple(_listed(video) for video in videos)
+        footer = {
+            "format": FORMAT,
+            "partition_key": partition.partition_key,
+            "records": [asdict(record) for record in records],
+        }
         name = name or new_name()
-        path = self._write(partition, name, content)
-        return FrameShard(name, path, partition.partition_key, records, sum(map(len, videos)), len(content))
+        path, size_bytes = self._write(partition, name, _table(videos), footer)
+        return FrameShard(name, path, size_bytes, records)
 
     def read(self, shard: FrameShard) -> Iterator[EncodedFrames]:
         """Read a shard's videos one by one.
@@ -119,9 +108,8 @@ class FrameStore(ShardStore[FrameShard]):
     def _described(self, footer: dict[str, Any], path: str, partition: IdRange, size_bytes: int) -> FrameShard:
         if footer["format"] != FORMAT or footer["partition_key"] != partition.partition_key:
             raise ValueError(f"it has format {footer['format']} and range {footer['partition_key']}")
-        records = tuple(ShardRecord(**record) for record in footer["records"])
-        name, num_frames = path.rsplit("/", 1)[-1], sum(record.num_frames for record in records)
-        return FrameShard(name, path, partition.partition_key, records, num_frames, size_bytes)
+        records = tuple(FrameRecord(**record) for record in footer["records"])
+        return FrameShard(path.rsplit("/", 1)[-1], path, size_bytes, records)
 
 
 @functools.cache
@@ -139,16 +127,15 @@ def _schema() -> pa.Schema:
     )
 
 
-def _to_parquet(partition: IdRange, videos: Sequence[EncodedFrames], records: Sequence[ShardRecord]) -> bytes:
-    """A shard's file, laid out for fast reading: JPEGs uncompressed, and statistics to find a record by."""
-    import pyarrow as pa  # noqa: PLC0415 - as above
-    import pyarrow.parquet as pq  # noqa: PLC0415 - as above
+def _listed(video: EncodedFrames) -> FrameRecord:
+    """How a footer lists a video."""
+    facts = (video.width_px, video.height_px, video.duration_seconds, video.partial)
+    return FrameRecord(video.record_id, video.content_version, len(video), *facts)
 
-    footer = {
-        "format": FORMAT,
-        "partition_key": partition.partition_key,
-        "records": [asdict(record) for record in records],
-    }
+
+def _table(videos: Sequence[EncodedFrames]) -> pa.Table:
+    import pyarrow as pa  # noqa: PLC0415 - as above
+
     columns: list[Any] = [
         np.repeat([video.record_id for video in videos], [len(video) for video in videos]),
         np.concatenate([video.frame_number for video in videos]),
@@ -157,21 +144,10 @@ def _to_parquet(partition: IdRange, videos: Sequence[EncodedFrames], records: Se
         [jpeg for video in videos for jpeg in video.jpegs],
     ]
     schema = _schema()
-    arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
-    table = pa.Table.from_arrays(arrays, schema=schema.with_metadata({FrameStore.footer_key: json.dumps(footer)}))
-    buffer = io.BytesIO()
-    pq.write_table(
-        table,
-        buffer,
-        compression="none",
-        use_dictionary=["record_id"],
-        row_group_size=_ROWS_PER_GROUP,
-        write_statistics=["record_id"],
-    )
-    return buffer.getvalue()
+    return pa.table([pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema)
 
 
-def _read_videos(file: IO[bytes], records: Sequence[ShardRecord]) -> Iterator[EncodedFrames]:
+def _read_videos(file: IO[bytes], records: Sequence[FrameRecord]) -> Iterator[EncodedFrames]:
     """A file's videos one by one; ValueError when its rows are not those of the listed ones."""
     import pyarrow as pa  # noqa: PLC0415 - as above
     import pyarrow.parquet as pq  # noqa: PLC0415 - as above
@@ -188,7 +164,7 @@ def _read_videos(file: IO[bytes], records: Sequence[ShardRecord]) -> Iterator[En
         rows = rows.slice(record.num_frames)
 
 
-def _video(rows: pa.Table, record: ShardRecord) -> EncodedFrames:
+def _video(rows: pa.Table, record: FrameRecord) -> EncodedFrames:
     if any(record_id != record.record_id for record_id in rows["record_id"].unique().to_pylist()):
         raise ValueError(f"its rows are not those of record {record.record_id}")
     return EncodedFrames(
@@ -203,3 +179,74 @@ def _video(rows: pa.Table, record: ShardRecord) -> EncodedFrames:
         record.duration_seconds,
         record.partial,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Removed:
+    """What went: shards, records in them, bytes."""
+
+    shards: int = 0
+    records: int = 0
+    num_bytes: int = 0
+
+
+def keep_time(keep_frames: str) -> timedelta | None:
+    """The time that a finished shard stays after it was written; None for ever."""
+    return None if keep_frames == "all" else timedelta(0 if keep_frames == "none" else int(keep_frames))
+
+
+def prune_frames(  # noqa: PLR0913 - each is a different part of the question
+    store: FrameStore,
+    partition: IdRange,
+    entries: dict[int, LedgerEntry],
+    made_with: Fingerprints,
+    *,
+    keep: timedelta,
+    now: datetime | None = None,
+) -> Removed:
+    """Remove the shards of a range that nobody needs any more.
+
+    Args:
+        store: The frames made with the settings of today.
+        partition: The range whose shards are looked at.
+        entries: The ledger's entries of the range.
+        made_with: The settings of today.
+        keep: How long a finished shard stays after it was written.
+        now: The time to go by; the present by default.
+    """
+    moment = now or datetime.now(UTC)
+    finished = _finished(store.shards(partition), entries, made_with, now=moment)
+    old = [shard for shard in finished if moment - written_at(shard.name) >= keep]
+    for shard in old:
+        store.remove(shard)
+    removed = Removed(len(old), sum(len(shard.records) for shard in old), sum(shard.size_bytes for shard in old))
+    if old:
+        logger.info("Removed %d frame shards (%d bytes): their records are done", removed.shards, removed.num_bytes)
+    return removed
+
+
+def _finished(
+    shards: Iterable[FrameShard], entries: dict[int, LedgerEntry], made_with: Fingerprints, *, now: datetime
+) -> list[FrameShard]:
+    """Those that no record needs."""
+    newer: set[int] = set()
+    finished = []
+    for shard in sorted(shards, key=lambda shard: shard.name, reverse=True):
+        unknown_goes = now - written_at(shard.name) >= _UNKNOWN
+        needed = [
+            record
+            for record in shard.records
+            if record.record_id not in newer
+            and _is_needed(record, entries.get(record.record_id), made_with, unknown_goes=unknown_goes)
+        ]
+        if not needed:
+            finished.append(shard)
+        newer.update(record.record_id for record in shard.records)
+    return finished
+
+
+def _is_needed(record: ShardRecord, entry: LedgerEntry | None, made_with: Fingerprints, *, unknown_goes: bool) -> bool:
+    if entry is None or entry.content_version != record.content_version:
+        return not unknown_goes
+    today = (entry.frames_fingerprint, entry.embedding_fingerprint) == (made_with.frames, made_with.embedding)
+    return not (entry.state == "parked" or (entry.state == "done" and today))

@@ -19,25 +19,27 @@ import secrets
 import struct
 import time
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from extraction_dagster import files
 from extraction_dagster.addresses import shown_address
-from extraction_dagster.errors.base import PartitionKeyError
+from extraction_dagster.errors import PartitionKeyError
 from extraction_dagster.records import IdRange
 from extraction_dagster.stages.catalog.fetch.buckets import STORE_PACKAGES
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from extraction_dagster.errors.shards import ShardStoreError
+    from extraction_dagster.errors.decode import ShardStoreError
 
 logger = logging.getLogger(__name__)
 _SUFFIX = ".parquet"
@@ -68,26 +70,35 @@ def written_at(name: str) -> datetime:
     return datetime.strptime(name.partition("Z-")[0], _TIME).replace(tzinfo=UTC)
 
 
-class Record(Protocol):
-    """What is asked of a record in a shard."""
+@dataclass(frozen=True, slots=True)
+class ShardRecord:
+    """A record of a shard: of which version, and how many frames or vectors."""
+
+    record_id: int
+    content_version: str
+    num_frames: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A file, as its footer describes it.
+
+    Attributes:
+        name: Its file name; later names hold what is newer.
+        path: Where it lies, on the store's file system.
+        size_bytes: Of what it holds: JPEGs, or vectors uncompressed.
+        records: In the order in which they are stored.
+    """
+
+    name: str
+    path: str
+    size_bytes: int
+    records: tuple[ShardRecord, ...]
 
     @property
-    def record_id(self) -> int: ...  # noqa: D102 - says itself
-
-
-class Shard(Protocol):
-    """What is asked of a shard."""
-
-    @property
-    def name(self) -> str: ...  # noqa: D102 - says itself
-    @property
-    def path(self) -> str: ...  # noqa: D102 - as above
-    @property
-    def records(self) -> Sequence[Record]: ...  # noqa: D102 - as above
-    @property
-    def num_frames(self) -> int: ...  # noqa: D102 - as above
-    @property
-    def size_bytes(self) -> int: ...  # noqa: D102 - as above
+    def num_frames(self) -> int:
+        """Frames, or vectors, of all records."""
+        return sum(record.num_frames for record in self.records)
 
 
 S = TypeVar("S", bound=Shard)
@@ -106,6 +117,7 @@ class ShardStore(ABC, Generic[S]):
 
     kind: ClassVar[str]
     footer_key: ClassVar[bytes]
+    parquet_options: ClassVar[Mapping[str, object]]
     store_error: ClassVar[type[ShardStoreError]]
 
     def __init__(self, root_uri: str, fingerprint: str) -> None:
@@ -140,16 +152,12 @@ class ShardStore(ABC, Generic[S]):
         ]
         return sorted((shard for shard in found if shard is not None), key=lambda shard: shard.name)
 
-    def partition_keys(self) -> list[str]:
-        """The names of the folders, which are those of ranges."""
-        return sorted(_file_name(entry["name"]) for entry in self._entries(self._folder))
-
     def partitions(self) -> list[IdRange]:
         """The ranges that have a folder, in ascending order; a folder of another name is left out."""
         found = []
-        for key in self.partition_keys():
+        for entry in self._entries(self._folder):
             with contextlib.suppress(PartitionKeyError):
-                found.append(IdRange.parse(key))
+                found.append(IdRange.parse(_file_name(entry["name"])))
         return sorted(found)
 
     @contextlib.contextmanager
@@ -174,20 +182,26 @@ class ShardStore(ABC, Generic[S]):
                 if any(Path(entry["name"]).match(pattern) for pattern in _TEMPORARY):
                     self._remove_abandoned(entry["name"])
 
-    def _write(self, partition: IdRange, name: str, content: bytes) -> str:
-        """Write a file so that it is seen whole or not at all, also after a crash; returns its path."""
+    def _write(self, partition: IdRange, name: str, table: pa.Table, footer: Mapping[str, object]) -> tuple[str, int]:
+        """Write a shard so that it is seen whole or not at all, also after a crash; returns its path and its size."""
+        import pyarrow.parquet as pq  # noqa: PLC0415 - 0.3 s that importing the room need not pay
+
+        buffer = io.BytesIO()
+        with_footer = table.replace_schema_metadata({self.footer_key: json.dumps(footer)})
+        pq.write_table(with_footer, buffer, **self.parquet_options)
+        content = buffer.getvalue()
         self.sweep(partition)
-        path = self._path(partition, name)
+        path = f"{self._folder}/{partition.partition_key}/{name.removesuffix(_SUFFIX)}{_SUFFIX}"
         if isinstance(self._fs, LocalFileSystem):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             files.write_atomically(Path(path), content, mode=None)
-            return path
+            return path, len(content)
         with self._reaching(writing=True):
             if self._puts_atomically():
                 self._fs.pipe_file(path, content)
             else:
                 self._write_beside(path, content)
-        return path
+        return path, len(content)
 
     def _write_beside(self, path: str, content: bytes) -> None:
         folder, _, name = path.rpartition("/")
@@ -200,9 +214,6 @@ class ShardStore(ABC, Generic[S]):
             if self._fs.exists(beside):
                 self._fs.rm_file(beside)
             raise
-
-    def _path(self, partition: IdRange, name: str) -> str:
-        return f"{self._folder}/{partition.partition_key}/{name.removesuffix(_SUFFIX)}{_SUFFIX}"
 
     def _puts_atomically(self) -> bool:
         protocol = self._fs.protocol
@@ -219,7 +230,7 @@ class ShardStore(ABC, Generic[S]):
         return found
 
     def _look_at(self, path: str, partition: IdRange, size_bytes: int) -> S | None:
-        import pyarrow as pa  # noqa: PLC0415 - 0.3 s that importing the room need not pay
+        import pyarrow as pa  # noqa: PLC0415 - as above
 
         try:
             return self._read_footer(path, partition, size_bytes)

@@ -8,6 +8,10 @@
  left    │ every eligible  │ handed out in ranges,   │ not handed out yet
  alone   │ row is done or  │ some rows unfinished    │
          │ parked          │                         │
+
+An operator moves it by requests, set and reset, kept in the state database until a tick consumes them. A request is
+applied to the cursor that the tick returns, and consumed only once a later tick finds it stored: a crash in between
+applies it again, which changes nothing.
 """
 
 from __future__ import annotations
@@ -16,12 +20,15 @@ import json
 import re
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from typing import Any, TypeGuard
+from typing import Any, Literal, TypeGuard
 
-from extraction_dagster.errors.ticks import CursorError
+import sqlalchemy as sa
+
+from extraction_dagster.errors.runs import CursorError
+from extraction_dagster.stages.catalog.database import reading, writing
+from extraction_dagster.stages.catalog.state_tables import REQUESTS_TABLE
 
 MAX_BYTES = 64 * 1024  # of a cursor, a mirror or an earlier script's checkpoint: whatever is larger is none
-_KEYS = {"v", "source", "last_processed_id", "frontier_id", "floor_id", "seq", "reset_epoch", "updated_at"}
 _VERSION = 1
 _EPOCH = datetime.fromtimestamp(0, UTC)
 
@@ -57,8 +64,7 @@ class CursorState:
     def to_json(self) -> str:
         """The state as the cursor store keeps it."""
         values = asdict(self) | {"v": _VERSION, "updated_at": f"{self.updated_at.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}"}
-        ordered = {name: values[name] for name in ("v", *CursorState.__dataclass_fields__)}
-        return json.dumps(ordered)  # with spaces, so that the sensor's page can wrap it
+        return json.dumps({name: values[name] for name in _KEYS})  # with spaces: the sensor's page can wrap it
 
     @classmethod
     def from_json(cls, text: str, *, source: str) -> CursorState:
@@ -82,6 +88,9 @@ class CursorState:
         return self if changed == self else replace(changed, updated_at=now)
 
 
+_KEYS = ("v", *CursorState.__dataclass_fields__)
+
+
 def _parse(text: str) -> dict[str, Any]:
     try:
         values = parse_strictly(text)
@@ -91,7 +100,7 @@ def _parse(text: str) -> dict[str, Any]:
         raise CursorError(f"it is a JSON {type(values).__name__}, expected an object")
     if type(values.get("v")) is not int or values["v"] != _VERSION:
         raise CursorError(f"it has version {values.get('v')!r}, expected {_VERSION}")
-    if set(values) != _KEYS:
+    if set(values) != set(_KEYS):
         raise CursorError(f"it has the keys {sorted(values)}, expected {sorted(_KEYS)}")
     if not isinstance(values["source"], str) or not re.fullmatch("[0-9a-f]{16}", values["source"]):
         raise CursorError(f"its source is {values['source']!r}, expected 16 hex digits")
@@ -100,11 +109,9 @@ def _parse(text: str) -> dict[str, Any]:
 
 def _integer(values: dict[str, Any], name: str, *, optional: bool = False) -> int | None:
     value = values[name]
-    if value is None and optional:
-        return None
-    if not is_id(value):
-        raise CursorError(f"its {name} is {value!r}, expected an integer that fits BIGINT")
-    return value
+    if is_id(value) or (value is None and optional):
+        return value
+    raise CursorError(f"its {name} is {value!r}, expected an integer that fits BIGINT")
 
 
 def _counter(values: dict[str, Any], name: str) -> int:
@@ -147,3 +154,57 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is no number")
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorRequest:
+    """A request that is not consumed yet.
+
+    Attributes:
+        request_id: Its place in the order.
+        kind: `set`: rows at or below `value` are left alone; `reset`: no such floor.
+        value: The id to start after.
+        applied_epoch: The epoch that it was applied with; None before.
+    """
+
+    request_id: int
+    kind: Literal["set", "reset"]
+    value: int | None
+    applied_epoch: int | None
+
+
+class Requests:
+    """The requests table of a state database."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self._engine = engine
+
+    def add(self, kind: Literal["set", "reset"], value: int | None = None) -> None:
+        """Ask for something."""
+        row = {"kind": kind, "value": value, "requested_at": datetime.now(UTC)}
+        with writing(self._engine, what="write the requests") as connection:
+            connection.execute(sa.insert(REQUESTS_TABLE).values(**row))
+
+    def waiting(self) -> list[OperatorRequest]:
+        """The requests that are not consumed, oldest first."""
+        table = REQUESTS_TABLE.c
+        query = sa.select(table.id, table.kind, table.value, table.applied_epoch).where(table.consumed_at.is_(None))
+        with reading(self._engine, what="read the requests") as connection:
+            return [OperatorRequest(*row) for row in connection.execute(query.order_by(table.id))]
+
+    def apply(self, cursor: CursorState, *, now: datetime) -> CursorState:
+        """The cursor with every waiting request applied; those that it already carries are consumed."""
+        for request in self.waiting():
+            if request.applied_epoch is not None and cursor.reset_epoch >= request.applied_epoch:
+                self._change(request, consumed_at=now)
+                continue
+            value = request.value if request.kind == "set" else None
+            marks = dict.fromkeys(("last_processed_id", "frontier_id", "floor_id"), value)
+            cursor = cursor.moved(now=now, **marks, reset_epoch=cursor.reset_epoch + 1)
+            self._change(request, applied_epoch=cursor.reset_epoch)
+        return cursor
+
+    def _change(self, request: OperatorRequest, **values: datetime | int) -> None:
+        statement = sa.update(REQUESTS_TABLE).where(REQUESTS_TABLE.c.id == request.request_id).values(**values)
+        with writing(self._engine, what="write the requests") as connection:
+            connection.execute(statement)

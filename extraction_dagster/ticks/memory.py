@@ -12,7 +12,7 @@ from datetime import datetime
 import sqlalchemy as sa
 
 from extraction_dagster.stages.catalog.database import reading, writing
-from extraction_dagster.stages.catalog.state_tables import META_TABLE, insert_of
+from extraction_dagster.stages.catalog.state_tables import META_TABLE, write_meta
 from extraction_dagster.ticks.planner import Patience
 
 _KEY = "sensor_memory"
@@ -73,6 +73,5 @@ def recall_text(engine: sa.Engine, key: str) -> str | None:
 
 def remember_text(engine: sa.Engine, key: str, text: str) -> None:
     """Keep a text under a key."""
-    kept = insert_of(engine)(META_TABLE).values(key=key, value=text)
-    with writing(engine, what="write the state tables") as connection:  # two daemons may do so at once
-        connection.execute(kept.on_conflict_do_update(index_elements=["key"], set_={"value": kept.excluded.value}))
+    with writing(engine, what="write the state tables") as connection:
+        write_meta(connection, {key: text})

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Literal
 
 import sqlalchemy as sa
 
-from extraction_dagster.errors.base import ExtractionError
-from extraction_dagster.errors.ticks import LegacyCheckpointError, LostCursorError, MirrorError
+from extraction_dagster.errors import ExtractionError
+from extraction_dagster.errors.runs import LegacyCheckpointError, LostCursorError, MirrorError
 from extraction_dagster.files import read_small, write_atomically
 from extraction_dagster.stages.catalog.database import describe, reading, writing
 from extraction_dagster.stages.catalog.state_tables import UtcDateTime
@@ -145,8 +145,7 @@ class TableMirror:
     def quarantine(self, *, now: datetime) -> str:
         """Copy the rows into a table of their own; the next write replaces them."""
         target = f"extraction_checkpoint_corrupt_{now.astimezone(UTC):%Y%m%dt%H%M%S%f}"
-        what = "quarantine the checkpoint table"
-        with _translated(self.name, "copied"), writing(self._engine, what=what) as connection:
+        with _translated(self.name, "copied"), writing(self._engine, what="copy the checkpoint table") as connection:
             copy = CHECKPOINT_TABLE.to_metadata(sa.MetaData(), name=target)
             copy.create(connection)
             connection.execute(copy.insert().from_select(["id", "updated_at"], sa.select(CHECKPOINT_TABLE)))
@@ -255,9 +254,6 @@ def _from_table(engines: Sequence[sa.Engine]) -> int:
         if type(value) is int:
             return value
         why = "it has no row" if value is None else "it holds an id that is no integer"
-        raise LegacyCheckpointError(_place(engine), why)
-    raise LegacyCheckpointError(" or ".join(dict.fromkeys(map(_place, engines))), "there is no such table")
-
-
-def _place(engine: sa.Engine) -> str:
-    return f"table {CHECKPOINT_TABLE.name} at {describe(engine.url)}"
+        raise LegacyCheckpointError(TableMirror(engine).name, why)
+    names = dict.fromkeys(TableMirror(engine).name for engine in engines)
+    raise LegacyCheckpointError(" or ".join(names), "there is no such table")

@@ -17,7 +17,7 @@ from itertools import groupby, takewhile
 from typing import TYPE_CHECKING
 
 from extraction_dagster.records import IdRange
-from extraction_dagster.stages.catalog.ranges import merge
+from extraction_dagster.stages.catalog.ranges import merge, narrowest_parts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -167,8 +167,9 @@ class _Planner:
         """Ranges that still have a pending row and no active run: late rows, failed runs, retries, the growing tail."""
         pending = {*self._seen.swept, *self._seen.window.pending_ids}
         uncovered = sorted(record_id for record_id in pending if not _within_any(self._taken, record_id))
-        partitions = set(self._seen.partitions(uncovered)) if uncovered and self._slots() > 0 else set()
-        wanted = _assign(uncovered, partitions, self._rules.batch_size) if self._slots() > 0 else []
+        can_request = bool(uncovered) and self._slots() > 0
+        partitions = set(self._seen.partitions(uncovered)) if can_request else set()
+        wanted = _assign(uncovered, partitions, self._rules.batch_size) if can_request else []
         tail_waits = False
         for id_range, ids in self._cut_where_needed(wanted):
             if self._slots() <= 0:
@@ -233,8 +234,7 @@ class _Planner:
     def _pass_backfilled(self, pending: Sequence[int]) -> Sequence[int]:
         """Move the frontier over rows that a backfill has been handed: those behind them need not wait for it.
 
-        Returns:
-            The rows above the frontier as it is then.
+        Returns those above the frontier as it is then.
         """
         while pending and (within := _within_any(self._backfilled, pending[0])):
             self._move(frontier_id=within.last_id)
@@ -267,8 +267,7 @@ class _Planner:
 
     def _request(self, id_range: IdRange, *, is_new: bool) -> None:
         self._move(seq=self.cursor.seq + 1)
-        key = f"{id_range.partition_key}#{self.cursor.seq}"
-        self.requests.append(Request(id_range, key, is_new))
+        self.requests.append(Request(id_range, f"{id_range.partition_key}#{self.cursor.seq}", is_new))
 
     def _slots(self) -> int:
         return self._rules.max_in_flight - len(self._seen.active) - len(self.requests) - self._held
@@ -296,12 +295,11 @@ def _assign(
     Ids that none holds are to get ranges of their own, and stand with None. So do ids that crowd a range: cut ahead
     where ids were sparse, it may have been filled by a burst. Ranges may overlap: people launch what they like.
     """
-    narrowest: dict[int, IdRange] = {}
-    for id_range in partitions:
-        for record_id in _within(ids, id_range):
-            known = narrowest.get(record_id)
-            if known is None or _width(id_range) < _width(known):
-                narrowest[record_id] = id_range
+    narrowest = {
+        record_id: known
+        for part, known in narrowest_parts(IdRange(ids[0], ids[-1]), partitions)
+        for record_id in ids[bisect_left(ids, part.first_id) : bisect_right(ids, part.last_id)]
+    }
     assigned: list[tuple[IdRange | None, list[int]]] = []
     places: dict[IdRange, list[int]] = {}
     for known, group in groupby(ids, narrowest.get):
@@ -314,11 +312,3 @@ def _assign(
             places[known] = members
             assigned.append((known, members))
     return assigned
-
-
-def _within(ids: Sequence[int], id_range: IdRange) -> Sequence[int]:
-    return ids[bisect_left(ids, id_range.first_id) : bisect_right(ids, id_range.last_id)]
-
-
-def _width(id_range: IdRange) -> int:
-    return id_range.last_id - id_range.first_id

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from extraction_dagster.errors.ticks import CursorError
+from extraction_dagster.errors.runs import CursorError
 from extraction_dagster.stages.catalog.pending import Scan, scan
-from extraction_dagster.ticks.cursor import CursorState
+from extraction_dagster.ticks.cursor import CursorState, Requests
 from extraction_dagster.ticks.mirrors import Mirror, Notice, adopt, follow, make_mirror
 from extraction_dagster.ticks.planner import History, Observed, Request, Rules, plan_tick
-from extraction_dagster.ticks.requests import Requests
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 _LEAST_BUDGET = 5_000
 _SWEEP_BUDGET = 20_000
 _SECONDS_AHEAD = 0.3
-_NOTHING = Scan((), None, None)
 
 
 class Runs(Protocol):
@@ -33,19 +31,15 @@ class Runs(Protocol):
 
     def active(self) -> Sequence[IdRange]:
         """Ranges that have an active run, launched by the sensor or by people; those of backfills apart."""
-        ...
 
     def backfilled(self) -> Sequence[IdRange]:
         """Ranges that backfills take care of: an active run works on them, or will be asked for."""
-        ...
 
     def partitions(self, record_ids: Sequence[int]) -> Iterable[IdRange]:
         """At least the ranges that hold any of these ids, which ascend."""
-        ...
 
     def history(self, id_range: IdRange) -> History:
         """The ended runs of a range."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +106,10 @@ def tick(  # noqa: PLR0913 - what it sees, and how it is asked
         backfilled=backfilled,
         room=catalog.source.reach,
     )
-    wait = 0.0 if impatient else settings.max_wait_seconds
     rules = Rules(
         batch_size=settings.batch_size,
         max_in_flight=settings.max_in_flight,
-        max_wait_seconds=wait,
+        max_wait_seconds=0.0 if impatient else settings.max_wait_seconds,
         backs_off=not impatient,
         retry_delay_seconds=settings.run_retry_delay_seconds,
     )
@@ -124,8 +117,8 @@ def tick(  # noqa: PLR0913 - what it sees, and how it is asked
     memory.ticks += 1
     notices = [] if mirror is None else follow(mirror, planned.cursor.last_processed_id, now=now)
     if planned.cursor.last_processed_id != before.last_processed_id:
-        text = f"Updated checkpoint: last processed ID = {planned.cursor.last_processed_id}"
-        notices.insert(0, Notice("info", text))
+        moved = f"Updated checkpoint: last processed ID = {planned.cursor.last_processed_id}"
+        notices.insert(0, Notice("info", moved))
     waiting = len(window.unfinished) - len(window.pending_ids)
     return Ticked(planned.cursor, planned.requests, tuple(notices), waiting, len(active))
 
@@ -147,9 +140,10 @@ def _load(catalog: Catalog, stored: str | None, mirror: Mirror | None, *, now: d
 
 
 def _window(catalog: Catalog, cursor: CursorState) -> Scan:
-    if cursor.frontier_id is None:
-        return _NOTHING
+    """The unfinished rows between the watermark and the frontier."""
     after_id, up_to_id, floor_id = cursor.last_processed_id, cursor.frontier_id, cursor.floor_id
+    if up_to_id is None:
+        return Scan((), None, None)
     return scan(catalog, after_id=after_id, up_to_id=up_to_id, floor_id=floor_id, budget=_SWEEP_BUDGET)
 
 

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, NamedTuple
 
-from extraction_dagster.errors.base import ExtractionError
+from extraction_dagster.errors import ExtractionError
 from extraction_dagster.errors.index import CollectionMissingError, StoreBusyError
 from extraction_dagster.records import IdRange
 from extraction_dagster.stages.catalog.catalog import Catalog

@@ -11,7 +11,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from extraction_dagster.errors.watch import MetricsAddressError
+from extraction_dagster.errors.runs import MetricsAddressError
 from extraction_dagster.watch.exposition import Exposition
 from extraction_dagster.watch.meter import Census, Figures, InstanceFigures, Meter, census_seconds
 

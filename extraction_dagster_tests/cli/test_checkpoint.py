@@ -11,7 +11,7 @@ from extraction_dagster.cli.main import app
 from extraction_dagster.defs.instance.cursor_store import CursorStore
 from extraction_dagster.defs.instance.launching import open_instance
 from extraction_dagster.defs.instance.runs import InstanceRuns
-from extraction_dagster.errors.ticks import LegacyCheckpointError
+from extraction_dagster.errors.runs import LegacyCheckpointError
 from extraction_dagster.records import Failure, IdRange
 from extraction_dagster.settings import load_settings
 from extraction_dagster.stages.catalog.catalog import Fingerprints, open_catalog

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from extraction_dagster.cli import search
 from extraction_dagster.cli.main import app
-from extraction_dagster.errors.base import PartitionKeyError
+from extraction_dagster.errors import PartitionKeyError
 from extraction_dagster.errors.embed import QueryVideoError, TextSearchError
 from extraction_dagster.stages.index.protocol import Hit
 from extraction_dagster.stages.index.search import VideoHit

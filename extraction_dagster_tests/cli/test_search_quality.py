@@ -11,8 +11,8 @@ from extraction_dagster.stages.decode.jpeg import decode_frames
 from extraction_dagster.stages.decode.task import DecodeJob
 from extraction_dagster.stages.decode.workers.pool import PoolOptions, decode_as_ready
 from extraction_dagster.stages.embed.models.registry import load_model
+from extraction_dagster.stages.embed.passes import normalise
 from extraction_dagster.stages.embed.query import embed_query_image, embed_query_video, load_query_image
-from extraction_dagster.stages.embed.vectors import normalise
 from extraction_dagster.stages.index.edge.store import EdgeStore
 from extraction_dagster.stages.index.protocol import CollectionSpec
 from extraction_dagster.stages.index.search import search_images, search_videos

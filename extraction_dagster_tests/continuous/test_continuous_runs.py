@@ -37,6 +37,7 @@ class Scale:
         poisoned: Records that always fail; after some ranges without, so that the watermark moves under fire.
         kills: The fewest.
         weights: How often which kind is killed; each at least once, a worker first.
+        trickle_seconds: Between two rows of a writer, once all are written and the watermark has not moved enough.
     """
 
     rows: int
@@ -45,11 +46,18 @@ class Scale:
     poisoned: tuple[int, ...]
     kills: int
     weights: dict[str, int]
+    trickle_seconds: float
 
 
-SMALL = Scale(800, 30, seconds=5, poisoned=(601,), kills=2, weights={"worker": 1, "everything": 0})
+SMALL = Scale(400, 20, seconds=3, poisoned=(301,), kills=2, weights={"worker": 1, "everything": 0}, trickle_seconds=15)
 LARGE = Scale(
-    20_000, 120, seconds=45, poisoned=(1_201, 1_701), kills=10, weights={"worker": 7, "daemon": 2, "everything": 1}
+    20_000,
+    120,
+    seconds=45,
+    poisoned=(1_201, 1_701),
+    kills=10,
+    weights={"worker": 7, "daemon": 2, "everything": 1},
+    trickle_seconds=3,
 )
 
 
@@ -95,12 +103,21 @@ class Writers:
                 ahead = len(self.committed_at) / self._scale.rows * self._scale.seconds - (
                     time.monotonic() - self._started
                 )
-                time.sleep(chance.uniform(2, 4) if self.have_written else max(ahead, 0))
+                if self.have_written:
+                    self._wait(self._scale.trickle_seconds * chance.uniform(0.7, 1.3))
+                else:
+                    time.sleep(max(ahead, 0))
         except Exception as error:
             self.errors.append(error)
             raise
         finally:
             engine.dispose()
+
+    def _wait(self, seconds):
+        """Until the next rows trickle in, or until none need to."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not self._sampler.is_done:
+            time.sleep(0.5)
 
     def _take(self, number):
         with self._lock:

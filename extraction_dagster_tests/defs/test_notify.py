@@ -1,11 +1,9 @@
 """A run that really failed, on a real instance, told by the real sensor to a real server that behaves or does not."""
 
-import importlib.util
 import json
 import os
 import sys
 import threading
-from pathlib import Path
 
 import dagster as dg
 import pytest
@@ -49,14 +47,9 @@ def instance():
 
 
 @pytest.fixture
-def hook():
-    path = Path(__file__).parents[1] / "notify/conftest.py"
-    spec = importlib.util.spec_from_file_location("notify_conftest", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    with module.servers.__wrapped__()(tls=False) as server:
-        server.scripts["/hook"] = lambda handler, _: handler.answer(200)
-        yield server
+def hook(hook):
+    hook.scripts["/hook"] = lambda handler, _: handler.answer(200)
+    return hook
 
 
 @pytest.fixture(autouse=True)
@@ -185,7 +178,7 @@ def test_a_server_that_misbehaves_costs_nothing_but_the_notice(daemon, instance,
 def test_a_server_that_is_slow_does_not_hold_up_the_tick(daemon, instance, hook, monkeypatch):
     go_on = threading.Event()
     hook.scripts["/hook"] = lambda *_: go_on.wait(60)
-    monkeypatch.setattr("extraction_dagster.notify.notifiers._POST_SECONDS", 0.3)
+    monkeypatch.setattr("extraction_dagster.notify._POST_SECONDS", 0.3)
     fail(instance)
     daemon.tick()
     go_on.set()

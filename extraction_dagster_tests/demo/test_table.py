@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from extraction_dagster.demo.table import DemoQuery, choose_query, make_table, refuse_foreign_targets
 from extraction_dagster.demo.videos import DemoVideo
-from extraction_dagster.errors.base import DemoFolderError, DemoTargetError
+from extraction_dagster.errors import DemoFolderError, DemoTargetError
 
 ONE = DemoVideo(1, "rendered", "plasma", "rendered/plasma.mp4", "rendered", "")
 TWO = DemoVideo(101, "rendered", "rain", "rendered/rain.mp4", "rendered", "")

@@ -15,7 +15,7 @@ import pytest
 
 from extraction_dagster.demo import videos
 from extraction_dagster.demo.videos import CLIPS, Clip, DemoVideo, make_videos, real_clips_hint, write_clip
-from extraction_dagster.errors.base import DemoEncoderError, DemoFolderError
+from extraction_dagster.errors import DemoEncoderError, DemoFolderError
 
 TINY = Clip("plasma", "h264", 32, 32, 1, 5, "000000 ffffff")
 IDS = [*range(1, 13), *range(101, 113), *range(201, 205)]

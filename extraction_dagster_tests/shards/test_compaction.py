@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from extraction_dagster.records import EncodedFrames, IdRange
 from extraction_dagster.settings import Settings
 from extraction_dagster.shards.compaction import Compacted, CompactionOptions, compact, plan_compaction
-from extraction_dagster.shards.frame_store import FrameShard, FrameStore, ShardRecord
+from extraction_dagster.shards.frame_store import FrameRecord, FrameShard, FrameStore
 from extraction_dagster.stages.catalog.ledger import LedgerEntry
 
 RANGE = IdRange(1, 1000)
@@ -231,8 +231,8 @@ def test_a_kill_at_any_moment_loses_nothing_and_the_next_one_ends_it(step, numbe
 
 
 def shard(number, ids, size):
-    listed = tuple(ShardRecord(record_id, "v1", 1, 8, 8, None, None) for record_id in ids)
-    return FrameShard(f"20200101T00000000{number:04d}Z-0.parquet", "", "1-1000", listed, len(listed), size)
+    listed = tuple(FrameRecord(record_id, "v1", 1, 8, 8, None, None) for record_id in ids)
+    return FrameShard(f"20200101T00000000{number:04d}Z-0.parquet", "", size, listed)
 
 
 @given(

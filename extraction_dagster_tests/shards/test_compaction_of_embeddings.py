@@ -8,8 +8,8 @@ import pytest
 
 from extraction_dagster.records import EmbeddingBatch, Failure, IdRange
 from extraction_dagster.shards.compaction import Compacted, CompactionOptions, compact
-from extraction_dagster.shards.embedding_store import EmbeddedRecord, EmbeddingStore
-from extraction_dagster.shards.store import new_name
+from extraction_dagster.shards.embedding_store import EmbeddingStore
+from extraction_dagster.shards.store import ShardRecord, new_name
 
 RANGE = IdRange(1, 1000)
 AT_ONCE = CompactionOptions(max_records=8, enough_shards=2, untouched=timedelta())
@@ -42,7 +42,7 @@ def test_vectors_of_merged_shards_are_as_they_were_and_older_copies_go(store):
     assert compact(store, RANGE, AT_ONCE) == Compacted(removed=3, written=1)
     (merged,) = store.shards(RANGE)
     batch = store.read(merged)
-    assert merged.records == (EmbeddedRecord(2, "v1", 2), EmbeddedRecord(1, "v2", 2), EmbeddedRecord(3, "v1", 2))
+    assert merged.records == (ShardRecord(2, "v1", 2), ShardRecord(1, "v2", 2), ShardRecord(3, "v1", 2))
     assert merged.failures == (FAILURE,)
     assert batch.record_id.tolist() == [2, 2, 1, 1, 3, 3]
     assert batch.vectors.tolist() == [[value] * 4 for value in (0.5, 0.5, 0.75, 0.75, 1.0, 1.0)]
@@ -63,7 +63,7 @@ def test_a_shard_of_failures_alone_is_no_copy_of_anything(store):
     write(store, (1, "v1", 0.5))
     compact(store, RANGE, AT_ONCE)
     (merged,) = store.shards(RANGE)
-    assert (merged.records, merged.failures) == ((EmbeddedRecord(1, "v1", 2),), (FAILURE,))
+    assert (merged.records, merged.failures) == ((ShardRecord(1, "v1", 2),), (FAILURE,))
 
 
 def test_young_shards_and_those_of_other_names_are_left_alone(store, tmp_path):
@@ -87,6 +87,6 @@ def test_a_damaged_shard_is_left_as_it_is(store, caplog):
 
 
 def test_the_partitions_that_have_shards_are_known_by_name(store):
-    assert store.partition_keys() == []
+    assert store.partitions() == []
     write(store, (1, "v1", 0.5))
-    assert store.partition_keys() == ["1-1000"]
+    assert store.partitions() == [RANGE]

@@ -10,10 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from extraction_dagster.errors.shards import EmbeddingShardError
+from extraction_dagster.errors.decode import EmbeddingShardError
 from extraction_dagster.records import EmbeddingBatch, Failure, IdRange
 from extraction_dagster.shards.compaction import CompactionOptions, compact
-from extraction_dagster.shards.embedding_store import EmbeddedRecord, EmbeddingShard, EmbeddingStore
+from extraction_dagster.shards.embedding_store import EmbeddingShard, EmbeddingStore
+from extraction_dagster.shards.store import ShardRecord
 
 RANGE = IdRange(-5, 20)
 FAILURE = Failure(9, "v2", "embed", "InvalidVectorError", "NaN in frame 3", permanent=False, details="more")
@@ -45,8 +46,9 @@ def test_what_is_written_is_listed_from_the_footer_and_read_back(any_root):
     assert shard == EmbeddingShard(
         name="0001-abc",
         path=shard.path,
+        size_bytes=60,
         dim=6,
-        records=(EmbeddedRecord(7, "v1", 2), EmbeddedRecord(-3, "", 3)),
+        records=(ShardRecord(7, "v1", 2), ShardRecord(-3, "", 3)),
         failures=(FAILURE,),
     )
     assert shard.path.endswith("/f00d/-5-20/0001-abc.parquet")
@@ -84,7 +86,7 @@ def test_a_second_write_of_a_name_replaces_the_first(any_root):
 
     (shard,) = store.shards(RANGE)
 
-    assert shard.records == (EmbeddedRecord(7, "v2", 1),)
+    assert shard.records == (ShardRecord(7, "v2", 1),)
     assert store.read(shard).record_id.tolist() == [7]
 
 

@@ -7,7 +7,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from extraction_dagster.errors.shards import FramesExportError
+from extraction_dagster.errors.decode import FramesExportError
 from extraction_dagster.records import EncodedFrames, IdRange
 from extraction_dagster.shards.frame_export import export_frames, find_frames
 from extraction_dagster.shards.frame_store import FrameStore

@@ -7,10 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from extraction_dagster.errors.shards import FrameShardError, FrameStoreError
+from extraction_dagster.errors.decode import FrameShardError, FrameStoreError
 from extraction_dagster.records import EncodedFrames, IdRange
 from extraction_dagster.settings import Settings
-from extraction_dagster.shards.frame_store import FrameStore, ShardRecord
+from extraction_dagster.shards.frame_store import FrameRecord, FrameStore
 from extraction_dagster.stages.decode.task import frames_fingerprint
 
 RANGE = IdRange(1, 1000)
@@ -57,13 +57,13 @@ def test_shards_are_listed_from_their_footers(root):
     store = FrameStore(root, "f1")
     written = store.write_shard(RANGE, [video(1), video(2, 5, partial="cut", duration_seconds=None)])
     assert store.shards(RANGE) == [written]
-    assert written.partition_key == "1-1000"
+    assert written.path.endswith(f"/f1/1-1000/{written.name}")
     assert written.path.endswith(f"/f1/1-1000/{written.name}")
     assert written.num_frames == 8
     assert written.size_bytes > 0
     assert written.records == (
-        ShardRecord(1, "v1", 3, 398, 224, 1.5, None),
-        ShardRecord(2, "v2", 5, 398, 224, None, "cut"),
+        FrameRecord(1, "v1", 3, 398, 224, 1.5, None),
+        FrameRecord(2, "v2", 5, 398, 224, None, "cut"),
     )
 
 
@@ -86,10 +86,10 @@ def test_what_another_process_wrote_and_removed_meanwhile_is_seen(root):
     store, elsewhere = FrameStore(root, "f1"), FrameStore(root, "f1")
     elsewhere._fs = type(elsewhere._fs)(skip_instance_cache=True)  # with no part in this one's listings
     first = store.write_shard(RANGE, [video(1)])
-    assert (store.shards(RANGE), store.partition_keys()) == ([first], ["1-1000"])
+    assert (store.shards(RANGE), store.partitions()) == ([first], [RANGE])
     second = elsewhere.write_shard(RANGE, [video(2)])
     other = elsewhere.write_shard(IdRange(1001, 1002), [video(1001)])
-    assert store.partition_keys() == ["1-1000", "1001-1002"]
+    assert store.partitions() == [RANGE, IdRange(1001, 1002)]
     assert (store.shards(RANGE), store.shards(IdRange(1001, 1002))) == ([first, second], [other])
     elsewhere.remove(first)
     assert store.shards(RANGE) == [second]
@@ -103,7 +103,7 @@ def test_a_bucket_that_is_missing_is_named_and_no_record_is_blamed(s3_root):
     said = r"-elsewhere/frames/f1' can't be reached: .+\. No record is to blame"
     with pytest.raises(FrameStoreError, match=said):
         store.write_shard(RANGE, [video(1)])
-    assert (store.shards(RANGE), store.partition_keys()) == ([], [])
+    assert (store.shards(RANGE), store.partitions()) == ([], [])
 
 
 def test_a_store_that_is_down_is_an_error_in_one_line(s3_root, monkeypatch):
@@ -115,7 +115,7 @@ def test_a_store_that_is_down_is_an_error_in_one_line(s3_root, monkeypatch):
     for ask in (
         lambda: store.write_shard(RANGE, [video(1)]),
         lambda: store.shards(RANGE),
-        store.partition_keys,
+        store.partitions,
         lambda: list(store.read(written)),
         lambda: store.remove(written),
     ):

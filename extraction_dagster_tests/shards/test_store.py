@@ -15,13 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from extraction_dagster.errors.shards import EmbeddingShardError, FrameShardError, ShardStoreError
+from extraction_dagster.errors.decode import EmbeddingShardError, FrameShardError, ShardStoreError
 from extraction_dagster.files import temporary_name
 from extraction_dagster.records import EmbeddingBatch, Failure, IdRange
 from extraction_dagster.shards.compaction import Compacted, CompactionOptions, compact
-from extraction_dagster.shards.embedding_store import EmbeddedRecord, EmbeddingShard, EmbeddingStore
-from extraction_dagster.shards.frame_store import FrameShard, FrameStore, ShardRecord
-from extraction_dagster.shards.store import merged_name, new_name, written_at
+from extraction_dagster.shards.embedding_store import EmbeddingShard, EmbeddingStore
+from extraction_dagster.shards.frame_store import FrameRecord, FrameShard, FrameStore
+from extraction_dagster.shards.store import ShardRecord, merged_name, new_name, written_at
 
 RANGE = IdRange(1, 1000)
 TWO_HOURS = 7200.0
@@ -53,7 +53,7 @@ def test_another_name_tells_no_time():
 
 def test_shards_are_listed_by_time_and_ranges_by_their_ids(kind, any_root):
     store = kind.open(any_root)
-    assert (store.shards(RANGE), store.partition_keys(), store.partitions()) == ([], [], [])
+    assert (store.shards(RANGE), store.partitions()) == ([], [])
     first, second = kind.write(store, 1, 2), kind.write(store, 2, 3)
     kind.write(store, -5, partition=IdRange(-9, -1))
     kind.write(kind.open(any_root, "f2"), 4)
@@ -294,8 +294,8 @@ def test_frames_of_version_0_1_0_are_read(tmp_path):
 
     store = FrameStore(str(tmp_path), "3a696068d2e67d52")
     (shard,) = store.shards(RANGE)
-    record = ShardRecord(7, "v1", 2, 320, 180, 6.0, None)
-    assert shard == FrameShard(path.name, str(path), "1-1000", (record,), 2, path.stat().st_size)
+    record = FrameRecord(7, "v1", 2, 320, 180, 6.0, None)
+    assert shard == FrameShard(path.name, str(path), path.stat().st_size, (record,))
     (video,) = store.read(shard)
     assert (video.jpegs, video.pts_seconds.tolist(), video.frame_number.tolist()) == ([b"one", b"two"], [0, 1], [0, 30])
     again = store.write_shard(RANGE, [video])
@@ -328,7 +328,7 @@ def test_vectors_of_version_0_1_0_are_read(tmp_path):
 
     store = EmbeddingStore(str(tmp_path), "3a69-b09d")
     failure = Failure(9, "v2", "embed", "InvalidVectorError", "NaN", permanent=True)
-    expected = EmbeddingShard(path.name, str(path), 2, (EmbeddedRecord(7, "v1", 2),), (failure,))
+    expected = EmbeddingShard(path.name, str(path), 8, (ShardRecord(7, "v1", 2),), 2, (failure,))
     assert store.shards(RANGE) == [expected]
     batch = store.read(expected)
     assert batch.vectors.tolist() == [[1, 0], [0, 1]]

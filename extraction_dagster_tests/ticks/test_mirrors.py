@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extraction_dagster.errors.ticks import LegacyCheckpointError, LostCursorError, MirrorError
+from extraction_dagster.errors.runs import LegacyCheckpointError, LostCursorError, MirrorError
 from extraction_dagster.stages.catalog.database import make_engine
 from extraction_dagster.ticks.mirrors import (
     JsonMirror,

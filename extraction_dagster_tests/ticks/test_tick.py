@@ -7,15 +7,14 @@ import pytest
 import sqlalchemy as sa
 from pydantic import SecretStr
 
-from extraction_dagster.errors.ticks import CursorError, LostCursorError, MirrorError
+from extraction_dagster.errors.runs import CursorError, LostCursorError, MirrorError
 from extraction_dagster.records import Failure, IdRange
 from extraction_dagster.stages.catalog.catalog import Fingerprints
 from extraction_dagster.ticks import tick as tick_module
-from extraction_dagster.ticks.cursor import CursorState
+from extraction_dagster.ticks.cursor import CursorState, Requests
 from extraction_dagster.ticks.memory import Memory
 from extraction_dagster.ticks.mirrors import Notice, Reading, TableMirror, make_mirror
 from extraction_dagster.ticks.planner import History, Rules
-from extraction_dagster.ticks.requests import Requests
 from extraction_dagster.ticks.tick import tick
 
 TODAY = Fingerprints(frames="f1", embedding="e1")

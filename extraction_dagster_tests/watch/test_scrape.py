@@ -10,7 +10,7 @@ from urllib.error import HTTPError
 
 import pytest
 
-from extraction_dagster.errors.watch import MetricsAddressError
+from extraction_dagster.errors.runs import MetricsAddressError
 from extraction_dagster.watch.exposition import Exposition
 from extraction_dagster.watch.meter import Meter
 from extraction_dagster.watch.scrape import Latest, MetricsServer, Scrape

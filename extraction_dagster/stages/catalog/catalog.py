@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from extraction_dagster.stages.catalog.database import make_engine, writing
 from extraction_dagster.stages.catalog.ledger import Fingerprints, Ledger, LedgerEntry, State
-from extraction_dagster.stages.catalog.migrations import prepare
 from extraction_dagster.stages.catalog.pending import Status, count_pending, is_pending, status_of
-from extraction_dagster.stages.catalog.source_table import SourceRow, SourceTable
+from extraction_dagster.stages.catalog.source_table import SourceRow, SourceTable, Step
+from extraction_dagster.stages.catalog.state_tables import prepare
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -89,15 +89,15 @@ class Catalog:
 
     def plan(self, id_range: IdRange, fingerprints: Fingerprints) -> dict[int, PlannedRow]:
         """Every eligible row of a range and what is to be done with it, in ascending order of ids."""
-        entries = self.ledger.entries(id_range)
-        now = datetime.now(UTC)
-        plan = {}
+        return {planned.row.video.record_id: planned for planned in self._planned(id_range, fingerprints)}
+
+    def _planned(self, id_range: IdRange, fingerprints: Fingerprints | None) -> Iterator[PlannedRow]:
+        """Each eligible row of a range with its status; without fingerprints, whatever the settings of today are."""
+        entries, now = self.ledger.entries(id_range), datetime.now(UTC)
         for row in self.source.rows(id_range):
             entry = entries.get(row.video.record_id)
-            plan[row.video.record_id] = PlannedRow(
-                row, entry, status_of(row.video.content_version, row.marked_done, entry, fingerprints, now=now)
-            )
-        return plan
+            status = status_of(row.video.content_version, row.marked_done, entry, fingerprints, now=now)
+            yield PlannedRow(row, entry, status)
 
     def begin(self, id_range: IdRange, fingerprints: Fingerprints, *, force: bool = False) -> dict[int, PlannedRow]:
         """Plan a range; rows whose mark was cleared get a new revision, so that they are decoded again.
@@ -108,18 +108,11 @@ class Catalog:
         revised = [item for item in plan.values() if item.status == "again" or (force and item.status != "todo")]
         if not revised:
             return plan
-        with writing(self.state_engine, what="write the ledger") as connection:
-            self.ledger.upsert(connection, [_next_revision(planned) for planned in revised])
+        self.ledger.write([_next_revision(planned) for planned in revised])
         return self.plan(id_range, fingerprints)
 
     def mark_extracted(self, plan: Mapping[int, PlannedRow], num_frames: Mapping[int, int], frames: str) -> None:
-        """Mark rows whose frames are stored.
-
-        Args:
-            plan: The range's plan.
-            num_frames: Stored frames by record.
-            frames: The frames' fingerprint.
-        """
+        """Mark rows of a plan whose frames are stored: their number by record, and their fingerprint."""
         entries = {
             record_id: {
                 "state": "extracted",
@@ -134,25 +127,14 @@ class Catalog:
 
     def mark_embedded(self, records: Iterable[int], embedding: str) -> None:
         """Note rows whose vectors are stored; the source's mark waits until their points are verified."""
-        with writing(self.state_engine, what="write the ledger") as connection:
-            self.ledger.upsert(
-                connection,
-                [
-                    {"record_id": record_id, "state": "embedded", "embedding_fingerprint": embedding}
-                    for record_id in records
-                ],
-            )
+        self.ledger.write(
+            [{"record_id": key, "state": "embedded", "embedding_fingerprint": embedding} for key in records]
+        )
 
     def mark_done(
         self, plan: Mapping[int, PlannedRow], num_points: Mapping[int, int], fingerprints: Fingerprints
     ) -> None:
-        """Mark rows whose points were verified; this is the last thing that happens to a row.
-
-        Args:
-            plan: The range's plan.
-            num_points: Verified points by record.
-            fingerprints: What they were made with.
-        """
+        """Mark rows of a plan whose points were verified, by record; this is the last thing that happens to a row."""
         entries = {
             record_id: {
                 "state": "done",
@@ -197,8 +179,6 @@ class Catalog:
             if self.one_database:
                 self.source.unmark(connection, record_ids)
 
-    request_again = make_pending  # until ranges/ and index/ call it by the new name
-
     def forget(self, record_ids: Sequence[int]) -> None:
         """Forget records that were deleted from the source table."""
         with writing(self.state_engine, what="write the ledger") as connection:
@@ -214,28 +194,20 @@ class Catalog:
 
     def num_pending(self, id_range: IdRange) -> int:
         """The records of a range that a run would process now, if a person launched it: no floor holds there."""
-        return sum(is_pending(record_id, status, floor_id=None) for record_id, status in self._statuses(id_range))
+        rows = self._planned(id_range, None)
+        return sum(is_pending(planned.row.video.record_id, planned.status, floor_id=None) for planned in rows)
 
     def summary(self, id_range: IdRange) -> str:
         """A range in words: how many of its records are done, failed, parked, pending."""
-        counts = Counter(_SUMMARY[status] for _, status in self._statuses(id_range))
+        counts = Counter(_SUMMARY[planned.status] for planned in self._planned(id_range, None))
         return ", ".join(f"{counts[name]} {name}" for name in ("done", "pending", "failed", "parked"))
-
-    def _statuses(self, id_range: IdRange) -> Iterator[tuple[int, Status]]:
-        """Each eligible row of a range with its status, whatever the settings of today are."""
-        entries, now = self.ledger.entries(id_range), datetime.now(UTC)
-        for row in self.source.rows(id_range):
-            entry = entries.get(row.video.record_id)
-            yield row.video.record_id, status_of(row.video.content_version, row.marked_done, entry, None, now=now)
 
     def status(self, *, floor_id: int | None = None) -> dict[str, int | str | None]:
         """The whole table in numbers; the keys are stable.
 
         With marks, a row that they say is done counts as done, even one that the ledger does not know; without
-        marks, the ledger counts. A failed record whose wait is over counts as failed and as pending.
-
-        Args:
-            floor_id: The cursor's floor; rows at or below are not pending.
+        marks, the ledger counts. A failed record whose wait is over counts as failed and as pending. Rows at or below
+        the cursor's floor are not pending.
         """
         counts, extent, eligible = self.ledger.counts(), self.source.extent(), self.source.count()
         unmarked = self.source.count_unmarked()
@@ -251,12 +223,7 @@ class Catalog:
             "pending": count_pending(self, floor_id=floor_id, now=datetime.now(UTC)),
         }
 
-    def _mark(
-        self,
-        step: Literal["extracted", "embedded"],
-        plan: Mapping[int, PlannedRow],
-        entries: Mapping[int, Mapping[str, Any]],
-    ) -> None:
+    def _mark(self, step: Step, plan: Mapping[int, PlannedRow], entries: Mapping[int, Mapping[str, Any]]) -> None:
         """Write the ledger and the source's marks: in one transaction where they share a database.
 
         In two databases the ledger comes first: a crash in between leaves a row that is done and not marked, which
@@ -297,11 +264,6 @@ def _next_revision(planned: PlannedRow) -> dict[str, object]:
     }
 
 
-@contextmanager
-def open_catalog(settings: Settings) -> Iterator[Catalog]:
-    """A catalog that gives its connections back at the end."""
-    catalog = Catalog(settings)
-    try:
-        yield catalog
-    finally:
-        catalog.close()
+def open_catalog(settings: Settings) -> closing[Catalog]:
+    """A catalog that gives its connections back at the end of a `with` block."""
+    return closing(Catalog(settings))

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 _Item = TypeVar("_Item")
 _CHUNK = 500
-_POSTGRES_NAMES = frozenset({"postgres", "postgresql"})
 
 
 def parse_url(url: str, *, setting: str) -> sa.URL:
@@ -27,7 +26,7 @@ def parse_url(url: str, *, setting: str) -> sa.URL:
         parsed = sa.make_url(url)
     except sa.exc.ArgumentError:
         raise DatabaseUrlError(setting) from None
-    if parsed.drivername in _POSTGRES_NAMES:
+    if parsed.drivername in {"postgres", "postgresql"}:
         parsed = parsed.set(drivername="postgresql+psycopg2")
     return parsed
 

@@ -27,12 +27,7 @@ _LONGEST_DELAY_SECONDS = 86_400.0
 
 @dataclass(frozen=True, slots=True)
 class Fingerprints:
-    """What the frames and vectors of today are made with.
-
-    Attributes:
-        frames: Of everything that changes frames.
-        embedding: Of everything that changes vectors.
-    """
+    """What frames and vectors are made with: everything that changes frames, and all that changes vectors."""
 
     frames: str
     embedding: str
@@ -87,7 +82,7 @@ class ErrorRow:
 
 
 class Ledger:
-    """Reads and writes the ledger and the errors table, which `migrations.prepare` makes."""
+    """Reads and writes the ledger and the errors table, which `state_tables.prepare` makes."""
 
     def __init__(self, engine: sa.Engine) -> None:
         self.engine = engine
@@ -95,7 +90,9 @@ class Ledger:
 
     def entries(self, id_range: IdRange) -> dict[int, LedgerEntry]:
         """The entries of a range, by record."""
-        query = _ENTRY_QUERY.where(_within(id_range))
+        query = sa.select(*(column for column in LEDGER_TABLE.c if column.name != "updated_at")).where(
+            _within(id_range)
+        )
         with reading(self.engine, what="read the ledger") as connection:
             return {row["record_id"]: LedgerEntry(**row) for row in connection.execute(query).mappings()}
 
@@ -114,16 +111,16 @@ class Ledger:
 
     def counts(self, id_range: IdRange | None = None) -> dict[str, int]:
         """The number of records by state, of all or of a range."""
-        query = sa.select(LEDGER_TABLE.c.state, sa.func.count()).where(_within(id_range)).group_by(LEDGER_TABLE.c.state)
-        with reading(self.engine, what="read the ledger") as connection:
-            return {state: int(number) for state, number in connection.execute(query)}
+        return self._by_state(_within(id_range))
 
     def count_failed_and_parked(self) -> dict[str, int]:
         """The number of failed and of parked records, through the index over them."""
-        query = sa.select(LEDGER_TABLE.c.state, sa.func.count()).where(FAILED_OR_PARKED).group_by(LEDGER_TABLE.c.state)
+        return {"failed": 0, "parked": 0} | self._by_state(FAILED_OR_PARKED)
+
+    def _by_state(self, condition: sa.ColumnElement[bool] | sa.TextClause) -> dict[str, int]:
+        query = sa.select(LEDGER_TABLE.c.state, sa.func.count()).where(condition).group_by(LEDGER_TABLE.c.state)
         with reading(self.engine, what="read the ledger") as connection:
-            found = {state: int(number) for state, number in connection.execute(query)}
-        return {"failed": 0, "parked": 0} | found
+            return {state: int(number) for state, number in connection.execute(query)}
 
     def count_held_back(self, id_range: IdRange | None, *, now: datetime) -> int:
         """The number of records, of all or of a range, that are parked or wait for their next try."""
@@ -162,6 +159,11 @@ class Ledger:
         query = sa.select(sa.func.count(sa.distinct(table.record_id))).where(within, table.run_id == run_id)
         return int(self._value(query))
 
+    def write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write entries in a transaction of their own; see `upsert`."""
+        with writing(self.engine, what="write the ledger") as connection:
+            self.upsert(connection, rows)
+
     def upsert(self, connection: sa.Connection, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write entries; every row has the same keys, `record_id` among them. Other columns keep their values."""
         if not rows:
@@ -183,17 +185,14 @@ class Ledger:
         max_attempts: int,
         retry_delay_seconds: float,
     ) -> dict[int, State]:
-        """Write failures to the errors table, and decide for each record: another try later, or parked.
+        """Write failures, at most one a record, and decide for each record: `failed`, to be tried later, or `parked`.
 
         Args:
-            failures: At most one a record.
+            failures: For the errors table.
             source_versions: Each record's version column, as it was read.
             run_id: The run they happened in.
             max_attempts: Tries before a record is parked.
             retry_delay_seconds: Wait before the second try.
-
-        Returns:
-            The state of each record: `failed` or `parked`.
         """
         failures = list(failures)
         now = datetime.now(UTC)
@@ -240,14 +239,11 @@ class Ledger:
             return [ErrorRow(**row) for row in connection.execute(query).mappings()]
 
     def retry(self, *, record_ids: Sequence[int] | None, error_type: str | None) -> list[int]:
-        """Give failed and parked records their tries back, so that they are pending at once.
+        """Give failed and parked records their tries back, so that they are pending at once; returns them, ascending.
 
         Args:
             record_ids: These; None for all.
             error_type: Only those whose last error was of this type.
-
-        Returns:
-            The records that were brought back, in ascending order.
         """
         table = LEDGER_TABLE.c
         query = sa.select(table.record_id).where(FAILED_OR_PARKED)
@@ -292,9 +288,6 @@ class Ledger:
                 if tried_version == version[record_id]:
                     attempts[record_id] = number
         return attempts
-
-
-_ENTRY_QUERY = sa.select(*(column for column in LEDGER_TABLE.c if column.name != "updated_at"))
 
 
 def _within(id_range: IdRange | None) -> sa.ColumnElement[bool]:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _MAX_ID = 2**63 - 1
 _MIN_ID = -(2**63)
+_Head = tuple[int, str, bool | None]  # a row: its id, its version, whether it is marked as done
 _DENSE = 4  # ids to a row up to which the ledger is read as one range, not by lists of ids
 Status = Literal["done", "todo", "again", "waiting", "parked"]
 
@@ -63,8 +64,8 @@ def status_of(
         source_version: The row's version column; empty when there is none.
         marked_done: What its marks say; None when it has none.
         entry: Its ledger entry.
-        fingerprints: What frames and vectors are made with today.
-        now: The time to compare `not_before` with.
+        fingerprints: Those of today.
+        now: Compared with the entry's `not_before`.
     """
     if entry is None:
         return "done" if marked_done else "todo"
@@ -83,13 +84,7 @@ def status_of(
 
 
 def is_pending(record_id: int, status: Status, *, floor_id: int | None) -> bool:
-    """Whether an eligible row is pending: neither done, parked nor waiting, and above the operator's floor.
-
-    Args:
-        record_id: The row's id.
-        status: What `status_of` says of it.
-        floor_id: The cursor's floor; None where there is none, as in a range that a person launches.
-    """
+    """Whether an eligible row is pending; no floor holds in a range that a person launches."""
     return status in {"todo", "again"} and (floor_id is None or record_id > floor_id)
 
 
@@ -109,12 +104,7 @@ def count_pending(rows: Rows, *, floor_id: int | None, now: datetime) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Unfinished:
-    """A row that is neither done nor parked.
-
-    Attributes:
-        record_id: Its id.
-        pending: Whether it may be processed now; a failed one waits for its time.
-    """
+    """A row that is neither done nor parked, and whether it may be processed now: a failed one waits for its time."""
 
     record_id: int
     pending: bool
@@ -173,9 +163,6 @@ def scan(  # noqa: PLR0913 - the window, and how to look through it
         greatest = sa.select(sa.func.max(source.id)).where(source.eligible, source.id.between(low, end))
         finished = connection.execute(greatest).scalar_one() if low <= end else None
     return Scan(unfinished, reached, None if finished is None else int(finished))
-
-
-_Head = tuple[int, str, bool | None]
 
 
 def _heads(  # noqa: PLR0913 - the window, and how to look through it
@@ -257,10 +244,9 @@ def _snapshot(catalog: Rows) -> Iterator[sa.Connection]:
 
     Otherwise a row that commits between two statements could be taken for finished, and the watermark would pass it.
     """
-    level: Literal["REPEATABLE READ"] = "REPEATABLE READ"
     with reading(catalog.source_engine, what=f"read source table {catalog.source.name!r}") as connection:
         if connection.dialect.name != "sqlite":  # there, every transaction is such a snapshot
-            connection = connection.execution_options(isolation_level=level)  # noqa: PLW2901 - the same one, set
+            connection.execution_options(isolation_level="REPEATABLE READ")  # it is changed in place
         yield connection
 
 
@@ -302,6 +288,7 @@ def make_pending_index(source: SourceTable, engine: sa.Engine) -> PendingIndex:
     index = pending_index(source)
     if index is None:
         return PendingIndex("not needed", "")
+    in_postgresql = engine.dialect.name == "postgresql"
     sql = " ".join(str(CreateIndex(index).compile(dialect=engine.dialect)).split())
     with reading(engine, what=f"read source table {source.name!r}") as connection:
         known = sa.inspect(connection).get_indexes(source.table.name, source.table.schema)
@@ -309,10 +296,10 @@ def make_pending_index(source: SourceTable, engine: sa.Engine) -> PendingIndex:
         is_left_over = is_there and _is_left_over(connection, index)
     if is_there and not is_left_over:
         return PendingIndex("there", sql)
-    if engine.dialect.name == "postgresql":
+    if in_postgresql:
         sql = sql.replace("CREATE INDEX", "CREATE INDEX CONCURRENTLY", 1)
     try:
-        if engine.dialect.name == "postgresql":  # not inside a transaction
+        if in_postgresql:  # not inside a transaction
             with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
                 if is_left_over:
                     connection.execute(DropIndex(index, if_exists=True))

@@ -42,11 +42,7 @@ def cut_backlog(
 ) -> Iterator[IdRange]:
     """Cut every eligible row between two ids into ranges of `batch_size` records; the last one may hold fewer.
 
-    Args:
-        source: The table.
-        batch_size: Records to a range.
-        after_id: The first range starts right above it; at the first record when None.
-        up_to_id: The last id that may be in a range; None for none.
+    The first range starts right above `after_id`, or at the first record.
     """
     while (batch := source.batch_end(after_id, batch_size, up_to_id=up_to_id)) is not None:
         first_record, last_record, _ = batch
@@ -84,14 +80,7 @@ class Cover:
 
 
 def cover_span(source: SourceTable, span: IdRange, existing: Iterable[IdRange], batch_size: int) -> Cover:
-    """Find the ranges that hold the eligible rows of a span.
-
-    Args:
-        source: The table.
-        span: The ids.
-        existing: Ranges there are, in any order; they may overlap.
-        batch_size: Records to a new range.
-    """
+    """Find the ranges that hold the eligible rows of a span; those existing come in any order, and may overlap."""
     parts = list(narrowest_parts(span, existing))
     owners = sorted({owner for _, owner in parts if owner is not None})
     most = _MOST_BATCHES * batch_size
@@ -105,13 +94,13 @@ def cover_span(source: SourceTable, span: IdRange, existing: Iterable[IdRange], 
     return Cover(tuple(sorted(there)), tuple(new for gap in gaps for new in _cut(source, gap, span, batch_size)))
 
 
-def _cut(source: SourceTable, gap: IdRange, span: IdRange, batch_size: int) -> Iterator[IdRange]:
+def _cut(source: SourceTable, gap: IdRange, span: IdRange, batch_size: int) -> list[IdRange]:
     """New ranges for a gap; the last one reaches up to the range that follows, so that no id falls between them."""
     after_id = gap.first_id - 1 if gap.first_id > _MIN_ID else None
     cut = list(cut_backlog(source, batch_size, after_id=after_id, up_to_id=gap.last_id))
     if cut and gap.last_id < span.last_id:
         cut[-1] = IdRange(cut[-1].first_id, gap.last_id)
-    yield from cut
+    return cut
 
 
 def narrowest_parts(span: IdRange, existing: Iterable[IdRange]) -> Iterator[tuple[IdRange, IdRange | None]]:
@@ -126,8 +115,7 @@ def narrowest_parts(span: IdRange, existing: Iterable[IdRange]) -> Iterator[tupl
     begun: list[tuple[int, IdRange]] = []
     position = 0
     parts: list[tuple[IdRange, IdRange | None]] = []
-    ordered = sorted(edges)
-    for first, after in pairwise(ordered):
+    for first, after in pairwise(sorted(edges)):
         while position < len(touching) and touching[position].first_id <= first:
             item = touching[position]
             heappush(begun, (item.last_id - item.first_id, item))

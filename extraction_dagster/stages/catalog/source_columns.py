@@ -1,18 +1,37 @@
-"""The source table's columns: found, checked, and refused with the fix in the message."""
+"""The source table's columns, found and checked, and the operator's predicate over them.
+
+The predicate's text is parsed, never pasted: only the node kinds below are accepted, every name must be a column of the
+table, and every literal becomes a bound parameter. `is_downloaded AND NOT is_removed`, `platform IN ('a', 'b')`,
+`deleted_at IS NULL`, `size_bytes < 1000000` are what it is for.
+"""
 
 from __future__ import annotations
 
 import difflib
+import operator
 import string
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from extraction_dagster.errors.catalog import SourceTableError
+from extraction_dagster.errors.catalog import PredicateError, SourceTableError
 from extraction_dagster.stages.catalog.database import describe, reading
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlglot import exp
+
     from extraction_dagster.settings import Settings
+
+_COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
+    "EQ": operator.eq,
+    "NEQ": operator.ne,
+    "GT": operator.gt,
+    "GTE": operator.ge,
+    "LT": operator.lt,
+    "LTE": operator.le,
+}
 
 
 class SourceColumns:
@@ -61,7 +80,7 @@ class SourceColumns:
     def find_mark(self, name: str | None, setting: str) -> sa.Column[Any] | None:
         """A mark column, which must be boolean; None for no name."""
         if self._settings.source_read_only:
-            return None  # they are never set: the ledger alone says what is done
+            return None  # marks that we may not set say nothing of what we did: the ledger alone knows
         column = self.find_optional(name, setting)
         if column is not None and not isinstance(column.type, sa.Boolean):
             raise SourceTableError(
@@ -108,16 +127,15 @@ class SourceColumns:
             unique = self._is_unique(column.name, sa.inspect(connection))
             null = column.nullable and connection.execute(sa.select(column).where(column.is_(None)).limit(1)).first()
         if not unique:
-            fix = f"CREATE UNIQUE INDEX {self._index_name()}ON {table} ({name}), or set {setting} to a unique column."
+            index_name = (
+                "" if self._engine.dialect.name == "postgresql" else "extraction_ids "
+            )  # PostgreSQL makes one up
+            fix = f"CREATE UNIQUE INDEX {index_name}ON {table} ({name}), or set {setting} to a unique column."
             raise SourceTableError(self.name, f"id column {column.name!r} is not declared unique", fix)
         if null or (column.nullable and not column.primary_key):
             fix = f"ALTER TABLE {table} ALTER COLUMN {name} SET NOT NULL, or set {setting} to another."
             raise SourceTableError(self.name, f"id column {column.name!r} may be NULL", fix)
         return column
-
-    def _index_name(self) -> str:
-        """A name for an index of ids where the database makes none up."""
-        return "" if self._engine.dialect.name == "postgresql" else "extraction_ids "
 
     def _is_unique(self, column_name: str, inspector: sa.Inspector) -> bool:
         wanted = [column_name]
@@ -133,3 +151,71 @@ def _covers_all(index: Any) -> bool:  # noqa: ANN401 - an index as the inspector
     """Whether an index is unique over every row; a partial one is not."""
     options = index.get("dialect_options", {})
     return bool(index["unique"]) and not any(name.endswith("_where") for name in options if options[name] is not None)
+
+
+def build_predicate(text: str, table: sa.Table) -> sa.ColumnElement[bool]:
+    """Build the expression that says which rows are eligible.
+
+    Raises:
+        PredicateError: The text is no boolean expression over the table's columns.
+    """
+    import sqlglot  # noqa: PLC0415 - 60 ms, only needed when a predicate is set
+    from sqlglot.errors import SqlglotError  # noqa: PLC0415
+
+    try:
+        tree: Any = sqlglot.parse_one(text, into=sqlglot.exp.Condition)
+    except SqlglotError:
+        raise PredicateError(text, "it is no boolean expression", sorted(table.c.keys())) from None
+    return _Builder(text, table).boolean(tree)
+
+
+class _Builder:
+    def __init__(self, text: str, table: sa.Table) -> None:
+        self._text, self._table = text, table
+
+    def boolean(self, node: exp.Expression) -> sa.ColumnElement[bool]:
+        kind = type(node).__name__
+        if kind == "Paren":
+            return self.boolean(node.this)
+        if kind in {"And", "Or"}:
+            sides = (self.boolean(node.this), self.boolean(node.expression))
+            return sa.and_(*sides) if kind == "And" else sa.or_(*sides)
+        if kind == "Not":
+            return sa.not_(self.boolean(node.this))
+        if kind == "Column":
+            column = self._value(node)
+            if isinstance(column.type, sa.Boolean):
+                # A bare flag that is NULL counts as false, and NOT of it as true: no row falls between the two.
+                return column.is_(sa.true())
+            raise self._refuse(f"column {node.sql()} is not boolean: compare it with something")
+        if kind == "Is":
+            return self._value(node.this).is_(self._literal(node.expression))
+        if kind == "In" and node.args.get("query") is None:
+            return self._value(node.this).in_([self._literal(item) for item in node.expressions])
+        if kind in _COMPARISONS:
+            result: sa.ColumnElement[bool] = _COMPARISONS[kind](self._value(node.this), self._value(node.expression))
+            return result
+        raise self._refuse(f"{node.sql()!r} is not allowed in it")
+
+    def _value(self, node: exp.Expression) -> sa.ColumnElement[Any]:
+        if type(node).__name__ != "Column":
+            return sa.literal(self._literal(node))
+        if node.args.get("table") is not None or node.name not in self._table.c:
+            raise self._refuse(f"the table has no column {node.sql()}")
+        return self._table.c[node.name]
+
+    def _literal(self, node: exp.Expression) -> Any:  # noqa: ANN401 - whatever the literal is
+        kind = type(node).__name__
+        if kind == "Null":
+            return None
+        if kind == "Boolean":
+            return bool(node.this)
+        if kind == "Neg":
+            return -self._literal(node.this)
+        if kind == "Literal":
+            text: str = node.this
+            return text if node.is_string else int(text) if text.isascii() and text.isdigit() else float(text)
+        raise self._refuse(f"{node.sql()!r} is not a column, number, text, TRUE, FALSE or NULL")
+
+    def _refuse(self, why: str) -> PredicateError:
+        return PredicateError(self._text, why, sorted(self._table.c.keys()))

@@ -9,8 +9,7 @@ import sqlalchemy as sa
 
 from extraction_dagster.records import IdRange, VideoRow, fingerprint
 from extraction_dagster.stages.catalog.database import chunks, describe, parse_url, reading
-from extraction_dagster.stages.catalog.predicate import build_predicate
-from extraction_dagster.stages.catalog.source_columns import SourceColumns
+from extraction_dagster.stages.catalog.source_columns import SourceColumns, build_predicate
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,13 +24,7 @@ _VERSION_LABEL = "extraction_version"
 
 @dataclass(frozen=True, slots=True)
 class SourceRow:
-    """A row as the source table has it.
-
-    Attributes:
-        video: The row, with the source's own version as its content_version.
-        extracted: The mark, or None where there is no such column.
-        embedded: The mark, or None where there is no such column.
-    """
+    """A row with the source's own version as its content_version; a mark is None where there is no such column."""
 
     video: VideoRow
     extracted: bool | None
@@ -67,14 +60,9 @@ class SourceTable:
         version = columns.find_optional(settings.source_version_column, "EXTRACTION_SOURCE_VERSION_COLUMN")
         # As text, made by the database: one form for reading and for comparing.
         self._version = None if version is None else sa.func.coalesce(sa.cast(version, sa.Text), "")
-        # Marks that we may not set say nothing of what we did: on a read-only source the ledger alone knows.
-        extracted, embedded = (
-            (None, None)
-            if settings.source_read_only
-            else (settings.source_extracted_column, settings.source_embedded_column)
-        )
-        self._extracted = columns.find_mark(extracted, "EXTRACTION_SOURCE_EXTRACTED_COLUMN")
-        self._embedded = columns.find_mark(embedded, "EXTRACTION_SOURCE_EMBEDDED_COLUMN")
+        self._extracted = columns.find_mark(settings.source_extracted_column, "EXTRACTION_SOURCE_EXTRACTED_COLUMN")
+        self._embedded = columns.find_mark(settings.source_embedded_column, "EXTRACTION_SOURCE_EMBEDDED_COLUMN")
+        self._marks = [column for column in (self._extracted, self._embedded) if column is not None]
         self.eligible: sa.ColumnElement[bool] = (
             build_predicate(settings.source_predicate, self.table) if settings.source_predicate else sa.true()
         )
@@ -85,15 +73,12 @@ class SourceTable:
 
         Databases use a partial index only for a query that repeats its condition to the letter.
         """
-        marks = [column for column in (self._extracted, self._embedded) if column is not None]
-        return (
-            sa.or_(*(column.op("IS NOT", is_comparison=True)(sa.text("TRUE")) for column in marks)) if marks else None
-        )
+        is_not_set = [column.op("IS NOT", is_comparison=True)(sa.text("TRUE")) for column in self._marks]
+        return sa.or_(*is_not_set) if is_not_set else None
 
     def heads(self, *, only: sa.ColumnElement[bool] | None = None) -> sa.Select[int, str, bool | None]:
         """A query of (id, version, marked done) of the eligible rows, in ascending order of ids."""
-        marks = [column for column in (self._extracted, self._embedded) if column is not None]
-        done = sa.and_(*(column.is_(sa.true()) for column in marks)) if marks else sa.null()
+        done = sa.and_(*(column.is_(sa.true()) for column in self._marks)) if self._marks else sa.null()
         version = sa.literal("") if self._version is None else self._version
         query = sa.select(self.id, version.label("version"), done.label("done")).where(self.eligible)
         return (query if only is None else query.where(only)).order_by(self.id)
@@ -119,7 +104,7 @@ class SourceTable:
     @property
     def has_marks(self) -> bool:
         """Whether the table says by itself which rows are done."""
-        return self._extracted is not None or self._embedded is not None
+        return bool(self._marks)
 
     def rows(self, id_range: IdRange) -> Iterator[SourceRow]:
         """Every eligible row of the range, in ascending order of ids."""
@@ -148,8 +133,7 @@ class SourceTable:
 
     def extent(self) -> tuple[int, int] | None:
         """The least and the greatest id of the eligible rows; None when there is none."""
-        query = sa.select(sa.func.min(self.id), sa.func.max(self.id)).where(self.eligible)
-        first, last = self._one(query)
+        first, last = self._one(sa.select(sa.func.min(self.id), sa.func.max(self.id)).where(self.eligible))
         return None if first is None else (int(first), int(last))
 
     def count(self, id_range: IdRange | None = None) -> int:
@@ -168,9 +152,7 @@ class SourceTable:
 
     def newest_id(self) -> int | None:
         """The greatest id of the eligible rows; None when there is none."""
-        newest = sa.select(self.id).where(self.eligible).order_by(self.id.desc()).limit(1)
-        with reading(self._engine, what=f"read source table {self.name!r}") as connection:
-            return connection.execute(newest).scalar_one_or_none()
+        return self._first(sa.select(self.id).where(self.eligible).order_by(self.id.desc()))
 
     def count_unmarked(self, id_range: IdRange | None = None) -> int | None:
         """The number of eligible rows, of all or of a range, that are not marked as done; None without mark columns."""
@@ -201,24 +183,17 @@ class SourceTable:
         if up_to_id is not None:
             query = query.where(self.id <= up_to_id)
         batch = query.subquery()
-        bounds = sa.select(sa.func.min(batch.c[0]), sa.func.max(batch.c[0]), sa.func.count())
-        first, last, number = self._one(bounds)
+        first, last, number = self._one(sa.select(sa.func.min(batch.c[0]), sa.func.max(batch.c[0]), sa.func.count()))
         return None if first is None else (int(first), int(last), number == batch_size)
 
     def reach(self, first_id: int, last_id: int, most: int) -> int:
         """The last id up to which the eligible rows from `first_id` on are no more than `most`; at most `last_id`."""
         rows = sa.select(self.id).where(self.eligible, self.id.between(first_id, last_id)).order_by(self.id)
-        with reading(self._engine, what=f"read source table {self.name!r}") as connection:
-            found = connection.execute(rows.offset(most - 1).limit(1)).scalar_one_or_none()
-        return last_id if found is None else int(found)
+        found = self._first(rows.offset(most - 1))
+        return last_id if found is None else found
 
     def mark(self, connection: sa.Connection, versions: Mapping[int, str], *, step: Step) -> dict[int, str]:
-        """Set the mark of a step, unless a row's version changed since it was read.
-
-        Args:
-            connection: In a transaction of the source's database.
-            versions: The version of each row, as it was read.
-            step: Which mark.
+        """Set the mark of a step on rows with these versions, unless a row's version changed since it was read.
 
         Returns:
             The version of each marked row as it is now: a trigger may have stamped the update.
@@ -244,18 +219,21 @@ class SourceTable:
 
     def clear_marks(self, connection: sa.Connection, after_id: int) -> None:
         """Clear the marks of every row above an id."""
-        marks = {column.name: False for column in (self._extracted, self._embedded) if column is not None}
-        if marks:
+        if self._marks:
+            marks = {column.name: False for column in self._marks}
             connection.execute(sa.update(self.table).where(self.id > after_id).values(marks))
 
     def unmark(self, connection: sa.Connection, record_ids: Sequence[int]) -> None:
         """Clear the last mark of these rows: their points are not there, their frames may be."""
-        column = self._embedded if self._embedded is not None else self._extracted
-        if column is None or self._settings.source_read_only:
+        if not self._marks:
             return
-        statement = sa.update(self.table).values({column.name: False})
+        statement = sa.update(self.table).values({self._marks[-1].name: False})
         for chunk in chunks(record_ids):
             connection.execute(statement.where(self.id.in_(chunk)))
+
+    def _first(self, ids: sa.Select[int]) -> int | None:
+        with reading(self._engine, what=f"read source table {self.name!r}") as connection:
+            return connection.execute(ids.limit(1)).scalar_one_or_none()
 
     def _one(self, query: sa.Select[*tuple[Any, ...]]) -> sa.Row[*tuple[Any, ...]]:
         with reading(self._engine, what=f"read source table {self.name!r}") as connection:

@@ -15,7 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from extraction_dagster.errors.base import ExtractionError
+from extraction_dagster.errors import ExtractionError
 from extraction_dagster.records import EncodedFrames, Failure, IdRange, Outcome, VideoRow
 from extraction_dagster.stages.catalog.fetch.fetching import Fetched, Fetcher, fetch_ahead
 from extraction_dagster.stages.decode.sampling import evenly

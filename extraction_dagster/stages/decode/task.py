@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from extraction_dagster.errors.base import SettingsError
+from extraction_dagster.errors import SettingsError
 from extraction_dagster.records import EncodedFrames, VideoRow, fingerprint
 from extraction_dagster.shards.frame_store import FORMAT
 from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits, Decoder

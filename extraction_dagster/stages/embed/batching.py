@@ -100,13 +100,10 @@ class BatchEmbedder:
                 raise EmbeddingMemoryError(self.model.name, self.model.device, str(error).split("\n")[0]) from error
             self.batch_size = max(1, num_frames // 2)
         # Out here the error is gone, and with its traceback the failed pass's tensors: their memory can be given back.
-        _release_device_memory()
-        _log.warning(
-            "Out of memory on %s with %d frames a batch; going on with %d",
-            self.model.device,
-            num_frames,
-            self.batch_size,
-        )
+        if (torch := sys.modules.get("torch")) is not None and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        said = "Out of memory on %s with %d frames a batch; going on with %d"
+        _log.warning(said, self.model.device, num_frames, self.batch_size)
         return None
 
     def _checked(self, vectors: np.ndarray, num_frames: int) -> np.ndarray:
@@ -123,12 +120,6 @@ def _is_out_of_memory(error: Exception) -> bool:
         return True
     says = str(error).lower()
     return isinstance(error, RuntimeError) and any(words in says for words in _MEMORY_WORDS)
-
-
-def _release_device_memory() -> None:
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
 
 
 @dataclass(slots=True)

@@ -8,6 +8,8 @@ On the CPU a pass is over once `start` returns. On a CUDA device two are under w
 
 Pixels are copied out of page-locked memory on a stream of their own, so that the copy of a batch runs beside the
 computation of the one before it. torch keeps and reuses both the page-locked blocks and the device's.
+
+What a pass gives is checked and normalised here too, the same way for frames and for queries.
 """
 
 from __future__ import annotations
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
     import torch
 
     Forward = Callable[[torch.Tensor], torch.Tensor]
+
+_SHORTEST = 1e-12
+# float16 moves the length of a vector by about 0.0005.
+_LENGTH_TOLERANCE = 0.01
 
 
 class Pending(Protocol):
@@ -47,11 +53,7 @@ class Passes(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A pass that is over.
-
-    Attributes:
-        vectors: float32 (N, dim).
-    """
+    """A pass that is over; its vectors are float32 (N, dim)."""
 
     vectors: np.ndarray
 
@@ -137,31 +139,49 @@ class CudaPasses:
 
 
 @dataclass(frozen=True, slots=True)
-class _Leading:
-    """A pass whose vectors are cut once they are there."""
+class Leading:
+    """A pass of which only the leading `dim` numbers of each vector are kept."""
 
     whole: Pending
     dim: int
 
     def done(self) -> bool:
+        """Whether `result` returns at once."""
         return self.whole.done()
 
     def result(self) -> np.ndarray:
+        """Wait for the vectors, float32 (N, dim)."""
         return np.ascontiguousarray(self.whole.result()[:, : self.dim])
 
 
-@dataclass(frozen=True, slots=True)
-class LeadingPasses:
-    """Passes of which only the leading numbers of each vector are kept (Matryoshka)."""
+def normalise(raw: np.ndarray) -> tuple[np.ndarray, list[str | None]]:
+    """Scale each vector to length 1.
 
-    whole: Passes
-    dim: int
+    The length is taken in float64, so that no finite float32 vector overflows.
 
-    def start(self, pixels: np.ndarray) -> Pending:
-        """Start a pass; its vectors are float32 (N, dim)."""
-        return _Leading(self.whole.start(pixels), self.dim)
+    Args:
+        raw: float32, shape (N, dim).
+
+    Returns:
+        float32 (N, dim), zeros in the rows that can't be kept; and for each row what is wrong with it, or None.
+    """
+    lengths = np.sqrt(np.einsum("nd,nd->n", raw, raw, dtype=np.float64))
+    finite = np.isfinite(raw).all(axis=1)
+    good = finite & (lengths > _SHORTEST)
+    unit = np.divide(raw, lengths[:, None], out=np.zeros(raw.shape, np.float64), where=good[:, None])
+    return unit.astype(np.float32), [
+        None if fine else _fault(row) for fine, row in zip(good.tolist(), raw, strict=True)
+    ]
 
 
-def passes_on(device: str, forward: Forward) -> Passes:
-    """What runs a network on a device: cpu, cuda:N or mps."""
-    return (CudaPasses if device.startswith("cuda") else HostPasses)(forward, device)
+def _fault(row: np.ndarray) -> str:
+    if bool(np.isnan(row).any()):
+        return "NaN"
+    return "an infinite value" if bool(np.isinf(row).any()) else "length zero"
+
+
+def count_unnormalised(vectors: np.ndarray) -> int:
+    """The number of stored vectors, float16 (N, dim), whose length is not 1 up to float16's rounding."""
+    wide = vectors.astype(np.float32)
+    lengths = np.sqrt(np.einsum("nd,nd->n", wide, wide))
+    return int(np.count_nonzero(~(np.abs(lengths - 1.0) <= _LENGTH_TOLERANCE)))

@@ -14,8 +14,8 @@ from extraction_dagster.records import VideoRow
 from extraction_dagster.stages.decode.jpeg import decode_frames
 from extraction_dagster.stages.decode.task import DecodeJob
 from extraction_dagster.stages.decode.workers.pool import PoolOptions, decode_as_ready
+from extraction_dagster.stages.embed.passes import normalise
 from extraction_dagster.stages.embed.runtime import batch_size
-from extraction_dagster.stages.embed.vectors import normalise
 
 if TYPE_CHECKING:
     import os

@@ -157,7 +157,12 @@ def tune_process(device: str, threads: int | None) -> None:
         return
     if threads or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads or usable_cores())
-    _keep_freed_memory()
+    if not sys.platform.startswith("linux") or platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL("libc.so.6")
+    options = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 << 20))
+    if not all(libc.mallopt(option, value) for option, value in options):
+        _log.warning("glibc refused the allocator settings; embedding on the CPU costs up to twice the time")
 
 
 def autocast(device: str, dtype: str) -> AbstractContextManager[object]:
@@ -194,12 +199,3 @@ def usable_cores(limit_file: Path = _CGROUP_LIMIT) -> int:
         return max(1, min(affinity, math.ceil(int(quota) / int(period))))
     except (OSError, ValueError):
         return affinity
-
-
-def _keep_freed_memory() -> None:
-    if not sys.platform.startswith("linux") or platform.libc_ver()[0] != "glibc":
-        return
-    libc = ctypes.CDLL("libc.so.6")
-    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_TOP_PAD, 64 << 20))
-    if not all(libc.mallopt(option, value) for option, value in settings):
-        _log.warning("glibc refused the allocator settings; embedding on the CPU costs up to twice the time")

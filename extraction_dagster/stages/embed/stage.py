@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from extraction_dagster.errors.decode import StoredFrameError
 from extraction_dagster.errors.embed import InvalidVectorError
-from extraction_dagster.errors.shards import StoredFrameError
 from extraction_dagster.records import EmbeddingBatch, Failure
 from extraction_dagster.stages.embed.batching import BatchEmbedder, embed_pieces
+from extraction_dagster.stages.embed.passes import normalise
 from extraction_dagster.stages.embed.runtime import batch_size, num_readers
-from extraction_dagster.stages.embed.vectors import normalise
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
     from concurrent.futures import Future
 
-    from extraction_dagster.errors.base import ExtractionError
+    from extraction_dagster.errors import ExtractionError
     from extraction_dagster.records import EncodedFrames, IdRange
     from extraction_dagster.settings import Settings
     from extraction_dagster.shards.embedding_store import EmbeddingShard, EmbeddingStore
@@ -208,12 +208,9 @@ def _is_current(there: EmbeddingShard, shard: FrameShard) -> bool:
     frames = {record.record_id: (record.content_version, record.num_frames) for record in shard.records}
     vectors = {record.record_id: (record.content_version, record.num_frames) for record in there.records}
     lost = {failure.record_id: failure.content_version for failure in there.failures if failure.permanent}
-    return (
-        all(
-            vectors.get(record_id) == expected or lost.get(record_id) == expected[0]
-            for record_id, expected in frames.items()
-        )
-        and not vectors.keys() - frames.keys()
+    return vectors.keys() <= frames.keys() and all(
+        vectors.get(record_id) == expected or lost.get(record_id) == expected[0]
+        for record_id, expected in frames.items()
     )
 
 

@@ -36,32 +36,43 @@ class ExpectedPoints:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
-    """Where a store and the table disagree; each maps a record id to a number of points.
+class Differences:
+    """Where the store and the table disagree within a range; each maps a record id to a number of points.
 
     Attributes:
-        lost: Points that should be there: materialize these records again.
-        stale: Points of a record that should be there, but from another generation or too many: materialize again.
-        orphans: Points of records that should have none: remove them.
+        within: The range that was compared.
+        compared: Records that should have points.
+        held: Points that should be there.
+        lost: Points that are missing.
+        stale: Points beyond those that were verified.
+        gone: Points of records that should have none; 0 when only the ledger knows them.
     """
 
+    within: IdRange
+    compared: int = 0
+    held: int = 0
     lost: Mapping[int, int] = field(default_factory=dict)
     stale: Mapping[int, int] = field(default_factory=dict)
-    orphans: Mapping[int, int] = field(default_factory=dict)
+    gone: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def agrees(self) -> bool:
         """Whether there is no difference."""
-        return not (self.lost or self.stale or self.orphans)
+        return not (self.lost or self.stale or self.gone)
+
+    @property
+    def to_write_again(self) -> list[int]:
+        """Records whose points are to be written again."""
+        return sorted({*self.lost, *self.stale})
 
 
-def compare_points(store: PointStore | None, expected: Mapping[int, ExpectedPoints], *, within: IdRange) -> Comparison:
+def compare_points(store: PointStore | None, expected: Mapping[int, ExpectedPoints], *, within: IdRange) -> Differences:
     """Compare a range of ids, record by record, by exact counts.
 
     Args:
         store: With its collection open; None when there is no collection, so that every expected point is lost.
         expected: Every record of the range that should have points.
-        within: The range; points of records in it that are not expected are orphans.
+        within: The range; points of records in it that are not expected are gone.
     """
     held = store.count_by_record(PointFilter(record_id_range=within)) if store is not None else {}
     current = _count_current(store, expected) if store is not None else {}
@@ -71,10 +82,13 @@ def compare_points(store: PointStore | None, expected: Mapping[int, ExpectedPoin
         record_id: held.get(record_id, 0) - min(current.get(record_id, 0), want.num_points)
         for record_id, want in expected.items()
     }
-    return Comparison(
+    return Differences(
+        within,
+        compared=len(expected),
+        held=sum(want.num_points for want in expected.values()),
         lost={record_id: count for record_id, count in lost.items() if count > 0},
         stale={record_id: count for record_id, count in stale.items() if count > 0},
-        orphans={record_id: count for record_id, count in sorted(held.items()) if record_id not in expected},
+        gone={record_id: count for record_id, count in sorted(held.items()) if record_id not in expected},
     )
 
 
@@ -112,9 +126,8 @@ def expected_points(entry: LedgerEntry) -> ExpectedPoints:
 
 def _count_current(store: PointStore, expected: Mapping[int, ExpectedPoints]) -> dict[int, int]:
     counts: dict[int, int] = {}
-    records = list(expected)
+    records = list(expected.items())
     for start in range(0, len(records), _RECORDS_PER_CALL):
-        part = records[start : start + _RECORDS_PER_CALL]
-        generations = {record_id: expected[record_id].generation for record_id in part}
-        counts |= store.count_by_record(PointFilter.current(generations))
+        generations = {record_id: want.generation for record_id, want in records[start : start + _RECORDS_PER_CALL]}
+        counts |= store.count_by_record(PointFilter(generations=generations))
     return counts

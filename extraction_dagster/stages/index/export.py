@@ -86,12 +86,8 @@ def copy_points(source: PointStore, target: PointStore, *, on_copied: Callable[[
     wanted, there = source.count_by_record(), target.count_by_record()
     found = {record_id: there.get(record_id, 0) for record_id in wanted}
     if found != wanted:
-        raise PointsMissingError(
-            "in the target after copying them",
-            expected=copied,
-            got=sum(found.values()),
-            records=wrong_counts(found, wanted),
-        )
+        got, records = sum(found.values()), wrong_counts(found, wanted)
+        raise PointsMissingError("in the target after copying them", expected=copied, got=got, records=records)
     target.flush()
     return copied
 
@@ -109,8 +105,7 @@ def _write(store: PointStore, spec: CollectionSpec, path: Path, on_written: Call
 
 
 def _schema(spec: CollectionSpec) -> pa.Schema:
-    integers, floats = ("record_id", "frame_number"), ("frame_second",)
-    types = {**dict.fromkeys(integers, pa.int64()), **dict.fromkeys(floats, pa.float64())}
+    types = {"record_id": pa.int64(), "frame_number": pa.int64(), "frame_second": pa.float64()}
     fields = [("id", pa.string()), *((key, types.get(key, pa.string())) for key in RESERVED_PAYLOAD_KEYS)]
     metadata = {"collection": spec.name, "dim": str(spec.dim), "fingerprint": spec.fingerprint}
     vector = pa.list_(pa.float32(), spec.dim)
@@ -122,12 +117,8 @@ def _schema(spec: CollectionSpec) -> pa.Schema:
 def _table(batch: PointBatch, schema: pa.Schema) -> pa.Table:
     columns: dict[str, Any] = {"id": list(batch.ids)}
     columns |= {key: [payload.get(key) for payload in batch.payloads] for key in RESERVED_PAYLOAD_KEYS}
-    columns["payload"] = [_extra(payload) for payload in batch.payloads]
+    extras = [{key: payload[key] for key in payload.keys() - set(RESERVED_PAYLOAD_KEYS)} for payload in batch.payloads]
+    columns["payload"] = [json.dumps(extra, sort_keys=True) if extra else None for extra in extras]
     flat = pa.array(batch.vectors.astype("float32").reshape(-1), pa.float32())
     columns["vector"] = pa.FixedSizeListArray.from_arrays(flat, batch.dim)
     return pa.Table.from_pydict(columns, schema=schema)
-
-
-def _extra(payload: Any) -> str | None:  # noqa: ANN401 - a JSON object
-    extra = {key: value for key, value in payload.items() if key not in RESERVED_PAYLOAD_KEYS}
-    return json.dumps(extra, sort_keys=True) if extra else None

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from extraction_dagster.addresses import shown_address
-from extraction_dagster.errors.base import RecordShapeError, SettingsError
+from extraction_dagster.errors import RecordShapeError, SettingsError
 from extraction_dagster.errors.index import PayloadError, VectorNormError
 from extraction_dagster.records import fingerprint
 from extraction_dagster.settings import RESERVED_PAYLOAD_KEYS
@@ -159,11 +159,9 @@ def _record_payload(
     record_id: int, rows: Mapping[int, VideoRow], generations: Mapping[int, str], stamp: str
 ) -> dict[str, Any]:
     if record_id not in rows or record_id not in generations:
-        raise RecordShapeError(
-            record="PointBatch",
-            why=f"record {record_id} needs a row and a generation",
-            shapes=f"rows {sorted(rows)}, generations {sorted(generations)}",
-        )
+        why = f"record {record_id} needs a row and a generation"
+        shapes = f"rows {sorted(rows)}, generations {sorted(generations)}"
+        raise RecordShapeError(record="PointBatch", why=why, shapes=shapes)
     row = rows[record_id]
     return {
         **_extra_payload(row),
@@ -252,16 +250,6 @@ class PointFilter:
             if getattr(self, name) is not None and len(getattr(self, name)) == 0:
                 raise RecordShapeError(record="PointFilter", why=f"{name} must not be empty", shapes="length 0")
 
-    @classmethod
-    def current(cls, generations: Mapping[int, str]) -> PointFilter:
-        """Points of these records that carry their record's generation."""
-        return cls(generations=generations)
-
-    @classmethod
-    def stale_points(cls, generations: Mapping[int, str]) -> PointFilter:
-        """Points of these records that carry any other generation."""
-        return cls(generations=generations, stale=True)
-
     @property
     def names_points(self) -> bool:
         """Whether records or points are named at all: deleting by anything wider is refused."""
@@ -272,12 +260,9 @@ class PointFilter:
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """An engine's own classes for filters; `qdrant_edge` and `qdrant_client.models` name them alike."""
+    """An engine's own classes for filters; `models` is a module with those that the engines name alike."""
 
-    filter: Callable[..., Any]
-    field: Callable[..., Any]
-    match_any: Callable[..., Any]
-    match_value: Callable[..., Any]
+    models: Any
     number_range: Callable[..., Any]
     datetime_range: Callable[..., Any]
     has_ids: Callable[[Collection[str]], Any]
@@ -296,26 +281,23 @@ def translate(filters: PointFilter | None, dialect: Dialect) -> Any | None:  # n
     if filters.point_ids is not None:
         must.append(dialect.has_ids(filters.point_ids))
     if filters.platform is not None:
-        must.append(dialect.field(key="platform", match=dialect.match_value(value=filters.platform)))
-    if filters.created_from is not None or filters.created_before is not None:
-        must.append(_created(filters, dialect))
+        must.append(_equals("platform", filters.platform, dialect))
+    since, before = (moment and rfc3339(moment) for moment in (filters.created_from, filters.created_before))
+    if since or before:
+        must.append(dialect.models.FieldCondition(key="created_at", range=dialect.datetime_range(gte=since, lt=before)))
     if filters.record_id_range is not None:
         _add_range(filters.record_id_range, dialect, must, must_not)
     if filters.generations is not None:
         _add_generations(filters.generations, dialect, must, must_not if filters.stale else None)
-    return dialect.filter(must=must or None, must_not=must_not or None) if must or must_not else None
+    return dialect.models.Filter(must=must or None, must_not=must_not or None) if must or must_not else None
 
 
 def _records(record_ids: Collection[int], dialect: Dialect) -> Any:  # noqa: ANN401 - an engine's own condition
-    return dialect.field(key="record_id", match=dialect.match_any(any=sorted(set(record_ids))))
+    return dialect.models.FieldCondition(key="record_id", match=dialect.models.MatchAny(any=sorted(set(record_ids))))
 
 
-def _created(filters: PointFilter, dialect: Dialect) -> Any:  # noqa: ANN401 - an engine's own condition
-    bounds = {
-        "gte": rfc3339(filters.created_from) if filters.created_from else None,
-        "lt": rfc3339(filters.created_before) if filters.created_before else None,
-    }
-    return dialect.field(key="created_at", range=dialect.datetime_range(**bounds))
+def _equals(key: str, value: str, dialect: Dialect) -> Any:  # noqa: ANN401 - an engine's own condition
+    return dialect.models.FieldCondition(key=key, match=dialect.models.MatchValue(value=value))
 
 
 def _add_generations(
@@ -330,17 +312,12 @@ def _add_generations(
     for record_id, name in generations.items():
         by_generation[name].append(record_id)
     groups = [
-        dialect.filter(
-            must=[
-                _records(record_ids, dialect),
-                dialect.field(key="generation", match=dialect.match_value(value=name)),
-            ]
-        )
-        for name, record_ids in by_generation.items()
+        dialect.models.Filter(must=[_records(ids, dialect), _equals("generation", name, dialect)])
+        for name, ids in by_generation.items()
     ]
     must.append(_records(generations, dialect))
     if must_not is None:
-        must.append(dialect.filter(should=groups))
+        must.append(dialect.models.Filter(should=groups))
     else:
         must_not.extend(groups)
 
@@ -352,12 +329,9 @@ def _add_range(ids: IdRange, dialect: Dialect, must: list[Any], must_not: list[A
     from 2**60 + 1 on is "from 2**60 on, but not 2**60 itself" (at most 3,072 ids at an end, near 2**63).
     """
     low, high = _float_at_most(ids.first_id), -_float_at_most(-ids.last_id)
-    must.append(dialect.field(key="record_id", range=dialect.number_range(gte=low, lte=high)))
-    extra = [
-        *range(int(low) - _slack(low), ids.first_id),
-        *range(ids.last_id + 1, int(high) + _slack(high) + 1),
-    ]
-    extra = [record_id for record_id in extra if -(2**63) <= record_id < 2**63]
+    must.append(dialect.models.FieldCondition(key="record_id", range=dialect.number_range(gte=low, lte=high)))
+    below, above = range(int(low) - _slack(low), ids.first_id), range(ids.last_id + 1, int(high) + _slack(high) + 1)
+    extra = [record_id for record_id in (*below, *above) if _MIN_INT <= record_id <= _MAX_INT]
     if extra:
         must_not.append(_records(extra, dialect))
 

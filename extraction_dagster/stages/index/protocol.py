@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 
-from extraction_dagster.errors.base import RecordShapeError
+from extraction_dagster.errors import RecordShapeError
 from extraction_dagster.errors.index import CollectionMismatchError
 from extraction_dagster.stages.index.points import PointBatch, translate
 
@@ -76,11 +76,6 @@ class CollectionSpec:
         """The collection's own name, for which `name` is an alias: `video_frames-<fingerprint>`."""
         return f"{self.name}-{self.fingerprint}"
 
-    @property
-    def vectors(self) -> str:
-        """What its vectors are, for messages."""
-        return f"dim {self.dim}, fingerprint {self.fingerprint}"
-
     def require_same_vectors(self, found: CollectionSpec, where: str) -> None:
         """Refuse a collection whose vectors can't be compared with those of this one.
 
@@ -88,7 +83,8 @@ class CollectionSpec:
             CollectionMismatchError: It holds vectors of another length or fingerprint.
         """
         if (found.dim, found.fingerprint) != (self.dim, self.fingerprint):
-            raise CollectionMismatchError(self.name, where, got=found.vectors, expected=self.vectors)
+            got, expected = (f"dim {spec.dim}, fingerprint {spec.fingerprint}" for spec in (found, self))
+            raise CollectionMismatchError(self.name, where, got=got, expected=expected)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,9 +181,8 @@ class PointStore(abc.ABC):
         """Write points, and return once they are applied."""
         spec: CollectionSpec = self._open("write points")[0]
         if batch.dim != spec.dim and len(batch):
-            raise RecordShapeError(
-                record="PointBatch", why=f"collection {spec.name!r} takes dim {spec.dim}", shapes=f"dim {batch.dim}"
-            )
+            why = f"collection {spec.name!r} takes dim {spec.dim}"
+            raise RecordShapeError(record="PointBatch", why=why, shapes=f"dim {batch.dim}")
         for chunk in batch.chunks(max_points=MAX_POINTS_PER_CALL, max_bytes=_MAX_BYTES_PER_CALL):
             self._write(chunk)
 
@@ -195,9 +190,8 @@ class PointStore(abc.ABC):
         """Remove points of named records, and return once they are gone."""
         self._open("remove points")
         if not filters.names_points:
-            raise RecordShapeError(
-                record="PointFilter", why="removing needs records or points by name", shapes=repr(filters)
-            )
+            why = "removing needs records or points by name"
+            raise RecordShapeError(record="PointFilter", why=why, shapes=repr(filters))
         self._remove(translate(filters, self._dialect))
 
     def count(self, filters: PointFilter | None = None) -> int:

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from extraction_dagster.errors.index import CollectionMissingError
 from extraction_dagster.stages.index.compare import (
     WHOLE,
+    Differences,
     compare_points,
     expected_points,
     finished,
@@ -39,37 +40,6 @@ _WINDOW_RECORDS = 1000
 _HOLD_SECONDS = 5.0
 _PAUSE_SECONDS = 0.25
 _MUCH = 0.1  # share of a collection whose removal is worth an optimization
-
-
-@dataclass(frozen=True, slots=True)
-class Differences:
-    """Where the store and the table disagree within a range; each maps a record id to a number of points.
-
-    Attributes:
-        within: The range that was compared.
-        compared: Records that should have points.
-        held: Points that should be there.
-        lost: Points that are missing.
-        stale: Points beyond those that were verified.
-        gone: Points of records that were deleted or are no longer eligible; 0 when only the ledger knows them.
-    """
-
-    within: IdRange
-    compared: int = 0
-    held: int = 0
-    lost: Mapping[int, int] = field(default_factory=dict)
-    stale: Mapping[int, int] = field(default_factory=dict)
-    gone: Mapping[int, int] = field(default_factory=dict)
-
-    @property
-    def agrees(self) -> bool:
-        """Whether there is no difference."""
-        return not (self.lost or self.stale or self.gone)
-
-    @property
-    def to_write_again(self) -> list[int]:
-        """Records whose points are to be written again."""
-        return sorted({*self.lost, *self.stale})
 
 
 @dataclass(slots=True)
@@ -116,10 +86,8 @@ class Reconciliation:
         """What was found and done, in one sentence or two."""
         if not self.differences:
             return f"The collection agrees with the table: {self.records} records, {self.points} points."
-        kinds = {kind: self.total(kind) for kind in ("lost", "stale", "gone")}
-        text = ", ".join(
-            f"{points} points {kind} ({records} records)" for kind, (records, points) in kinds.items() if records
-        )
+        totals = [(kind, *self.total(kind)) for kind in ("lost", "stale", "gone")]
+        text = ", ".join(f"{points} points {kind} ({records} records)" for kind, records, points in totals if records)
         done = f" Removed {self.removed_points} points." if self.repaired and self.total("gone")[0] else ""
         return f"Of {self.records} records with {self.points} points: {text}.{done}"
 
@@ -187,7 +155,10 @@ def reconcile(  # noqa: PLR0913 - what is compared with what
                 if repair and not found.agrees:
                     removed += _repair(catalog, turns.store(), found)
             done.removed_points += removed
-            _tidy(turns.store(), removed)
+            store = turns.store()
+            if store is not None and removed and removed >= _MUCH * (store.count() + removed):
+                store.optimize()
+                store.flush()
     return done
 
 
@@ -208,18 +179,13 @@ class _Collection:
 
 def _find_collections(open_store: Callable[[], PointStore], name: str, embedding: str) -> list[_Collection]:
     """The collections to compare; entries whose own collection was dropped are compared with the first one."""
-    collections: list[_Collection] = []
+    in_use: list[str] = []
     with open_store() as store:
-        there = store.collections(name)
+        beside = set(store.collections(name))
         with contextlib.suppress(CollectionMissingError):
-            in_use = store.open_collection(name).fingerprint
-            collections.append(_Collection(in_use, in_use=True, of_today=in_use == embedding))
-    beside = sorted(
-        fingerprint
-        for fingerprint in there
-        if fingerprint not in {collection.fingerprint for collection in collections}
-    )
-    collections += [_Collection(fingerprint, in_use=False, of_today=fingerprint == embedding) for fingerprint in beside]
+            in_use.append(store.open_collection(name).fingerprint)
+    found = [*in_use, *sorted(beside.difference(in_use))]
+    collections = [_Collection(item, in_use=item in in_use, of_today=item == embedding) for item in found]
     return collections or [_Collection(None, in_use=False)]
 
 
@@ -266,25 +232,16 @@ class _View:
         """The differences within a window."""
         entries = self.catalog.ledger.entries(window)
         rows = {row.video.record_id: row for row in self.catalog.source.rows_of(entries)}
-        expected = {
-            record_id: expected_points(entries[record_id])
-            for record_id in finished(rows, entries)
-            if self._is_here(entries[record_id])
-        }
+        done = {record_id: entries[record_id] for record_id in finished(rows, entries)}
+        expected = {record_id: expected_points(entry) for record_id, entry in done.items() if self._is_here(entry)}
         found = compare_points(store, expected, within=window)
         not_in_use = {
-            record_id: entries[record_id].num_points or 0
-            for record_id in finished(rows, entries)
-            if self._should_be_seen(entries[record_id]) and record_id not in found.orphans
+            record_id: entry.num_points or 0
+            for record_id, entry in done.items()
+            if self._should_be_seen(entry) and record_id not in found.gone
         }
-        return Differences(
-            within=window,
-            compared=len(expected),
-            held=sum(item.num_points for item in expected.values()),
-            lost={**found.lost, **not_in_use},
-            stale=found.stale,
-            gone=self._gone(found.orphans, entries, rows.keys()),
-        )
+        gone = self._gone(found.gone, entries, rows.keys())
+        return replace(found, lost={**found.lost, **not_in_use}, gone=gone)
 
     def _is_here(self, entry: LedgerEntry) -> bool:
         """Whether an entry's points should be in this collection; those of a dropped one should be in the first."""
@@ -298,22 +255,16 @@ class _View:
 
         A record that a run has written into another collection, of another model, keeps its points in the one in use.
         """
-        if not self.collection.in_use:
-            return False
-        others = {
-            collection.fingerprint
-            for collection in self.all_collections
-            if not collection.in_use and not collection.of_today
-        }
-        return entry.embedding_fingerprint in others
+        others = {item.fingerprint for item in self.all_collections if not item.in_use and not item.of_today}
+        return self.collection.in_use and entry.embedding_fingerprint in others
 
     def _gone(
-        self, orphans: Mapping[int, int], entries: Mapping[int, LedgerEntry], eligible: Iterable[int]
+        self, unexpected: Mapping[int, int], entries: Mapping[int, LedgerEntry], eligible: Iterable[int]
     ) -> dict[int, int]:
         """Records that are deleted or no longer eligible, and still have points, or an entry that says so."""
-        unknown = [record_id for record_id in orphans if record_id not in entries]
+        unknown = [record_id for record_id in unexpected if record_id not in entries]
         eligible_now = {*eligible, *(row.video.record_id for row in self.catalog.source.rows_of(unknown))}
-        gone = {record_id: number for record_id, number in orphans.items() if record_id not in eligible_now}
+        gone = {record_id: number for record_id, number in unexpected.items() if record_id not in eligible_now}
         without_points = [record_id for record_id in entries if record_id not in eligible_now and record_id not in gone]
         there = self.catalog.source.existing(without_points)
         forgotten = [key for key in without_points if key not in there or entries[key].state == "done"]
@@ -334,9 +285,7 @@ def compare_range(catalog: Catalog, store: PointStore | None, *, within: IdRange
             for key, entry in entries.items()
             if entry.state == "done" and entry.embedding_fingerprint == fingerprint
         }
-        held = compare_points(store, expected, within=within)
-        points = sum(item.num_points for item in expected.values())
-        found = Differences(within, len(expected), points, lost=held.lost, stale=held.stale)
+        found = replace(compare_points(store, expected, within=within), gone={})
         if found.agrees:
             break
     return found
@@ -351,11 +300,5 @@ def _repair(catalog: Catalog, store: PointStore | None, found: Differences) -> i
     removed = delete_records(store, with_points) if store is not None else 0
     there = catalog.source.existing(found.gone)
     catalog.forget([record_id for record_id in found.gone if record_id not in there])
-    catalog.request_again(sorted({*there, *found.to_write_again}))
+    catalog.make_pending(sorted({*there, *found.to_write_again}))
     return removed
-
-
-def _tidy(store: PointStore | None, removed: int) -> None:
-    if store is not None and removed and removed >= _MUCH * (store.count() + removed):
-        store.optimize()
-        store.flush()

@@ -20,20 +20,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from extraction_dagster.errors.index import (
-    CollectionMissingError,
-    PayloadError,
-    PointsMissingError,
-    VectorNormError,
-)
-from extraction_dagster.records import EmbeddingBatch, Failure
+from extraction_dagster.errors.index import CollectionMissingError, PayloadError, PointsMissingError, VectorNormError
+from extraction_dagster.records import Failure
 from extraction_dagster.stages.index.points import PointFilter, build_points
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from datetime import datetime
 
-    from extraction_dagster.records import VideoRow
+    from extraction_dagster.records import EmbeddingBatch, VideoRow
     from extraction_dagster.settings import Settings
     from extraction_dagster.stages.index.points import PointBatch
     from extraction_dagster.stages.index.protocol import CollectionSpec, PointStore
@@ -109,7 +104,8 @@ def index_records(
             written = replace_records(store, embeddings.of_records(left), rows=rows, generations=generations)
         except (PayloadError, VectorNormError) as error:
             left.discard(error.record_id)
-            failures.append(_failure(rows[error.record_id], error))
+            version, said = rows[error.record_id].content_version, str(error)
+            failures.append(Failure(error.record_id, version, "index", type(error).__name__, said, error.permanent))
         else:
             return Indexed(written, tuple(failures))
 
@@ -140,13 +136,14 @@ def replace_records(
         PointsMissingError: The store does not hold what it acknowledged; old points that were there are kept.
         PointStoreError: The store failed.
     """
-    expected: dict[int, int] = {}
-    for part in _parts(embeddings):
+    ids, counts = np.unique(embeddings.record_id, return_counts=True)
+    expected: dict[int, int] = dict(zip(ids.tolist(), counts.tolist(), strict=True))
+    for start in range(0, len(ids), _RECORDS_PER_STEP):
+        chosen = ids[start : start + _RECORDS_PER_STEP].tolist()
+        part = embeddings.of_records(chosen)
         batch = build_points(part, rows=rows, generations=generations, created_at=created_at)
-        ids, counts = np.unique(part.record_id, return_counts=True)
-        part_expected = dict(zip(ids.tolist(), counts.tolist(), strict=True))
-        _replace(store, batch, expected=part_expected, generations={key: generations[key] for key in part_expected})
-        expected |= part_expected
+        of_part = {key: expected[key] for key in chosen}
+        _replace(store, batch, expected=of_part, generations={key: generations[key] for key in chosen})
     if expected:
         store.flush()
     return expected
@@ -185,29 +182,20 @@ def wrong_counts(found: Mapping[int, int], expected: Mapping[int, int]) -> str:
     return ", ".join(wrong[:_RECORDS_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def _failure(row: VideoRow, error: PayloadError | VectorNormError) -> Failure:
-    return Failure(row.record_id, row.content_version, "index", type(error).__name__, str(error), error.permanent)
-
-
-def _parts(embeddings: EmbeddingBatch) -> Iterator[EmbeddingBatch]:
-    """Cut between records, a few of them at a time."""
-    records = np.unique(embeddings.record_id)
-    for start in range(0, len(records), _RECORDS_PER_STEP):
-        chosen = np.isin(embeddings.record_id, records[start : start + _RECORDS_PER_STEP])
-        yield embeddings[chosen]
-
-
 def _replace(
     store: PointStore, batch: PointBatch, *, expected: Mapping[int, int], generations: Mapping[int, str]
 ) -> None:
     store.upsert(batch)
-    current = PointFilter.current(generations)
+    current = PointFilter(generations=generations)
     surplus = _surplus(store, current, batch, expected)
-    store.delete(PointFilter.stale_points(generations))
+    store.delete(PointFilter(generations=generations, stale=True))
     if surplus:
         store.delete(PointFilter(point_ids=surplus))
-    _verify(store, PointFilter(record_ids=tuple(expected)), when="after removing stale ones", expected=expected)
-    _verify_ids(store, batch, expected)
+    filters = PointFilter(record_ids=tuple(expected))
+    _verify(store, filters, when="after removing stale ones", expected=expected)
+    # Numbers can agree by chance, ids can't.
+    if (found := store.point_ids(filters)) != set(batch.ids):
+        _refuse(store, filters, when="by their ids", expected=expected, got=len(found.intersection(batch.ids)))
 
 
 def _surplus(
@@ -231,13 +219,6 @@ def _verify(store: PointStore, filters: PointFilter, *, when: str, expected: Map
     count = store.count(filters)
     if count != sum(expected.values()):
         _refuse(store, filters, when=when, expected=expected, got=count)
-
-
-def _verify_ids(store: PointStore, batch: PointBatch, expected: Mapping[int, int]) -> None:
-    """Numbers can agree by chance, ids can't."""
-    filters = PointFilter(record_ids=tuple(expected))
-    if (found := store.point_ids(filters)) != set(batch.ids):
-        _refuse(store, filters, when="by their ids", expected=expected, got=len(found.intersection(batch.ids)))
 
 
 def _refuse(store: PointStore, filters: PointFilter, *, when: str, expected: Mapping[int, int], got: int) -> None:

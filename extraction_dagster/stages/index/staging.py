@@ -15,8 +15,6 @@ from extraction_dagster.errors.index import CollectionNotReadyError
 from extraction_dagster.stages.index.compare import WHOLE, compare_points, expected_points, finished, windows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from extraction_dagster.records import IdRange
     from extraction_dagster.stages.catalog.catalog import Catalog
     from extraction_dagster.stages.index.protocol import CollectionSpec, PointStore
@@ -89,8 +87,10 @@ def publish_collection(store: PointStore, catalog: Catalog, *, name: str, finger
         if absent:
             missing[f"{min(absent)}-{max(absent)}"] = len(absent)
     if missing:
+        more = f" and {len(missing) - _RANGES_SHOWN} more" if len(missing) > _RANGES_SHOWN else ""
+        shown = "ids " + ", ".join(list(missing)[:_RANGES_SHOWN]) + more
         raise CollectionNotReadyError(
-            f"{name}-{fingerprint}", repr(store), missing=sum(missing.values()), records=records, ranges=_shown(missing)
+            f"{name}-{fingerprint}", repr(store), missing=sum(missing.values()), records=records, ranges=shown
         )
     store.publish()
     return records
@@ -104,9 +104,3 @@ def _verify(store: PointStore, catalog: Catalog, window: IdRange, fingerprint: s
     expected = {key: expected_points(entries[key]) for key in done if entries[key].embedding_fingerprint == fingerprint}
     found = compare_points(store, expected, within=window)
     return done, {key for key in done if key not in expected} | set(found.lost) | set(found.stale)
-
-
-def _shown(ranges: Iterable[str]) -> str:
-    keys = list(ranges)
-    more = f" and {len(keys) - _RANGES_SHOWN} more" if len(keys) > _RANGES_SHOWN else ""
-    return "ids " + ", ".join(keys[:_RANGES_SHOWN]) + more

@@ -11,8 +11,7 @@ from extraction_dagster.records import IdRange, VideoRow
 from extraction_dagster.settings import Settings
 from extraction_dagster.shards.compaction import Compacted, CompactionOptions, compact
 from extraction_dagster.shards.frame_export import export_frames
-from extraction_dagster.shards.frame_store import FrameStore
-from extraction_dagster.shards.retention import prune_frames
+from extraction_dagster.shards.frame_store import FrameStore, prune_frames
 from extraction_dagster.stages.catalog.catalog import Fingerprints
 from extraction_dagster.stages.catalog.ledger import LedgerEntry
 from extraction_dagster.stages.decode import stage
@@ -98,7 +97,7 @@ def test_frames_live_in_a_bucket_until_nobody_needs_them(clip_path, settings, s3
     assert (tmp_path / "out" / "3" / "00000036.jpg").read_bytes()[:2] == b"\xff\xd8"
     removed = prune_frames(store, RANGE, done, Fingerprints(frames="f1", embedding="e1"), keep=timedelta())
     assert (removed.shards, removed.records) == (1, 3)
-    assert FrameStore(f"{s3_root}/frames", "f1").partition_keys() == []
+    assert FrameStore(f"{s3_root}/frames", "f1").partitions() == []
 
 
 def test_the_settings_choose_the_sampling_and_the_steps(clip_path, settings, store):
@@ -196,7 +195,7 @@ from extraction_dagster.shards.compaction import Compacted, CompactionOptions, c
 from extraction_dagster.shards.frame_export import export_frames
 from extraction_dagster.shards.frame_store import FrameStore
 from extraction_dagster.stages.decode import stage
-from extraction_dagster.shards.retention import prune_frames
+from extraction_dagster.shards.frame_store import prune_frames
 from extraction_dagster.stages.decode.quality import Quality
 from extraction_dagster.stages.decode.sampling import Sampling
 from extraction_dagster.stages.decode.stage import decode_rows

@@ -12,7 +12,8 @@ import pytest
 
 from extraction_dagster.errors.embed import EmbeddingMemoryError
 from extraction_dagster.records import Failure, IdRange
-from extraction_dagster.shards.embedding_store import EmbeddedRecord, EmbeddingStore
+from extraction_dagster.shards.embedding_store import EmbeddingStore
+from extraction_dagster.shards.store import ShardRecord
 from extraction_dagster.stages.embed.models.registry import load_model
 from extraction_dagster.stages.embed.passes import Finished
 from extraction_dagster.stages.embed.stage import embed_shards, prefetch
@@ -95,7 +96,7 @@ def test_each_frame_shard_gets_its_embedding_shard_with_every_frame_in_order(run
     assert first.record_id.tolist() == [1, 1, 1, 2, 5, 5, 5, 5, 5, 5]
     assert first.frame_number.tolist() == [0, 30, 60, 0, 0, 30, 60, 90, 120, 150]
     assert first.pts_seconds.tolist() == [0, 1, 2, 0, 0, 1, 2, 3, 4, 5]
-    assert done[0].shard.records == (EmbeddedRecord(1, "v1", 3), EmbeddedRecord(2, "v1", 1), EmbeddedRecord(5, "v1", 6))
+    assert done[0].shard.records == (ShardRecord(1, "v1", 3), ShardRecord(2, "v1", 1), ShardRecord(5, "v1", 6))
 
 
 def test_vectors_are_each_frames_own_normalised_features(run, shards, store, model):

@@ -1,9 +1,9 @@
-"""Loss, orphans and stale points are found."""
+"""Points that are lost, stale or gone are found."""
 
 import pytest
 
 from extraction_dagster.records import IdRange
-from extraction_dagster.stages.index.compare import Comparison, ExpectedPoints, compare_points
+from extraction_dagster.stages.index.compare import Differences, ExpectedPoints, compare_points
 from extraction_dagster.stages.index.points import PointFilter, point_id
 from extraction_dagster.stages.index.stage import replace_records
 
@@ -21,27 +21,30 @@ def filled(opened, embeddings, rows):
 
 def test_a_store_that_agrees_says_so_whatever_lies_outside_the_range(filled):
     found = compare_points(filled, EXPECTED, within=RANGE)
-    assert found == Comparison()
+    assert found == Differences(RANGE, compared=3, held=6)
     assert found.agrees
 
 
 def test_lost_points_are_found(filled):
     filled.delete(PointFilter(point_ids=(point_id(7, 30), point_id(9, 0))))
     found = compare_points(filled, EXPECTED, within=RANGE)
-    assert found == Comparison(lost={7: 1, 9: 1})
+    assert found == Differences(RANGE, compared=3, held=6, lost={7: 1, 9: 1})
     assert not found.agrees
 
 
-def test_points_of_a_record_that_should_have_none_are_orphans(filled):
-    assert compare_points(filled, {7: EXPECTED[7]}, within=RANGE) == Comparison(orphans={8: 2, 9: 1})
-    assert compare_points(filled, {}, within=IdRange(1, 6)) == Comparison(orphans={5: 1})
+def test_points_of_a_record_that_should_have_none_are_gone(filled):
+    found = compare_points(filled, {7: EXPECTED[7]}, within=RANGE)
+    assert found == Differences(RANGE, compared=1, held=3, gone={8: 2, 9: 1})
+    assert compare_points(filled, {}, within=IdRange(1, 6)) == Differences(IdRange(1, 6), gone={5: 1})
 
 
 def test_points_of_another_generation_are_lost_and_stale(filled):
     wanted = {**EXPECTED, 8: ExpectedPoints(4, "b")}
-    assert compare_points(filled, wanted, within=RANGE) == Comparison(lost={8: 4}, stale={8: 2})
+    found = compare_points(filled, wanted, within=RANGE)
+    assert found == Differences(RANGE, compared=3, held=8, lost={8: 4}, stale={8: 2})
 
 
 def test_more_points_than_were_verified_are_stale(filled):
     wanted = {**EXPECTED, 7: ExpectedPoints(2, "a")}
-    assert compare_points(filled, wanted, within=RANGE) == Comparison(stale={7: 1})
+    found = compare_points(filled, wanted, within=RANGE)
+    assert found == Differences(RANGE, compared=3, held=5, stale={7: 1})

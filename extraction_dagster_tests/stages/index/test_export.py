@@ -84,7 +84,7 @@ def test_a_copy_holds_the_same_points(many, spec, tmp_path):
         assert copy_points(many, target) == 9
         assert copy_points(many, target) == 9
         assert target.point_ids() == many.point_ids()
-        assert target.count_by_record(PointFilter.current(dict.fromkeys(FRAMES, "a"))) == {
+        assert target.count_by_record(PointFilter(generations=dict.fromkeys(FRAMES, "a"))) == {
             5: 1,
             7: 3,
             8: 2,

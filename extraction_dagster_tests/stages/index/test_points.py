@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extraction_dagster.errors.base import RecordShapeError, SettingsError
+from extraction_dagster.errors import RecordShapeError, SettingsError
 from extraction_dagster.errors.index import PayloadError, VectorNormError
 from extraction_dagster.records import EmbeddingBatch, VideoRow
 from extraction_dagster.stages.index.points import PointBatch, build_points, generation, point_id

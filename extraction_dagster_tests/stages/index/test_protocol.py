@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 import numpy as np
 import pytest
 
-from extraction_dagster.errors.base import RecordShapeError
+from extraction_dagster.errors import RecordShapeError
 from extraction_dagster.errors.index import (
     CollectionInUseError,
     CollectionMismatchError,
@@ -68,7 +68,7 @@ def test_writing_twice_leaves_one_point_a_frame(opened, load):
     load({7: [0, 30]}, generation="a")
     load({7: [0, 30]}, generation="b", seed=1)
     assert opened.count() == 2
-    assert opened.count(PointFilter.current({7: "b"})) == 2
+    assert opened.count(PointFilter(generations={7: "b"})) == 2
 
 
 def test_reading_in_pages_gives_every_point_once(opened, load):
@@ -89,8 +89,8 @@ def test_reading_in_pages_gives_every_point_once(opened, load):
         (PointFilter(record_id_range=IdRange(BIG + 2, 2**63 - 1)), {BIG + 3: 1}),
         (PointFilter(record_id_range=IdRange(-(2**63), 6)), {-5: 1}),
         (PointFilter(point_ids=(point_id(7, 30), point_id(8, 0))), {7: 1, 8: 1}),
-        (PointFilter.current({7: "a", 8: "b", -5: "a"}), {7: 2, -5: 1}),
-        (PointFilter.stale_points({7: "a", 8: "b", -5: "b"}), {8: 1, -5: 1}),
+        (PointFilter(generations={7: "a", 8: "b", -5: "a"}), {7: 2, -5: 1}),
+        (PointFilter(generations={7: "a", 8: "b", -5: "b"}, stale=True), {8: 1, -5: 1}),
         (PointFilter(platform="insta", record_ids=(8,)), {8: 1}),
         (PointFilter(platform="tiktok"), {}),
         (PointFilter(created_from=datetime(2026, 1, 2, tzinfo=UTC)), {BIG: 1, BIG + 1: 1, BIG + 3: 1}),

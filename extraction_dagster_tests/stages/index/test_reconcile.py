@@ -4,9 +4,10 @@ from contextlib import closing
 
 from extraction_dagster.records import IdRange
 from extraction_dagster.stages.catalog.catalog import Catalog, Fingerprints
+from extraction_dagster.stages.index.compare import Differences
 from extraction_dagster.stages.index.edge.store import EdgeStore
 from extraction_dagster.stages.index.points import PointFilter, generation, point_id
-from extraction_dagster.stages.index.reconcile import Differences, compare_range
+from extraction_dagster.stages.index.reconcile import compare_range
 from extraction_dagster.stages.index.stage import delete_records, replace_records
 
 TODAY = Fingerprints(frames="f1", embedding="e1")
@@ -128,7 +129,7 @@ def test_what_is_pending_keeps_its_old_points(done, catalog):
     lose(done, point_id(2, 0))
     assert done.reconcile(catalog, repair=True).differences == []
     assert done.points() == {**FRAMES, 2: 2}
-    catalog.request_again([41])
+    catalog.make_pending([41])
     assert done.reconcile(catalog, repair=True).differences == []
     assert done.points()[41] == 4
 
@@ -300,7 +301,7 @@ def test_a_range_is_compared_within_its_bounds_and_for_its_own_fingerprint(done,
 
 
 def test_a_row_that_waits_for_another_try_is_no_difference_of_its_range(done, catalog):
-    catalog.request_again([2])
+    catalog.make_pending([2])
     with done.store() as store:
         store.open_collection("video_frames")
         found = compare_range(catalog, store, within=ALL, fingerprint="e1")

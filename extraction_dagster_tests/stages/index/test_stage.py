@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from extraction_dagster.errors.base import RecordShapeError
+from extraction_dagster.errors import RecordShapeError
 from extraction_dagster.errors.index import CollectionMismatchError, PointsMissingError, PointStoreError
 from extraction_dagster.records import EmbeddingBatch, Failure, VideoRow
 from extraction_dagster.settings import Settings

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import fsspec
 
-from extraction_dagster.errors.fetch import (
+from extraction_dagster.errors.catalog import (
     AddressForbiddenError,
     FetchCredentialsError,
     FetchExtraMissingError,

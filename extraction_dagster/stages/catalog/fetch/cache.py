@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from extraction_dagster.errors.base import ExtractionError
-from extraction_dagster.errors.fetch import DownloadCacheError, DownloadTimeoutError, FileUnavailableError
+from extraction_dagster.errors import ExtractionError
+from extraction_dagster.errors.catalog import DownloadCacheError, DownloadTimeoutError, FileUnavailableError
 from extraction_dagster.files import write_atomically
 
 if TYPE_CHECKING:

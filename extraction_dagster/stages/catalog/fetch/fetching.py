@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 
 import tenacity
 
-from extraction_dagster.errors.fetch import FetchSetupError, FileForbiddenError, FileUnavailableError, SchemeError
+from extraction_dagster.errors.catalog import FetchSetupError, FileForbiddenError, FileUnavailableError, SchemeError
 from extraction_dagster.stages.catalog.fetch.buckets import BucketDownload
 from extraction_dagster.stages.catalog.fetch.cache import (
     OVERHEAD_BYTES,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, quote, urlsplit
 
 from extraction_dagster.addresses import shown_address
-from extraction_dagster.errors.fetch import AddressForbiddenError, SchemeError
+from extraction_dagster.errors.catalog import AddressForbiddenError, SchemeError
 from extraction_dagster.stages.catalog.fetch.cache import PassingFaultError
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin
 
 from extraction_dagster import __version__
-from extraction_dagster.errors.fetch import (
+from extraction_dagster.errors.catalog import (
     AddressForbiddenError,
     FileEncodedError,
     FileRefusedError,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from extraction_dagster.errors.base import ExtractionError
+from extraction_dagster.errors import ExtractionError
 from extraction_dagster.errors.decode import VideoDecodeError
 from extraction_dagster.stages.decode.decoders.container import (
     ProbeNeededError,

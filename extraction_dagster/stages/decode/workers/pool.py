@@ -26,7 +26,7 @@ from extraction_dagster.stages.decode.workers.worker import Fault, Report
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator
 
-    from extraction_dagster.errors.base import ExtractionError
+    from extraction_dagster.errors import ExtractionError
     from extraction_dagster.settings import Settings
     from extraction_dagster.stages.decode.task import DecodeJob
 

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from extraction_dagster.errors.embed import CompiledNetworkError
-from extraction_dagster.stages.embed.passes import Finished
-from extraction_dagster.stages.embed.vectors import normalise
+from extraction_dagster.stages.embed.passes import Finished, normalise
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -56,18 +56,14 @@ def export_onnx(model: EmbeddingModel, output: Path) -> None:
 def main() -> None:
     """Compile to where the job says, and try the result."""
     job = json.loads(Path(sys.argv[1]).read_text("utf-8"))
-    _die_with(job["parent"])
+    # End when the process that started this one is killed: no other wants the result.
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != job["parent"]:
+        sys.exit("the process that started this one is gone")
     model = load_model(Settings(_env_file=None, device="cpu", **job["settings"]))
     export_onnx(model, Path(job["output"]))
     open_passes(Path(job["output"]), model)
-
-
-def _die_with(parent: int) -> None:
-    """End when the process that started this one is killed: no other wants the result."""
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit("the process that started this one is gone")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ TOKENIZER_FILES: Final = (
     "spiece.model",
     "tokenizer.model",
 )
+# Every file that may be read of a model.
+FILES: Final = [CONFIG, *PREPROCESSORS, *TOKENIZER_FILES, WEIGHTS, WEIGHTS_INDEX, "model-*.safetensors", "*.py"]
 # transformers' names for the architectures whose vectors are known to be good for search.
 MODEL_TYPES: Final = ("clip", "siglip", "dinov2", "dinov2_with_registers")
 # Nothing of these but their tokens is read, and that by the tokenizers' library; a big one would take a lot of memory.
@@ -112,7 +114,7 @@ class ModelFolder:
 
     def sha256(self) -> dict[str, str]:
         """The sha256 of each file."""
-        return {name: _sha256(path, *_stamp(path)) for name, path in sorted(self.files.items())}
+        return {name: sha256_of(path) for name, path in sorted(self.files.items())}
 
 
 def inspect_folder(model: str, path: Path, *, trusted: bool = False) -> ModelFolder:
@@ -214,7 +216,9 @@ class _Inspection:
             self.refuse(
                 CONFIG, f"model_type {kind!r}", f"one of {', '.join(MODEL_TYPES)}{fixed}", "Choose another model."
             )
-        for name, value in _numbers(config):
+        for name, value in _leaves(config):
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                continue
             most = _MOST_LAYERS if name == _LAYERS else _LARGEST_NUMBER
             if not -most <= value <= most:
                 self.refuse(CONFIG, f"{name} {str(value)[:20]}", f"at most {most}")
@@ -250,19 +254,31 @@ class _Inspection:
             self.refuse(WEIGHTS, "no such file", "the model's weights as safetensors")
         index = self.read_json(self.vetted(self.path / WEIGHTS_INDEX))
         parts = index.get("weight_map")
-        names = set(parts.values()) if isinstance(parts, dict) and all(map(_is_shard, parts.values())) else set()
-        if not names:
-            self.refuse(
-                WEIGHTS_INDEX, "no map of tensors to files", "weight_map, with plain names of safetensors files"
-            )
-        shards = {name: self.need(name, f"the part that {WEIGHTS_INDEX} names") for name in sorted(names)}
+        names = list(parts.values()) if isinstance(parts, dict) else []
+        if not names or not all(isinstance(name, str) and _SHARD.fullmatch(name) for name in names):
+            expected = "weight_map, with plain names of safetensors files"
+            self.refuse(WEIGHTS_INDEX, "no map of tensors to files", expected)
+        shards = {name: self.need(name, f"the part that {WEIGHTS_INDEX} names") for name in sorted(set(names))}
         return {WEIGHTS_INDEX: self.path / WEIGHTS_INDEX, **shards}
 
     def shapes(self, path: Path) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor in a safetensors file, by name."""
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(_LENGTH_BYTES)
+            length = struct.unpack("<Q", start)[0] if len(start) == _LENGTH_BYTES else 0
+            if not len("{}") <= length <= min(size - _LENGTH_BYTES, _MOST_HEADER_BYTES):
+                self.refuse(path.name, f"a header of {length} bytes in a file of {size}", "a safetensors file")
+            header = file.read(length)
         try:
-            return _tensor_shapes(path)
-        except _HeaderError as error:
-            self.refuse(path.name, error.got, error.expected)
+            tensors = {name: part for name, part in json.loads(header).items() if name != "__metadata__"}
+            end = max((_whole(part["data_offsets"])[1] for part in tensors.values()), default=0)
+            shapes = {name: _whole(part["shape"]) for name, part in tensors.items()}
+        except (ValueError, RecursionError, AttributeError, KeyError, TypeError, IndexError) as error:
+            self.refuse(path.name, f"no readable header ({type(error).__name__})", "a safetensors file")
+        if end != size - _LENGTH_BYTES - length:
+            self.refuse(path.name, f"{size} bytes", f"{end + _LENGTH_BYTES + length}, as its header says")
+        return shapes
 
     def check_dim(self, folder: ModelFolder, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """The tensor that makes vectors makes them as long as the configuration says."""
@@ -277,13 +293,10 @@ class _Inspection:
                 self.refuse(CONFIG, f"vectors of {dim} numbers", f"{(*shape, 'none')[0]}, as {name} in the weights has")
 
 
-def _is_shard(name: object) -> bool:
-    return isinstance(name, str) and _SHARD.fullmatch(name) is not None
-
-
-def _stamp(path: Path) -> tuple[int, int]:
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file; read again only when its size or its time has changed."""
     found = path.stat()
-    return found.st_size, found.st_mtime_ns
+    return _sha256(path, found.st_size, found.st_mtime_ns)
 
 
 @lru_cache(maxsize=256)
@@ -306,13 +319,6 @@ def _asks_elsewhere(config: Mapping[str, Any]) -> tuple[str, object] | None:
     return None
 
 
-def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Every number, with its name."""
-    for name, value in _leaves(config):
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            yield name, value
-
-
 def _leaves(described: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
     """Every value with its name, in order; what is asked for stays whole."""
     # A list instead of recursion: a hostile file may be nested deeper than Python's stack.
@@ -325,38 +331,6 @@ def _leaves(described: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
             waiting += [(name, part) for part in reversed(value)]
         else:
             yield name, value
-
-
-class _HeaderError(ValueError):
-    """The header of a safetensors file can't be read, or does not fit the file."""
-
-    def __init__(self, got: str, expected: str = "a safetensors file") -> None:
-        self.got, self.expected = got, expected
-        super().__init__(f"got {got}, expected {expected}")
-
-
-def _tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor, by name.
-
-    Raises:
-        _HeaderError: The header is damaged, lies, or disagrees with the file's size.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(_LENGTH_BYTES)
-        length = struct.unpack("<Q", start)[0] if len(start) == _LENGTH_BYTES else 0
-        if not len("{}") <= length <= min(size - _LENGTH_BYTES, _MOST_HEADER_BYTES):
-            raise _HeaderError(f"a header of {length} bytes in a file of {size}")
-        header = file.read(length)
-    try:
-        tensors = {name: part for name, part in json.loads(header).items() if name != "__metadata__"}
-        end = max((_whole(part["data_offsets"])[1] for part in tensors.values()), default=0)
-        shapes = {name: _whole(part["shape"]) for name, part in tensors.items()}
-    except (ValueError, RecursionError, AttributeError, KeyError, TypeError, IndexError) as error:
-        raise _HeaderError(f"no readable header ({type(error).__name__})") from error
-    if end != size - _LENGTH_BYTES - length:
-        raise _HeaderError(f"{size} bytes", f"{end + _LENGTH_BYTES + length}, as its header says")
-    return shapes
 
 
 def _whole(numbers: list[int]) -> tuple[int, ...]:

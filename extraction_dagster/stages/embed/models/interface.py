@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from extraction_dagster.stages.embed.passes import LeadingPasses, Passes, passes_on
+from extraction_dagster.stages.embed.passes import CudaPasses, HostPasses, Leading, Passes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class EmbeddingModel:
     """A network that stays loaded on one device. A subclass gives `network_dim`, `prepare` and `forward`.
 
-    Vectors are what the network gives, float32 and not normalised: `vectors.normalise` checks and normalises them, the
+    Vectors are what the network gives, float32 and not normalised: `passes.normalise` checks and normalises them, the
     same way for frames and for queries.
 
     Args:
@@ -35,7 +35,8 @@ class EmbeddingModel:
 
     Attributes:
         network_dim: Numbers that `forward` gives for a frame.
-        dim: Length of a vector: `network_dim`, or less after `keep_leading`.
+        leading: Numbers that are kept of each vector, which is normalised afterwards (Matryoshka); None for all.
+        dim: Length of a vector: `leading`, or `network_dim`.
         passes: What runs `forward`; may be exchanged for something faster that gives the same vectors.
     """
 
@@ -43,12 +44,12 @@ class EmbeddingModel:
 
     def __init__(self, name: str, network: Any, *, device: str, fingerprint: str) -> None:  # noqa: ANN401 - either kind
         self.name, self.device, self.fingerprint, self.network = name, device, fingerprint, network
-        self.passes: Passes = passes_on(device, self.forward)
-        self._leading: int | None = None
+        self.passes: Passes = (CudaPasses if device.startswith("cuda") else HostPasses)(self.forward, device)
+        self.leading: int | None = None
 
     @property
     def dim(self) -> int:  # noqa: D102 - described above
-        return self._leading or self.network_dim
+        return self.leading or self.network_dim
 
     def prepare(self, images: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
         """Resize uint8 (H, W, 3) RGB images to the network's pixels, uint8 (N, h, w, 3); safe in any thread."""
@@ -60,7 +61,8 @@ class EmbeddingModel:
 
     def start(self, pixels: np.ndarray) -> Pending:
         """Start a pass over prepared pixels; its vectors are float32 (N, dim), not normalised."""
-        return self.passes.start(pixels)
+        pending = self.passes.start(pixels)
+        return pending if self.leading is None else Leading(pending, self.leading)
 
     def embed_prepared(self, pixels: np.ndarray) -> np.ndarray:
         """Vectors of prepared pixels, float32 (N, dim), not normalised."""
@@ -69,10 +71,6 @@ class EmbeddingModel:
     def embed_images(self, images: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
         """Vectors of images of any size, float32 (N, dim), not normalised."""
         return self.embed_prepared(self.prepare(images))
-
-    def keep_leading(self, dim: int) -> None:
-        """Give only the leading `dim` numbers of each vector from now on; they are normalised afterwards."""
-        self.passes, self._leading = LeadingPasses(self.passes, dim), dim
 
 
 @runtime_checkable

@@ -10,14 +10,14 @@ Source:
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from extraction_dagster.errors.embed import ModelFilesError
+from extraction_dagster.stages.embed.models.folder import sha256_of
 from extraction_dagster.stages.embed.models.interface import EmbeddingModel, ModelFamily
 from extraction_dagster.stages.embed.models.preprocess import SQUASH, arithmetic, squash
 from extraction_dagster.stages.embed.passes import HostPasses
@@ -70,7 +70,7 @@ def settings_identity(settings: Settings) -> dict[str, object]:
 
 def identity(settings: Settings) -> dict[str, object]:
     """What changes the vectors, the weights' sha256 included."""
-    return {**settings_identity(settings), "weights_sha256": _sha256(weights_path())}
+    return {**settings_identity(settings), "weights_sha256": sha256_of(weights_path())}
 
 
 def weights_path() -> Path:
@@ -87,12 +87,6 @@ def weights_path() -> Path:
     if not path.is_file():
         raise ModelFilesError(NAME, str(path), "no such file", "the packaged checkpoint", _REINSTALL)
     return path
-
-
-@lru_cache(maxsize=4)
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class EfficientNetLite0(EmbeddingModel):

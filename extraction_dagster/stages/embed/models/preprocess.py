@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
     from extraction_dagster.settings import Settings
 
-# Names what `squash` does to the pixels; part of every fingerprint, so change it whenever the pixels change.
+# What `squash` and `ProcessorPixels.prepare` do; part of every fingerprint, so change them whenever the pixels change.
 SQUASH: Final = "squash-bicubic-antialias"
-# Names what `ProcessorPixels.prepare` does; part of every fingerprint, so change it whenever the pixels change.
 AS_PROCESSOR: Final = "as-processor"
 # Pillow's numbers for the filters that torch's uint8 kernel has too.
 _FILTERS: Final = {2: "bilinear", 3: "bicubic"}
 _MOST_SIDE_PX: Final = 4096
 _STEPS: Final = ("preprocess", "_preprocess_image_like_inputs", "_preprocess", "resize", "center_crop")
+_AS_ARRAYS: Final = {"input_data_format": "channels_last", "return_tensors": "np"}
 _threads = threading.local()
 
 
@@ -164,7 +164,7 @@ class ProcessorPixels:
     def _agrees(self, *, fast: bool) -> bool:
         """Whether a picture comes out as the whole processor makes it, within 2 steps of 255."""
         image = np.random.default_rng(0).integers(0, 256, (1, 5, 7, 3), np.uint8).repeat(24, 1).repeat(24, 2)
-        whole = self._processor(images=list(image), input_data_format="channels_last", return_tensors="np")
+        whole = self._processor(images=list(image), **_AS_ARRAYS)
         expected = np.asarray(whole["pixel_values"], np.float64).transpose(0, 2, 3, 1)
         got = self._ready(image, fast=fast) * self.scale.astype(np.float64) + self.offset
         return got.shape == expected.shape and bool((np.abs(got - expected) <= 2.01 * np.abs(self.scale)).all())
@@ -202,13 +202,7 @@ class ProcessorPixels:
         return (self._edge_px, longer) if height <= width else (longer, self._edge_px)
 
     def _by_processor(self, images: np.ndarray) -> np.ndarray:
-        done = self._processor(
-            images=list(images),
-            do_rescale=False,
-            do_normalize=False,
-            input_data_format="channels_last",
-            return_tensors="np",
-        )
+        done = self._processor(images=list(images), do_rescale=False, do_normalize=False, **_AS_ARRAYS)
         pixels: np.ndarray[Any, Any] = np.asarray(done["pixel_values"])
         if pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.dtype != np.uint8:  # noqa: PLR2004 - NCHW
             message = f"pixels {pixels.dtype} {pixels.shape} from {type(self._processor).__name__}"

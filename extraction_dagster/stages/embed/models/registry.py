@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
-from extraction_dagster.errors.base import SettingsError
+from extraction_dagster.errors import SettingsError
 from extraction_dagster.errors.embed import EmbeddingModelError
 from extraction_dagster.records import fingerprint
 from extraction_dagster.stages.embed.models import lite0, transformers
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from extraction_dagster.stages.embed.models.interface import EmbeddingModel, ModelFamily
 
 # The first family that answers for a name is taken.
-FAMILIES: tuple[ModelFamily, ...] = (lite0.FAMILY, transformers.FOLDERS, transformers.HUB)
+FAMILIES: tuple[ModelFamily, ...] = (lite0.FAMILY, transformers.FAMILY)
 # What becomes of a network's vector before it is kept, the same for every model; part of every fingerprint.
 _STORED = {"normalisation": "l2", "normalisation_dtype": "float64", "storage_dtype": "float16"}
 
@@ -64,7 +64,7 @@ def _loaded(settings: Settings, fingerprint: str, *, may_compile: bool) -> Embed
         speed_up(model, settings, identity=family.identity(settings), may_compile=may_compile)
     _check_dim(settings.embedding_dim, model.dim, model.name)
     if settings.embedding_dim is not None and settings.embedding_dim < model.dim:
-        model.keep_leading(settings.embedding_dim)
+        model.leading = settings.embedding_dim
     return model
 
 

@@ -1,7 +1,7 @@
 """Models of transformers: CLIP, SigLIP, SigLIP 2 and DINOv2, out of a local folder or the Hugging Face hub.
 
-Only safetensors are read, and no Python code of a model runs unless the model is named in `trust_remote_code`. With
-the files there, nothing here needs a network.
+Only safetensors are read, and no Python code of a model runs unless the model is named in `trust_remote_code`. A model
+of the hub is pinned to a commit and kept in the hub's own cache. With the files there, nothing here needs a network.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from extraction_dagster.errors.base import ExtractionError
-from extraction_dagster.errors.embed import ModelFilesError, ModelLibraryError
-from extraction_dagster.stages.embed.models import hub
-from extraction_dagster.stages.embed.models.folder import inspect_folder
+from extraction_dagster.errors import ExtractionError
+from extraction_dagster.errors.embed import EmbeddingModelError, ModelFilesError, ModelLibraryError
+from extraction_dagster.stages.embed.models.folder import FILES, inspect_folder
 from extraction_dagster.stages.embed.models.interface import EmbeddingModel, ModelFamily
 from extraction_dagster.stages.embed.models.preprocess import AS_PROCESSOR, ProcessorPixels, arithmetic
+from extraction_dagster.stages.embed.passes import normalise
 from extraction_dagster.stages.embed.runtime import autocast, open_device, resize_device
-from extraction_dagster.stages.embed.vectors import normalise
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,17 +31,26 @@ if TYPE_CHECKING:
     from extraction_dagster.stages.embed.models.folder import ModelFolder
 
 _CHOOSE: Final = "Fetch the model's files again, or choose another model."
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@.*)?", re.DOTALL)
+_HUB_NAMES: Final = "organisation/name@commit of the hub, all 40 digits"
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def answers_for_folder(name: str) -> bool:
-    """Whether a name is a folder's: it starts with /, ./, ../ or ~."""
+def is_folder(name: str) -> bool:
+    """Whether a name is a folder's: it starts with /, ./, ../ or ~; any other is a hub model's."""
     return re.match(r"(/|\.{1,2}/|~)", name) is not None
 
 
 def settings_identity(settings: Settings) -> dict[str, object]:
-    """What changes the vectors, as far as can be told without opening a file."""
+    """What changes the vectors, as far as can be told without opening a file.
+
+    Raises:
+        EmbeddingModelError: A hub model is not pinned.
+    """
+    if not is_folder(settings.model):
+        check_pinned(settings.model)
     return {
-        "model": str(_folder(settings)) if answers_for_folder(settings.model) else settings.model,
+        "model": str(_folder(settings)) if is_folder(settings.model) else settings.model,
         "pixels": f"{AS_PROCESSOR}-{arithmetic(settings)}",
         "feature": "pooled",
         "compute_dtype": settings.embed_dtype,
@@ -55,14 +63,14 @@ def identity(settings: Settings) -> dict[str, object]:
     Raises:
         ModelFilesError: A folder's files are missing, damaged or refused.
     """
-    if not answers_for_folder(settings.model):
+    if not is_folder(settings.model):  # the commit names every byte of the files
         return settings_identity(settings)
     return {**settings_identity(settings), "model": inspect(settings).sha256()}
 
 
 def declared_dim(settings: Settings) -> int | None:
     """Length of the vectors as a folder's configuration says it; None for a hub model."""
-    return inspect(settings).dim if answers_for_folder(settings.model) else None
+    return inspect(settings).dim if is_folder(settings.model) else None
 
 
 def inspect(settings: Settings) -> ModelFolder:
@@ -71,13 +79,53 @@ def inspect(settings: Settings) -> ModelFolder:
     Raises:
         ModelFilesError: They are missing, damaged or refused.
     """
-    look = partial(inspect_folder, settings.model, trusted=is_trusted(settings))
-    return look(_folder(settings)) if answers_for_folder(settings.model) else hub.fetched(settings.model, look)
+    look = partial(inspect_folder, settings.model, trusted=settings.model in settings.trust_remote_code)
+    return look(_folder(settings)) if is_folder(settings.model) else _fetched(settings.model, look)
 
 
-def is_trusted(settings: Settings) -> bool:
-    """Whether the operator lets this model's own Python code run."""
-    return settings.model in settings.trust_remote_code
+def check_pinned(name: str) -> None:
+    """Refuse a hub model without the commit: its owner could change what the name means.
+
+    Raises:
+        EmbeddingModelError: It is not pinned.
+    """
+    repository, _, commit = name.partition("@")
+    if not _COMMIT.fullmatch(commit):
+        got = f"{commit!r} is not a commit's 40 hexadecimal digits" if commit else "it names no commit"
+        why = (
+            f"{got}, and what a branch or tag means can change. Write {repository}@COMMIT with the 40 digits that the "
+            f"hub shows under 'Files and versions', 'History'; a folder is written ./{repository}"
+        )
+        raise EmbeddingModelError(name, why, _HUB_NAMES)
+
+
+def _fetched(name: str, look: Callable[[Path], ModelFolder]) -> ModelFolder:
+    """A pinned model's files, looked through: out of the cache when they are there, else fetched."""
+    check_pinned(name)
+    try:
+        return look(_snapshot(name, local_only=True))
+    except (ModelFilesError, FileNotFoundError) as in_cache:
+        try:
+            path = _snapshot(name, local_only=False)
+        except Exception as error:  # the client's own errors, the HTTP library's, the file system's
+            if isinstance(in_cache, ModelFilesError):
+                raise in_cache from error
+            fix = (
+                "Check the name and the network; a private model needs HF_TOKEN. Without a network, fetch it elsewhere "
+                "and set EXTRACTION_MODEL to the folder."
+            )
+            got = f"nothing ({type(error).__name__})"
+            raise ModelFilesError(name, "the hub", got, "its files, or a copy in the hub's cache", fix) from error
+        return look(path)
+
+
+def _snapshot(name: str, *, local_only: bool) -> Path:
+    try:
+        from huggingface_hub import snapshot_download  # noqa: PLC0415 - only a hub model needs it
+    except ImportError as error:
+        raise ModelLibraryError(name, "huggingface_hub", "transformers") from error
+    repository, _, commit = name.partition("@")
+    return Path(snapshot_download(repository, revision=commit, allow_patterns=FILES, local_files_only=local_only))
 
 
 def _folder(settings: Settings) -> Path:
@@ -111,7 +159,11 @@ class TransformersModel(EmbeddingModel):
 
     def _try(self) -> int:
         """The length of its vectors, once two pictures have got sound ones."""
-        vectors = self.embed_prepared(self.prepare(_probes()))
+        import numpy as np  # noqa: PLC0415 - only where a model is loaded
+
+        # A wide and a tall one: a model whose vectors for both come out, and alike in size, takes every frame.
+        pictures = [np.full((64, 96, 3), 128, np.uint8), np.full((96, 64, 3), 64, np.uint8)]
+        vectors = self.embed_prepared(self.prepare(pictures))
         if fault := next(filter(None, normalise(vectors)[1]), None):
             got = f"weights that give a plain picture a vector with {fault}, computed in {self._dtype}"
             fix = (
@@ -158,7 +210,7 @@ def load(settings: Settings, fingerprint: str) -> TransformersModel:
     _need_library(settings.model)
     folder = inspect(settings)
     where = {"device": device, "fingerprint": fingerprint, "dtype": settings.embed_dtype}
-    options = {"trust_remote_code": is_trusted(settings), "local_files_only": True}
+    options = {"trust_remote_code": settings.model in settings.trust_remote_code, "local_files_only": True}
     with _as_refusal(folder), _quiet():
         network = _read_network(folder, options).to(device)
         pixels = _read_pixels(folder, options, resize_device(settings, device))
@@ -228,13 +280,6 @@ def _features(network: Any, method: str, **inputs: torch.Tensor) -> torch.Tensor
     return pooled
 
 
-def _probes() -> list[np.ndarray]:
-    """A wide and a tall image: a model whose vectors for both come out, and alike in size, takes every frame."""
-    import numpy as np  # noqa: PLC0415 - only where a model is loaded
-
-    return [np.full((64, 96, 3), 128, np.uint8), np.full((96, 64, 3), 64, np.uint8)]
-
-
 def _need_library(model: str) -> None:
     try:
         import PIL  # noqa: F401, PLC0415 - transformers' processors need it
@@ -274,24 +319,11 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _hub_identity(settings: Settings) -> dict[str, object]:
-    hub.check_pinned(settings.model)
-    return settings_identity(settings)
-
-
-FOLDERS: Final = ModelFamily(
-    shown="./folder or /folder, saved by transformers",
-    answers_for=answers_for_folder,
+FAMILY: Final = ModelFamily(
+    shown=f"./folder or /folder, saved by transformers; {_HUB_NAMES}",
+    answers_for=lambda name: is_folder(name) or _HUB_NAME.fullmatch(name) is not None,
     settings_identity=settings_identity,
     identity=identity,
     dim=declared_dim,
-    load=load,
-)
-HUB: Final = ModelFamily(
-    shown=hub.SHOWN,
-    answers_for=hub.answers_for,
-    settings_identity=_hub_identity,
-    identity=_hub_identity,  # the commit names every byte of the files
-    dim=lambda _: None,
     load=load,
 )

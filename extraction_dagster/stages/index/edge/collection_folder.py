@@ -17,7 +17,7 @@ import os
 import shutil
 import socket
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from typing import IO, TYPE_CHECKING, Any
 
@@ -64,7 +64,8 @@ class EdgeFiles:
                     raise StoreBusyError(str(self.folder), _holder(lock))
             time.sleep(_POLL_SECONDS)
         lock.truncate(0)
-        lock.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}))
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        lock.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
         lock.flush()
         self._lock = lock
 
@@ -92,14 +93,8 @@ class EdgeFiles:
     def spec(self, fingerprint: str) -> CollectionSpec:
         """What a fingerprint's collection holds."""
         found = _read(self.folder / fingerprint / "collection.json", "name", "dim", "fingerprint", "vector_dtype")
-        return CollectionSpec(
-            found["name"],
-            found["dim"],
-            found["fingerprint"],
-            found["vector_dtype"],
-            found.get("quantization", "none"),
-            found.get("on_disk", False),
-        )
+        known = {item.name for item in fields(CollectionSpec)}
+        return CollectionSpec(**{key: value for key, value in found.items() if key in known})
 
     def exists(self, fingerprint: str) -> bool:
         """Whether a fingerprint's collection was created completely."""
@@ -107,7 +102,8 @@ class EdgeFiles:
 
     def fingerprints(self) -> list[str]:
         """Every fingerprint that was created."""
-        return sorted(path.parent.name for path in self.folder.glob("*/collection.json") if self._is_whole(path.parent))
+        names = [path.parent.name for path in self.folder.glob("*/collection.json")]
+        return sorted(name for name in names if not name.startswith(("building-", "dropped-")))
 
     def create(self, spec: CollectionSpec, build: Callable[[Path], None]) -> None:
         """Create a collection in one step: a process killed meanwhile leaves nothing that looks finished."""
@@ -132,10 +128,6 @@ class EdgeFiles:
         (self.folder / fingerprint).rename(dropped)
         shutil.rmtree(dropped)
 
-    @staticmethod
-    def _is_whole(folder: Path) -> bool:
-        return not folder.name.startswith(("building-", "dropped-"))
-
 
 def _try_lock(lock: IO[str]) -> bool:
     try:
@@ -152,10 +144,6 @@ def _holder(lock: IO[str]) -> str:
         return f"process {found['pid']} on {found['host']} since {found['since']}"
     except (ValueError, KeyError, TypeError):
         return "another process"
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _read(path: Path, *keys: str) -> dict[str, Any]:

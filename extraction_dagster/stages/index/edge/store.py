@@ -159,9 +159,16 @@ class EdgeStore(PointStore):
             raise StoreNotOpenError(operation, str(self._home))
         return self._spec, self._files, self._engine
 
-    @property
+    @functools.cached_property
     def _dialect(self) -> Dialect:
-        return _dialect()
+        import qdrant_edge as edge
+
+        return Dialect(
+            edge,
+            number_range=edge.RangeFloat,
+            datetime_range=edge.RangeDateTime,
+            has_ids=lambda ids: edge.HasIdCondition({UUID(point_id) for point_id in ids}),
+        )
 
     def _write(self, batch: PointBatch) -> None:
         """The engine applies a write before it returns."""
@@ -250,18 +257,3 @@ def _create(path: Path, *, spec: CollectionSpec) -> None:
         shard.update(edge.UpdateOperation.create_field_index(field, kinds[kind]))
     shard.flush()
     shard.close()
-
-
-@functools.cache
-def _dialect() -> Dialect:
-    import qdrant_edge as edge
-
-    return Dialect(
-        filter=edge.Filter,
-        field=edge.FieldCondition,
-        match_any=edge.MatchAny,
-        match_value=edge.MatchValue,
-        number_range=edge.RangeFloat,
-        datetime_range=edge.RangeDateTime,
-        has_ids=lambda ids: edge.HasIdCondition({UUID(point_id) for point_id in ids}),
-    )

@@ -25,7 +25,6 @@ class NotCompletedError(Exception):
     """The server took a write but did not say that it was applied."""
 
     def __init__(self, status: str) -> None:
-        """Name the status."""
         super().__init__(f"the server answered {status!r}, expected 'completed'")
 
 
@@ -60,6 +59,8 @@ class RetryPolicy:
             StoreUnavailableError: Every try failed.
             StoreRefusedError: The failure is not temporary.
         """
+        from qdrant_client.http.exceptions import ApiException
+
         retrying = tenacity.Retrying(
             stop=tenacity.stop_after_attempt(self.attempts),
             wait=self._wait,
@@ -72,7 +73,7 @@ class RetryPolicy:
         except Exception as error:
             if may_pass(error):
                 raise StoreUnavailableError(operation, url, self.attempts, reason(error)) from None
-            if _from_server(error):
+            if isinstance(error, ApiException) or _grpc_code(error) is not None:
                 raise StoreRefusedError(operation, url, reason(error)) from None
             raise
 
@@ -112,12 +113,6 @@ def reason(error: BaseException) -> str:
 def is_already_there(error: BaseException) -> bool:
     """Whether a creation failed because the collection exists by now."""
     return _grpc_code(error) == "ALREADY_EXISTS" or "already exists" in str(error).lower()
-
-
-def _from_server(error: BaseException) -> bool:
-    from qdrant_client.http.exceptions import ApiException
-
-    return isinstance(error, ApiException) or _grpc_code(error) is not None
 
 
 def _grpc_code(error: BaseException) -> str | None:

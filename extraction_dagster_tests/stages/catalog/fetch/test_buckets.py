@@ -8,7 +8,7 @@ from urllib.parse import quote
 import fsspec
 import pytest
 
-from extraction_dagster.errors.fetch import (
+from extraction_dagster.errors.catalog import (
     AddressForbiddenError,
     DownloadTimeoutError,
     FetchCredentialsError,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from extraction_dagster.errors.fetch import DownloadCacheError, FileUnavailableError
+from extraction_dagster.errors.catalog import DownloadCacheError, FileUnavailableError
 from extraction_dagster.stages.catalog.fetch.cache import (
     OVERHEAD_BYTES,
     Deadline,

@@ -9,8 +9,8 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from extraction_dagster.errors.base import ExtractionError
-from extraction_dagster.errors.fetch import (
+from extraction_dagster.errors import ExtractionError
+from extraction_dagster.errors.catalog import (
     DownloadCacheError,
     FileForbiddenError,
     FileUnavailableError,

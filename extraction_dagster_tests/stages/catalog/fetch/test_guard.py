@@ -2,7 +2,7 @@ import ipaddress
 
 import pytest
 
-from extraction_dagster.errors.fetch import AddressForbiddenError, SchemeError
+from extraction_dagster.errors.catalog import AddressForbiddenError, SchemeError
 from extraction_dagster.stages.catalog.fetch.cache import PassingFaultError
 from extraction_dagster.stages.catalog.fetch.guard import NetworkGuard, Target, is_public
 

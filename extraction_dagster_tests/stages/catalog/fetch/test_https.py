@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from extraction_dagster.errors.fetch import (
+from extraction_dagster.errors.catalog import (
     AddressForbiddenError,
     DownloadTimeoutError,
     FileEncodedError,

@@ -8,7 +8,7 @@ from typing import get_args, get_type_hints
 import numpy as np
 import pytest
 
-from extraction_dagster.errors.base import SettingsError
+from extraction_dagster.errors import SettingsError
 from extraction_dagster.errors.decode import (
     FramesTooManyError,
     NoVideoStreamError,

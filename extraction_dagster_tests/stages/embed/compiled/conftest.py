@@ -12,7 +12,7 @@ from extraction_dagster.settings import Settings
 from extraction_dagster.stages.embed.compiled import compiling
 from extraction_dagster.stages.embed.models import registry
 from extraction_dagster.stages.embed.models.registry import load_model
-from extraction_dagster.stages.embed.vectors import normalise
+from extraction_dagster.stages.embed.passes import normalise
 
 
 def networks(home):

@@ -37,7 +37,7 @@ def test_compiling_moves_no_fingerprint_and_cut_vectors_are_cut(load, model_vect
 
     cut = load(embedding_dim=64, may_compile=False)  # of the same compiled network
 
-    assert isinstance(cut.passes.whole, CompiledPasses)
+    assert isinstance(cut.passes, CompiledPasses)
     assert np.abs(cut.embed_prepared(pixels) - model_vectors[:, :64]).max() < 1e-4
 
 

@@ -21,7 +21,7 @@ from extraction_dagster.stages.embed.models.lite0 import (
     weights_path,
 )
 from extraction_dagster.stages.embed.models.registry import load_model
-from extraction_dagster.stages.embed.vectors import normalise
+from extraction_dagster.stages.embed.passes import normalise
 
 ANALOG_CLOCK, CROSSWORD, STREET_SIGN = 409, 918, 919
 

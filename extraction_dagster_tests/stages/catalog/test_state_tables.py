@@ -11,11 +11,10 @@ from alembic.migration import MigrationContext
 
 from extraction_dagster import __version__
 from extraction_dagster.errors.catalog import SourceUnreachableError, StateError
-from extraction_dagster.stages.catalog import migrations
-from extraction_dagster.stages.catalog.migrations import STEPS, newest_version, prepare
+from extraction_dagster.stages.catalog import state_tables
 from extraction_dagster.stages.catalog.source_table import SourceTable
-from extraction_dagster.stages.catalog.state_tables import METADATA
-from extraction_dagster.ticks.requests import OperatorRequest, Requests
+from extraction_dagster.stages.catalog.state_tables import METADATA, STEPS, newest_version, prepare
+from extraction_dagster.ticks.cursor import OperatorRequest, Requests
 
 # The tables as release 0.1.0 made them at commit 7d6dea2, before versions were written down; never to be changed.
 VERSION_1 = """
@@ -182,7 +181,7 @@ def test_a_step_that_fails_leaves_the_old_version_whole(database, monkeypatch):
     def fail(_operations):
         raise SourceUnreachableError("take the second step", "nowhere", "it was planted")
 
-    monkeypatch.setattr(migrations, "STEPS", {**STEPS, 3: fail})
+    monkeypatch.setattr(state_tables, "STEPS", {**STEPS, 3: fail})
     with pytest.raises(SourceUnreachableError, match="it was planted"):
         database.catalog()
     assert (meta(database), shape(database)) == ({}, before)
@@ -192,7 +191,7 @@ def test_each_version_is_reached_step_by_step(database, monkeypatch):
     make_version_1(database)
     taken = []
     steps = {number: lambda _operations, number=number: taken.append(number) for number in (2, 3, 4)}
-    monkeypatch.setattr(migrations, "STEPS", steps)
+    monkeypatch.setattr(state_tables, "STEPS", steps)
     database.catalog().close()
     assert (taken, meta(database)["state_version"]) == ([2, 3, 4], "4")
 
@@ -230,7 +229,7 @@ def test_a_user_who_may_only_read_is_told_in_one_line_and_reads_what_is_current(
 
 CHILD = """
 import sys, time
-from extraction_dagster.stages.catalog import migrations
+from extraction_dagster.stages.catalog import state_tables
 from extraction_dagster.stages.catalog.database import make_engine
 
 def slow(operations):
@@ -238,12 +237,12 @@ def slow(operations):
     print("in the middle", flush=True)
     time.sleep(float(sys.argv[3]))
 
-STEPS = dict(migrations.STEPS)
-migrations.STEPS[2] = slow
+STEPS = dict(state_tables.STEPS)
+state_tables.STEPS[2] = slow
 engine = make_engine(sys.argv[1], setting="EXTRACTION_STATE_URL")
 print("ready", flush=True)
 sys.stdin.readline()
-migrations.prepare(engine, sys.argv[2])
+state_tables.prepare(engine, sys.argv[2])
 print("alembic" in sys.modules, flush=True)
 """
 

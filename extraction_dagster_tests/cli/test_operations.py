@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_cla
 from typer.testing import CliRunner
 
 from extraction_dagster.cli.main import app
-from extraction_dagster.errors.watch import MetricsFileError
+from extraction_dagster.errors.runs import MetricsFileError
 
 EXTRACTION = Path(sys.executable).parent / "extraction"
 SECRET = "hunter2-canary"  # noqa: S105 - it must not be seen anywhere

@@ -1,4 +1,4 @@
-"""Who is told, and that whoever tells goes on whatever happens."""
+"""What a notice says and what it never does, who is told, and that the caller goes on whatever happens."""
 
 import json
 import socket
@@ -7,15 +7,104 @@ import threading
 
 import pytest
 
-from extraction_dagster.errors.base import SettingsError
-from extraction_dagster.errors.watch import NoticeError, NotifierError
-from extraction_dagster.notify import notifiers
-from extraction_dagster.notify.notice import RunFailure
-from extraction_dagster.notify.notifiers import deliver, make_notifier, post_json
+from extraction_dagster import notify as notices
+from extraction_dagster.errors import SettingsError
+from extraction_dagster.errors.runs import NoticeError, NotifierError
+from extraction_dagster.notify import RunFailure, deliver, make_notifier, post_json, redact
 from extraction_dagster.settings import load_settings
 
 SECRET = "T0B0canary"  # noqa: S105 - it must not be seen anywhere
 FAILURE = RunFailure("r-1", "extraction_job", "1-9", "video_frames", "a < b & c > d", failed_records=0)
+TOLD = RunFailure("r-1", "extraction_job", "1-1000", "video_frames", "The store is down", failed_records=3)
+
+
+@pytest.fixture
+def secure_hook(hook_servers):
+    with hook_servers(tls=True) as server:
+        server.address = server.url("/hook", host="localhost")
+        yield server
+
+
+def test_a_function_of_ones_own_may_import_the_record_from_where_it_was():
+    from extraction_dagster.notify.notice import RunFailure as Earlier  # noqa: PLC0415
+
+    assert Earlier is RunFailure
+
+
+def test_a_notice_names_range_step_run_error_records_and_the_command():
+    assert TOLD.text == (
+        "Range 1-1000 failed at video_frames (run r-1): The store is down. 3 of its records failed. Nothing is lost: "
+        "the sensor asks for the range again, and it goes on where it was. Once the cause is mended, 'extraction "
+        "launch 1-1000' does so at once; 'extraction errors' lists records that failed."
+    )
+
+
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        (RunFailure("r", "j", "1-9", "", "gone.", 0), "Range 1-9 failed (run r): gone. Nothing is lost"),
+        (
+            RunFailure("r", "j", "1-9", "", "", None),
+            "no reason was given. How many of its records failed is not known.",
+        ),
+        (RunFailure("r", "j", "1-9", "s", "x", 0, 4), "(run r), for the 4th time in a row: x."),
+        (RunFailure("r", "j", "1-9", "s", "x", 0, 12), "for the 12th time in a row"),
+        (RunFailure("r", "j", "1-9", "s", "x", 0, 22), "for the 22nd time in a row"),
+        (RunFailure("r", "reconcile_job", None, "s", "x", 0), "Job reconcile_job failed at s (run r): x. Look at the"),
+        (RunFailure("r", "j", "1-9", "s", "x", 0, is_test=True), "This is a test, nothing has failed. Range 1-9"),
+    ],
+)
+def test_a_notice_says_what_there_is_to_say_and_no_more(failure, said):
+    assert said in failure.text
+
+
+def test_a_program_gets_every_part():
+    document = TOLD.document()
+    assert document.pop("text") == TOLD.text
+    assert document.pop("fix").startswith("Nothing is lost")
+    assert document == {
+        "event": "run_failed",
+        "run_id": "r-1",
+        "job": "extraction_job",
+        "key": "1-1000",
+        "step": "video_frames",
+        "error": "The store is down",
+        "failed_records": 3,
+        "failures_in_a_row": 1,
+        "is_test": False,
+    }
+
+
+@pytest.fixture
+def secretive(settings):
+    return settings(
+        source_url="postgresql://operator:hunter2@db/videos",
+        qdrant_api_key="key-of-the-kingdom",
+        notify="webhook",
+        notify_url="https://hooks.example.com/services/T0/B0/abcdef",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("no route to postgresql://operator:hunter2@db/videos", "no route to (hidden)"),
+        ("password 'hunter2' is wrong", "password '(hidden)' is wrong"),
+        ("401 for key-of-the-kingdom", "401 for (hidden)"),
+        ("posting to https://hooks.example.com/services/T0/B0/abcdef", "posting to (hidden)"),
+        ("GET https://me:pw@host/a.mp4?sig=abc&x=1 failed", "GET https://host/a.mp4?… failed"),
+        ("s3://bucket/a.mp4?versionId=7", "s3://bucket/a.mp4?…"),
+        ("two\n  lines\tand more", "two lines and more"),
+        ("is it up? yes", "is it up? yes"),
+    ],
+)
+def test_secrets_credentials_and_signatures_are_left_out(secretive, text, shown):
+    assert redact(text, secretive) == shown
+
+
+def test_a_very_long_error_is_cut(settings):
+    shown = redact("x" * 5000, settings())
+    assert (len(shown), shown[-2:]) == (600, "x…")
 
 
 def test_by_default_nobody_is_told(settings):
@@ -141,7 +230,7 @@ def test_addresses_that_will_do(monkeypatch, url, allow):
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(notifiers, "_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(notices, "_WAIT_SECONDS", 0.01)
 
 
 def send(server, seconds=20.0, **options):
@@ -206,7 +295,7 @@ def test_a_reset_is_tried_again(hook):
 
 
 def test_a_server_that_says_nothing_is_given_up(hook, monkeypatch):
-    monkeypatch.setattr(notifiers, "_SILENT_SECONDS", 0.3)
+    monkeypatch.setattr(notices, "_SILENT_SECONDS", 0.3)
     go_on = threading.Event()
     hook.scripts["/hook"] = lambda *_: go_on.wait(30)
     refused(hook, "the server did not answer in time")
@@ -214,7 +303,7 @@ def test_a_server_that_says_nothing_is_given_up(hook, monkeypatch):
 
 
 def test_a_server_that_drips_is_cut_at_the_end_of_the_time(hook, monkeypatch):
-    monkeypatch.setattr(notifiers, "_SILENT_SECONDS", 30.0)  # nor is it ever silent
+    monkeypatch.setattr(notices, "_SILENT_SECONDS", 30.0)  # nor is it ever silent
     go_on, to_the_end = threading.Event(), threading.Event()
 
     def drip(handler, _):

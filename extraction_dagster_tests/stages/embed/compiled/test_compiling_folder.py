@@ -13,7 +13,7 @@ import time
 import pytest
 
 from extraction_dagster.errors.embed import ArtifactFolderError
-from extraction_dagster.stages.embed.compiled.artifacts import ArtifactFolder
+from extraction_dagster.stages.embed.compiled.compiling import ArtifactFolder
 
 DAY = 86_400
 
@@ -131,7 +131,7 @@ import faulthandler
 faulthandler.dump_traceback_later(300, exit=True)  # the test must not wait for a line for ever
 import sys, time
 from pathlib import Path
-from extraction_dagster.stages.embed.compiled.artifacts import ArtifactFolder
+from extraction_dagster.stages.embed.compiled.compiling import ArtifactFolder
 folder = ArtifactFolder(Path(sys.argv[1]))
 folder.find("k1")
 with folder.building("k1") as work:

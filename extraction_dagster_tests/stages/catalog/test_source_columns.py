@@ -4,7 +4,7 @@ import pytest
 import sqlalchemy as sa
 
 from extraction_dagster.errors.catalog import PredicateError
-from extraction_dagster.stages.catalog.predicate import build_predicate
+from extraction_dagster.stages.catalog.source_columns import build_predicate
 
 VIDEOS = sa.Table(
     "videos",

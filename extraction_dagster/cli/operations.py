@@ -1,0 +1,219 @@
+"""What operators call: `init` and `doctor` before the first run, `notify` to try notices, `metrics` for Prometheus."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from pydantic import SecretStr
+from rich.table import Table
+
+from extraction_dagster.cli import console
+from extraction_dagster.errors import ExtractionError, SettingsError
+from extraction_dagster.errors.index import CollectionMissingError
+from extraction_dagster.errors.runs import MetricsFileError
+from extraction_dagster.files import write_atomically
+from extraction_dagster.settings import PREFIX, Settings, load_settings
+from extraction_dagster.stages.catalog.catalog import Catalog, open_catalog
+from extraction_dagster.stages.catalog.pending import make_pending_index
+from extraction_dagster.stages.catalog.state_tables import newest_version
+from extraction_dagster.stages.index.stage import open_point_store
+
+if TYPE_CHECKING:
+    from extraction_dagster.watch.scrape import Scrape
+
+_LOOPBACK = "127.0.0.1"
+_HIGHEST_PORT = 65535
+_READABLE = 0o644  # node_exporter is another user
+
+
+def init() -> None:
+    """Prepare everything that a run needs; safe to repeat.
+
+    Writes workspace.yaml and dagster.yaml into this folder unless they are there, creates Dagster's storage, checks
+    the source table, creates or migrates the state tables, and creates the partial index that finds pending rows.
+    """
+    from extraction_dagster.defs.instance.launching import open_instance, template
+    from extraction_dagster.defs.instance.private_api import retry_only_new_failures
+
+    settings = load_settings()
+    for name in ("workspace.yaml", "dagster.yaml"):
+        if not Path(name).exists():
+            Path(name).write_text(template(name))
+            console.out.print(f"Wrote {name}")
+    with open_instance(settings) as instance:
+        retry_only_new_failures(instance)
+        console.out.print(f"Dagster's storage is ready under {settings.home / 'dagster'}")
+    with open_catalog(settings) as catalog:
+        console.out.print(f"Source table {catalog.source.name!r} can be used: {catalog.source.count()} eligible rows")
+        console.out.print(f"The state tables are ready (version {newest_version()})")
+        console.out.print(_index_told(catalog), markup=False)
+
+
+def _index_told(catalog: Catalog) -> str:
+    """Make the partial index over pending rows, or say what a person with the rights should run."""
+    made = make_pending_index(catalog.source, catalog.source_engine)
+    if made.state == "not needed":
+        return "No index over pending rows: there is no mark column to index, or the source is read-only"
+    if made.state == "refused":
+        who = f"Ask somebody who may alter {catalog.source.name!r} to run this; until then each tick reads more:"
+        return f"{who}\n  {made.sql}"
+    return "The index over pending rows is ready"
+
+
+def doctor() -> None:
+    """Show every setting, then check the source table, the state, Dagster's instance, the model and the store."""
+    settings = load_settings()
+    table = Table("setting", "value", "default")
+    for name, field in Settings.model_fields.items():
+        value, default = getattr(settings, name), field.get_default(call_default_factory=True, validated_data={})
+        table.add_row(PREFIX + name.upper(), _shown(value), "" if value == default else _shown(default))
+    console.out.print(table)
+    checks = {
+        "source table and state": _catalog,
+        "Dagster's instance": _instance,
+        "embedding model": _model,
+        "Qdrant": _store,
+        "notices": _notices,
+    }
+    passed = [_passes(name, check, settings) for name, check in checks.items()]
+    if not all(passed):
+        raise typer.Exit(1)
+
+
+def _shown(value: object) -> str:
+    if value is None or value == ():
+        return "-"
+    return "(hidden)" if isinstance(value, SecretStr) else str(value)
+
+
+def _passes(name: str, check: Callable[[Settings], str], settings: Settings) -> bool:
+    try:
+        console.out.print(f"ok      {name}: {check(settings)}", markup=False)
+    except ExtractionError as error:
+        console.out.print(f"FAILED  {name}: {error}", markup=False)
+        return False
+    return True
+
+
+def _catalog(settings: Settings) -> str:
+    with open_catalog(settings) as catalog:
+        return f"{catalog.source.name}, {catalog.source.count()} eligible rows"
+
+
+def _instance(settings: Settings) -> str:
+    from extraction_dagster.defs.instance.launching import open_instance
+    from extraction_dagster.defs.instance.runs import active_runs
+
+    with open_instance(settings) as instance:
+        return f"{len(active_runs(instance))} active runs"
+
+
+def _model(settings: Settings) -> str:
+    from extraction_dagster.stages.embed.models.registry import load_model
+
+    model = load_model(settings)
+    return f"{model.name}, {model.dim} dimensions, on {model.device}"
+
+
+def _store(settings: Settings) -> str:
+    with open_point_store(settings) as store:
+        try:
+            store.open_collection(settings.collection_name)
+        except CollectionMissingError:
+            return f"collection {settings.collection_name} is made by the first run"
+        return f"collection {settings.collection_name}, {store.count()} points"
+
+
+def _notices(settings: Settings) -> str:
+    from extraction_dagster.notify import make_notifier
+
+    if make_notifier(settings) is None:
+        return "nobody is told of failed runs (EXTRACTION_NOTIFY)"
+    return f"{settings.notify}; 'extraction notify' sends a test"
+
+
+def notify() -> None:
+    """Send a test notice, as EXTRACTION_NOTIFY says: what a failed run would send."""
+    from extraction_dagster.notify import RunFailure, deliver, make_notifier
+
+    settings = load_settings()
+    notifier = make_notifier(settings)
+    if notifier is None:
+        raise SettingsError("EXTRACTION_NOTIFY", "none", "log, webhook, slack or module:function")
+    error = "The video store is down, for example"
+    failure = RunFailure("0000-test", "extraction_job", "1-1000", "video_frames", error, failed_records=0, is_test=True)
+    with console.warnings():
+        deliver(notifier, failure)
+    console.out.print(f"A test notice was delivered ({settings.notify}).")
+
+
+def metrics(
+    *,
+    textfile: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write them to this file, for node_exporter's textfile collector."),
+    ] = None,
+    serve: Annotated[
+        str | None, typer.Option(metavar="[HOST:]PORT", help="Serve them at http://HOST:PORT/metrics (127.0.0.1).")
+    ] = None,
+) -> None:
+    """Print the metrics as OpenMetrics text; or write them to a file, or serve them to Prometheus.
+
+    Each call costs the same whatever the table's size; rows are counted now and then. extraction_up is 0 when a
+    database, the store or Dagster's storage can't be read; the command itself goes on.
+    """
+    if textfile is not None and serve is not None:
+        raise typer.BadParameter("give --textfile or --serve, not both")
+    address = None if serve is None else _address(serve)
+    with _scraping() as scrape:
+        if address is not None:
+            _serve(scrape, *address)
+        elif textfile is not None:
+            _write(textfile, scrape.now().classic())
+        else:
+            sys.stdout.write(scrape.now().openmetrics())
+
+
+@contextlib.contextmanager
+def _scraping() -> Iterator["Scrape"]:
+    from extraction_dagster.defs.instance.measuring import InstanceMeter
+    from extraction_dagster.watch.scrape import Scrape
+
+    settings = load_settings()
+    instance = InstanceMeter(settings)
+    with console.warnings(), contextlib.closing(instance), contextlib.closing(Scrape(settings, instance)) as scrape:
+        yield scrape
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not (port.isascii() and port.isdigit() and int(port) <= _HIGHEST_PORT):
+        raise typer.BadParameter(
+            f"{text!r} is no address: expected PORT or HOST:PORT, for example 9464 or 0.0.0.0:9464"
+        )
+    return host.strip("[]") or _LOOPBACK, int(port)
+
+
+def _write(path: Path, text: str) -> None:
+    if path.suffix != ".prom":
+        console.err.print(f"{path} does not end in .prom: node_exporter's textfile collector will not read it.")
+    try:
+        write_atomically(path.absolute(), text.encode(), mode=_READABLE)
+    except OSError as error:
+        raise MetricsFileError(str(path), error.strerror or str(error)) from error
+
+
+def _serve(scrape: "Scrape", host: str, port: int) -> None:
+    from extraction_dagster.watch.scrape import MetricsServer
+
+    with MetricsServer(host, port, scrape.soon) as server:
+        shown = f"[{host}]" if ":" in host else host
+        console.err.print(f"Serving http://{shown}:{server.server_port}/metrics (Ctrl+C ends it)", markup=False)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            console.err.print("Stopped serving.")
+            raise typer.Exit(130) from None
