@@ -112,7 +112,7 @@ MUTANTS = (
 """,
             ),
         ),
-        ("test_a_crash_between_the_marks_of_two_databases", "test_the_ledger_is_written_before_the_source"),
+        ("test_a_crash_between_the_marks_of_two_databases",),
     ),
     # The replace protocol
     mutant(
@@ -220,8 +220,8 @@ MUTANTS = (
     ),
     mutant(
         "more frames than the cap are kept",
-        "    if len(selection) <= most:\n",
-        "    if len(selection) <= most or most:\n",
+        'if "max_frames" in sampler.uses and len(selection) > sampling.max_frames:',
+        'if "max_frames" not in sampler.uses and len(selection) > sampling.max_frames:',
         "test_the_cap_thins_evenly_and_keeps_the_first_frame",
     ),
     mutant(
@@ -232,7 +232,7 @@ MUTANTS = (
     ),
     Mutant(
         "`is_corrupt` is ignored",
-        (("elif frame.is_corrupt:", "elif frame is None:"), ("damaged += frame.is_corrupt", "damaged += 0")),
+        (("if frame.is_corrupt:", "if frame is None:"), ("damaged += frame.is_corrupt", "damaged += 0")),
         ("test_a_frame_that_the_codec_calls_damaged",),
     ),
     mutant(

@@ -1,6 +1,7 @@
 """What the suite costs, by file and by test.
 
-    SUITE_LOG=log.tsv PYTHONPATH=benchmarks make test PYTEST_ARGS="-n logical --dist loadfile -p suite"
+    SUITE_LOG=log.tsv PYTHONPATH=benchmarks make test PYTEST_ARGS="-n logical --dist loadfile \
+        --no-loadscope-reorder --max-worker-restart=0 -p suite"
     python benchmarks/suite.py log.tsv      two tables in Markdown
 
 One line a test is written: its name, wall seconds, CPU seconds of the worker and of its children that have ended. What

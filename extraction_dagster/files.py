@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 # Writers of other machines, and of older versions, can't be asked: after an hour without a change they are gone.
 ABANDONED_SECONDS = 3600.0
+_LONGEST_SECONDS = 86_400.0  # process ids are given again: a living one may be another's by then
 _TEMPORARY = re.compile(r"\.(?P<pid>\d+)-(?P<place>[0-9a-f]{8})\.[0-9a-f]{8}\.tmp")
 _MOST_CHARACTERS = 50  # of a name within a temporary one, so that no file system finds it too long
 
@@ -56,13 +57,13 @@ def replacing(path: Path, *, mode: int | None = 0o600, durable: bool = True, fol
     # The folder may be anybody's: only names that this module gives go.
     sweep(path.parent, f"{glob.escape(_prefix(path.name))}*-????????.????????.tmp")
     beside = path.with_name(temporary_name(path.name))
-    if folder:
-        beside.mkdir()
-    else:
-        beside.touch(0o666 if mode is None else 0o600, exist_ok=False)
-        if mode is not None:
-            beside.chmod(mode)  # whatever the umask
     try:
+        if folder:
+            beside.mkdir()
+        else:
+            beside.touch(0o666 if mode is None else 0o600, exist_ok=False)
+            if mode is not None:
+                beside.chmod(mode)  # whatever the umask
         yield beside
         if durable:
             publish(beside, path)
@@ -141,8 +142,9 @@ def _place() -> str:
 
 def _is_abandoned(path: Path) -> bool:
     writer = _TEMPORARY.search(path.name)
-    if writer is None or writer["place"] != _place():
-        return time.time() - path.lstat().st_mtime > ABANDONED_SECONDS
+    unchanged_seconds = time.time() - path.lstat().st_mtime
+    if writer is None or writer["place"] != _place() or unchanged_seconds > _LONGEST_SECONDS:
+        return unchanged_seconds > ABANDONED_SECONDS
     try:
         with suppress(PermissionError):  # it is there, and another user's
             os.kill(int(writer["pid"]), 0)

@@ -77,9 +77,7 @@ def test_every_picture_is_taken_by_the_script_and_shown_on_a_page():
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "docs/architecture.md"])
 def test_every_file_that_a_page_names_is_there(page):
     named = set(re.findall(r"`((?:[a-z_0-9]+/)*[a-z_0-9]+(?:\.py|/))`", (ROOT / page).read_text()))
-    files = [
-        path.relative_to(ROOT).as_posix() for path in ROOT.glob("extraction_dagster*/**/*") if path.suffix == ".py"
-    ]
+    files = [path.relative_to(ROOT).as_posix() for path in ROOT.glob("*/**/*") if path.suffix == ".py"]
     missing = {
         name for name in named if not any(f"/{file}".endswith(f"/{name}") or f"/{name}" in f"/{file}" for file in files)
     }

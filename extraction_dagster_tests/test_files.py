@@ -103,6 +103,9 @@ def test_temporaries_of_other_machines_and_versions_go_after_an_hour_without_a_c
     sweep(tmp_path)
     assert names(tmp_path) == sorted(["state", ".hidden", temporary(".state", os.getpid())])
     assert caplog.text.count("which a killed process left behind") == 3
+    os.utime(tmp_path / temporary(".state", os.getpid()), (time.time() - 90_000, time.time() - 90_000))
+    sweep(tmp_path)  # its process id was given again
+    assert names(tmp_path) == sorted(["state", ".hidden"])
     sweep(tmp_path / "missing")
 
 

@@ -19,7 +19,7 @@ import tarfile
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from extraction_dagster.errors.decode import FramesExportError
+from extraction_dagster.errors.decode import FramesExportError, ShardStoreError
 from extraction_dagster.files import replacing
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def _read_some(store: FrameStore, path: str, numbers: dict[int, set[int]]) -> di
     try:
         with store.open(path) as file:
             table = pq.read_table(file, columns=["record_id", "frame_number", "jpeg"], filters=filters)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, ShardStoreError) as error:
         logger.warning("No thumbnails from %s: %s", path, error)
         return {}
     return {(row["record_id"], row["frame_number"]): row["jpeg"] for row in table.to_pylist()}

@@ -237,6 +237,9 @@ class ShardStore(ABC, Generic[S]):
         except FileNotFoundError:  # removed since it was listed
             return None
         except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
+            # A disk that stumbles (EIO, ESTALE, EMFILE …) still holds its shards; Arrow's own OSErrors have no number.
+            if isinstance(error, OSError) and error.errno and not isinstance(error, IsADirectoryError):
+                raise self.store_error(self._shown, error.strerror or type(error).__name__) from error
             which = f"{self.kind} shard of range {partition}"
             logger.warning("Ignoring %s: it is no whole %s (%s).", path, which, error)
             return None
@@ -278,7 +281,7 @@ class ShardStore(ABC, Generic[S]):
     def _remove_abandoned(self, path: str) -> None:
         """Remove a temporary file whose writer, on whatever machine, has written nothing to it for an hour."""
         # Not every file system knows when a file changed; another process may sweep too.
-        with contextlib.suppress(FileNotFoundError, NotImplementedError), self._reaching():
+        with contextlib.suppress(FileNotFoundError, NotImplementedError, RuntimeError), self._reaching():
             if time.time() - self._fs.modified(path).timestamp() > files.ABANDONED_SECONDS:
                 logger.warning("Removing %s, which a killed process left behind.", path)
                 self._fs.rm_file(path)

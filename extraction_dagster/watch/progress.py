@@ -1,7 +1,7 @@
 """How far things are, in one record for `extraction status`, the charts of the UI, and Prometheus.
 
-A look costs the same whatever the table's size. It also says whether anything moves: each look remembers where the
-watermark was, in the state database, so that the sensor and the metrics share one memory.
+A look costs the same whatever the table's size. It also says whether anything moves: the looks of the sensor and of the
+metrics remember where the watermark was, in the state database, and so share one memory.
 
     09:00   watermark 4,000, 900 rows pending      moved: now
     09:30   watermark 4,000, a shard was marked    moved: when it was marked

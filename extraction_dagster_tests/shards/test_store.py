@@ -1,5 +1,6 @@
 """What frames and vectors have in common: names, listings, faults of the store, leftovers of killed writers."""
 
+import errno
 import json
 import logging
 import os
@@ -112,6 +113,21 @@ def test_a_damaged_footer_is_warned_about_and_left_out(kind, root, damage, said,
         assert listed == [whole]
         assert f"{shard.name}: it is no whole {kind.name} shard of range 1-1000" in message
         assert said in message
+
+
+@pytest.mark.parametrize("root", ["folder"], indirect=True)
+def test_a_disk_that_stumbles_does_not_hide_its_shards(kind, root, monkeypatch):
+    store = kind.open(root)
+    shard = kind.write(store, 1)
+
+    def stumble(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store._fs, "tail", stumble)
+        with pytest.raises(store.store_error, match="can't be reached: Input/output error"):
+            store.shards(RANGE)
+    assert store.shards(RANGE) == [shard]
 
 
 @pytest.mark.parametrize("root", ["folder", "memory", "s3"], indirect=True)

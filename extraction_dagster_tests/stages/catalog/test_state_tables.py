@@ -227,6 +227,23 @@ def test_a_user_who_may_only_read_is_told_in_one_line_and_reads_what_is_current(
     reader.engine.dispose()
 
 
+def test_a_role_that_may_make_no_index_migrates_and_goes_on_without_it(
+    database, make_database, settings, request, caplog
+):
+    make_version_1(database)
+    if database.engine.dialect.name == "sqlite":
+        pytest.skip("SQLite has no roles")
+    url = as_reader(database, request)
+    database.execute("GRANT INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO extraction_reader")
+    writer = make_database(url, settings)
+    database.execute("UPDATE extraction_meta SET value = :source WHERE key = 'source'", source=identity(writer))
+    catalog = writer.catalog()
+    assert (catalog.ledger.counts(), meta(database)["state_version"]) == ({"done": 1}, "2")
+    assert caplog.messages[-1] == "Going on without the index extraction_requests_waiting: InsufficientPrivilege"
+    catalog.close()
+    writer.engine.dispose()
+
+
 CHILD = """
 import sys, time
 from extraction_dagster.stages.catalog import state_tables
