@@ -29,6 +29,8 @@ from extraction_dagster.stages.catalog.database import make_engine
 from extraction_dagster.stages.catalog.source_table import SourceTable
 
 _REQUIRE = "EXTRACTION_TEST_REQUIRE"
+# Each xdist worker has a core: threads that wait for each other on it only burn it. What is about threads sets its own.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 _LONGEST_FIRST = (
     "pages/test_pages.py",
     "continuous/test_continuous_runs.py",

@@ -23,7 +23,7 @@ LAUNCH = """mutation ($execution: ExecutionParams!) { launchRun(executionParams:
     __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message } } }"""
 QUICK = {
     "EXTRACTION_SHARD_RECORDS": "4",
-    "EXTRACTION_SENSOR_INTERVAL_SECONDS": "2",
+    "EXTRACTION_SENSOR_INTERVAL_SECONDS": "4",
     "EXTRACTION_MAX_WAIT_SECONDS": "1",
     "EXTRACTION_RUN_RETRY_DELAY_SECONDS": "2",
 }
