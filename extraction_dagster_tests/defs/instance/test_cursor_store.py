@@ -67,5 +67,7 @@ def test_the_daemons_own_look_up_finds_what_a_command_wrote_and_its_change_is_re
             assert state.instigator_data.cursor == "by a command"
             assert sensor.get_current_instigator_state(state).status == InstigatorStatus.DECLARED_IN_CODE
             instance.update_instigator_state(state.with_data(state.instigator_data._replace(cursor="by the daemon")))
+            code_servers = context._grpc_server_registry
+        code_servers.wait_for_processes()  # else one of the next tests hears that it was never waited for
         assert CursorStore(instance).read() == "by the daemon"
         assert len(instance.all_instigator_state()) == 1
