@@ -78,6 +78,8 @@ class VideoRow:
         code: Payload: the video's code on its platform.
         content_version: Changes whenever the file behind the row changes; empty when the table does not say.
         payload: Further payload columns, by name.
+        address: 16 hex digits of the file's resolved address; empty when it is not known.
+        claim: The number under which the row was planned; 0 when the ledger did not know it.
     """
 
     record_id: int
@@ -86,6 +88,8 @@ class VideoRow:
     code: str | None = None
     content_version: str = ""
     payload: Mapping[str, Any] = field(default_factory=dict)
+    address: str = ""
+    claim: int = 0
 
 
 def _refuse(record: str, why: str, **values: object) -> NoReturn:

@@ -19,7 +19,7 @@ import secrets
 import struct
 import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
@@ -72,11 +72,21 @@ def written_at(name: str) -> datetime:
 
 @dataclass(frozen=True, slots=True)
 class ShardRecord:
-    """A record of a shard: of which version, and how many frames or vectors."""
+    """A record of a shard: of which version, and how many frames or vectors.
+
+    Attributes:
+        record_id: The row's id.
+        content_version: Of what was decoded.
+        num_frames: Frames or vectors.
+        address: 16 hex digits of the file's resolved address; empty in shards of earlier releases.
+        claim: The number under which the row was planned; a record's newest copy has the greatest.
+    """
 
     record_id: int
     content_version: str
     num_frames: int
+    address: str = field(default="", kw_only=True)
+    claim: int = field(default=0, kw_only=True)
 
 
 @dataclass(frozen=True, slots=True)

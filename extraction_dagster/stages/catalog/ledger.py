@@ -51,6 +51,9 @@ class LedgerEntry:
         attempts: Tries that failed, of this version.
         not_before: When a failed record may be tried again.
         last_error: The last error's type and message.
+        claim: Rises with each claim by a run and each command of an operator; only who knows it may write the entry.
+        address: 16 hex digits of the address of the file that its frames are of; None when it is not known.
+        generation: What its points are made from; None when an earlier release wrote them.
     """
 
     record_id: int
@@ -65,6 +68,9 @@ class LedgerEntry:
     attempts: int = 0
     not_before: datetime | None = None
     last_error: str | None = None
+    claim: int = 0
+    address: str | None = None
+    generation: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

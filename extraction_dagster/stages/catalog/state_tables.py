@@ -2,6 +2,8 @@
 
     version 1   the tables of release 0.1.0, which wrote no version down
     version 2   an index over the requests that no tick has consumed: each tick asks for them
+    version 3   of each record: the claim that may write it, the address of its file, what its points are made from;
+                which records were seen to be gone, and when; the number after which claims begin
 
 `extraction_meta` holds the version, and the release that wrote it. Tables of an older version are migrated when they
 are opened: in one transaction, so that a killed process leaves the old version or the new one, and under a lock, so
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from alembic.operations import Operations
 
 _log = logging.getLogger(__name__)
-_SOURCE, _VERSION, _RELEASE = "source", "state_version", "state_release"
+_SOURCE, _VERSION, _RELEASE, _CLAIM_BASE = "source", "state_version", "state_release", "claim_base"
 _LOCK = 0x657874726163
 _INSERTS = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 
@@ -78,6 +80,9 @@ LEDGER_TABLE = sa.Table(
     sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),
     sa.Column("not_before", UtcDateTime),
     sa.Column("last_error", sa.Text),
+    sa.Column("claim", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("address", sa.String(16)),
+    sa.Column("generation", sa.String(64)),
     sa.Column("updated_at", UtcDateTime, nullable=False),
     # Few records are begun or wait: this index stays small whatever the ledger's size.
     sa.Index("extraction_ledger_unfinished", "record_id", postgresql_where=UNFINISHED, sqlite_where=UNFINISHED),
@@ -108,6 +113,13 @@ REQUESTS_TABLE = sa.Table(
     sa.Column("consumed_at", UtcDateTime),
     sa.Index("extraction_requests_waiting", "id", postgresql_where=NOT_CONSUMED, sqlite_where=NOT_CONSUMED),
 )
+# Records that a reconciliation found to be gone: only what a later one finds gone as well is removed.
+GONE_TABLE = sa.Table(
+    "extraction_gone",
+    METADATA,
+    sa.Column("record_id", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("seen_at", UtcDateTime, nullable=False),
+)
 
 
 def insert_of(engine: sa.Engine) -> Any:  # noqa: ANN401 - each dialect has a type of its own
@@ -136,7 +148,15 @@ def _index_waiting_requests(operations: Operations) -> None:
         _log.warning("Going on without the index extraction_requests_waiting: %s", type(error.orig).__name__)
 
 
-STEPS: dict[int, Callable[[Operations], None]] = {2: _index_waiting_requests}
+def _add_claims(operations: Operations) -> None:
+    """Add what fences the writers of a record, and what tells its file and its points from others."""
+    for name in ("claim", "address", "generation"):
+        operations.add_column(LEDGER_TABLE.name, LEDGER_TABLE.c[name].copy())
+    GONE_TABLE.create(operations.get_bind())
+    write_meta(operations.get_bind(), {_CLAIM_BASE: "0"})
+
+
+STEPS: dict[int, Callable[[Operations], None]] = {2: _index_waiting_requests, 3: _add_claims}
 
 
 def newest_version() -> int:
@@ -167,7 +187,10 @@ def prepare(engine: sa.Engine, source_identity: str) -> None:
             _migrate(connection, _version(kept), newest)
         else:
             METADATA.create_all(connection)
-            write_meta(connection, {_SOURCE: source_identity, _VERSION: str(newest), _RELEASE: __version__})
+            # A fresh ledger over shards of an earlier one: its claims are newer than theirs.
+            base = str(int(datetime.now(UTC).timestamp() * 1000))
+            own = {_SOURCE: source_identity, _VERSION: str(newest), _RELEASE: __version__, _CLAIM_BASE: base}
+            write_meta(connection, own)
 
 
 def _read(connection: sa.Connection) -> dict[str, str]:
