@@ -48,13 +48,28 @@ class PlannedRow:
     @property
     def video(self) -> VideoRow:
         """The row with its claim and its full content version: the source's version, and its revision."""
-        entry = self.entry
-        if entry is None:
+        if self.entry is None:
             return self.row.video
-        version = _content_version(self.source_version, entry.revision)
-        if entry.source_version == self.source_version:
-            version = entry.content_version
-        return replace(self.row.video, content_version=version, claim=entry.claim)
+        return replace(self.row.video, content_version=self.content_version, claim=self.claim)
+
+    @property
+    def claim(self) -> int:
+        """The number under which it was planned; 0 when the ledger did not know it."""
+        return 0 if self.entry is None else self.entry.claim
+
+    @property
+    def content_version(self) -> str:
+        """Names what is decoded: the source's version, and the revision."""
+        if self.entry is None:
+            return self.source_version
+        if self.entry.source_version == self.source_version:
+            return self.entry.content_version
+        return _content_version(self.source_version, self.entry.revision)
+
+    @property
+    def address(self) -> str:
+        """16 hex digits of the file's address; empty when it is not known."""
+        return self.row.video.address
 
     @property
     def source_version(self) -> str:
@@ -211,10 +226,10 @@ class Catalog:
         entries = {
             record_id: {
                 "state": "extracted",
-                "content_version": plan[record_id].video.content_version,
+                "content_version": plan[record_id].content_version,
                 "frames_fingerprint": frames,
                 "num_frames": number,
-                "address": plan[record_id].video.address,
+                "address": plan[record_id].address,
                 "not_before": None,
             }
             for record_id, number in num_frames.items()
@@ -242,7 +257,7 @@ class Catalog:
                 claims = {key: entry.claim for key, entry in self.ledger.lock(connection, records).items()}
                 claims = dict.fromkeys(records, 0) | claims
             else:
-                claims = {key: plan[key].video.claim for key in records}
+                claims = {key: plan[key].claim for key in records}
             won = self.ledger.hold(connection, claims)
             entry = {"state": "embedded", "embedding_fingerprint": embedding}
             self.ledger.upsert(connection, [{"record_id": key, **entry} for key in sorted(won)])
@@ -271,11 +286,11 @@ class Catalog:
         entries = {
             record_id: {
                 "state": "done",
-                "content_version": plan[record_id].video.content_version,
+                "content_version": plan[record_id].content_version,
                 "frames_fingerprint": fingerprints.frames,
                 "embedding_fingerprint": fingerprints.embedding,
                 "num_points": number,
-                "address": plan[record_id].video.address,
+                "address": plan[record_id].address,
                 "generation": generations[record_id] if generations else None,
                 "attempts": 0,
                 "not_before": None,
@@ -377,7 +392,7 @@ class Catalog:
         locked, so that our mark does not come after another claim: a marked row whose entry is not done would be
         found by its entry, but one that was forgotten has none.
         """
-        claims = {key: plan[key].video.claim for key in entries}
+        claims = {key: plan[key].claim for key in entries}
         versions = {key: plan[key].source_version for key in entries}
 
         def write(connection: sa.Connection, source_versions: Mapping[int, str]) -> None:

@@ -12,7 +12,15 @@ import sqlalchemy as sa
 from extraction_dagster.addresses import address_hash
 from extraction_dagster.errors.catalog import UnreadableRowError
 from extraction_dagster.records import IdRange, VideoRow, fingerprint
-from extraction_dagster.stages.catalog.database import chunks, describe, is_text, parse_url, reading, storable
+from extraction_dagster.stages.catalog.database import (
+    chunks,
+    describe,
+    fetch_all,
+    is_text,
+    parse_url,
+    reading,
+    storable,
+)
 from extraction_dagster.stages.catalog.source_columns import SourceColumns, build_predicate
 
 if TYPE_CHECKING:
@@ -69,6 +77,10 @@ class SourceTable:
         self.name, self.table = columns.name, columns.table
         self.id = columns.find_id()
         self._uri_columns = columns.find_uri()
+        self._uri_names, self._uri_template = (
+            [column.name for column in self._uri_columns],
+            settings.source_uri_template,
+        )
         self._platform = columns.find_optional(settings.source_platform_column, "EXTRACTION_SOURCE_PLATFORM_COLUMN")
         self._code = columns.find_optional(settings.source_code_column, "EXTRACTION_SOURCE_CODE_COLUMN")
         self._payload = [
@@ -84,7 +96,8 @@ class SourceTable:
         self._locks = engine.dialect.name == "postgresql" and not columns.is_view
         self._stays_as_read = self._locks or engine.dialect.name == "sqlite"  # within the transaction that writes
         optional = [column for column in (self._platform, self._code) if column is not None]
-        self._checked = {column.name: column for column in (*self._uri_columns, *optional, *self._payload)}.values()
+        checked = {column.name: column for column in (*self._payload, *self._uri_columns, *optional)}
+        self._checked = list(checked.items())
         self._first_root = str(settings.resolved_allowed_roots[0])
         self.eligible: sa.ColumnElement[bool] = (
             build_predicate(settings.source_predicate, self.table) if settings.source_predicate else sa.true()
@@ -216,14 +229,14 @@ class SourceTable:
             query = sa.select(column).where(self.id == record_id, self.eligible)
             try:
                 with reading(self._engine, what=f"read source table {self.name!r}") as connection:
-                    found = connection.execute(query).first()
+                    found = fetch_all(connection, query)
             except _UNREADABLE as error:
                 values[column.name] = None
                 problem = problem or self._unreadable(record_id, column, f"{type(error).__name__}: {error}")
                 continue
-            if found is None:  # it is gone since
+            if not found:  # it is gone since
                 return
-            values[column.name] = found[0]
+            values[column.name] = found[0][0]
         values[_VERSION_LABEL] = values[_VERSION_LABEL] or ""
         try:
             row = self._source_row(values)
@@ -359,7 +372,7 @@ class SourceTable:
         return {
             int(key): storable(found)
             for chunk in chunks(record_ids)
-            for key, found in connection.execute(query.where(self.id.in_(chunk)))
+            for key, found in fetch_all(connection, query.where(self.id.in_(chunk)))
         }
 
     def clear_marks(self, connection: sa.Connection, after_id: int) -> None:
@@ -416,8 +429,8 @@ class SourceTable:
 
     def _problem_of(self, record_id: int, row: Mapping[str, Any]) -> UnreadableRowError | None:
         """What is wrong with a value that could be read and can't be used."""
-        for column in self._checked:
-            value = row[column.name]
+        for name, column in self._checked:
+            value = row[name]
             if value is None or (type(value) is str and value.isascii()) or type(value) is int:
                 continue
             if not is_text(value):
@@ -430,11 +443,10 @@ class SourceTable:
 
     def _uri(self, row: Mapping[str, Any]) -> str:
         """Where the file lies; empty when a column that it needs is NULL (fetching then says so)."""
-        values = {column.name: row[column.name] for column in self._uri_columns}
-        if any(value is None for value in values.values()):
+        values = {name: row[name] for name in self._uri_names}
+        if None in values.values():
             return ""
-        template = self._settings.source_uri_template
-        return template.format_map(values) if template else str(next(iter(values.values())))
+        return self._uri_template.format_map(values) if self._uri_template else str(row[self._uri_names[0]])
 
 
 def _text(value: object) -> str | None:
