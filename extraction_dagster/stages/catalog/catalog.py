@@ -211,11 +211,11 @@ class Catalog:
             budget: Most rows looked at.
             up_to_id: Look up to this id; None for the whole end.
         """
-        rows = self.source.next_rows(after_id, budget, up_to_id=up_to_id)
-        now = {row.video.record_id: row.video.address for row in rows if row.video.address}
-        known = self.ledger.addresses(list(now))
-        found = tuple(key for key in now if known.get(key) not in {None, now[key]})
-        return Moved(found, rows[-1].video.record_id if len(rows) >= budget else None)
+        ids = self.source.next_ids(after_id, budget, up_to_id=up_to_id)
+        known = self.ledger.addresses(ids)
+        now = self.source.addresses_of(list(known))
+        found = tuple(key for key in ids if now.get(key) and now[key] != known[key])
+        return Moved(found, ids[-1] if len(ids) >= budget else None)
 
     def mark_extracted(self, plan: Mapping[int, PlannedRow], num_frames: Mapping[int, int], frames: str) -> set[int]:
         """Mark rows of a plan whose frames are stored: their number by record, and their fingerprint.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -164,10 +163,9 @@ class SourceTable:
                 _log.debug("Reading rows of %s from id %d one by one: %s", self.name, first, type(error).__name__)
             else:
                 return
-            page = self._ids(sa.select(self.id).where(self.eligible, self.id.between(first, id_range.last_id)))
-            for found in self._halved(page):
-                yield found
-                first = found.video.record_id + 1
+            within = self.id.between(first, id_range.last_id)
+            page = self._ids(sa.select(self.id).where(self.eligible, within), _PAGE)
+            yield from self._halved(page)
             if len(page) < _PAGE or page[-1] >= id_range.last_id:
                 return
             first = page[-1] + 1
@@ -177,13 +175,12 @@ class SourceTable:
         for chunk in chunks(list(record_ids)):
             yield from self._halved(chunk)
 
-    def next_rows(self, after_id: int | None, most: int, *, up_to_id: int | None = None) -> list[SourceRow]:
-        """The next eligible rows above an id, at most `most`."""
-        first = -_MAX_ID - 1 if after_id is None else after_id + 1
-        last = _MAX_ID if up_to_id is None else up_to_id
-        if first > last:
-            return []
-        return list(itertools.islice(self.rows(IdRange(first, last)), most))
+    def next_ids(self, after_id: int | None, most: int, *, up_to_id: int | None = None) -> list[int]:
+        """The ids of the next eligible rows above an id, at most `most`."""
+        query = sa.select(self.id).where(self.eligible)
+        if after_id is not None:
+            query = query.where(self.id > after_id)
+        return self._ids(query if up_to_id is None else query.where(self.id <= up_to_id), most)
 
     def addresses_of(self, record_ids: Sequence[int]) -> dict[int, str]:
         """The addresses of those of these rows that have one which can be read."""
@@ -198,10 +195,9 @@ class SourceTable:
                 found |= {row.video.record_id: row.video.address for row in self._halved(chunk)}
         return found
 
-    def _ids(self, query: sa.Select[int]) -> list[int]:
-        """The ids of the first page of a query of ids."""
+    def _ids(self, query: sa.Select[int], most: int) -> list[int]:
         with reading(self._engine, what=f"read source table {self.name!r}") as connection:
-            return [int(key) for key in connection.execute(query.order_by(self.id).limit(_PAGE)).scalars()]
+            return [int(key) for key in connection.execute(query.order_by(self.id).limit(most)).scalars()]
 
     def _halved(self, record_ids: Sequence[int]) -> Iterator[SourceRow]:
         """The eligible ones of these rows; where one of them can't be read, each half by itself, down to that row."""
