@@ -8,7 +8,7 @@ from sqlalchemy.types import JSON
 
 from extraction_dagster.errors.catalog import SourceUnreachableError
 from extraction_dagster.records import Failure, IdRange
-from extraction_dagster.stages.catalog import source_table
+from extraction_dagster.stages.catalog import source_rows
 from extraction_dagster.stages.catalog.catalog import Fingerprints
 from extraction_dagster.stages.catalog.pending import scan
 
@@ -56,7 +56,7 @@ def make_table(database):
 
 @pytest.fixture(autouse=True)
 def _small_pages(monkeypatch):
-    monkeypatch.setattr(source_table, "_PAGE", 4)
+    monkeypatch.setattr(source_rows, "_PAGE", 4)
 
 
 def spoil(database, column, literal, *record_ids):
