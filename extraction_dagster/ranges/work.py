@@ -236,7 +236,7 @@ def frames_by_record(shards: Iterable[Any], rows: Mapping[int, PlannedRow]) -> d
 
 
 def was_done(planned: PlannedRow) -> bool:
-    """Whether a row was done in its present version and from its present address, though with other settings perhaps."""
+    """Whether a row was done in its present version and from its present address, with whatever settings."""
     entry = planned.entry
     if entry is None or entry.state != "done" or entry.source_version != planned.source_version:
         return False

@@ -187,8 +187,8 @@ def test_a_trigger_that_stamps_our_clearing_of_a_mark_does_not_make_a_row_look_n
     stamp_updates(database)
     state = {} if places == "one database" else {"state_url": SecretStr(f"sqlite:///{tmp_path}/state.db")}
     catalog = database.catalog(source_version_column="updated_at", **state)
-    catalog.begin(ALL, TODAY)
-    finish(catalog, 1, 2)
+    catalog.mark_extracted(catalog.begin(ALL, TODAY), {1: 3, 2: 3}, "f1")
+    catalog.mark_done(catalog.plan(ALL, TODAY), {1: 3, 2: 3}, TODAY)
     decoded = {key: planned.content_version for key, planned in catalog.plan(ALL, TODAY).items()}
     database.execute("UPDATE insta_content SET path = 'new.mp4' WHERE id = 2")  # a new version all the same
 
