@@ -2,42 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import sqlalchemy as sa
 
-from extraction_dagster.records import IdRange, VideoRow, fingerprint
-from extraction_dagster.stages.catalog.database import chunks, describe, parse_url, reading
-from extraction_dagster.stages.catalog.source_columns import SourceColumns, build_predicate
+from extraction_dagster.records import IdRange, fingerprint
+from extraction_dagster.stages.catalog.database import (
+    chunks,
+    describe,
+    fetch_all,
+    parse_url,
+    reading,
+    storable,
+)
+from extraction_dagster.stages.catalog.source_rows import SourceRow, SourceRows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from extraction_dagster.settings import Settings
 
 Step = Literal["extracted", "embedded"]
 _CHUNK_OF_RANGES = 100  # parts of one query: SQLite takes no more than 500, and few keep its planner quick
 _MAX_ID = 2**63 - 1
-_VERSION_LABEL = "extraction_version"
+__all__ = ["SourceRow", "SourceTable", "Step"]
 
 
-@dataclass(frozen=True, slots=True)
-class SourceRow:
-    """A row with the source's own version as its content_version; a mark is None where there is no such column."""
-
-    video: VideoRow
-    extracted: bool | None
-    embedded: bool | None
-
-    @property
-    def marked_done(self) -> bool | None:
-        """Whether every mark column says done; None when the table has none."""
-        marks = [mark for mark in (self.extracted, self.embedded) if mark is not None]
-        return all(marks) if marks else None
-
-
-class SourceTable:
+class SourceTable(SourceRows):
     """The configured table, reflected and checked.
 
     Raises:
@@ -47,25 +38,10 @@ class SourceTable:
     """
 
     def __init__(self, engine: sa.Engine, settings: Settings) -> None:
-        self._engine, self._settings = engine, settings
-        columns = SourceColumns(engine, settings)
-        self.name, self.table = columns.name, columns.table
-        self.id = columns.find_id()
-        self._uri_columns = columns.find_uri()
-        self._platform = columns.find_optional(settings.source_platform_column, "EXTRACTION_SOURCE_PLATFORM_COLUMN")
-        self._code = columns.find_optional(settings.source_code_column, "EXTRACTION_SOURCE_CODE_COLUMN")
-        self._payload = [
-            columns.find(name, "EXTRACTION_SOURCE_PAYLOAD_COLUMNS") for name in settings.source_payload_columns
-        ]
-        version = columns.find_optional(settings.source_version_column, "EXTRACTION_SOURCE_VERSION_COLUMN")
-        # As text, made by the database: one form for reading and for comparing.
-        self._version = None if version is None else sa.func.coalesce(sa.cast(version, sa.Text), "")
-        self._extracted = columns.find_mark(settings.source_extracted_column, "EXTRACTION_SOURCE_EXTRACTED_COLUMN")
-        self._embedded = columns.find_mark(settings.source_embedded_column, "EXTRACTION_SOURCE_EMBEDDED_COLUMN")
-        self._marks = [column for column in (self._extracted, self._embedded) if column is not None]
-        self.eligible: sa.ColumnElement[bool] = (
-            build_predicate(settings.source_predicate, self.table) if settings.source_predicate else sa.true()
-        )
+        super().__init__(engine, settings)
+        # Rows of a table can be locked by PostgreSQL; those of a view may be of many tables, or of none.
+        self._locks = engine.dialect.name == "postgresql" and not self._is_view
+        self._stays_as_read = self._locks or engine.dialect.name == "sqlite"  # within the transaction that writes
 
     @property
     def unmarked(self) -> sa.ColumnElement[bool] | None:
@@ -106,20 +82,12 @@ class SourceTable:
         """Whether the table says by itself which rows are done."""
         return bool(self._marks)
 
-    def rows(self, id_range: IdRange) -> Iterator[SourceRow]:
-        """Every eligible row of the range, in ascending order of ids."""
-        query = self._select().where(self.id.between(id_range.first_id, id_range.last_id)).order_by(self.id)
-        with reading(self._engine, what=f"read source table {self.name!r}") as connection:
-            for row in connection.execution_options(yield_per=1000).execute(query).mappings():
-                yield self._source_row(row)
+    def has_mark(self, step: Step) -> bool:
+        """Whether there is a column for the mark of a step."""
+        return self._column_of(step) is not None
 
-    def rows_of(self, record_ids: Iterable[int]) -> Iterator[SourceRow]:
-        """The eligible ones of these rows."""
-        query = self._select()
-        with reading(self._engine, what=f"read source table {self.name!r}") as connection:
-            for chunk in chunks(list(record_ids)):
-                for row in connection.execute(query.where(self.id.in_(chunk))).mappings():
-                    yield self._source_row(row)
+    def _column_of(self, step: Step) -> sa.Column[Any] | None:
+        return self._extracted if step == "extracted" else self._embedded
 
     def existing(self, record_ids: Iterable[int]) -> set[int]:
         """Which of these rows there are, eligible or not."""
@@ -192,44 +160,68 @@ class SourceTable:
         found = self._first(rows.offset(most - 1))
         return last_id if found is None else found
 
-    def mark(self, connection: sa.Connection, versions: Mapping[int, str], *, step: Step) -> dict[int, str]:
+    def mark(self, connection: sa.Connection, versions: Mapping[int, str], *, step: Step) -> dict[int, tuple[str, str]]:
         """Set the mark of a step on rows with these versions, unless a row's version changed since it was read.
 
         Returns:
-            The version of each marked row as it is now: a trigger may have stamped the update.
+            The version of each marked row, before and after: a trigger may have stamped the update.
         """
-        column = self._extracted if step == "extracted" else self._embedded
+        column = self._column_of(step)
         if column is None:
-            return dict(versions)
-        statement = sa.update(self.table).values({column.name: True})
-        if self._version is None:
-            for chunk in chunks(list(versions)):
+            return {key: (version, version) for key, version in versions.items()}
+        return self._write_marks(connection, {column.name: True}, sorted(versions), versions)
+
+    def unmark(self, connection: sa.Connection, record_ids: Collection[int]) -> dict[int, tuple[str, str]]:
+        """Clear the last mark of these rows: their points are not there, their frames may be; returns as `mark`."""
+        if not self._marks:
+            return {}
+        return self._write_marks(connection, {self._marks[-1].name: False}, sorted(record_ids), None)
+
+    def _write_marks(
+        self,
+        connection: sa.Connection,
+        marks: Mapping[str, bool],
+        record_ids: Sequence[int],
+        versions: Mapping[int, str] | None,
+    ) -> dict[int, tuple[str, str]]:
+        """Write marks in ascending order of ids, of rows in these versions; their versions before and after."""
+        before = self._read_versions(connection, record_ids)
+        ids = [key for key in before if versions is None or before[key] == versions[key]]
+        statement = sa.update(self.table).values(marks)
+        if self._version is not None and versions is not None and not self._stays_as_read:
+            one = [statement.where(self.id == key, self._version == versions[key]) for key in ids]
+            ids = [key for key, update in zip(ids, one, strict=True) if connection.execute(update).rowcount]
+        else:
+            for chunk in chunks(ids):
                 connection.execute(statement.where(self.id.in_(chunk)))
-            return dict(versions)
-        marked = [
-            record_id
-            for record_id, version in versions.items()
-            if connection.execute(statement.where(self.id == record_id, self._version == version)).rowcount
-        ]
-        now: dict[int, str] = {}
-        for chunk in chunks(marked):
-            query = sa.select(self.id, self._version).where(self.id.in_(chunk))
-            now.update({int(record_id): version for record_id, version in connection.execute(query)})
-        return now
+        after = before if self._version is None else self._read_versions(connection, ids)
+        return {key: (before[key], after[key]) for key in ids if key in after}
+
+    def _read_versions(self, connection: sa.Connection, record_ids: Sequence[int]) -> dict[int, str]:
+        """The versions of these rows, which are locked, in ascending order, where they can be."""
+        if self._version is None and not self._locks:
+            return dict.fromkeys(record_ids, "")
+        version = sa.literal("") if self._version is None else self._version
+        query = sa.select(self.id, version).order_by(self.id)
+        if self._locks:
+            query = query.with_for_update(key_share=True)
+        return {
+            int(key): storable(found)
+            for chunk in chunks(record_ids)
+            for key, found in fetch_all(connection, query.where(self.id.in_(chunk)))
+        }
 
     def clear_marks(self, connection: sa.Connection, after_id: int) -> None:
         """Clear the marks of every row above an id."""
-        if self._marks:
-            marks = {column.name: False for column in self._marks}
-            connection.execute(sa.update(self.table).where(self.id > after_id).values(marks))
-
-    def unmark(self, connection: sa.Connection, record_ids: Sequence[int]) -> None:
-        """Clear the last mark of these rows: their points are not there, their frames may be."""
         if not self._marks:
             return
-        statement = sa.update(self.table).values({self._marks[-1].name: False})
-        for chunk in chunks(record_ids):
-            connection.execute(statement.where(self.id.in_(chunk)))
+        marks = {column.name: False for column in self._marks}
+        above: sa.ColumnElement[bool] = self.id > after_id
+        if self._locks:
+            inner = sa.alias(self.table)
+            key = inner.c[self.id.name]
+            above = self.id.in_(sa.select(key).where(key > after_id).order_by(key).with_for_update(key_share=True))
+        connection.execute(sa.update(self.table).where(above).values(marks))
 
     def _first(self, ids: sa.Select[int]) -> int | None:
         with reading(self._engine, what=f"read source table {self.name!r}") as connection:
@@ -244,37 +236,3 @@ class SourceTable:
         if id_range is not None:
             query = query.where(self.id.between(id_range.first_id, id_range.last_id))
         return int(self._one(query)[0])
-
-    def _select(self) -> sa.Select[*tuple[Any, ...]]:
-        """What a `SourceRow` needs of the eligible rows."""
-        optional = (self._platform, self._code, self._extracted, self._embedded)
-        columns = [self.id, *self._uri_columns, *self._payload, *(column for column in optional if column is not None)]
-        version = sa.literal("") if self._version is None else self._version
-        once = {column.name: column for column in columns}
-        return sa.select(*once.values(), version.label(_VERSION_LABEL)).where(self.eligible)
-
-    def _source_row(self, row: sa.RowMapping) -> SourceRow:
-        return SourceRow(
-            video=VideoRow(
-                record_id=int(row[self.id.name]),
-                uri=self._uri(row),
-                platform=_text(row[self._platform.name]) if self._platform is not None else None,
-                code=_text(row[self._code.name]) if self._code is not None else None,
-                content_version=row[_VERSION_LABEL],
-                payload={column.name: row[column.name] for column in self._payload},
-            ),
-            extracted=None if self._extracted is None else bool(row[self._extracted.name]),
-            embedded=None if self._embedded is None else bool(row[self._embedded.name]),
-        )
-
-    def _uri(self, row: sa.RowMapping) -> str:
-        """Where the file lies; empty when a column that it needs is NULL (fetching then says so)."""
-        values = {column.name: row[column.name] for column in self._uri_columns}
-        if any(value is None for value in values.values()):
-            return ""
-        template = self._settings.source_uri_template
-        return template.format_map(values) if template else str(next(iter(values.values())))
-
-
-def _text(value: object) -> str | None:
-    return None if value is None else str(value)
