@@ -30,6 +30,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from extraction_dagster.errors import PartitionKeyError
+from extraction_dagster.errors.decode import ShardError
 from extraction_dagster.records import IdRange
 from extraction_dagster.shards.place import Place, Source
 
@@ -244,7 +245,12 @@ class ShardStore(Place, ABC, Generic[S]):
         held = {record.record_id for record in shard.records}
         kept = set() if records is None else held.difference(records)
         if kept:
-            self.merge(shard.partition, [(shard, kept)], self._name_after(shard))
+            try:
+                self.merge(shard.partition, [(shard, kept)], self._name_after(shard))
+            except ShardError as error:
+                if error.gone:  # merged by somebody: who reads what is damaged there sets that aside
+                    return
+                kept = set()
         aside = self._rename_aside(shard.path)
         logger.warning(
             "Set aside %s as %s: %s. What it held of %d records is made again; keep the file to find out why, or "

@@ -7,7 +7,8 @@ import pytest
 
 from extraction_dagster.records import EncodedFrames, IdRange
 from extraction_dagster.settings import Settings
-from extraction_dagster.shards.frame_store import FrameStore, Removed, keep_time, prune_frames
+from extraction_dagster.shards.frame_store import FrameStore
+from extraction_dagster.shards.retention import Removed, keep_time, prune_frames
 from extraction_dagster.shards.store import written_at
 from extraction_dagster.stages.catalog.catalog import Fingerprints
 from extraction_dagster.stages.catalog.ledger import LedgerEntry
