@@ -225,7 +225,7 @@ class Place:
             raise
 
     def _rename_aside(self, path: str) -> str:
-        """Give a file a name that is never read as a shard; nothing happens when it is gone. Returns the new path."""
+        """Give a file a name that is never read as a shard. Returns the new path; "" when the file is gone."""
         folder, _, name = path.rpartition("/")
         aside = f"{folder}/{_ASIDE}{name}"
         with contextlib.suppress(FileNotFoundError), self._reaching():
@@ -233,7 +233,8 @@ class Place:
                 os.replace(path, aside)  # noqa: PTH105 - the paths are the store's, as texts
             else:
                 self._fs.mv(path, aside)
-        return aside
+            return aside
+        return ""
 
     def _remove_empty(self, folder: str) -> None:
         """Remove a folder with nothing in it; only a disk has such."""

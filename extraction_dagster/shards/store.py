@@ -252,6 +252,8 @@ class ShardStore(Place, ABC, Generic[S]):
                     return
                 kept = set()
         aside = self._rename_aside(shard.path)
+        if not aside:
+            return
         logger.warning(
             "Set aside %s as %s: %s. What it held of %d records is made again; keep the file to find out why, or "
             "delete it.",

@@ -270,7 +270,7 @@ def test_the_number_of_frames_of_a_kept_video_is_what_is_stored(copied):
     step(decode_range, one)
     with open_range(one, WIDE) as work:
         found = {key: (entry.num_frames, entry.frames_fingerprint) for key, entry in work.entries().items()}
-        assert found == {key: (3, work.fingerprints.frames) for key in (1, 2)}
+        assert found == dict.fromkeys((1, 2), (3, work.fingerprints.frames))
 
 
 def test_frames_of_former_settings_go_with_the_run_that_is_done_with_todays(copied):

@@ -197,7 +197,7 @@ def test_a_damaged_shard_is_set_aside_under_a_name_that_is_no_shard_with_one_lin
     aside = damaged.path.replace(damaged.name, f".damaged-{damaged.name}")
     assert store.shards(RANGE) == [whole]
     assert store._fs.exists(aside)
-    line = caplog.messages[0]
+    (line,) = caplog.messages
     assert f"Set aside {damaged.path} as .damaged-{damaged.name}: it is cut short. What it held of 2 records" in line
     assert "is made again; keep the file to find out why, or delete it" in line
     store.sweep(RANGE)
