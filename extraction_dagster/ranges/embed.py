@@ -53,7 +53,7 @@ def embed_range(work: RangeWork) -> Report:
     with watch.phase("verify"):
         have = there.keys() | _verified(work, report, written)
     if not report.unnormalised:
-        work.catalog.mark_embedded(_unmarked(work, have), work.fingerprints.embedding)
+        work.catalog.mark_embedded(_unmarked(work, have), work.fingerprints.embedding, plan=work.plan)
     missing = sorted(rows.keys() - have - {failure.record_id for failure in report.failures})
     if again := [record_id for record_id in missing if was_done(rows[record_id])]:
         raise FramesMissingError(work.id_range.partition_key, again)

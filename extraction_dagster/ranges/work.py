@@ -15,6 +15,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from extraction_dagster.errors.catalog import EmptyRangeError
+from extraction_dagster.records import Failure
 from extraction_dagster.shards.embedding_store import EmbeddingStore
 from extraction_dagster.shards.frame_store import FrameStore
 from extraction_dagster.shards.place import Source
@@ -26,7 +27,7 @@ from extraction_dagster.stages.embed.models.registry import embedding_fingerprin
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from extraction_dagster.records import Failure, IdRange
+    from extraction_dagster.records import IdRange
     from extraction_dagster.settings import Settings
     from extraction_dagster.shards.store import ShardRecord, ShardStore
     from extraction_dagster.stages.catalog.catalog import Catalog, PlannedRow
@@ -64,7 +65,11 @@ class RangeWork:
     @property
     def pending(self) -> dict[int, PlannedRow]:
         """The rows to be processed."""
-        return {record_id: planned for record_id, planned in self.plan.items() if planned.status == "todo"}
+        return {
+            record_id: planned
+            for record_id, planned in self.plan.items()
+            if planned.status == "todo" and planned.row.problem is None
+        }
 
     @property
     def selected(self) -> dict[int, PlannedRow]:
@@ -73,8 +78,19 @@ class RangeWork:
         return {
             record_id: planned
             for record_id, planned in self.plan.items()
-            if planned.status in statuses and (planned.entry is not None or planned.status == "todo")
+            if planned.status in statuses
+            and (planned.entry is not None or planned.status == "todo")
+            and planned.row.problem is None
         }
+
+    @property
+    def unreadable(self) -> list[Failure]:
+        """Why rows that were to be processed are not: a value of theirs can't be read."""
+        return [
+            Failure(record_id, planned.content_version, "catalog", type(problem).__name__, str(problem))
+            for record_id, planned in self.plan.items()
+            if planned.status == "todo" and (problem := planned.row.problem) is not None
+        ]
 
     def entries(self) -> dict[int, LedgerEntry]:
         """The ledger of the whole range, as it is now."""
@@ -100,10 +116,10 @@ class RangeWork:
 
     def _was_stored(self, store: ShardStore[Any], planned: PlannedRow) -> bool:
         """Whether the ledger says that a row, as it is now, has frames, or vectors, of today's settings."""
-        entry, video = planned.entry, planned.video
-        if entry is None or entry.content_version != video.content_version:
+        entry = planned.entry
+        if entry is None or entry.content_version != planned.content_version:
             return False
-        if entry.address not in {None, video.address} or entry.frames_fingerprint != self.fingerprints.frames:
+        if entry.address not in {None, planned.address} or entry.frames_fingerprint != self.fingerprints.frames:
             return False
         return store is self.frame_store or (
             entry.embedding_fingerprint == self.fingerprints.embedding and entry.state != "extracted"
@@ -116,7 +132,8 @@ class RangeWork:
             return
         states = self.catalog.record_failures(self.plan, failures, run_id=self.run_id)
         for failure in failures:
-            _log.warning("%s (%s)", failure.message, states[failure.record_id])
+            if failure.record_id in states:  # else others have claimed it since: the catalog has said so
+                _log.warning("%s (%s)", failure.message, states[failure.record_id])
 
 
 @contextmanager
@@ -126,6 +143,7 @@ def open_range(  # noqa: PLR0913 - the range, and what a run may want otherwise,
     *,
     within: IdRange | None = None,
     begins: bool = False,
+    claims: bool = False,
     force: bool = False,
     fingerprints: Fingerprints | None = None,
     run_id: str = "",
@@ -137,6 +155,8 @@ def open_range(  # noqa: PLR0913 - the range, and what a run may want otherwise,
         id_range: The partition.
         within: The part of it that the operator's floor leaves; all of it by default.
         begins: It is the first step: rows that are asked for again get their new revision, with `force` every row.
+            What is to be done is claimed, and rows that can't be read are written down as failed.
+        claims: It is the first step of a run that begins with stored frames or vectors: as above, without revisions.
         force: Do rows again that are done.
         fingerprints: Those of the settings, where the caller has them already.
         run_id: Stands beside each failure in the errors table.
@@ -150,10 +170,13 @@ def open_range(  # noqa: PLR0913 - the range, and what a run may want otherwise,
     planned = within or id_range
     with open_catalog(settings) as catalog:
         frames, vectors = open_stores(settings, made_with, Source(catalog.source.identity, catalog.source.name))
-        plan = catalog.begin(planned, made_with, force=force) if begins else catalog.plan(planned, made_with)
+        if begins or claims:
+            plan = catalog.begin(planned, made_with, force=force, revises=begins)
+        else:
+            plan = catalog.plan(planned, made_with)
         if begins and not plan:
             raise EmptyRangeError(id_range.partition_key, catalog.source.name, catalog.source.extent())
-        yield RangeWork(
+        work = RangeWork(
             settings=settings,
             fingerprints=made_with,
             catalog=catalog,
@@ -164,6 +187,9 @@ def open_range(  # noqa: PLR0913 - the range, and what a run may want otherwise,
             run_id=run_id,
             force=force,
         )
+        if begins or claims:
+            work.record_failures(work.unreadable)
+        yield work
 
 
 def open_stores(settings: Settings, made_with: Fingerprints, source: Source) -> tuple[FrameStore, EmbeddingStore]:
@@ -253,7 +279,7 @@ def frames_by_record(shards: Iterable[Any], rows: Mapping[int, PlannedRow]) -> d
         record.record_id: record.num_frames
         for shard in shards
         for record in shard.records
-        if record.record_id in rows and record.content_version == rows[record.record_id].video.content_version
+        if record.record_id in rows and record.content_version == rows[record.record_id].content_version
     }
 
 
@@ -264,10 +290,10 @@ def _of_rows(shards: Iterable[S], rows: Mapping[int, PlannedRow]) -> dict[int, C
 
 def _is_of(record: ShardRecord, planned: PlannedRow) -> bool:
     """Whether a copy is of a row's present file; one that an earlier release made says no address."""
-    video, known = planned.video, planned.entry.address if planned.entry else None
-    if record.content_version != video.content_version:
+    if record.content_version != planned.content_version:
         return False
-    return record.address == video.address if record.address else known in {None, "", video.address}
+    known = planned.entry.address if planned.entry else None
+    return record.address == planned.address if record.address else known in {None, "", planned.address}
 
 
 def was_done(planned: PlannedRow) -> bool:

@@ -95,6 +95,24 @@ def writing(engine: sa.Engine, *, what: str) -> Iterator[sa.Connection]:
         yield connection
 
 
+def fetch_all(connection: sa.Connection, query: sa.Select[*tuple[Any, ...]]) -> Sequence[sa.Row[*tuple[Any, ...]]]:
+    """Every row of a query, whatever bytes its text has: each that is none comes as a lone surrogate.
+
+    One such text in SQLite makes the whole page unreadable otherwise; other databases take none.
+    """
+    try:
+        return connection.execute(query).all()
+    except sa.exc.OperationalError as error:
+        if not _is_undecodable(error):
+            raise
+    connection.connection.driver_connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")  # type: ignore[union-attr]  # SQLite's own
+    return connection.execute(query).all()
+
+
+def _is_undecodable(error: sa.exc.DBAPIError) -> bool:
+    return "Could not decode to UTF-8" in str(error.orig)
+
+
 @contextmanager
 def _translated(engine: sa.Engine, what: str) -> Iterator[None]:
     try:
@@ -102,6 +120,8 @@ def _translated(engine: sa.Engine, what: str) -> Iterator[None]:
     except (sa.exc.IntegrityError, sa.exc.DataError):
         raise  # the database works: what it was given is wrong
     except (sa.exc.DatabaseError, sa.exc.InterfaceError) as error:
+        if _is_undecodable(error):
+            raise UnicodeError(" ".join(str(error.orig).split())) from error
         raise SourceUnreachableError(what, describe(engine.url), str(error.orig)) from error
 
 
@@ -114,3 +134,21 @@ def describe(url: sa.URL) -> str:
 def chunks(items: Sequence[_Item], size: int = _CHUNK) -> Iterable[Sequence[_Item]]:
     """Ids, or what else a query names, in pieces that fit every database's limit of bound parameters."""
     return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def is_text(value: object) -> bool:
+    """Whether a value that was read holds no byte that was no text."""
+    if not isinstance(value, str) or value.isascii():
+        return True
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def storable(text: str) -> str:
+    """What was read or said, without what no database takes as text."""
+    if text.isascii() and "\0" not in text:
+        return text
+    return text.replace("\0", "\\0").encode(errors="backslashreplace").decode()
