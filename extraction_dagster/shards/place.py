@@ -75,6 +75,9 @@ class Place:
         root_uri: Any fsspec path: a folder, `s3://bucket/frames`.
         folder: A folder under it, which holds the shards.
         source: Whose data it must hold; None for anybody's.
+
+    Attributes:
+        shown_root: The root, without what must not be shown.
     """
 
     store_error: ClassVar[type[ShardStoreError]]
@@ -83,8 +86,8 @@ class Place:
         self._fs, root = fsspec.core.url_to_fs(root_uri)
         self._root, self._root_uri, self._source = root.rstrip("/"), root_uri, source
         self._folder = f"{self._root}/{folder}"
-        self._shown_root = shown_address(root_uri.rstrip("/"))
-        self._shown = f"{self._shown_root}/{folder}"
+        self.shown_root = shown_address(root_uri.rstrip("/"))
+        self._shown = f"{self.shown_root}/{folder}"
         self._is_allowed = source is None
         self._is_claimed = source is None
 
@@ -101,7 +104,7 @@ class Place:
             logger.warning(
                 "The %s in %s say nothing of their source: from now on they are those of table %r.",
                 self.store_error.what,
-                self._shown_root,
+                self.shown_root,
                 self._source.table,
             )
             owner = self._claim(self._source)
@@ -118,7 +121,7 @@ class Place:
         if owner is not None and self._source is not None and owner.identity != self._source.identity:
             raise OtherSourceError(
                 self.store_error.what,
-                self._shown_root,
+                self.shown_root,
                 whose=f"table {owner.table!r} (its mark is {owner.identity})",
                 mine=f"table {self._source.table!r} ({self._source.identity})",
                 setting=self.store_error.setting,
@@ -137,7 +140,7 @@ class Place:
         except (ValueError, KeyError, TypeError) as error:
             raise OtherSourceError(
                 self.store_error.what,
-                self._shown_root,
+                self.shown_root,
                 whose=f"whoever wrote {_SOURCE} there, which this release can't read ({one_line(str(error))})",
                 mine="a table that it names",
                 setting=self.store_error.setting,
