@@ -196,6 +196,7 @@ class Place:
         if isinstance(self._fs, LocalFileSystem):
             for pattern in _TEMPORARY:
                 files.sweep(Path(folder), pattern)
+            files.sweep(Path(self._root), f".{_SOURCE}.*.tmp")
         elif not self._puts_atomically():
             for entry in self._entries(folder):
                 if any(Path(entry["name"]).match(pattern) for pattern in _TEMPORARY):
