@@ -121,9 +121,7 @@ class RangeWork:
             return False
         if entry.address not in {None, planned.address} or entry.frames_fingerprint != self.fingerprints.frames:
             return False
-        return store is self.frame_store or (
-            entry.embedding_fingerprint == self.fingerprints.embedding and entry.state != "extracted"
-        )
+        return store is self.frame_store or entry.embedding_fingerprint == self.fingerprints.embedding
 
     def record_failures(self, failures: Iterable[Failure]) -> None:
         """Write failures to the errors table, and log each with the state that its record is in now."""

@@ -206,9 +206,9 @@ class ShardStore(Place, ABC, Generic[S]):
         """The ranges that have a folder, in ascending order; a folder of another name is left out."""
         self.require_source()
         found = []
-        for entry in self._entries(self._folder):
+        for name in self._names(self._folder):
             with contextlib.suppress(PartitionKeyError):
-                found.append(IdRange.parse(_file_name(entry["name"])))
+                found.append(IdRange.parse(name))
         return sorted(found)
 
     def fingerprints(self) -> list[str]:
