@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import threading
+from datetime import timedelta
 from itertools import count
 from pathlib import Path
 
@@ -315,6 +316,20 @@ def test_a_shard_that_vanishes_in_the_middle_of_a_listing_is_left_out(kind, root
 
     store._tail = vanish
     assert store.shards(RANGE) == shards[1:]
+
+
+def test_shards_that_are_merged_in_the_middle_of_a_listing_are_found_in_the_merged_one(kind, root):
+    store = kind.open(root)
+    shards = [kind.write(store, number) for number in (1, 2)]
+    real = store._tail
+
+    def merge(path):
+        if path == shards[1].path:
+            compact(kind.open(root), RANGE, CompactionOptions(8, enough_shards=2, untouched=timedelta()))
+        return real(path)
+
+    store._tail = merge
+    assert newest_copies(store.shards(RANGE)).keys() == {1, 2}
 
 
 def test_a_disk_that_was_unmounted_while_a_step_works_is_not_empty(kind, tmp_path):
