@@ -292,3 +292,55 @@ def test_a_home_of_another_source_is_refused_before_anything_is_planned(copied, 
     monkeypatch.setattr(Catalog, "begin", begun)
     with pytest.raises(OtherSourceError, match="belong to table 'insta_content'"):
         step(decode_range, other)
+
+
+def as_of_an_earlier_release(settings, sqlite_database):
+    """What is stored of the rows says no address and no claim, nor does the ledger."""
+    frames, vectors = stores(settings)
+    for shard in frames.shards(WIDE):
+        frames.write_shard(WIDE, [replace(video, address="", claim=0) for video in frames.read(shard)], name=shard.name)
+    for shard in vectors.shards(WIDE):
+        records = [replace(record, address="", claim=0) for record in shard.records]
+        vectors.write(WIDE, shard.name, vectors.read(shard), records=records)
+    sqlite_database.execute("UPDATE extraction_ledger SET claim = 0, address = NULL, generation = NULL")
+
+
+def test_after_an_upgrade_what_is_stored_is_used(copied, sqlite_database):
+    settings = copied(keep_frames="all")
+    whole(settings)
+    as_of_an_earlier_release(settings, sqlite_database)
+    shutil.rmtree(copied.folder)
+    make_pending(settings, 1, 2)
+    decoded, embedded, indexed = whole(settings)
+    assert (decoded["videos_kept"], embedded["frames"], indexed["points"]) == (2, 0, 6)
+
+
+def test_after_an_upgrade_another_file_gets_frames_and_vectors_of_its_own(copied, sqlite_database):
+    """Its vectors of before say no address, and its ledger's entry says the new one once it is decoded."""
+    settings = copied(keep_frames="all")
+    whole(settings)
+    as_of_an_earlier_release(settings, sqlite_database)
+    make_pending(settings, 1)
+    step(decode_range, settings)  # the entry takes the present address over
+    sqlite_database.execute("UPDATE insta_content SET path = :path WHERE id = 1", path=str(copied.folder / "2.mp4"))
+    decoded, embedded, indexed = whole(settings)
+    assert (decoded["videos"], decoded["videos_kept"]) == (1, 0)
+    assert (embedded["videos"], embedded["frames"], indexed["points"]) == (1, 3, 3)
+    assert states(settings) == {1: "done", 2: "done"}
+
+
+def test_a_damaged_embedding_shard_is_set_aside_and_its_vectors_are_made_again_by_the_next_tries(copied, caplog):
+    settings = copied(keep_frames="all", retry_delay_seconds=0.001)
+    step(decode_range, settings)
+    step(embed_range, settings)
+    _, vectors = stores(settings)
+    (damaged,) = vectors.shards(WIDE)
+    spoil(damaged)
+
+    assert step(index_range, settings)["points"] == 0
+
+    assert f"Set aside {damaged.path} as .damaged-{damaged.name}" in caplog.text
+    assert vectors.shards(WIDE) == []
+    decoded, embedded, indexed = whole(settings)
+    assert (decoded["videos"], embedded["frames"], indexed["points"]) == (0, 6, 6)
+    assert states(settings) == {1: "done", 2: "done"}

@@ -231,7 +231,7 @@ def test_a_landed_shard_carries_the_middle_frame_of_its_videos(clip_path, settin
 
 
 def test_frames_are_stored_with_the_address_and_the_claim_of_their_row(clip_path, settings, store):
-    work = [VideoRow(1, str(clip_path), content_version="v1", address="a" * 16, claim=7)]
+    work = [VideoRow(1, str(clip_path("h264")), content_version="v1", address="a" * 16, claim=7)]
     list(decode_rows(work, store=store, partition=RANGE, settings=settings))
     ((record,),) = (shard.records for shard in store.shards(RANGE))
     assert (record.content_version, record.address, record.claim) == ("v1", "a" * 16, 7)
