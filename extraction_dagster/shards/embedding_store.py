@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from extraction_dagster.errors import ExtractionError, one_line
+from extraction_dagster.errors import RecordShapeError, one_line
 from extraction_dagster.errors.decode import EmbeddingShardError, EmbeddingStoreError
 from extraction_dagster.records import EmbeddingBatch, Failure
 from extraction_dagster.shards.store import Shard, ShardRecord, ShardStore
@@ -137,10 +137,8 @@ class EmbeddingStore(ShardStore[EmbeddingShard]):
                 frame_number=table["frame_number"].to_numpy(),
                 pts_seconds=table["pts_seconds"].to_numpy(),
             )
-        except (OSError, ValueError, KeyError, TypeError, ArithmeticError, ExtractionError) as error:
-            if isinstance(error, EmbeddingShardError):
-                raise
-            got = f"{type(error).__name__}: {one_line(str(error))}"
+        except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecordShapeError) as error:
+            got = f"{type(error).__name__}: {one_line(' '.join(str(error).split()))}"
             raise EmbeddingShardError(shard.path, got, "a whole Parquet file") from error
         return batch if len(only) == len(shard.records) else batch.of_records(only)
 

@@ -12,8 +12,8 @@ from typing import IO, TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from extraction_dagster.errors import ExtractionError, one_line
-from extraction_dagster.errors.decode import FrameShardError, FrameStoreError, ShardError, ShardStoreError
+from extraction_dagster.errors import RecordShapeError, one_line
+from extraction_dagster.errors.decode import FrameShardError, FrameStoreError
 from extraction_dagster.records import EncodedFrames
 from extraction_dagster.shards.store import Shard, ShardRecord, ShardStore
 
@@ -118,10 +118,8 @@ class FrameStore(ShardStore[FrameShard]):
                         yield video
         except FileNotFoundError as error:
             raise FrameShardError(shard.path, str(error), gone=True) from error
-        except (OSError, pa.ArrowException, ValueError, KeyError, TypeError, ExtractionError) as error:
-            if isinstance(error, ShardStoreError | ShardError):
-                raise
-            raise FrameShardError(shard.path, one_line(str(error))) from error
+        except (OSError, pa.ArrowException, ValueError, KeyError, TypeError, RecordShapeError) as error:
+            raise FrameShardError(shard.path, one_line(" ".join(str(error).split()))) from error
 
     def merge(self, partition: IdRange, parts: Sequence[tuple[FrameShard, Collection[int]]], name: str) -> None:
         """Write one shard with some videos of several."""

@@ -117,6 +117,7 @@ def test_frames_of_another_source_are_refused_in_one_line_and_stay(tmp_path, mon
     engine = make_engine(load_settings().resolved_source_url, setting="EXTRACTION_SOURCE_URL")
     with engine.begin() as connection:
         connection.exec_driver_sql("CREATE TABLE other AS SELECT * FROM insta_content")
+        connection.exec_driver_sql("CREATE UNIQUE INDEX other_ids ON other (id)")
     engine.dispose()
     monkeypatch.setenv("EXTRACTION_SOURCE_TABLE", "other")
     monkeypatch.setenv("EXTRACTION_SOURCE_ID_COLUMN", "id")

@@ -284,6 +284,7 @@ def test_a_home_of_another_source_is_refused_before_anything_is_planned(copied, 
     settings = copied()
     whole(settings)
     sqlite_database.execute("CREATE TABLE other AS SELECT * FROM insta_content")
+    sqlite_database.execute("CREATE UNIQUE INDEX other_ids ON other (id)")
     other = settings.model_copy(update={"source_table": "other", "state_url": f"sqlite:///{settings.home}/other.db"})
 
     def begun(*_, **__):

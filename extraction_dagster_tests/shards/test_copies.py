@@ -191,7 +191,7 @@ def test_a_process_that_was_frozen_for_long_reads_what_was_merged_and_writes_not
 def test_a_damaged_shard_is_set_aside_under_a_name_that_is_no_shard_with_one_line(kind, any_root, caplog):
     store = kind.open(any_root)
     damaged, whole = kind.write(store, 1, 2), kind.write(store, 3)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.WARNING):
         store.set_aside(damaged, "it is cut short")
         store.set_aside(damaged, "it is cut short")
     aside = damaged.path.replace(damaged.name, f".damaged-{damaged.name}")

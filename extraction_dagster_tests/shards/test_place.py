@@ -80,7 +80,7 @@ def test_a_reader_of_another_source_is_refused_and_one_of_this_source_reads(kind
 def test_a_root_that_says_nothing_is_claimed_by_its_first_user_once_with_one_line(kind, any_root, caplog):
     shard = kind.write(kind.open(any_root), 1)  # as an earlier release wrote it
     reader = kind.open(any_root, source=READER)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.WARNING):
         assert reader.shards(RANGE) == [shard]
         assert not reader._fs.exists(f"{reader._root}/source.json")
         assert caplog.messages == []
