@@ -37,6 +37,17 @@ class SourceRow:
         return all(marks) if marks else None
 
 
+def source_identity(settings: Settings) -> str:
+    """A source's identity from the settings alone; see `SourceTable.identity`.
+
+    Raises:
+        DatabaseUrlError: The source's URL is malformed.
+    """
+    url = parse_url(settings.resolved_source_url, setting="EXTRACTION_SOURCE_URL")
+    table = ".".join(filter(None, (settings.source_schema, settings.source_table)))
+    return fingerprint(url=describe(url), table=table, id_column=settings.source_id_column)
+
+
 class SourceTable:
     """The configured table, reflected and checked.
 
@@ -98,8 +109,7 @@ class SourceTable:
     @property
     def identity(self) -> str:
         """16 hex digits that tell this source from another: the database without its credentials, table, id column."""
-        url = parse_url(self._settings.resolved_source_url, setting="EXTRACTION_SOURCE_URL")
-        return fingerprint(url=describe(url), table=self.name, id_column=self.id.name)
+        return source_identity(self._settings)
 
     @property
     def has_marks(self) -> bool:
