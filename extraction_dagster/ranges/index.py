@@ -1,6 +1,7 @@
 """Index a range: embedding shards -> points in Qdrant, verified; then the rows are done.
 
 newest shard first   row 3's points replaced, counted in the store, marked; then row 2's; ...
+                     of each row, its newest copy alone; none of a row that somebody else has claimed meanwhile
 the whole range      compared with the store once more: what disagrees is pending again
 at the end           frames that the settings don't keep are removed, small shards are merged
 """
@@ -8,20 +9,26 @@ at the end           frames that the settings don't keep are removed, small shar
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from extraction_dagster import step_progress
-from extraction_dagster.errors.decode import ShardStoreError
+from extraction_dagster.errors import some
+from extraction_dagster.errors.decode import EmbeddingShardError, ShardStoreError
 from extraction_dagster.errors.index import PointsChangedError
 from extraction_dagster.errors.runs import VectorsMissingError
-from extraction_dagster.ranges.work import RangeWork, Report, Stopwatch, frames_by_record, was_done
+from extraction_dagster.ranges.work import RangeWork, Report, Stopwatch, was_done
+from extraction_dagster.records import IdRange
 from extraction_dagster.shards.compaction import CompactionOptions, compact
 from extraction_dagster.shards.frame_store import keep_time, prune_frames
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping, Sequence
 
+    from extraction_dagster.records import VideoRow
     from extraction_dagster.shards.embedding_store import EmbeddingShard
+    from extraction_dagster.shards.store import ShardRecord
+    from extraction_dagster.stages.catalog.catalog import PlannedRow
     from extraction_dagster.stages.index.protocol import PointStore
 
 _log = logging.getLogger(__name__)  # managed by Dagster: these lines are in the run's events too
@@ -40,20 +47,19 @@ def index_range(work: RangeWork) -> Report:
     from extraction_dagster.stages.index.stage import open_point_store  # noqa: PLC0415 - loads the engine
 
     watch, report, rows = Stopwatch(), Report(), work.selected
-    newest_first = work.embedding_store.shards(work.id_range)[::-1]
-    shards = [(shard, records) for shard in newest_first if (records := frames_by_record([shard], rows))]
-    have = {record_id for _, records in shards for record_id in records}
-    step_progress.begin("qdrant_points", len(have))
-    if newest_first or _should_hold_points(work):
+    shards = work.embedding_store.shards(work.id_range)
+    writer = _Writer(work, report)
+    step_progress.begin("qdrant_points", len(newest_copies(shards, rows)))
+    if shards or _should_hold_points(work):
         with open_point_store(work.settings, wait_seconds=work.settings.qdrant_timeout_seconds) as store:
-            is_there = _open_collection(work, store, dim=newest_first[0].dim if newest_first else None)
+            is_there = _open_collection(work, store, dim=shards[-1].dim if shards else None)
             with watch.phase("write"):
-                for shard, records in shards:
-                    _replace_points(work, report, store, shard, records)
+                writer.write(store, shards)
             with watch.phase("verify"):
                 report.verified = _verify_range(work, store if is_there else None)
-    missing = sorted(rows.keys() - have)
-    if again := [record_id for record_id in missing if was_done(rows[record_id])]:
+    missing = sorted(rows.keys() - writer.handled)
+    work.catalog.make_pending(sorted(writer.damaged.difference(writer.handled)))
+    if again := [key for key in missing if was_done(rows[key]) and key not in writer.damaged]:
         raise VectorsMissingError(work.id_range.partition_key, again)
     num_points = sum(report.num_points.values())
     report.numbers = {
@@ -88,33 +94,127 @@ def _open_collection(work: RangeWork, store: PointStore, *, dim: int | None) -> 
     return True
 
 
-def _replace_points(
-    work: RangeWork, report: Report, store: PointStore, shard: EmbeddingShard, records: Iterable[int]
-) -> None:
-    """Replace the points of those records of a shard that no newer shard held; mark those that were verified."""
-    from extraction_dagster.stages.index.points import generation  # noqa: PLC0415 - loads the engine
-    from extraction_dagster.stages.index.stage import index_records  # noqa: PLC0415
+@dataclass(slots=True)
+class _Writer:
+    """Writes the points of a range's rows, shard by shard.
 
-    seen = report.num_points.keys() | {failure.record_id for failure in report.failures}
-    videos = {record_id: work.plan[record_id].video for record_id in records if record_id not in seen}
-    if not videos:
-        return
-    generations = {
-        record_id: generation(
-            embedding_fingerprint=work.fingerprints.embedding,
-            frames_fingerprint=work.fingerprints.frames,
-            content_version=video.content_version,
+    Attributes:
+        work: The range.
+        report: Gets the numbers of points and the failures.
+        handled: Rows that need nothing more from this run: written, failed, or claimed by somebody else.
+        damaged: Rows whose vectors could not be read.
+    """
+
+    work: RangeWork
+    report: Report
+    handled: set[int] = field(default_factory=set)
+    damaged: set[int] = field(default_factory=set)
+
+    def write(self, store: PointStore, shards: Sequence[EmbeddingShard]) -> None:
+        """Write each row's newest copy; where a shard is damaged, the newest that is left."""
+        while True:
+            copies = newest_copies(shards, self.work.selected)
+            damaged = [
+                shard.name
+                for shard in reversed(shards)
+                if (records := [key for key, name in copies.items() if name == shard.name and key not in self.handled])
+                and not self._write_shard(store, shard, records)
+            ]
+            if not damaged:
+                return
+            shards = [shard for shard in shards if shard.name not in damaged]
+
+    def _write_shard(self, store: PointStore, shard: EmbeddingShard, records: Sequence[int]) -> bool:
+        """Replace the points of some records of a shard, and mark them. Returns whether the shard could be read."""
+        from extraction_dagster.stages.index.stage import index_records  # noqa: PLC0415 - loads the engine
+
+        work = self.work
+        videos = {key: work.plan[key].video for key in self._still_claimed(records)}
+        if not videos:
+            return True
+        try:
+            vectors = work.embedding_store.read(shard).of_records(videos)
+        except EmbeddingShardError as error:
+            _log.warning("%s Its records get new vectors in the next run of their range.", error)
+            self.damaged.update(videos)
+            return False
+        generations = self._generations(videos)
+        indexed = index_records(store, vectors, rows=videos, generations=generations)
+        won = work.catalog.mark_done(work.plan, indexed.num_points, work.fingerprints, generations=generations)
+        self._let_others_win(indexed.num_points.keys() - won, generations)
+        work.record_failures(indexed.failures)
+        self.handled.update(videos)
+        self.report.num_points.update((key, number) for key, number in indexed.num_points.items() if key in won)
+        self.report.failures.extend(indexed.failures)
+        _log.info("Marked %d records as embedded", len(won))
+        step_progress.advance("qdrant_points", len(videos))
+        return True
+
+    def _generations(self, videos: Mapping[int, VideoRow]) -> dict[int, str]:
+        from extraction_dagster.stages.index.points import generation  # noqa: PLC0415 - loads the engine
+
+        made_with, source = self.work.fingerprints, self.work.catalog.source.identity
+        return {
+            key: generation(
+                embedding_fingerprint=made_with.embedding,
+                frames_fingerprint=made_with.frames,
+                content_version=video.content_version,
+                source=source,
+                address=video.address,
+            )
+            for key, video in videos.items()
+        }
+
+    def _still_claimed(self, records: Sequence[int]) -> list[int]:
+        """Leave out the rows that another run or an operator has claimed since this one was planned."""
+        claims = self.work.catalog.ledger.claims(records)
+        others = [key for key in records if claims.get(key, 0) != self.work.plan[key].video.claim]
+        if others:
+            _log.warning("Left out %d records that were claimed by others meanwhile (%s)", len(others), some(others))
+            self.handled.update(others)
+        return [key for key in records if key not in others]
+
+    def _let_others_win(self, losers: Iterable[int], generations: Mapping[int, str]) -> None:
+        """Make rows pending whose newer points this run may have written over.
+
+        One that is not done yet needs nothing: whoever has claimed it writes its points after ours, or compares them
+        at the end of its run.
+        """
+        lost = sorted(losers)
+        if not lost:
+            return
+        entries = self.work.catalog.ledger.entries(IdRange(lost[0], lost[-1]))
+        overwritten = [
+            key
+            for key in lost
+            if key in entries and entries[key].state == "done" and entries[key].generation != generations[key]
+        ]
+        _log.warning(
+            "%d records were claimed by others while their points were written (%s); %d of them are pending again",
+            len(lost),
+            some(lost),
+            len(overwritten),
         )
-        for record_id, video in videos.items()
-    }
-    vectors = work.embedding_store.read(shard).of_records(videos)
-    indexed = index_records(store, vectors, rows=videos, generations=generations)
-    work.catalog.mark_done(work.plan, indexed.num_points, work.fingerprints)
-    work.record_failures(indexed.failures)
-    report.num_points.update(indexed.num_points)
-    report.failures.extend(indexed.failures)
-    _log.info("Marked %d records as embedded", len(indexed.num_points))
-    step_progress.advance("qdrant_points", len(videos))
+        self.work.catalog.make_pending(overwritten)
+
+
+def newest_copies(shards: Iterable[EmbeddingShard], rows: Mapping[int, PlannedRow]) -> dict[int, str]:
+    """The shard that holds each row's newest vectors, where those are of the row's present version and address."""
+    newest: dict[int, tuple[int, str, ShardRecord]] = {}
+    for shard in shards:
+        for record in shard.records:
+            key = record.record_id
+            if key in rows and (key not in newest or newest[key][:2] < (record.claim, shard.name)):
+                newest[key] = (record.claim, shard.name, record)
+    return {key: name for key, (_, name, record) in newest.items() if _is_of(record, rows[key])}
+
+
+def _is_of(record: ShardRecord, planned: PlannedRow) -> bool:
+    """Whether a copy is of a row's present file; one that an earlier release made says no address."""
+    video, stored = planned.video, planned.entry.address if planned.entry else None
+    if record.content_version != video.content_version:
+        return False
+    return record.address == video.address if record.address else stored in {None, video.address}
 
 
 def _verify_range(work: RangeWork, store: PointStore | None) -> int:

@@ -132,9 +132,18 @@ class Catalog:
         )
 
     def mark_done(
-        self, plan: Mapping[int, PlannedRow], num_points: Mapping[int, int], fingerprints: Fingerprints
-    ) -> None:
-        """Mark rows of a plan whose points were verified, by record; this is the last thing that happens to a row."""
+        self,
+        plan: Mapping[int, PlannedRow],
+        num_points: Mapping[int, int],
+        fingerprints: Fingerprints,
+        *,
+        generations: Mapping[int, str],
+    ) -> set[int]:
+        """Mark rows of a plan whose points were verified, by record; this is the last thing that happens to a row.
+
+        Returns:
+            The rows that were marked: those that nobody else has claimed since they were planned.
+        """
         entries = {
             record_id: {
                 "state": "done",
@@ -142,6 +151,7 @@ class Catalog:
                 "frames_fingerprint": fingerprints.frames,
                 "embedding_fingerprint": fingerprints.embedding,
                 "num_points": number,
+                "generation": generations[record_id],
                 "attempts": 0,
                 "not_before": None,
                 "last_error": None,
@@ -149,6 +159,7 @@ class Catalog:
             for record_id, number in num_points.items()
         }
         self._mark("embedded", plan, entries)
+        return set(num_points)
 
     def record_failures(
         self, plan: Mapping[int, PlannedRow], failures: Iterable[Failure], *, run_id: str

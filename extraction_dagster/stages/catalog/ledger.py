@@ -102,6 +102,18 @@ class Ledger:
         with reading(self.engine, what="read the ledger") as connection:
             return {row["record_id"]: LedgerEntry(**row) for row in connection.execute(query).mappings()}
 
+    def claims(self, record_ids: Sequence[int]) -> dict[int, int]:
+        """The present claims of those of these records that the ledger knows."""
+        found: dict[int, int] = {}
+        with reading(self.engine, what="read the ledger") as connection:
+            for chunk in chunks(record_ids):
+                query = sa.select(LEDGER_TABLE.c.record_id, LEDGER_TABLE.c.claim)
+                found.update(
+                    (row.record_id, row.claim)
+                    for row in connection.execute(query.where(LEDGER_TABLE.c.record_id.in_(chunk)))
+                )
+        return found
+
     def window_end(self, after_id: int | None, size: int) -> int | None:
         """The id of the last of the next `size` entries after an id; None when fewer are left."""
         query = sa.select(LEDGER_TABLE.c.record_id).order_by(LEDGER_TABLE.c.record_id).offset(size - 1).limit(1)
