@@ -58,7 +58,8 @@ def index_range(work: RangeWork) -> Report:
             with watch.phase("verify"):
                 report.verified = _verify_range(work, store if is_there else None)
     missing = sorted(rows.keys() - writer.handled)
-    work.catalog.make_pending(sorted(writer.damaged.difference(writer.handled)))
+    if without_vectors := writer.damaged - writer.handled:
+        work.catalog.make_pending(sorted(without_vectors))
     if again := [key for key in missing if was_done(rows[key]) and key not in writer.damaged]:
         raise VectorsMissingError(work.id_range.partition_key, again)
     num_points = sum(report.num_points.values())
@@ -114,15 +115,14 @@ class _Writer:
         """Write each row's newest copy; where a shard is damaged, the newest that is left."""
         while True:
             copies = newest_copies(shards, self.work.selected)
-            damaged = [
-                shard.name
-                for shard in reversed(shards)
-                if (records := [key for key, name in copies.items() if name == shard.name and key not in self.handled])
-                and not self._write_shard(store, shard, records)
-            ]
-            if not damaged:
+            readable = []
+            for shard in reversed(shards):
+                records = [key for key, name in copies.items() if name == shard.name and key not in self.handled]
+                if not records or self._write_shard(store, shard, records):
+                    readable.append(shard)
+            if len(readable) == len(shards):
                 return
-            shards = [shard for shard in shards if shard.name not in damaged]
+            shards = readable[::-1]
 
     def _write_shard(self, store: PointStore, shard: EmbeddingShard, records: Sequence[int]) -> bool:
         """Replace the points of some records of a shard, and mark them. Returns whether the shard could be read."""
@@ -195,7 +195,8 @@ class _Writer:
             some(lost),
             len(overwritten),
         )
-        self.work.catalog.make_pending(overwritten)
+        if overwritten:
+            self.work.catalog.make_pending(overwritten)
 
 
 def newest_copies(shards: Iterable[EmbeddingShard], rows: Mapping[int, PlannedRow]) -> dict[int, str]:

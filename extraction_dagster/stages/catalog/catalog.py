@@ -137,7 +137,7 @@ class Catalog:
         num_points: Mapping[int, int],
         fingerprints: Fingerprints,
         *,
-        generations: Mapping[int, str],
+        generations: Mapping[int, str] | None = None,
     ) -> set[int]:
         """Mark rows of a plan whose points were verified, by record; this is the last thing that happens to a row.
 
@@ -151,7 +151,7 @@ class Catalog:
                 "frames_fingerprint": fingerprints.frames,
                 "embedding_fingerprint": fingerprints.embedding,
                 "num_points": number,
-                "generation": generations[record_id],
+                "generation": (generations or {}).get(record_id),
                 "attempts": 0,
                 "not_before": None,
                 "last_error": None,

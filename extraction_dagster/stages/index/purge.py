@@ -110,8 +110,8 @@ def decide(catalog: Catalog, first_seen: Mapping[int, datetime], *, known: int, 
     if number > _allowed(settings.purge_share, known) and not force:
         why = (
             f"{number} of {known} known records are gone, more than EXTRACTION_PURGE_SHARE ({settings.purge_share:g}) "
-            "allows. See that the table is whole and EXTRACTION_SOURCE_PREDICATE is meant so; then 'extraction reconcile "
-            "--repair --force' removes them."
+            "allows. See that the table is whole and EXTRACTION_SOURCE_PREDICATE is meant so; then 'extraction "
+            "reconcile --repair --force' removes them."
         )
         return Brake(held_back=number, why=why)
     wait = timedelta(seconds=settings.purge_after_seconds)

@@ -200,7 +200,7 @@ def reconcile(  # noqa: PLR0913 - what is compared with what
                     found = found.seen_again(view.compare(of_collection.store(), window))
                 done.add(found)
                 gone.add(collection, found)
-                if repair:
+                if repair and found.to_write_again:
                     catalog.make_pending(found.to_write_again)
     known = max(gone.num_known.values(), default=0)
     known = max(known, sum(catalog.ledger.counts().values())) if gone.claims else known
