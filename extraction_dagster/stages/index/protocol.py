@@ -279,8 +279,10 @@ class PointStore(abc.ABC):
         """Note in the open collection that its points are of this source, unless somebody has."""
         spec: CollectionSpec = self._open("claim a collection")[0]
         if self._source and not spec.source:
-            self._note_source(self._source)
-            _log.warning("Collection %r in %r belongs to source table %s from now on", spec.name, self, self._source)
+            if self._note_source(self._source):
+                _log.warning(
+                    "Collection %r in %r belongs to source table %s from now on", spec.name, self, self._source
+                )
 
     def _pages(self, filters: PointFilter | None, size: int, *, content: bool) -> Iterator[list[Any]]:
         self._open("read points")
@@ -306,8 +308,8 @@ class PointStore(abc.ABC):
         """
 
     @abc.abstractmethod
-    def _note_source(self, source: str) -> None:
-        """Keep the source's identity with the open collection, and in its spec."""
+    def _note_source(self, source: str) -> bool:
+        """Keep the source's identity with the open collection, and in its spec. Returns whether the former is done."""
 
     @abc.abstractmethod
     def _write(self, batch: PointBatch) -> None:

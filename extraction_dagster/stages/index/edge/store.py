@@ -183,10 +183,11 @@ class EdgeStore(PointStore):
             has_ids=lambda ids: edge.HasIdCondition({UUID(point_id) for point_id in ids}),
         )
 
-    def _note_source(self, source: str) -> None:
+    def _note_source(self, source: str) -> bool:
         spec, files, _ = self._open("claim a collection")
         files.claim(spec.fingerprint, source)
         self._spec = replace(spec, source=source)
+        return True
 
     def _write(self, batch: PointBatch) -> None:
         """The engine applies a write before it returns."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from extraction_dagster.errors.index import (
@@ -116,7 +116,6 @@ class ServerCollections:
             why = "the server keeps no metadata"
         if not found.source:
             _log.warning("Collection %r can't be told from another source's: %s", target, why)
-            return replace(found, source=source)
         return found
 
     def ensure(

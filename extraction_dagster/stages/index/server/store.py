@@ -160,11 +160,12 @@ class ServerStore(PointStore):
             has_ids=lambda ids: models.HasIdCondition(has_id=list(ids)),
         )
 
-    def _note_source(self, source: str) -> None:
+    def _note_source(self, source: str) -> bool:
         spec, target = self._open("claim a collection")
         found = self._collections.note_source(target, spec, source)
         self._require_own(found)  # another may have been first
-        self._spec = found
+        self._spec = replace(found, source=source)  # what can't be kept is not tried again
+        return bool(found.source)
 
     def _write(self, batch: PointBatch) -> None:
         _, target = self._open("write points")
