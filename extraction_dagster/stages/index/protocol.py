@@ -278,11 +278,8 @@ class PointStore(abc.ABC):
     def _claim(self) -> None:
         """Note in the open collection that its points are of this source, unless somebody has."""
         spec: CollectionSpec = self._open("claim a collection")[0]
-        if self._source and not spec.source:
-            if self._note_source(self._source):
-                _log.warning(
-                    "Collection %r in %r belongs to source table %s from now on", spec.name, self, self._source
-                )
+        if self._source and not spec.source and self._note_source(self._source):
+            _log.warning("Collection %r in %r belongs to source table %s from now on", spec.name, self, self._source)
 
     def _pages(self, filters: PointFilter | None, size: int, *, content: bool) -> Iterator[list[Any]]:
         self._open("read points")

@@ -13,7 +13,7 @@ from extraction_dagster.stages.index.purge import Brake
 from extraction_dagster.stages.index.server.store import ServerStore
 
 ALL = IdRange(-(2**63), 2**63 - 1)
-TABLE = {record_id: 1 for record_id in range(1, 41)}
+TABLE = dict.fromkeys(range(1, 41), 1)
 
 
 class Clock:
@@ -74,15 +74,10 @@ def test_what_is_gone_is_removed_when_a_later_reconciliation_finds_it_gone_as_we
         "since 2026-01-02 03:00:00Z: 'extraction reconcile --repair' after 2026-01-02 04:00:00Z removes those that are "
         "gone by then as well."
     )
-    document = found.document()
-    assert {
-        key: document[key] for key in ("waiting_records", "waiting_since", "waiting_until", "held_back_records")
-    } == {
-        "waiting_records": 2,
-        "waiting_since": "2026-01-02T03:00:00.000Z",
-        "waiting_until": "2026-01-02T04:00:00.000Z",
-        "held_back_records": 0,
-    }
+    said = found.document()
+    assert said["waiting_records"] == 2
+    assert (said["waiting_since"], said["waiting_until"]) == ("2026-01-02T03:00:00.000Z", "2026-01-02T04:00:00.000Z")
+    assert (said["held_back_records"], said["held_back_because"]) == (0, None)
     clock.pass_by(minutes=1)
     found = world.reconcile(catalog, repair=True)
     assert (found.removed_records, found.removed_points, found.remaining) == (2, 2, 0)
@@ -157,7 +152,7 @@ def test_force_does_not_shorten_the_wait(world, make, clock):
 
 
 @pytest.mark.parametrize(
-    ("known", "gone", "share", "removed"),
+    ("known", "gone", "share", "is_removed"),
     [
         (12, 2, 0.1, True),
         (12, 6, 0.1, True),
@@ -170,12 +165,14 @@ def test_force_does_not_shorten_the_wait(world, make, clock):
         (1, 1, 0.1, False),
     ],
 )
-def test_a_handful_of_a_small_table_is_no_accident_and_half_of_it_is_one(world, make, known, gone, share, removed):
+def test_a_handful_of_a_small_table_is_no_accident_and_more_than_half_is_one(  # noqa: PLR0913, PLR0917 - fixtures
+    world, make, known, gone, share, is_removed
+):
     catalog = make(range(1, known + 1), purge_share=share, purge_after_seconds=0)
     world.add(100)  # what is there is not what is known
     world.execute(f"DELETE FROM insta_content WHERE id <= {gone}")
     found = world.reconcile(catalog, repair=True)
-    assert (found.removed_records, found.brake.held_back) == ((gone, 0) if removed else (0, gone))
+    assert (found.removed_records, found.brake.held_back) == ((gone, 0) if is_removed else (0, gone))
 
 
 def test_a_share_is_one_of_all_records_whatever_range_is_compared(world, make, clock):
@@ -246,13 +243,11 @@ def test_a_process_that_dies_between_ledger_and_store_leaves_what_the_next_one_r
     assert world.reconcile(catalog).differences == []
 
 
-def test_a_neighbour_whose_name_begins_alike_keeps_its_points(world, make, wire_store, stand_in, settings, tmp_path):
+def test_a_neighbour_whose_name_begins_alike_keeps_its_points(world, make, wire_store, stand_in, settings):
     def connect():
-        target = settings(qdrant_url=stand_in.url, qdrant_grpc_port=stand_in.port)
-        return ServerStore.connect(target)
+        return ServerStore.connect(settings(qdrant_url=stand_in.url, qdrant_grpc_port=stand_in.port))
 
-    catalog = make(purge_after_seconds=0)
-    assert tmp_path in catalog.settings.home.parents or tmp_path == catalog.settings.home
+    catalog = make(purge_after_seconds=0, purge_share=1)
     with EdgeStore(world.home) as ours:
         spec = ours.open_collection("video_frames")
         wire_store.ensure_collection(spec)
