@@ -10,6 +10,7 @@ compared with the ledger.
 
 from __future__ import annotations
 
+import random
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,7 +21,7 @@ from sqlalchemy.schema import CreateIndex, DropIndex
 
 from extraction_dagster.errors.catalog import SourceUnreachableError
 from extraction_dagster.records import IdRange
-from extraction_dagster.stages.catalog.database import chunks, reading, writing
+from extraction_dagster.stages.catalog.database import chunks, reading, storable, writing
 from extraction_dagster.stages.catalog.ledger import Fingerprints, Ledger, LedgerEntry
 from extraction_dagster.stages.catalog.state_tables import LEDGER_TABLE, UNFINISHED
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 _MAX_ID = 2**63 - 1
 _MIN_ID = -(2**63)
 _Head = tuple[int, str, bool | None]  # a row: its id, its version, whether it is marked as done
+_MOST_ADDRESSES = 500  # of rows that wait or are parked, compared in one scan
 _DENSE = 4  # ids to a row up to which the ledger is read as one range, not by lists of ids
 Status = Literal["done", "todo", "again", "waiting", "parked"]
 
@@ -45,13 +47,15 @@ class Rows(Protocol):
     one_database: bool
 
 
-def status_of(
+def status_of(  # noqa: PLR0913 - what is known of a row, each by name
     source_version: str,
     marked_done: bool | None,  # noqa: FBT001 - three states of a row, not an option
     entry: LedgerEntry | None,
     fingerprints: Fingerprints | None,
     *,
     now: datetime,
+    address: str = "",
+    keeps_moved: bool = False,
 ) -> Status:
     """Decide what is to be done with an eligible row.
 
@@ -66,19 +70,26 @@ def status_of(
         entry: Its ledger entry.
         fingerprints: Those of today.
         now: Compared with the entry's `not_before`.
+        address: The row's; empty when it is not known, so that it is not compared. A row that failed is tried at once
+            when its address was corrected, and one that is done is done again.
+        keeps_moved: A row that is done stays done although its address has changed.
     """
     if entry is None:
         return "done" if marked_done else "todo"
     if entry.source_version != source_version:
         return "todo"
+    has_moved = bool(address) and entry.address not in {None, address}
     if entry.state == "parked":
-        return "parked"
+        return "todo" if has_moved else "parked"
     if entry.state == "failed":
-        return "waiting" if entry.not_before is not None and entry.not_before > now else "todo"
+        waits = entry.not_before is not None and entry.not_before > now and not has_moved
+        return "waiting" if waits else "todo"
     if entry.state != "done":
         return "todo"
     if marked_done is False:
         return "again"
+    if has_moved and not keeps_moved:
+        return "todo"
     made_with = Fingerprints(entry.frames_fingerprint or "", entry.embedding_fingerprint or "")
     return "done" if fingerprints in {None, made_with} else "todo"
 
@@ -172,7 +183,7 @@ def _heads(  # noqa: PLR0913 - the window, and how to look through it
     source = catalog.source
     condition = None if every_row else source.unmarked
     query = source.heads(only=condition).where(source.id.between(low, high)).limit(budget)
-    heads = {int(record_id): (version, done) for record_id, version, done in connection.execute(query)}
+    heads = {int(record_id): (storable(version), done) for record_id, version, done in connection.execute(query)}
     if condition is not None:
         _add_marked(catalog, connection, heads, (low, max(heads) if len(heads) >= budget else high), budget)
     return [(key, *heads[key]) for key in sorted(heads)][:budget]
@@ -196,7 +207,7 @@ def _add_marked(
             for record_id, version, done in connection.execute(
                 catalog.source.heads().where(catalog.source.id.in_(chunk))
             ):
-                heads[int(record_id)] = (version, done)
+                heads[int(record_id)] = (storable(version), done)
         if len(page) < budget or sum(key <= page[-1] for key in heads) >= budget:
             return
         low = page[-1] + 1
@@ -216,9 +227,18 @@ def _unfinished_entries(catalog: Rows, connection: sa.Connection, low: int, high
 def _classify(catalog: Rows, connection: sa.Connection, heads: Sequence[_Head], now: datetime) -> Iterator[Unfinished]:
     """The unfinished ones of rows that lie above the floor."""
     entries = _entries(catalog, connection, [head[0] for head in heads])
+    held_back = [
+        key
+        for key, entry in entries.items()
+        if entry.address is not None and (entry.state == "parked" or (entry.not_before or now) > now)
+    ]
+    if len(held_back) > _MOST_ADDRESSES:  # others are looked at by other scans
+        held_back = random.sample(held_back, _MOST_ADDRESSES)
+    addresses = catalog.source.addresses_of(held_back)
     for record_id, version, done in heads:
         marked_done = None if done is None else bool(done)
-        status = status_of(version, marked_done, entries.get(record_id), None, now=now)
+        entry, address = entries.get(record_id), addresses.get(record_id, "")
+        status = status_of(version, marked_done, entry, None, now=now, address=address)
         if status not in {"done", "parked"}:
             yield Unfinished(record_id, is_pending(record_id, status, floor_id=None))
 
@@ -227,14 +247,16 @@ def _entries(catalog: Rows, connection: sa.Connection, ids: Sequence[int]) -> di
     if not ids:
         return {}
     table = LEDGER_TABLE.c
-    query = sa.select(table.record_id, table.state, table.source_version, table.not_before)
+    query = sa.select(table.record_id, table.state, table.source_version, table.not_before, table.address)
     dense = ids[-1] - ids[0] < _DENSE * len(ids)
     conditions = [table.record_id.between(ids[0], ids[-1])] if dense else [table.record_id.in_(c) for c in chunks(ids)]
     found: dict[int, LedgerEntry] = {}
     with _ledger(catalog, connection) as ledger:
         for condition in conditions:
-            for record_id, state, version, not_before in ledger.execute(query.where(condition)):
-                found[record_id] = LedgerEntry(record_id, state, source_version=version, not_before=not_before)
+            for record_id, state, version, not_before, address in ledger.execute(query.where(condition)):
+                found[record_id] = LedgerEntry(
+                    record_id, state, source_version=version, not_before=not_before, address=address
+                )
     return found
 
 
