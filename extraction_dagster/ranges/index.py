@@ -20,7 +20,7 @@ from extraction_dagster.errors.runs import VectorsMissingError
 from extraction_dagster.ranges.work import RangeWork, Report, Stopwatch, was_done
 from extraction_dagster.records import IdRange
 from extraction_dagster.shards.compaction import CompactionOptions, compact
-from extraction_dagster.shards.frame_store import keep_time, prune_frames
+from extraction_dagster.shards.retention import keep_time, prune_former, prune_frames
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -238,7 +238,10 @@ def _prune_frames(work: RangeWork) -> None:
     """Remove frames that the settings don't keep, now that their records are done."""
     keep = keep_time(work.settings.keep_frames)
     if keep is not None:
-        prune_frames(work.frame_store, work.id_range, work.entries(), work.fingerprints, keep=keep)
+        entries = work.entries()
+        prune_frames(work.frame_store, work.id_range, entries, work.fingerprints, keep=keep)
+        for store in (work.frame_store, work.embedding_store):
+            prune_former(store, work.id_range, entries, work.fingerprints, keep=keep)
 
 
 def _merge_small_shards(work: RangeWork) -> None:
