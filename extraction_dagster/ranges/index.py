@@ -21,17 +21,18 @@ from extraction_dagster.ranges.work import RangeWork, Report, Stopwatch, was_don
 from extraction_dagster.records import IdRange
 from extraction_dagster.shards.compaction import CompactionOptions, compact
 from extraction_dagster.shards.retention import keep_time, prune_former, prune_frames
+from extraction_dagster.shards.store import by_shard
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from extraction_dagster.records import VideoRow
     from extraction_dagster.shards.embedding_store import EmbeddingShard
-    from extraction_dagster.shards.store import ShardRecord
-    from extraction_dagster.stages.catalog.catalog import PlannedRow
+    from extraction_dagster.shards.store import Copy
     from extraction_dagster.stages.index.protocol import PointStore
 
 _log = logging.getLogger(__name__)  # managed by Dagster: these lines are in the run's events too
+_MOST_LOOKS = 5  # at what is stored, when shards turn out to be damaged or are merged by others
 
 
 def index_range(work: RangeWork) -> Report:
@@ -47,20 +48,20 @@ def index_range(work: RangeWork) -> Report:
     from extraction_dagster.stages.index.stage import open_point_store  # noqa: PLC0415 - loads the engine
 
     watch, report, rows = Stopwatch(), Report(), work.selected
-    shards = work.embedding_store.shards(work.id_range)
     writer = _Writer(work, report)
-    step_progress.begin("qdrant_points", len(newest_copies(shards, rows)))
-    if shards or _should_hold_points(work):
+    copies = writer.copies()
+    step_progress.begin("qdrant_points", len(copies))
+    if copies or _should_hold_points(work):
         with open_point_store(work.settings, wait_seconds=work.settings.qdrant_timeout_seconds) as store:
-            is_there = _open_collection(work, store, dim=shards[-1].dim if shards else None)
+            is_there = _open_collection(work, store, dim=next((copy.shard.dim for copy in copies.values()), None))
             with watch.phase("write"):
-                writer.write(store, shards)
+                writer.write(store, copies)
             with watch.phase("verify"):
                 report.verified = _verify_range(work, store if is_there else None)
     missing = sorted(rows.keys() - writer.handled)
-    if without_vectors := writer.damaged - writer.handled:
-        work.catalog.make_pending(sorted(without_vectors))
-    if again := [key for key in missing if was_done(rows[key]) and key not in writer.damaged]:
+    if unread := copies.keys() - writer.handled:  # their run goes on: the next one makes their vectors
+        work.catalog.make_pending(sorted(unread))
+    if again := [record_id for record_id in missing if was_done(rows[record_id]) and record_id not in unread]:
         raise VectorsMissingError(work.id_range.partition_key, again)
     num_points = sum(report.num_points.values())
     report.numbers = {
@@ -103,26 +104,24 @@ class _Writer:
         work: The range.
         report: Gets the numbers of points and the failures.
         handled: Rows that need nothing more from this run: written, failed, or claimed by somebody else.
-        damaged: Rows whose vectors could not be read.
     """
 
     work: RangeWork
     report: Report
     handled: set[int] = field(default_factory=set)
-    damaged: set[int] = field(default_factory=set)
 
-    def write(self, store: PointStore, shards: Sequence[EmbeddingShard]) -> None:
-        """Write each row's newest copy; where a shard is damaged, the newest that is left."""
-        while True:
-            copies = newest_copies(shards, self.work.selected)
-            readable = []
-            for shard in reversed(shards):
-                records = [key for key, name in copies.items() if name == shard.name and key not in self.handled]
-                if not records or self._write_shard(store, shard, records):
-                    readable.append(shard)
-            if len(readable) == len(shards):
+    def copies(self) -> dict[int, Copy[EmbeddingShard]]:
+        """The newest vectors of each row that is still to be written."""
+        rows = {key: planned for key, planned in self.work.selected.items() if key not in self.handled}
+        return self.work.stored(self.work.embedding_store, rows)
+
+    def write(self, store: PointStore, copies: Mapping[int, Copy[EmbeddingShard]]) -> None:
+        """Write each row's newest copy; where its shard is damaged, the newest that is left."""
+        for _ in range(_MOST_LOOKS):
+            latest_first = reversed(by_shard(copies))
+            if all([self._write_shard(store, shard, records) for shard, records in latest_first]):  # noqa: C419 - all of them
                 return
-            shards = readable[::-1]
+            copies = self.copies()
 
     def _write_shard(self, store: PointStore, shard: EmbeddingShard, records: Sequence[int]) -> bool:
         """Replace the points of some records of a shard, and mark them. Returns whether the shard could be read."""
@@ -133,10 +132,10 @@ class _Writer:
         if not videos:
             return True
         try:
-            vectors = work.embedding_store.read(shard).of_records(videos)
+            vectors = work.embedding_store.read(shard, only=videos)
         except EmbeddingShardError as error:
-            _log.warning("%s Its records get new vectors in the next run of their range.", error)
-            self.damaged.update(videos)
+            if not error.gone:
+                work.embedding_store.set_aside(shard, "it is damaged")
             return False
         generations = self._generations(videos)
         indexed = index_records(store, vectors, rows=videos, generations=generations)
@@ -189,33 +188,9 @@ class _Writer:
             for key in lost
             if key in entries and entries[key].state == "done" and entries[key].generation != generations[key]
         ]
-        _log.warning(
-            "%d records were claimed by others while their points were written (%s); %d of them are pending again",
-            len(lost),
-            some(lost),
-            len(overwritten),
-        )
         if overwritten:
+            _log.warning("Pending again, since older points may stand in place of newer ones: %s", some(overwritten))
             self.work.catalog.make_pending(overwritten)
-
-
-def newest_copies(shards: Iterable[EmbeddingShard], rows: Mapping[int, PlannedRow]) -> dict[int, str]:
-    """The shard that holds each row's newest vectors, where those are of the row's present version and address."""
-    newest: dict[int, tuple[int, str, ShardRecord]] = {}
-    for shard in shards:
-        for record in shard.records:
-            key = record.record_id
-            if key in rows and (key not in newest or newest[key][:2] < (record.claim, shard.name)):
-                newest[key] = (record.claim, shard.name, record)
-    return {key: name for key, (_, name, record) in newest.items() if _is_of(record, rows[key])}
-
-
-def _is_of(record: ShardRecord, planned: PlannedRow) -> bool:
-    """Whether a copy is of a row's present file; one that an earlier release made says no address."""
-    video, stored = planned.video, planned.entry.address if planned.entry else None
-    if record.content_version != video.content_version:
-        return False
-    return record.address == video.address if record.address else stored in {None, video.address}
 
 
 def _verify_range(work: RangeWork, store: PointStore | None) -> int:

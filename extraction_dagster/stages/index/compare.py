@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from extraction_dagster.records import IdRange
-from extraction_dagster.stages.catalog.catalog import status_of
 from extraction_dagster.stages.index.points import PointFilter, former_generation
 
 if TYPE_CHECKING:
@@ -110,14 +109,22 @@ def compare_points(store: PointStore | None, expected: Mapping[int, ExpectedPoin
     )
 
 
-def finished(rows: Mapping[int, SourceRow], entries: Mapping[int, LedgerEntry]) -> list[int]:
+def finished(catalog: Catalog, rows: Mapping[int, SourceRow], entries: Mapping[int, LedgerEntry]) -> list[int]:
     """The eligible rows that are done and were not asked for again since."""
     now = datetime.now(UTC)
-    return [
+    return [key for key, row in rows.items() if catalog.status_of(row, entries[key], None, now=now) == "done"]
+
+
+def moved(rows: Mapping[int, SourceRow], entries: Mapping[int, LedgerEntry]) -> list[int]:
+    """The eligible rows that are done with a file of another address than they have now."""
+    return sorted(
         key
         for key, row in rows.items()
-        if status_of(row.video.content_version, row.marked_done, entries[key], None, now=now) == "done"
-    ]
+        if row.video.address
+        and entries[key].state == "done"
+        and entries[key].source_version == row.video.content_version
+        and entries[key].address not in {None, row.video.address}
+    )
 
 
 def windows(catalog: Catalog, within: IdRange, size: int) -> Iterator[IdRange]:

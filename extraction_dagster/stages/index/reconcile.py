@@ -28,6 +28,7 @@ from extraction_dagster.stages.index.compare import (
     compare_points,
     expected_points,
     finished,
+    moved,
     windows,
 )
 from extraction_dagster.stages.index.points import rfc3339
@@ -185,14 +186,15 @@ def reconcile(  # noqa: PLR0913 - what is compared with what
         window_records: Ledger entries compared at once.
         hold_seconds: How long the embedded store is held without a break.
     """
-    done, gone = Reconciliation(repaired=repair), _Gone()
+    processes_moved = repair and catalog.settings.address_changes == "process"
+    done, gone = Reconciliation(repaired=repair, moved_are_due=processes_moved), _Gone()
     collections = _find_collections(open_store, collection_name, embedding)
 
     def turns(collection: _Collection) -> contextlib.closing[_Turns]:
         return contextlib.closing(_Turns(open_store, collection_name, collection, hold_seconds))
 
     for collection in collections:
-        view = _View(catalog, collection, collections)
+        view = _View(catalog, collection, collections, adopts_addresses=repair)
         with turns(collection) as of_collection:
             for window in windows(catalog, within, window_records):
                 found = view.compare(of_collection.store(), window)
@@ -200,8 +202,11 @@ def reconcile(  # noqa: PLR0913 - what is compared with what
                     found = found.seen_again(view.compare(of_collection.store(), window))
                 done.add(found)
                 gone.add(collection, found)
-                if repair and found.to_write_again:
-                    catalog.make_pending(found.to_write_again)
+                moved_here = found.moved if collection == collections[0] else ()
+                done.moved += moved_here
+                due = {*found.to_write_again, *(moved_here if done.moved_are_due else ())}
+                if repair and due:
+                    catalog.make_pending(sorted(due))
     known = max(gone.num_known.values(), default=0)
     known = max(known, sum(catalog.ledger.counts().values())) if gone.claims else known
     done.brake = decide(catalog, note_gone(catalog, gone.claims, within=within), known=known, force=force)
@@ -302,13 +307,16 @@ class _View:
     catalog: Catalog
     collection: _Collection
     all_collections: list[_Collection]
+    adopts_addresses: bool
 
     def compare(self, store: PointStore | None, window: IdRange) -> Differences:
         """The differences within a window."""
         entries = self.catalog.ledger.entries(window)
         rows = {row.video.record_id: row for row in self.catalog.source.rows_of(entries)}
-        done = {record_id: entries[record_id] for record_id in finished(rows, entries)}
+        done = {record_id: entries[record_id] for record_id in finished(self.catalog, rows, entries)}
         expected = {record_id: expected_points(entry) for record_id, entry in done.items() if self._is_here(entry)}
+        if self.adopts_addresses:  # of entries that an earlier release wrote
+            self.catalog.adopt_addresses(rows[key] for key, entry in done.items() if entry.address is None)
         found = compare_points(store, expected, within=window)
         not_in_use = {
             record_id: entry.num_points or 0
@@ -317,7 +325,8 @@ class _View:
         }
         gone = self._gone(found.gone, entries, rows.keys())
         claims = {key: entries[key].claim for key in gone if key in entries}
-        return replace(found, lost={**found.lost, **not_in_use}, gone=gone, claims=claims)
+        lost = {**found.lost, **not_in_use}
+        return replace(found, lost=lost, gone=gone, claims=claims, moved=tuple(moved(rows, entries)))
 
     def _is_here(self, entry: LedgerEntry) -> bool:
         """Whether an entry's points should be in this collection; those of a dropped one should be in the first."""
