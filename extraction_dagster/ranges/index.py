@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from extraction_dagster import step_progress
 from extraction_dagster.errors import some
 from extraction_dagster.errors.decode import EmbeddingShardError, ShardStoreError
-from extraction_dagster.errors.index import PointsChangedError
+from extraction_dagster.errors.index import PointsChangedError, PointStoreError
 from extraction_dagster.errors.runs import VectorsMissingError
 from extraction_dagster.ranges.work import RangeWork, Report, Stopwatch, was_done
 from extraction_dagster.records import IdRange
@@ -128,7 +128,7 @@ class _Writer:
         from extraction_dagster.stages.index.stage import index_records  # noqa: PLC0415 - loads the engine
 
         work = self.work
-        videos = {key: work.plan[key].video for key in self._still_claimed(records)}
+        videos = {key: work.plan[key].video for key in sorted(self._still_claimed(records))}
         if not videos:
             return True
         try:
@@ -138,7 +138,11 @@ class _Writer:
                 work.embedding_store.set_aside(shard, "it is damaged")
             return False
         generations = self._generations(videos)
-        indexed = index_records(store, vectors, rows=videos, generations=generations)
+        try:
+            indexed = index_records(store, vectors, rows=videos, generations=generations)
+        except PointStoreError:  # points that another run wrote meanwhile, and that we may have removed
+            self._let_others_win(videos.keys() - self._still_claimed(list(videos)), generations)
+            raise
         won = work.catalog.mark_done(work.plan, indexed.num_points, work.fingerprints, generations=generations)
         self._let_others_win(indexed.num_points.keys() - won, generations)
         work.record_failures(indexed.failures)
@@ -164,14 +168,14 @@ class _Writer:
             for key, video in videos.items()
         }
 
-    def _still_claimed(self, records: Sequence[int]) -> list[int]:
+    def _still_claimed(self, records: Sequence[int]) -> set[int]:
         """Leave out the rows that another run or an operator has claimed since this one was planned."""
         claims = self.work.catalog.ledger.claims(records)
         others = [key for key in records if claims.get(key, 0) != self.work.plan[key].video.claim]
         if others:
             _log.warning("Left out %d records that were claimed by others meanwhile (%s)", len(others), some(others))
             self.handled.update(others)
-        return [key for key in records if key not in others]
+        return set(records).difference(others)
 
     def _let_others_win(self, losers: Iterable[int], generations: Mapping[int, str]) -> None:
         """Make rows pending whose newer points this run may have written over.

@@ -143,8 +143,10 @@ def let_go(catalog: Catalog, claims: Mapping[int, int]) -> list[int]:
         now = catalog.ledger.claims(chunk)
         gone = [key for key in chunk if key not in back and now.get(key, 0) == claims[key]]
         there = catalog.source.existing(gone)
-        catalog.forget([key for key in gone if key not in there])
-        catalog.make_pending(sorted(there))
+        if deleted := [key for key in gone if key not in there]:
+            catalog.forget(deleted)
+        if there:
+            catalog.make_pending(sorted(there))
         let_go += gone
     return let_go
 
