@@ -1,10 +1,18 @@
 """How `extraction reconcile` takes its turns at the embedded store, and where points may be copied to."""
 
+import json
+from unittest.mock import ANY
+
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from extraction_dagster.cli.collection import _aimed_at, _opener
+from extraction_dagster.cli.main import app
 from extraction_dagster.errors.index import StoreBusyError
+from extraction_dagster.records import IdRange
+from extraction_dagster.settings import load_settings
+from extraction_dagster.stages.catalog.catalog import open_catalog
 from extraction_dagster.stages.index.edge.store import EdgeStore
 from extraction_dagster.stages.index.protocol import CollectionSpec
 
@@ -19,6 +27,32 @@ def test_a_held_store_is_said_at_once_but_waited_for_once_it_has_begun(settings,
     monkeypatch.setattr("extraction_dagster.stages.index.edge.collection_folder.time.sleep", lambda _: holder.close())
     with open_store() as store:
         assert store.open_collection("video_frames") == SPEC
+
+
+def test_what_waits_ends_with_0_what_is_held_back_with_1_and_force_goes_with_repair(
+    settings, monkeypatch, sqlite_database
+):
+    sqlite_database.create(ids=(1, 2))
+    monkeypatch.setenv("EXTRACTION_HOME", str(settings().home))
+    monkeypatch.setenv("EXTRACTION_SOURCE_URL", sqlite_database.url)
+    with open_catalog(load_settings()) as catalog:
+        catalog.ledger.write([{"record_id": key, "state": "done", "num_points": 0} for key in (1, 2, 3)])
+
+    def reconcile(*options):
+        done = CliRunner().invoke(app, ["reconcile", *options])
+        return done.exit_code, " ".join(done.output.split())
+
+    assert reconcile("--force") == (2, ANY)
+    code, said = reconcile("--repair")
+    assert (code, "1 records wait, the first of them since" in said) == (0, True)
+    monkeypatch.setenv("EXTRACTION_PURGE_AFTER_SECONDS", "0")
+    monkeypatch.setenv("EXTRACTION_PURGE_SHARE", "0")
+    code, said = reconcile("--repair")
+    assert (code, "1 records are held back: 1 of 3 known records are gone" in said) == (1, True)
+    assert json.loads(CliRunner().invoke(app, ["reconcile", "--repair", "--json"]).stdout)["held_back_records"] == 1
+    assert reconcile("--repair", "--force")[0] == 0
+    with open_catalog(load_settings()) as catalog:
+        assert list(catalog.ledger.entries(IdRange(1, 9))) == [1, 2]
 
 
 def test_the_target_keeps_every_other_setting(settings):
