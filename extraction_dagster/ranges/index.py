@@ -118,8 +118,8 @@ class _Writer:
     def write(self, store: PointStore, copies: Mapping[int, Copy[EmbeddingShard]]) -> None:
         """Write each row's newest copy; where its shard is damaged, the newest that is left."""
         for _ in range(_MOST_LOOKS):
-            latest_first = reversed(by_shard(copies))
-            if all([self._write_shard(store, shard, records) for shard, records in latest_first]):  # noqa: C419 - all of them
+            were_readable = [self._write_shard(store, shard, records) for shard, records in reversed(by_shard(copies))]
+            if all(were_readable):
                 return
             copies = self.copies()
 

@@ -77,9 +77,10 @@ class Reconciliation:
     moved: list[int] = field(default_factory=list)
     moved_are_due: bool = False
 
-    def add(self, found: Differences) -> None:
-        """Take in what was found within one window."""
+    def add(self, found: Differences, *, with_moved: bool = True) -> None:
+        """Take in what was found within one window; moved rows are the same in each collection."""
         self.windows += 1
+        self.moved += found.moved if with_moved else ()
         self.records += found.compared
         self.points += found.held
         if not found.agrees:
@@ -189,35 +190,27 @@ def reconcile(  # noqa: PLR0913 - what is compared with what
     processes_moved = repair and catalog.settings.address_changes == "process"
     done, gone = Reconciliation(repaired=repair, moved_are_due=processes_moved), _Gone()
     collections = _find_collections(open_store, collection_name, embedding)
-
-    def turns(collection: _Collection) -> contextlib.closing[_Turns]:
-        return contextlib.closing(_Turns(open_store, collection_name, collection, hold_seconds))
-
+    turns = {item: _Turns(open_store, collection_name, item, hold_seconds) for item in collections}
     for collection in collections:
         view = _View(catalog, collection, collections, adopts_addresses=repair)
-        with turns(collection) as of_collection:
+        with contextlib.closing(turns[collection]) as turn:
             for window in windows(catalog, within, window_records):
-                found = view.compare(of_collection.store(), window)
+                found = view.compare(turn.store(), window)
                 if not found.agrees:
-                    found = found.seen_again(view.compare(of_collection.store(), window))
-                done.add(found)
+                    found = found.seen_again(view.compare(turn.store(), window))
+                done.add(found, with_moved=collection == collections[0])
                 gone.add(collection, found)
-                moved_here = found.moved if collection == collections[0] else ()
-                done.moved += moved_here
-                due = {*found.to_write_again, *(moved_here if done.moved_are_due else ())}
-                if repair and due:
-                    catalog.make_pending(sorted(due))
-    known = max(gone.num_known.values(), default=0)
-    known = max(known, sum(catalog.ledger.counts().values())) if gone.claims else known
-    done.brake = decide(catalog, note_gone(catalog, gone.claims, within=within), known=known, force=force)
+                if repair:
+                    _make_pending(catalog, found, with_moved=processes_moved)
+    first_seen = note_gone(catalog, gone.claims, within=within)
+    done.brake = decide(catalog, first_seen, known=gone.count_known(catalog), force=force)
     if repair and done.brake.due:
-        let_go_now = let_go(catalog, {key: gone.claims[key] for key in done.brake.due})
-        for collection in collections:
-            with turns(collection) as of_collection:
-                chosen = gone.with_points[collection].intersection(let_go_now)
-                done.removed_points += _remove(of_collection.store(), sorted(chosen))
-        take_off(catalog, let_go_now)
-        done.removed_records = len(let_go_now)
+        removed = let_go(catalog, {key: gone.claims[key] for key in done.brake.due})
+        for collection, turn in turns.items():
+            with contextlib.closing(turn):
+                done.removed_points += _remove(turn.store(), sorted(gone.with_points[collection].intersection(removed)))
+        take_off(catalog, removed)
+        done.removed_records = len(removed)
     return done
 
 
@@ -240,6 +233,12 @@ class _Gone:
         self.claims.update((key, found.claims.get(key, 0)) for key in found.gone)
         self.with_points[collection].update(key for key, number in found.gone.items() if number)
         self.num_known[collection] += found.num_held
+
+    def count_known(self, catalog: Catalog) -> int:
+        """Records that the ledger or a collection knows; counted only when some are gone."""
+        if not self.claims:
+            return 0
+        return max(sum(catalog.ledger.counts().values()), *self.num_known.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,6 +373,12 @@ def compare_range(catalog: Catalog, store: PointStore | None, *, within: IdRange
 
     found = look()
     return found if found.agrees else found.seen_again(look())
+
+
+def _make_pending(catalog: Catalog, found: Differences, *, with_moved: bool) -> None:
+    due = {*found.to_write_again, *(found.moved if with_moved else ())}
+    if due:
+        catalog.make_pending(sorted(due))
 
 
 def _remove(store: PointStore | None, record_ids: list[int]) -> int:
