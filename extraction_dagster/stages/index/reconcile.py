@@ -116,7 +116,7 @@ class Reconciliation:
             if text
             else f"The collection agrees with the table: {self.records} records, {self.points} points."
         )
-        removed = f"Removed {self.removed_points} points." if self.repaired and self.total("gone")[0] else ""
+        removed = f"Removed {self.removed_points} points." if self.removed_records else ""
         return " ".join(filter(None, (found, removed, self.brake.summary, self._about_moved())))
 
     def _about_moved(self) -> str:

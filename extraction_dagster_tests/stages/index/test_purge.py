@@ -70,9 +70,9 @@ def test_what_is_gone_is_removed_when_a_later_reconciliation_finds_it_gone_as_we
         assert (found.brake.waiting, found.removed_points, found.remaining) == (2, 0, 0)
     assert held(world, catalog) == (sorted(TABLE), sorted(TABLE))
     assert found.summary == (
-        "Of 38 records with 38 points: 2 points gone (2 records). Removed 0 points. 2 records wait, the first of them "
-        "since 2026-01-02 03:00:00Z: 'extraction reconcile --repair' after 2026-01-02 04:00:00Z removes those that are "
-        "gone by then as well."
+        "Of 38 records with 38 points: 2 points gone (2 records). 2 records wait, the first of them since 2026-01-02 "
+        "03:00:00Z: 'extraction reconcile --repair' after 2026-01-02 04:00:00Z removes those that are gone by then as "
+        "well."
     )
     said = found.document()
     assert said["waiting_records"] == 2

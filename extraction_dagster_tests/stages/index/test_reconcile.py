@@ -261,6 +261,39 @@ def test_points_that_an_earlier_release_wrote_agree_and_are_not_written_again(do
     assert done.reconcile(catalog).differences == []
 
 
+def test_a_row_that_can_not_be_read_stops_nothing_and_is_not_gone(done, catalog):
+    done.execute("UPDATE insta_content SET path = CAST(x'ff' AS TEXT), code = CAST(x'ff' AS TEXT) WHERE id = 2")
+    lose(done, point_id(3, 0))
+    found = done.reconcile(catalog, repair=True)
+    assert ([item.lost for item in found.differences], found.total("gone"), found.moved) == ([{3: 1}], (0, 0), [])
+
+
+def test_a_row_at_another_address_is_told_of_and_made_pending_where_the_settings_say_so(done, catalog, settings):
+    done.execute("UPDATE insta_content SET path = 'corrected.mp4' WHERE id = 2")
+    with closing(Catalog(settings(source_predicate="NOT is_removed", address_changes="report"))) as reporting:
+        found = done.reconcile(reporting, repair=True)
+    assert (found.differences, found.moved, found.remaining) == ([], [2], 0)
+    assert found.document()["moved_records"] == 1
+    assert "1 records were made of a file at another address (2): with EXTRACTION_ADDRESS_CHANGES=proc" in found.summary
+    assert done.reconcile(catalog).moved == [2]
+    assert catalog.ledger.entries(ALL)[2].state == "done"
+    found = done.reconcile(catalog, repair=True, window_records=2)
+    assert (found.moved, found.remaining, found.summary[-26:]) == ([2], 1, "(2): they are pending now.")
+    assert catalog.ledger.entries(ALL)[2].state == "todo"
+    assert done.process(catalog) == [2]
+    assert done.reconcile(catalog, repair=True).moved == []
+
+
+def test_entries_of_an_earlier_release_adopt_their_rows_address_when_it_repairs(done, catalog):
+    known = {key: entry.address for key, entry in catalog.ledger.entries(ALL).items()}
+    assert all(known.values())
+    done.execute("UPDATE extraction_ledger SET address = NULL")
+    assert done.reconcile(catalog).differences == []
+    assert {entry.address for entry in catalog.ledger.entries(ALL).values()} == {None}
+    assert done.reconcile(catalog, repair=True).moved == []
+    assert {key: entry.address for key, entry in catalog.ledger.entries(ALL).items()} == known
+
+
 @pytest.mark.parametrize("kind", ["lost", "stale", "gone"])
 def test_what_a_second_look_finds_first_does_not_count_either(kind):
     looks = [Differences(ALL, compared=5, held=12, **{kind: {key: 2}}) for key in (2, 3)]
