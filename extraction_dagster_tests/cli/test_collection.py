@@ -9,10 +9,11 @@ from typer.testing import CliRunner
 
 from extraction_dagster.cli.collection import _aimed_at, _opener
 from extraction_dagster.cli.main import app
-from extraction_dagster.errors.index import StoreBusyError
+from extraction_dagster.errors.index import ForeignCollectionError, StoreBusyError
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import load_settings
 from extraction_dagster.stages.catalog.catalog import open_catalog
+from extraction_dagster.stages.embed.models.registry import embedding_fingerprint
 from extraction_dagster.stages.index.edge.store import EdgeStore
 from extraction_dagster.stages.index.protocol import CollectionSpec
 
@@ -53,6 +54,31 @@ def test_what_waits_ends_with_0_what_is_held_back_with_1_and_force_goes_with_rep
     assert reconcile("--repair", "--force")[0] == 0
     with open_catalog(load_settings()) as catalog:
         assert list(catalog.ledger.entries(IdRange(1, 9))) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["reconcile", "--repair"],
+        ["collection", "list"],
+        ["collection", "publish", "--force"],
+        ["collection", "drop", "0123456789abcdef", "--yes"],
+        ["points", "export", "out.parquet"],
+        ["points", "copy", "--to", "http://127.0.0.1:1"],
+    ],
+)
+def test_every_command_refuses_the_collection_of_another_source_table(settings, monkeypatch, sqlite_database, command):
+    sqlite_database.create(ids=(1,))
+    monkeypatch.setenv("EXTRACTION_HOME", str(settings().home))
+    monkeypatch.setenv("EXTRACTION_SOURCE_URL", sqlite_database.url)
+    of_today = CollectionSpec("video_frames", 8, embedding_fingerprint(load_settings()))
+    with EdgeStore(settings().home / "qdrant", source="another") as store:
+        store.ensure_collection(of_today)
+        store.ensure_collection(CollectionSpec("video_frames", 8, "0123456789abcdef"), staged=True)
+    with pytest.raises(ForeignCollectionError, match=r"'video_frames' in EdgeStore.* \(its mark is another, that of"):
+        CliRunner().invoke(app, command, catch_exceptions=False)
+    with EdgeStore(settings().home / "qdrant") as store:
+        assert store.collections("video_frames") == {of_today.fingerprint: True, "0123456789abcdef": False}
 
 
 def test_the_target_keeps_every_other_setting(settings):

@@ -329,6 +329,21 @@ def test_a_difference_that_is_gone_at_the_second_look_does_not_count(done, catal
     assert done.points() == FRAMES
 
 
+def test_a_row_that_blinks_between_two_looks_is_neither_gone_nor_lost(done, catalog, monkeypatch):
+    looks = []
+    entries = catalog.ledger.entries
+
+    def look(window):
+        looks.append(window)
+        done.execute(f"UPDATE insta_content SET is_removed = (id = {1 if len(looks) == 1 else 41})")
+        return entries(window)
+
+    monkeypatch.setattr(catalog.ledger, "entries", look)
+    found = done.reconcile(catalog, repair=True)
+    assert (len(looks), found.differences, found.removed_points) == (2, [], 0)
+    assert done.points() == FRAMES
+
+
 def test_the_store_is_let_go_of_between_windows(done, catalog):
     done.reconcile(catalog, window_records=2, hold_seconds=60)
     once = done.opened

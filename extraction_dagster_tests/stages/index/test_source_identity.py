@@ -11,9 +11,11 @@ from extraction_dagster.stages.catalog.source_table import SourceTable, source_i
 from extraction_dagster.stages.index.edge.store import EdgeStore
 from extraction_dagster.stages.index.points import PointFilter
 from extraction_dagster.stages.index.protocol import CollectionSpec
+from extraction_dagster.stages.index.search import open_for_search
 from extraction_dagster.stages.index.server.retry import RetryPolicy
 from extraction_dagster.stages.index.server.store import ServerStore
-from extraction_dagster.stages.index.stage import open_point_store, replace_records
+from extraction_dagster.stages.index.stage import open_for_writing, open_point_store, replace_records
+from extraction_dagster.stages.index.staging import stage_collection
 
 OURS, THEIRS = "0123456789abcdef", "fedcba9876543210"
 SPEC, NEXT = CollectionSpec("frames", 8, "abc123"), CollectionSpec("frames", 8, "next")
@@ -49,6 +51,9 @@ def attempts(store_of):
     yield lambda store: store.ensure_collection(NEXT, staged=True)
     yield lambda store: store.open_collection("frames")
     yield lambda store: store.open_collection("frames", fingerprint="abc123")
+    yield lambda store: open_for_search(store, SPEC)
+    yield lambda store: open_for_writing(store, SPEC)
+    yield lambda store: stage_collection(store, NEXT)
     with store_of(OURS) as store:
         store.ensure_collection(NEXT, staged=True)
     yield lambda store: store.open_collection("frames", fingerprint="next")
