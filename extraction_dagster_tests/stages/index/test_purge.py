@@ -193,6 +193,18 @@ def test_a_range_does_not_take_off_the_list_what_lies_outside_of_it(world, make,
     assert world.rows("SELECT record_id FROM extraction_gone") == [(30,)]
 
 
+def test_the_list_is_kept_on_each_kind_of_database(database, clock):
+    database.create(ids=(1, 2))
+    first, much = clock.moment, 2**40
+    with closing(database.catalog()) as catalog:
+        assert purge.note_gone(catalog, [3, much], within=ALL) == {3: first, much: first}
+        clock.pass_by(minutes=5)
+        assert purge.note_gone(catalog, [3, 4], within=IdRange(1, 10)) == {3: first, 4: clock.moment}
+        purge.take_off(catalog, [3])
+        assert purge.note_gone(catalog, [4, much], within=ALL) == {4: clock.moment, much: first}
+        assert database.rows("SELECT record_id FROM extraction_gone ORDER BY record_id") == [(4,), (much,)]
+
+
 def test_a_lost_ledger_makes_no_few_gone_records_out_of_many_known_ones(world, make):
     catalog = make(purge_after_seconds=0)
     catalog.forget(list(TABLE))
