@@ -131,6 +131,16 @@ def overtake(site, no_longer_than_minutes, *arguments):
 def test_a_frozen_writer_that_returns_ends_with_the_newer_points_after_one_more_run(
     site, no_longer_than_minutes, moment
 ):
+    returns_and_ends_with_the_newer_points(site, no_longer_than_minutes, *moment)
+
+
+def test_the_same_holds_on_postgresql(make_database, settings, postgres_url, stand_in, no_longer_than_minutes):
+    database = make_database(postgres_url, settings)
+    returns_and_ends_with_the_newer_points(Site(database, stand_in), no_longer_than_minutes, "_write", "before")
+    database.engine.dispose()
+
+
+def returns_and_ends_with_the_newer_points(site, no_longer_than_minutes, *moment):
     newer = overtake(site, no_longer_than_minutes, *moment, "returns")
     assert site.entry().generation == newer
     if site.generations() != [newer] * 4:
