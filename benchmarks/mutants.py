@@ -334,8 +334,8 @@ MUTANTS = (
     # The brake
     mutant(
         "what is gone does not wait",
-        "due=tuple(sorted(record_id for record_id, moment in first_seen.items() if moment <= seen_before)),",
-        "due=tuple(sorted(first_seen)),",
+        "removable=tuple(sorted(record_id for record_id, moment in first_seen.items() if moment <= seen_before)),",
+        "removable=tuple(sorted(first_seen)),",
         "test_what_is_gone_is_removed_when_a_later",
     ),
     mutant(

@@ -50,7 +50,9 @@ def test_what_waits_ends_with_0_what_is_held_back_with_1_and_force_goes_with_rep
     monkeypatch.setenv("EXTRACTION_PURGE_SHARE", "0")
     code, said = reconcile("--repair")
     assert (code, "1 records are held back: 1 of 3 known records are gone" in said) == (1, True)
-    assert json.loads(CliRunner().invoke(app, ["reconcile", "--repair", "--json"]).stdout)["held_back_records"] == 1
+    assert (
+        json.loads(CliRunner().invoke(app, ["reconcile", "--repair", "--json"]).stdout)["gone_held_back_records"] == 1
+    )
     assert reconcile("--repair", "--force")[0] == 0
     with open_catalog(load_settings()) as catalog:
         assert list(catalog.ledger.entries(IdRange(1, 9))) == [1, 2]

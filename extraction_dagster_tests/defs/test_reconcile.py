@@ -77,12 +77,12 @@ def test_what_waits_is_told_and_is_no_failure_and_what_is_held_back_is_one_until
     home, instance, monkeypatch
 ):
     success, evaluation = repair(instance)
-    assert (success, evaluation.passed, evaluation.metadata["waiting_records"].value) == (True, True, 1)
+    assert (success, evaluation.passed, evaluation.metadata["gone_waiting_records"].value) == (True, True, 1)
     assert "wait, the first of them since" in evaluation.description
     monkeypatch.setenv("EXTRACTION_PURGE_AFTER_SECONDS", "0")
     monkeypatch.setenv("EXTRACTION_PURGE_SHARE", "0")
     success, evaluation = repair(instance)
-    assert (success, evaluation.passed, evaluation.metadata["held_back_records"].value) == (False, False, 1)
+    assert (success, evaluation.passed, evaluation.metadata["gone_held_back_records"].value) == (False, False, 1)
     assert "1 of 2 known records are gone, more than EXTRACTION_PURGE_SHARE (0)" in evaluation.description
     assert num_points(home) == 3
     success, evaluation = repair(instance, force=True)

@@ -37,7 +37,7 @@ class Brake:
     """What becomes of the records that are gone.
 
     Attributes:
-        due: May be removed now.
+        removable: May be removed now.
         waiting: How many have to be found gone once more.
         since: When the first of those was found gone.
         until: When the last of those may be removed.
@@ -45,7 +45,7 @@ class Brake:
         why: The reason, and how to go on.
     """
 
-    due: tuple[int, ...] = ()
+    removable: tuple[int, ...] = ()
     waiting: int = 0
     since: datetime | None = None
     until: datetime | None = None
@@ -93,7 +93,7 @@ def take_off(catalog: Catalog, record_ids: Collection[int]) -> None:
 
 
 def decide(catalog: Catalog, first_seen: Mapping[int, datetime], *, known: int, force: bool) -> Brake:
-    """Which of the gone records may be removed: all that are due, or none.
+    """Which of the gone records may be removed: all that have waited long enough, or none.
 
     Args:
         catalog: The source table and the ledger.
@@ -118,7 +118,7 @@ def decide(catalog: Catalog, first_seen: Mapping[int, datetime], *, known: int, 
     seen_before = datetime.now(UTC) - wait
     waiting = [moment for moment in first_seen.values() if moment > seen_before]
     return Brake(
-        due=tuple(sorted(record_id for record_id, moment in first_seen.items() if moment <= seen_before)),
+        removable=tuple(sorted(record_id for record_id, moment in first_seen.items() if moment <= seen_before)),
         waiting=len(waiting),
         since=min(waiting, default=None),
         until=max(waiting) + wait if waiting else None,

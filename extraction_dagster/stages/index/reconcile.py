@@ -63,7 +63,7 @@ class Reconciliation:
         removed_records: Those records.
         brake: What became of the gone records.
         moved: Records that are done with a file of another address than their row has now.
-        moved_are_due: Whether those were made pending.
+        moved_are_pending: Whether those were made pending.
     """
 
     repaired: bool
@@ -75,7 +75,7 @@ class Reconciliation:
     removed_records: int = 0
     brake: Brake = field(default_factory=Brake)
     moved: list[int] = field(default_factory=list)
-    moved_are_due: bool = False
+    moved_are_pending: bool = False
 
     def add(self, found: Differences, *, with_moved: bool = True) -> None:
         """Take in what was found within one window; moved rows are the same in each collection."""
@@ -99,7 +99,7 @@ class Reconciliation:
     def num_pending(self) -> int:
         """Records that a repair made pending."""
         wrong = sum(len(item.to_write_again) for item in self.differences)
-        return wrong + (len(self.moved) if self.moved_are_due else 0)
+        return wrong + (len(self.moved) if self.moved_are_pending else 0)
 
     def total(self, kind: str) -> tuple[int, int]:
         """Records and points of one kind: lost, stale or gone."""
@@ -123,7 +123,7 @@ class Reconciliation:
         if not self.moved:
             return ""
         shown = f"{len(self.moved)} records were made of a file at another address ({some(self.moved)})"
-        if self.moved_are_due:
+        if self.moved_are_pending:
             return f"{shown}: they are pending now."
         return f"{shown}: with EXTRACTION_ADDRESS_CHANGES=process, 'extraction reconcile --repair' makes them pending."
 
@@ -144,11 +144,11 @@ class Reconciliation:
             "repaired": self.repaired,
             "removed_points": self.removed_points,
             "removed_records": self.removed_records,
-            "waiting_records": self.brake.waiting,
-            "waiting_since": self.brake.since and rfc3339(self.brake.since),
-            "waiting_until": self.brake.until and rfc3339(self.brake.until),
-            "held_back_records": self.brake.held_back,
-            "held_back_because": self.brake.why or None,
+            "gone_waiting_records": self.brake.waiting,
+            "gone_waiting_since": self.brake.since and rfc3339(self.brake.since),
+            "gone_waiting_until": self.brake.until and rfc3339(self.brake.until),
+            "gone_held_back_records": self.brake.held_back,
+            "gone_held_back_because": self.brake.why or None,
             "moved_records": len(self.moved),
             "remaining": self.remaining,
             **{f"{kind}_records": self.total(kind)[0] for kind in ("lost", "stale", "gone")},
@@ -188,7 +188,7 @@ def reconcile(  # noqa: PLR0913 - what is compared with what
         hold_seconds: How long the embedded store is held without a break.
     """
     processes_moved = repair and catalog.settings.address_changes == "process"
-    done, gone = Reconciliation(repaired=repair, moved_are_due=processes_moved), _Gone()
+    done, gone = Reconciliation(repaired=repair, moved_are_pending=processes_moved), _Gone()
     collections = _find_collections(open_store, collection_name, embedding)
     turns = {item: _Turns(open_store, collection_name, item, hold_seconds) for item in collections}
     for collection in collections:
@@ -204,8 +204,8 @@ def reconcile(  # noqa: PLR0913 - what is compared with what
                     _make_pending(catalog, found, with_moved=processes_moved)
     first_seen = note_gone(catalog, gone.claims, within=within)
     done.brake = decide(catalog, first_seen, known=gone.count_known(catalog), force=force)
-    if repair and done.brake.due:
-        removed = let_go(catalog, {key: gone.claims[key] for key in done.brake.due})
+    if repair and done.brake.removable:
+        removed = let_go(catalog, {key: gone.claims[key] for key in done.brake.removable})
         for collection, turn in turns.items():
             with contextlib.closing(turn):
                 done.removed_points += _remove(turn.store(), sorted(gone.with_points[collection].intersection(removed)))

@@ -75,9 +75,12 @@ def test_what_is_gone_is_removed_when_a_later_reconciliation_finds_it_gone_as_we
         "well."
     )
     said = found.document()
-    assert said["waiting_records"] == 2
-    assert (said["waiting_since"], said["waiting_until"]) == ("2026-01-02T03:00:00.000Z", "2026-01-02T04:00:00.000Z")
-    assert (said["held_back_records"], said["held_back_because"]) == (0, None)
+    assert said["gone_waiting_records"] == 2
+    assert (said["gone_waiting_since"], said["gone_waiting_until"]) == (
+        "2026-01-02T03:00:00.000Z",
+        "2026-01-02T04:00:00.000Z",
+    )
+    assert (said["gone_held_back_records"], said["gone_held_back_because"]) == (0, None)
     clock.pass_by(minutes=1)
     found = world.reconcile(catalog, repair=True)
     assert (found.removed_records, found.removed_points, found.remaining) == (2, 2, 0)
@@ -106,7 +109,7 @@ def test_a_comparison_alone_notes_what_is_gone_and_stays_red(world, make, clock)
     assert world.reconcile(catalog).remaining == 1
     clock.pass_by(hours=1)
     found = world.reconcile(catalog)
-    assert (found.remaining, found.brake.due, found.removed_points) == (1, (2,), 0)
+    assert (found.remaining, found.brake.removable, found.removed_points) == (1, (2,), 0)
     assert 2 in world.points()
     assert world.reconcile(catalog, repair=True).removed_points == 1
 
@@ -130,7 +133,7 @@ def test_more_than_the_share_is_held_back_as_a_whole_until_it_is_forced(world, m
         found = world.reconcile(catalog, repair=True, window_records=3)
         clock.pass_by(hours=1)
     assert (found.brake.held_back, found.remaining, found.removed_points) == (11, 11, 0)
-    assert found.document()["held_back_because"] == (
+    assert found.document()["gone_held_back_because"] == (
         "11 of 40 known records are gone, more than EXTRACTION_PURGE_SHARE (0.25) allows. See that the table is whole "
         "and EXTRACTION_SOURCE_PREDICATE is meant so; then 'extraction reconcile --repair --force' removes them."
     )
@@ -181,7 +184,7 @@ def test_a_share_is_one_of_all_records_whatever_range_is_compared(world, make, c
     for _ in range(2):
         found = world.reconcile(catalog, within=IdRange(1, 4), repair=True)
         clock.pass_by(hours=1)
-    assert (found.removed_records, found.brake) == (4, Brake(due=(1, 2, 3, 4)))
+    assert (found.removed_records, found.brake) == (4, Brake(removable=(1, 2, 3, 4)))
 
 
 def test_a_range_does_not_take_off_the_list_what_lies_outside_of_it(world, make, clock):
@@ -222,7 +225,7 @@ def test_a_row_that_is_back_or_claimed_when_its_turn_comes_is_left_alone(world, 
 
     def and_meanwhile(*arguments, **options):
         brake = decide(*arguments, **options)
-        assert brake.due == (2, 3, 4)
+        assert brake.removable == (2, 3, 4)
         world.add(2)
         world.execute("UPDATE extraction_ledger SET claim = claim + 1 WHERE record_id = 4")
         return brake
