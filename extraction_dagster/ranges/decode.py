@@ -106,7 +106,7 @@ def _is_marked(work: RangeWork, planned: PlannedRow, num_frames: int) -> bool:
     if entry is None or entry.state not in _HAS_FRAMES:
         return False
     made_of = (entry.frames_fingerprint, entry.num_frames, entry.address)
-    return made_of == (work.fingerprints.frames, num_frames, planned.video.address)
+    return made_of == (work.fingerprints.frames, num_frames, planned.address)
 
 
 def _mark_extracted(work: RangeWork, num_frames: Mapping[int, int]) -> None:

@@ -21,7 +21,7 @@ from sqlalchemy.schema import CreateIndex, DropIndex
 
 from extraction_dagster.errors.catalog import SourceUnreachableError
 from extraction_dagster.records import IdRange
-from extraction_dagster.stages.catalog.database import chunks, reading, storable, writing
+from extraction_dagster.stages.catalog.database import chunks, fetch_all, reading, storable, writing
 from extraction_dagster.stages.catalog.ledger import Fingerprints, Ledger, LedgerEntry
 from extraction_dagster.stages.catalog.state_tables import LEDGER_TABLE, UNFINISHED
 
@@ -183,7 +183,7 @@ def _heads(  # noqa: PLR0913 - the window, and how to look through it
     source = catalog.source
     condition = None if every_row else source.unmarked
     query = source.heads(only=condition).where(source.id.between(low, high)).limit(budget)
-    heads = {int(record_id): (storable(version), done) for record_id, version, done in connection.execute(query)}
+    heads = {int(record_id): (storable(version), done) for record_id, version, done in fetch_all(connection, query)}
     if condition is not None:
         _add_marked(catalog, connection, heads, (low, max(heads) if len(heads) >= budget else high), budget)
     return [(key, *heads[key]) for key in sorted(heads)][:budget]
@@ -204,9 +204,8 @@ def _add_marked(
     while True:
         page = _unfinished_entries(catalog, connection, low, high, budget)
         for chunk in chunks([key for key in page if key not in heads]):
-            for record_id, version, done in connection.execute(
-                catalog.source.heads().where(catalog.source.id.in_(chunk))
-            ):
+            marked = catalog.source.heads().where(catalog.source.id.in_(chunk))
+            for record_id, version, done in fetch_all(connection, marked):
                 heads[int(record_id)] = (storable(version), done)
         if len(page) < budget or sum(key <= page[-1] for key in heads) >= budget:
             return
