@@ -125,8 +125,11 @@ def sweep(folder: Path, pattern: str = ".*.tmp") -> None:
     A file goes once its process is gone from this machine. Where that can't be told, since another machine wrote it, it
     goes once nothing was written to it for an hour. Only a folder of our own may be swept of all temporary files.
     """
-    for path in folder.glob(pattern):
-        with suppress(OSError):  # another process sweeps too, or it is another user's
+    paths = list[Path]()
+    with suppress(OSError):  # the folder was removed meanwhile
+        paths += folder.glob(pattern)
+    for path in paths:
+        with suppress(OSError):  # its writer has renamed it, another process sweeps too, or it is another user's
             if _is_abandoned(path):
                 logger.warning("Removing %s, which a killed process left behind.", path)
                 _remove(path)

@@ -45,8 +45,9 @@ def decode_range(work: RangeWork) -> Report:
     from extraction_dagster.stages.decode.stage import decode_rows  # noqa: PLC0415 - loads what decodes
 
     watch, report, counts, pending = Stopwatch(), Report(), Counter[str](), work.pending
-    kept = _kept(work, pending)
-    _mark_extracted(work, {key: number for key, number in kept.items() if not _is_marked(work, pending[key], number)})
+    kept, made_with = _kept(work, pending), work.fingerprints.frames
+    unmarked = {key: number for key, number in kept.items() if _is_unmarked(pending[key], number, made_with)}
+    _mark_extracted(work, unmarked)
     rows = [planned.video for record_id, planned in pending.items() if record_id not in kept]
     ids = work.id_range.first_id, work.id_range.last_id
     if rows:
@@ -96,17 +97,16 @@ def _kept(work: RangeWork, pending: Mapping[int, PlannedRow]) -> dict[int, int]:
     return {
         key: copy.record.num_frames
         for key, copy in {**vectors, **frames}.items()
-        if not work.force or copy.record.claim >= pending[key].video.claim
+        if not work.force or copy.record.claim >= pending[key].claim
     }
 
 
-def _is_marked(work: RangeWork, planned: PlannedRow, num_frames: int) -> bool:
-    """Whether the ledger has a row with these frames already."""
+def _is_unmarked(planned: PlannedRow, num_frames: int, made_with: str) -> bool:
+    """Whether the ledger does not say of these stored frames that they are the row's."""
     entry = planned.entry
     if entry is None or entry.state not in _HAS_FRAMES:
-        return False
-    made_of = (entry.frames_fingerprint, entry.num_frames, entry.address)
-    return made_of == (work.fingerprints.frames, num_frames, planned.address)
+        return True
+    return (entry.num_frames, entry.frames_fingerprint, entry.address) != (num_frames, made_with, planned.address)
 
 
 def _mark_extracted(work: RangeWork, num_frames: Mapping[int, int]) -> None:

@@ -116,14 +116,12 @@ class RangeWork:
 
     def _was_stored(self, store: ShardStore[Any], planned: PlannedRow) -> bool:
         """Whether the ledger says that a row, as it is now, has frames, or vectors, of today's settings."""
-        entry, video = planned.entry, planned.video
-        if entry is None or entry.content_version != video.content_version:
+        entry = planned.entry
+        if entry is None or entry.content_version != planned.content_version:
             return False
-        if entry.address not in {None, video.address} or entry.frames_fingerprint != self.fingerprints.frames:
+        if entry.address not in {None, planned.address} or entry.frames_fingerprint != self.fingerprints.frames:
             return False
-        return store is self.frame_store or (
-            entry.embedding_fingerprint == self.fingerprints.embedding and entry.state != "extracted"
-        )
+        return store is self.frame_store or entry.embedding_fingerprint == self.fingerprints.embedding
 
     def record_failures(self, failures: Iterable[Failure]) -> None:
         """Write failures to the errors table, and log each with the state that its record is in now."""
@@ -290,10 +288,10 @@ def _of_rows(shards: Iterable[S], rows: Mapping[int, PlannedRow]) -> dict[int, C
 
 def _is_of(record: ShardRecord, planned: PlannedRow) -> bool:
     """Whether a copy is of a row's present file; one that an earlier release made says no address."""
-    video, known = planned.video, planned.entry.address if planned.entry else None
-    if record.content_version != video.content_version:
+    if record.content_version != planned.content_version:
         return False
-    return record.address == video.address if record.address else known in {None, "", video.address}
+    known = planned.entry.address if planned.entry else None
+    return record.address == planned.address if record.address else known in {None, "", planned.address}
 
 
 def was_done(planned: PlannedRow) -> bool:

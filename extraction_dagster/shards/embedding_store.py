@@ -146,7 +146,7 @@ class EmbeddingStore(ShardStore[EmbeddingShard]):
 
     def merge(self, partition: IdRange, parts: Sequence[tuple[EmbeddingShard, Collection[int]]], name: str) -> None:
         """Write one shard with some records of several, and with the failures of all."""
-        batches = [self._read_file(shard, kept).of_records(kept) for shard, kept in parts]
+        batches = [self._read_file(shard, kept) for shard, kept in parts]
         records = [record for shard, kept in parts for record in shard.records if record.record_id in kept]
         failures = {failure.record_id: failure for shard, _ in parts for failure in shard.failures}
         self.write(partition, name, _joined(batches), records=records, failures=list(failures.values()))

@@ -118,7 +118,7 @@ class FrameStore(ShardStore[FrameShard]):
                         yield video
         except FileNotFoundError as error:
             raise FrameShardError(shard.path, str(error), gone=True) from error
-        except (OSError, pa.ArrowException, ValueError, KeyError, ExtractionError) as error:
+        except (OSError, pa.ArrowException, ValueError, KeyError, TypeError, ExtractionError) as error:
             if isinstance(error, ShardStoreError | ShardError):
                 raise
             raise FrameShardError(shard.path, one_line(str(error))) from error

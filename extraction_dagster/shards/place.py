@@ -75,6 +75,9 @@ class Place:
         root_uri: Any fsspec path: a folder, `s3://bucket/frames`.
         folder: A folder under it, which holds the shards.
         source: Whose data it must hold; None for anybody's.
+
+    Attributes:
+        shown_root: The root, without what must not be shown.
     """
 
     store_error: ClassVar[type[ShardStoreError]]
@@ -83,8 +86,8 @@ class Place:
         self._fs, root = fsspec.core.url_to_fs(root_uri)
         self._root, self._root_uri, self._source = root.rstrip("/"), root_uri, source
         self._folder = f"{self._root}/{folder}"
-        self._shown_root = shown_address(root_uri.rstrip("/"))
-        self._shown = f"{self._shown_root}/{folder}"
+        self.shown_root = shown_address(root_uri.rstrip("/"))
+        self._shown = f"{self.shown_root}/{folder}"
         self._is_allowed = source is None
         self._is_claimed = source is None
 
@@ -101,7 +104,7 @@ class Place:
             logger.warning(
                 "The %s in %s say nothing of their source: from now on they are those of table %r.",
                 self.store_error.what,
-                self._shown_root,
+                self.shown_root,
                 self._source.table,
             )
             owner = self._claim(self._source)
@@ -118,7 +121,7 @@ class Place:
         if owner is not None and self._source is not None and owner.identity != self._source.identity:
             raise OtherSourceError(
                 self.store_error.what,
-                self._shown_root,
+                self.shown_root,
                 whose=f"table {owner.table!r} (its mark is {owner.identity})",
                 mine=f"table {self._source.table!r} ({self._source.identity})",
                 setting=self.store_error.setting,
@@ -137,7 +140,7 @@ class Place:
         except (ValueError, KeyError, TypeError) as error:
             raise OtherSourceError(
                 self.store_error.what,
-                self._shown_root,
+                self.shown_root,
                 whose=f"whoever wrote {_SOURCE} there, which this release can't read ({one_line(str(error))})",
                 mine="a table that it names",
                 setting=self.store_error.setting,
@@ -193,6 +196,7 @@ class Place:
         if isinstance(self._fs, LocalFileSystem):
             for pattern in _TEMPORARY:
                 files.sweep(Path(folder), pattern)
+            files.sweep(Path(self._root), f".{_SOURCE}.*.tmp")
         elif not self._puts_atomically():
             for entry in self._entries(folder):
                 if any(Path(entry["name"]).match(pattern) for pattern in _TEMPORARY):
@@ -225,7 +229,7 @@ class Place:
             raise
 
     def _rename_aside(self, path: str) -> str:
-        """Give a file a name that is never read as a shard; nothing happens when it is gone. Returns the new path."""
+        """Give a file a name that is never read as a shard. Returns the new path; "" when the file is gone."""
         folder, _, name = path.rpartition("/")
         aside = f"{folder}/{_ASIDE}{name}"
         with contextlib.suppress(FileNotFoundError), self._reaching():
@@ -233,7 +237,8 @@ class Place:
                 os.replace(path, aside)  # noqa: PTH105 - the paths are the store's, as texts
             else:
                 self._fs.mv(path, aside)
-        return aside
+            return aside
+        return ""
 
     def _remove_empty(self, folder: str) -> None:
         """Remove a folder with nothing in it; only a disk has such."""
@@ -251,10 +256,17 @@ class Place:
         Raises:
             ShardStoreError: The root, which is there by what its `source.json` said, is gone with it.
         """
+        return self._listed(folder, detail=True)
+
+    def _names(self, folder: str) -> list[str]:
+        """The same by name alone: a disk with 100,000 ranges tells their names in a tenth of a second."""
+        return [path.rstrip("/").rsplit("/", 1)[-1] for path in self._listed(folder, detail=False)]
+
+    def _listed(self, folder: str, *, detail: bool) -> list[Any]:
         self._fs.invalidate_cache(folder)
         try:
             with self._reaching():
-                found: list[dict[str, Any]] = self._fs.ls(folder, detail=True)
+                found: list[Any] = self._fs.ls(folder, detail=detail)
         except FileNotFoundError:
             # A disk that was unmounted meanwhile has no folders either.
             was_there = self._is_claimed and self._source is not None and isinstance(self._fs, LocalFileSystem)

@@ -109,8 +109,10 @@ def prune_former(  # noqa: PLR0913 - as above
     former = [name for name in store.fingerprints() if name.partition("-")[0] != made_with.frames]
     for fingerprint in former:
         other = store.sibling(fingerprint)
-        removed += _prune(other, partition, is_needed, keep=keep, now=now)
-        other.remove_empty(partition)
+        gone = _prune(other, partition, is_needed, keep=keep, now=now)
+        if gone.shards:
+            other.remove_empty(partition)
+        removed += gone
     return removed
 
 

@@ -30,6 +30,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from extraction_dagster.errors import PartitionKeyError
+from extraction_dagster.errors.decode import ShardError
 from extraction_dagster.records import IdRange
 from extraction_dagster.shards.place import Place, Source
 
@@ -44,6 +45,7 @@ _SUFFIX = ".parquet"
 _TIME, _TICK = "%Y%m%dT%H%M%S%f", timedelta(microseconds=1)
 _MAGIC = b"PAR1"
 _TAIL_BYTES = 64 * 1024
+_MOST_LISTINGS = 3  # of a range that others merge while it is looked at
 
 
 def new_name(after: str = "") -> str:
@@ -190,24 +192,34 @@ class ShardStore(Place, ABC, Generic[S]):
         """The shard that a footer describes; any error when it describes none of this store."""
 
     def shards(self, partition: IdRange) -> list[S]:
-        """The range's shards by name, oldest first; a file that is no whole shard is warned about and left out."""
+        """The range's shards by name, oldest first; a file that is no whole shard is warned about and left out.
+
+        Where one vanishes while they are looked at, they are listed again: it was merged, into one not listed yet.
+        """
         self.require_source()
-        found = [
-            self._look_at(entry["name"], partition, entry.get("size") or 0)
-            for entry in self._entries(self._of(partition))
-            if entry["type"] != "directory" and not _file_name(entry["name"]).startswith(".")
-        ]
-        shards = sorted((shard for shard in found if shard is not None), key=lambda shard: shard.name)
-        self._latest = max([self._latest, *(shard.name for shard in shards)])
-        return shards
+        for _ in range(_MOST_LISTINGS):
+            found, vanished = list[S](), False
+            for entry in self._entries(self._of(partition)):
+                if entry["type"] == "directory" or _file_name(entry["name"]).startswith("."):
+                    continue
+                try:
+                    shard = self._look_at(entry["name"], partition, entry.get("size") or 0)
+                except FileNotFoundError:
+                    vanished = True
+                    continue
+                found += [shard] if shard is not None else []
+            if not vanished:
+                break
+        self._latest = max([self._latest, *(shard.name for shard in found)])
+        return sorted(found, key=lambda shard: shard.name)
 
     def partitions(self) -> list[IdRange]:
         """The ranges that have a folder, in ascending order; a folder of another name is left out."""
         self.require_source()
         found = []
-        for entry in self._entries(self._folder):
+        for name in self._names(self._folder):
             with contextlib.suppress(PartitionKeyError):
-                found.append(IdRange.parse(_file_name(entry["name"])))
+                found.append(IdRange.parse(name))
         return sorted(found)
 
     def fingerprints(self) -> list[str]:
@@ -244,8 +256,15 @@ class ShardStore(Place, ABC, Generic[S]):
         held = {record.record_id for record in shard.records}
         kept = set() if records is None else held.difference(records)
         if kept:
-            self.merge(shard.partition, [(shard, kept)], self._name_after(shard))
+            try:
+                self.merge(shard.partition, [(shard, kept)], self._name_after(shard))
+            except ShardError as error:
+                if error.gone:  # merged by somebody: who reads what is damaged there sets that aside
+                    return
+                kept = set()
         aside = self._rename_aside(shard.path)
+        if not aside:
+            return
         logger.warning(
             "Set aside %s as %s: %s. What it held of %d records is made again; keep the file to find out why, or "
             "delete it.",
@@ -306,9 +325,7 @@ class ShardStore(Place, ABC, Generic[S]):
     def _look_at(self, path: str, partition: IdRange, size_bytes: int) -> S | None:
         try:
             tail = self._tail(path)
-        except FileNotFoundError:  # removed since it was listed
-            return None
-        except IsADirectoryError:
+        except IsADirectoryError:  # a link to one
             tail = b""
         try:
             return self._read_footer(tail, path, partition, size_bytes)
