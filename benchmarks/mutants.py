@@ -490,7 +490,7 @@ MUTANTS = (
     # Who may write points
     mutant(
         "claimed rows are written all the same",
-        "others = [key for key in records if claims.get(key, 0) != self.work.plan[key].video.claim]",
+        "others = [key for key in records if claims.get(key, 0) != self.work.plan[key].claim]",
         "others = []",
         "test_a_row_that_was_claimed_since_it_was_planned",
     ),

@@ -171,7 +171,7 @@ class _Writer:
     def _still_claimed(self, records: Sequence[int]) -> set[int]:
         """Leave out the rows that another run or an operator has claimed since this one was planned."""
         claims = self.work.catalog.ledger.claims(records)
-        others = [key for key in records if claims.get(key, 0) != self.work.plan[key].video.claim]
+        others = [key for key in records if claims.get(key, 0) != self.work.plan[key].claim]
         if others:
             _log.warning("Left out %d records that were claimed by others meanwhile (%s)", len(others), some(others))
             self.handled.update(others)
