@@ -295,6 +295,8 @@ def _is_of(record: ShardRecord, planned: PlannedRow) -> bool:
 
 
 def was_done(planned: PlannedRow) -> bool:
-    """Whether a row was done in its present version, though with other settings perhaps."""
+    """Whether a row was done in its present version and from its present address, with whatever settings."""
     entry = planned.entry
-    return entry is not None and entry.state == "done" and entry.source_version == planned.source_version
+    if entry is None or entry.state != "done" or entry.source_version != planned.source_version:
+        return False
+    return entry.address is None or planned.address in {"", entry.address}
