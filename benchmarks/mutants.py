@@ -396,21 +396,122 @@ MUTANTS = (
     # Reconciling
     mutant(
         "lost points are not found",
-        "lost={**found.lost, **not_in_use},",
-        "lost=not_in_use,",
+        "lost = {**found.lost, **not_in_use}",
+        "lost = not_in_use",
         "test_lost_points_are_found_and_their_records_alone",
     ),
     mutant(
         "points of deleted rows stay",
-        "removed = delete_records(store, with_points) if store is not None else 0",
+        "removed = delete_records(store, record_ids) if store is not None else 0",
         "removed = 0",
         "test_points_of_deleted_rows_are_removed_and_the_ledger_forgets",
     ),
     mutant(
         "a difference is believed at the first look",
-        "                if not found.agrees:\n                    found = view.compare(turns.store(), window)\n",
-        "",
+        "found = found.seen_again(view.compare(turn.store(), window))",
+        "pass",
         "test_a_difference_that_is_gone_at_the_second_look",
+    ),
+    mutant(
+        "only the second look counts",
+        "found = found.seen_again(view.compare(turn.store(), window))",
+        "found = view.compare(turn.store(), window)",
+        "test_a_row_that_blinks_between_two_looks",
+    ),
+    # Whose points, which names
+    mutant(
+        "another source's collection is taken",
+        "        if self._source and found.source and found.source != self._source:\n",
+        "        if False:\n",
+        "test_another_sources_collection_is_refused",
+    ),
+    mutant(
+        "nobody's collection is never claimed",
+        "if self._source and not spec.source and self._note_source(self._source):",
+        "if False:",
+        "test_a_collection_of_nobody_is_claimed",
+    ),
+    mutant(
+        "a neighbour's collection is taken for a fingerprint",
+        "for item in names if self._belongs(item, name)}",
+        "for item in names}",
+        "test_a_collection_whose_name_begins_alike",
+        "test_a_neighbour_whose_name_begins_alike",
+    ),
+    mutant(
+        "any text is a fingerprint",
+        "return _FINGERPRINT.fullmatch(fingerprint) is not None",
+        "return True",
+        "test_without_metadata_only_a_whole_fingerprint",
+    ),
+    mutant(
+        "points of an earlier release are written again",
+        "made_from = entry.generation or former_generation(",
+        "made_from = entry.generation or generation(source='', address='', ",
+        "test_points_that_an_earlier_release_wrote",
+    ),
+    # The brake
+    mutant(
+        "what is gone does not wait",
+        "removable=tuple(sorted(record_id for record_id, moment in first_seen.items() if moment <= seen_before)),",
+        "removable=tuple(sorted(first_seen)),",
+        "test_what_is_gone_is_removed_when_a_later",
+    ),
+    mutant(
+        "a record that is back stays on the list",
+        "            _take_off(connection, back)\n",
+        "",
+        "test_a_record_that_comes_back_has_to_be_gone",
+    ),
+    mutant(
+        "an empty table empties the collection",
+        "    if catalog.source.newest_id() is None:\n",
+        "    if False:\n",
+        "test_a_table_without_an_eligible_row",
+    ),
+    mutant(
+        "any share is removed",
+        "if number > _allowed(settings.purge_share, known) and not force:",
+        "if False:",
+        "test_more_than_the_share_is_held_back",
+    ),
+    mutant(
+        "force shortens the wait",
+        "wait = timedelta(seconds=settings.purge_after_seconds)",
+        "wait = timedelta(seconds=0 if force else settings.purge_after_seconds)",
+        "test_force_does_not_shorten_the_wait",
+    ),
+    mutant(
+        "a row that is back is removed when its turn comes",
+        "gone = [key for key in chunk if key not in back and now.get(key, 0) == claims[key]]",
+        "gone = list(chunk)",
+        "test_a_row_that_is_back_or_claimed",
+    ),
+    # Who may write points
+    mutant(
+        "claimed rows are written all the same",
+        "others = [key for key in records if claims.get(key, 0) != self.work.plan[key].claim]",
+        "others = []",
+        "test_a_row_that_was_claimed_since_it_was_planned",
+    ),
+    mutant(
+        "a loser leaves its points in place of newer ones",
+        "            self.work.catalog.make_pending(overwritten)\n",
+        "",
+        "test_a_loser_that_may_have_written_over",
+        "test_a_frozen_writer_that_returns",
+    ),
+    mutant(
+        "a loser takes the row from whoever is at it",
+        'if key in entries and entries[key].state == "done" and entries[key].generation != generations[key]',
+        "if key in entries",
+        "test_a_loser_whose_winner_is_not_done",
+    ),
+    mutant(
+        "a damaged shard of vectors stays",
+        '                work.embedding_store.set_aside(shard, "it is damaged")\n',
+        "                pass\n",
+        "test_a_damaged_shard_is_set_aside",
     ),
     # Files
     mutant(

@@ -412,13 +412,17 @@ def demo_run(shared_folder, one_worker, demo_folder):
 
     def copy(folder):
         shutil.copytree(kept / "folder", folder, symlinks=True)
-        # The state tables say whose they are; a file is known by its path.
+        # State tables, shards and points say whose they are; a file is known by its path.
         copied = Settings(home=folder / ".extraction")
         engine = make_engine(copied.resolved_source_url, setting="EXTRACTION_SOURCE_URL")
-        owner = {"owner": SourceTable(engine, copied).identity}
+        owner = SourceTable(engine, copied).identity
         with engine.begin() as connection:
-            connection.execute(sa.text("UPDATE extraction_meta SET value = :owner WHERE key = 'source'"), owner)
+            former = connection.execute(sa.text("SELECT value FROM extraction_meta WHERE key = 'source'")).scalar_one()
+            change = sa.text("UPDATE extraction_meta SET value = :owner WHERE key = 'source'")
+            connection.execute(change, {"owner": owner})
         engine.dispose()
+        for path in (*copied.home.glob("*/source.json"), *copied.home.glob("qdrant/*/*/collection.json")):
+            path.write_text(path.read_text().replace(former, owner))
         return (kept / "printed").read_text()
 
     return copy
