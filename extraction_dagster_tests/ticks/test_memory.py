@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from extraction_dagster.stages.catalog.state_tables import METADATA
 from extraction_dagster.ticks.memory import Memory, recall, remember
-from extraction_dagster.ticks.planner import Patience
+from extraction_dagster.ticks.places import Patience
 
 MEMORY = Memory(
     patience=Patience({"tail": datetime(2025, 1, 31, 12, 0, 1, 500, UTC)}),

@@ -7,7 +7,8 @@ import pytest
 from extraction_dagster.records import IdRange
 from extraction_dagster.stages.catalog.pending import Scan, Unfinished
 from extraction_dagster.ticks.cursor import CursorState
-from extraction_dagster.ticks.planner import History, Observed, Patience, Rules, plan_tick
+from extraction_dagster.ticks.places import History, Patience, Rules
+from extraction_dagster.ticks.planner import Observed, plan_tick
 
 NOW = datetime(2025, 6, 1, 12, tzinfo=UTC)
 NOTHING = Scan((), None, None)

@@ -12,7 +12,8 @@ from extraction_dagster.records import IdRange
 from extraction_dagster.stages.catalog.pending import Scan, Unfinished
 from extraction_dagster.ticks.cursor import CursorState
 from extraction_dagster.ticks.mirrors import Reading, adopt, follow
-from extraction_dagster.ticks.planner import History, Observed, Patience, Rules, plan_tick
+from extraction_dagster.ticks.places import History, Patience, Rules
+from extraction_dagster.ticks.planner import Observed, plan_tick
 
 SOURCE = "0" * 16
 RULES = Rules(batch_size=3, max_in_flight=2, max_wait_seconds=30.0)

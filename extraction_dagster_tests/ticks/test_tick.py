@@ -14,7 +14,7 @@ from extraction_dagster.ticks import tick as tick_module
 from extraction_dagster.ticks.cursor import CursorState, Requests
 from extraction_dagster.ticks.memory import Memory
 from extraction_dagster.ticks.mirrors import Notice, Reading, TableMirror, make_mirror
-from extraction_dagster.ticks.planner import History, Rules
+from extraction_dagster.ticks.places import History, Rules
 from extraction_dagster.ticks.tick import tick
 
 TODAY = Fingerprints(frames="f1", embedding="e1")

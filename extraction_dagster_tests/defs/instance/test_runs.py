@@ -15,7 +15,7 @@ from dagster._core.test_utils import create_run_for_test
 from extraction_dagster.defs.instance.runs import InstanceRuns, active_runs, fail_dead_runs, range_of
 from extraction_dagster.defs.partitions import add_ranges, is_dead, process_tags
 from extraction_dagster.records import IdRange
-from extraction_dagster.ticks.planner import History
+from extraction_dagster.ticks.places import History
 
 STARTED, SUCCESS = dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.SUCCESS
 FAILURE, CANCELED = dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED
