@@ -236,6 +236,14 @@ def test_rows_that_a_backfill_takes_care_of_are_not_asked_for_and_those_behind_t
     assert asked(later) == [("41-52", "41-52#102", True)]
 
 
+def test_a_range_above_the_frontier_on_which_somebody_works_for_ever_stops_nothing_behind_it():
+    active = [IdRange(4, 9)]
+    tick = plan(state(last=3, frontier=3), ahead=found(5, 8, 10, 11, 12), active=active)
+    assert (asked(tick), tick.cursor.frontier_id) == ([("10-12", "10-12#101", True)], 12)
+    # Its rows may have been passed by an earlier look; no second run is to work on them all the same.
+    assert asked(plan(state(last=3, frontier=3), ahead=found(10, 11, 12), active=active))[0][0] == "10-12"
+
+
 def test_late_rows_that_a_backfill_takes_care_of_wait_for_it():
     seen = {"swept": [2, 8], "window": found(12, 15, finished=11), "history": ended(), "wait": 0}
     there = ranges("1-3", "4-11", "12-14", "15-20")
