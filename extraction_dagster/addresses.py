@@ -1,12 +1,23 @@
-"""How the address of a file is shown in messages and payloads: never with a password or a signature."""
+"""The address of a file: how it is shown, never with a password or a signature, and what tells it from another."""
 
 from __future__ import annotations
 
+import hashlib
+import os.path
 import re
+from urllib.parse import unquote
 
 _REMOTE = re.compile(r"(?!file://)([A-Za-z][A-Za-z0-9+.-]*://)", re.IGNORECASE)
 _PORT = re.compile(r":(\d*)$")
 _IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
+_FILE = re.compile(r"file://(?:localhost)?(?=/)", re.IGNORECASE)
+_USER = re.compile(r"(?<=://)[^/?#@]*@")
+# What a signed URL carries and the next one for the same file carries otherwise.
+_SIGNATURE = re.compile(
+    r"(?<=[?&])(?:X-Amz-[^=&#]*|X-Goog-[^=&#]*|AWSAccessKeyId|GoogleAccessId|Signature|Expires|Key-Pair-Id|Policy"
+    r"|sig|se|st|ske|skt)=[^&#]*&?",
+    re.IGNORECASE,
+)
 
 
 def shown_address(address: str) -> str:
@@ -35,3 +46,23 @@ def scrubbed(text: str) -> str:
         `Can't open 'https://me:secret@host/a.mp4'` becomes `Can't open 'https://host/a.mp4'`.
     """
     return _IN_TEXT.sub(lambda found: shown_address(found[0]), text)
+
+
+def address_hash(address: str, root: str) -> str:
+    """16 hex digits that name the file behind an address; empty for an empty address.
+
+    A relative path is taken from the first root, `file://` means a path, and of a remote address neither user nor
+    signature count: a URL that is signed once more leads to the same file.
+
+    Examples:
+        `a.mp4` and `file:///videos/a.mp4` are one address where the first root is `/videos`.
+    """
+    if not address:
+        return ""
+    if _REMOTE.match(address):
+        plain = _SIGNATURE.sub("", _USER.sub("", address)).rstrip("?&")
+    else:
+        file = _FILE.match(address)
+        path = unquote(address[file.end() :]) if file else address
+        plain = os.path.normpath(path if path.startswith("/") else f"{root}/{path}")
+    return hashlib.sha256(plain.encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -171,6 +171,12 @@ class Settings(BaseSettings):
     source_embedded_column: str | None = Field(
         "is_embedded", description="Boolean column set once a record's points are verified; empty for none."
     )
+    address_changes: Literal["process", "report"] = Field(
+        "process",
+        description="What becomes of a record that is done and whose file's address has changed since (another path, "
+        "column, template or first root): process decodes it again, report leaves it and lets reconcile name it. "
+        "Failed records are tried at once either way.",
+    )
     source_read_only: bool = Field(
         default=False, description="Never write to the source table: the ledger alone says what is done."
     )

@@ -162,13 +162,14 @@ def open_step(
         fingerprints = fingerprints_of(settings)
         id_range = IdRange.parse(context.partition_key)
         add_ranges(context.instance, [id_range])  # so that any valid range can be launched without preparation
-        _tag_run(context, extraction, vectors_fingerprint(fingerprints))
+        is_first = _tag_run(context, extraction, vectors_fingerprint(fingerprints))
         extraction.refuse_unstaged_model(settings, fingerprints)
         with open_range(
             settings,
             id_range,
             within=above_floor(context, id_range),
             begins=begins,
+            claims=is_first,
             force=extraction.force,
             fingerprints=fingerprints,
             run_id=context.run.run_id,
@@ -176,10 +177,11 @@ def open_step(
             yield work
 
 
-def _tag_run(context: dg.AssetExecutionContext, extraction: Extraction, made_with: str) -> None:
+def _tag_run(context: dg.AssetExecutionContext, extraction: Extraction, made_with: str) -> bool:
     """Note in the run what works on it and how: its process, its options, and the fingerprints of its first step.
 
     A run that is launched again inherits the tags of the run before it; so they name the run that they speak of.
+    Returns whether this step is the run's first one.
 
     Raises:
         SettingsChangedError: An earlier step of this run had other fingerprints.
@@ -195,6 +197,7 @@ def _tag_run(context: dg.AssetExecutionContext, extraction: Extraction, made_wit
         tags[OPTIONS_TAG] = describe_options(extraction.options) or "none"
     if not tags.items() <= known.items():
         context.instance.add_run_tags(run_id, tags)
+    return of_run != run_id
 
 
 @contextmanager

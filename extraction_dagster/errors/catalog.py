@@ -1,7 +1,7 @@
 """Errors of the databases, and of getting a row's file: addresses are shown without passwords and signatures."""
 
 from extraction_dagster.addresses import shown_address
-from extraction_dagster.errors import SKIPPED, ExtractionError, PermanentError
+from extraction_dagster.errors import SKIPPED, ExtractionError, PermanentError, one_line
 
 
 class DatabaseUrlError(ExtractionError):
@@ -50,6 +50,15 @@ class EmptyRangeError(ExtractionError):
         rows = f"its eligible rows have ids {extent[0]} to {extent[1]}" if extent else "it has no eligible row at all"
         super().__init__(f"""Range {key} holds no eligible row of {table!r}: {rows}. Nothing was done. Choose a range
             that overlaps the table's ids, or wait until rows arrive.""")
+
+
+class UnreadableRowError(ExtractionError):
+    """A row holds a value that can't be read or used."""
+
+    def __init__(self, table: str, record_id: int, column: str, why: str, *, expected: str) -> None:
+        super().__init__(f"""Column {column!r} of record {record_id} in {table!r} can't be used: {one_line(why, 200)};
+            expected {expected}. {SKIPPED} Correct the value; the record is tried again later, and with
+            'extraction retry {record_id}' once it is parked.""")
 
 
 class SchemeError(PermanentError):

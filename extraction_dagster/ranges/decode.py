@@ -46,7 +46,9 @@ def decode_range(work: RangeWork) -> Report:
 
     watch, report, counts, pending = Stopwatch(), Report(), Counter[str](), work.pending
     kept = frames_by_record(work.frame_store.shards(work.id_range), pending)
-    _mark_extracted(work, {record_id: number for record_id, number in kept.items() if _is_unmarked(pending[record_id])})
+    made_with = work.fingerprints.frames
+    unmarked = {key: number for key, number in kept.items() if _is_unmarked(pending[key], number, made_with)}
+    _mark_extracted(work, unmarked)
     rows = [planned.video for record_id, planned in pending.items() if record_id not in kept]
     ids = work.id_range.first_id, work.id_range.last_id
     if rows:
@@ -65,9 +67,11 @@ def decode_range(work: RangeWork) -> Report:
             records = landed.shard.records if landed.shard else ()
             counts.update(frames=landed.num_frames, bytes=landed.num_bytes)
             counts.update(videos_partial=sum(record.partial is not None for record in records))
+    num_failed = len(report.failures)
+    report.failures.extend(work.unreadable)
     report.contact_sheet = sheet.markdown()
     report.numbers = {
-        "videos": len(rows) - len(report.failures),
+        "videos": len(rows) - num_failed,
         "videos_kept": len(kept),
         **{name: counts[name] for name in ("videos_partial", "frames", "bytes")},
         **watch.numbers(num_frames=counts["frames"]),
@@ -83,8 +87,12 @@ def _record(work: RangeWork, landed: LandedShard) -> None:
     step_progress.advance("video_frames", landed.num_videos + len(landed.failures))
 
 
-def _is_unmarked(planned: PlannedRow) -> bool:
-    return planned.entry is None or planned.entry.state not in _HAS_FRAMES
+def _is_unmarked(planned: PlannedRow, num_frames: int, made_with: str) -> bool:
+    """Whether the ledger does not say of these stored frames that they are the row's."""
+    entry = planned.entry
+    if entry is None or entry.state not in _HAS_FRAMES:
+        return True
+    return (entry.num_frames, entry.frames_fingerprint, entry.address) != (num_frames, made_with, planned.video.address)
 
 
 def _mark_extracted(work: RangeWork, num_frames: Mapping[int, int]) -> None:

@@ -54,7 +54,7 @@ def embed_range(work: RangeWork) -> Report:
         report.unnormalised = sum(count_unnormalised(store.read(shard).vectors) for shard in written)
     have = there | frames_by_record(written, rows)
     if not report.unnormalised:
-        work.catalog.mark_embedded(_unmarked(work, have), work.fingerprints.embedding)
+        work.catalog.mark_embedded(_unmarked(work, have), work.fingerprints.embedding, plan=work.plan)
     missing = sorted(rows.keys() - have.keys() - {failure.record_id for failure in report.failures})
     if again := [record_id for record_id in missing if was_done(rows[record_id])]:
         raise FramesMissingError(work.id_range.partition_key, again)

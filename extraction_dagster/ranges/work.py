@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from extraction_dagster.errors.catalog import EmptyRangeError
+from extraction_dagster.records import Failure
 from extraction_dagster.shards.embedding_store import EmbeddingStore
 from extraction_dagster.shards.frame_store import FrameStore
 from extraction_dagster.stages.catalog.catalog import Fingerprints, open_catalog
@@ -23,7 +24,7 @@ from extraction_dagster.stages.embed.models.registry import embedding_fingerprin
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from extraction_dagster.records import Failure, IdRange
+    from extraction_dagster.records import IdRange
     from extraction_dagster.settings import Settings
     from extraction_dagster.stages.catalog.catalog import Catalog, PlannedRow
     from extraction_dagster.stages.catalog.ledger import LedgerEntry
@@ -60,7 +61,11 @@ class RangeWork:
     @property
     def pending(self) -> dict[int, PlannedRow]:
         """The rows to be processed."""
-        return {record_id: planned for record_id, planned in self.plan.items() if planned.status == "todo"}
+        return {
+            record_id: planned
+            for record_id, planned in self.plan.items()
+            if planned.status == "todo" and planned.row.problem is None
+        }
 
     @property
     def selected(self) -> dict[int, PlannedRow]:
@@ -69,8 +74,19 @@ class RangeWork:
         return {
             record_id: planned
             for record_id, planned in self.plan.items()
-            if planned.status in statuses and (planned.entry is not None or planned.status == "todo")
+            if planned.status in statuses
+            and (planned.entry is not None or planned.status == "todo")
+            and planned.row.problem is None
         }
+
+    @property
+    def unreadable(self) -> list[Failure]:
+        """Why rows that were to be processed are not: a value of theirs can't be read."""
+        return [
+            Failure(record_id, planned.video.content_version, "catalog", type(problem).__name__, str(problem))
+            for record_id, planned in self.plan.items()
+            if planned.status == "todo" and (problem := planned.row.problem) is not None
+        ]
 
     def entries(self) -> dict[int, LedgerEntry]:
         """The ledger of the whole range, as it is now."""
@@ -83,7 +99,8 @@ class RangeWork:
             return
         states = self.catalog.record_failures(self.plan, failures, run_id=self.run_id)
         for failure in failures:
-            _log.warning("%s (%s)", failure.message, states[failure.record_id])
+            if failure.record_id in states:  # else others have claimed it since: the catalog has said so
+                _log.warning("%s (%s)", failure.message, states[failure.record_id])
 
 
 @contextmanager
@@ -93,6 +110,7 @@ def open_range(  # noqa: PLR0913 - the range, and what a run may want otherwise,
     *,
     within: IdRange | None = None,
     begins: bool = False,
+    claims: bool = False,
     force: bool = False,
     fingerprints: Fingerprints | None = None,
     run_id: str = "",
@@ -104,6 +122,8 @@ def open_range(  # noqa: PLR0913 - the range, and what a run may want otherwise,
         id_range: The partition.
         within: The part of it that the operator's floor leaves; all of it by default.
         begins: It is the first step: rows that are asked for again get their new revision, with `force` every row.
+            What is to be done is claimed, and rows that can't be read are written down as failed.
+        claims: It is the first step of a run that begins with stored frames or vectors: as above, without revisions.
         force: Do rows again that are done.
         fingerprints: Those of the settings, where the caller has them already.
         run_id: Stands beside each failure in the errors table.
@@ -115,10 +135,13 @@ def open_range(  # noqa: PLR0913 - the range, and what a run may want otherwise,
     made_with = fingerprints or fingerprints_of(settings)
     planned = within or id_range
     with open_catalog(settings) as catalog:
-        plan = catalog.begin(planned, made_with, force=force) if begins else catalog.plan(planned, made_with)
+        if begins or claims:
+            plan = catalog.begin(planned, made_with, force=force, revises=begins)
+        else:
+            plan = catalog.plan(planned, made_with)
         if begins and not plan:
             raise EmptyRangeError(id_range.partition_key, catalog.source.name, catalog.source.extent())
-        yield RangeWork(
+        work = RangeWork(
             settings=settings,
             fingerprints=made_with,
             catalog=catalog,
@@ -129,6 +152,9 @@ def open_range(  # noqa: PLR0913 - the range, and what a run may want otherwise,
             run_id=run_id,
             force=force,
         )
+        if begins or claims:
+            work.record_failures(work.unreadable)
+        yield work
 
 
 def fingerprints_of(settings: Settings) -> Fingerprints:

@@ -13,7 +13,6 @@ from extraction_dagster.ticks.cursor import CursorState
 from extraction_dagster.ticks.looks import Looks, Round
 from extraction_dagster.ticks.memory import Memory
 
-
 NAMES = {"last": "last_processed_id", "frontier": "frontier_id", "floor": "floor_id"}
 
 

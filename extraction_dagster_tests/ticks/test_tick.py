@@ -209,6 +209,52 @@ def test_a_failed_row_holds_the_watermark_and_a_parked_one_does_not(start, datab
     assert database.rows("SELECT count(*) FROM insta_content WHERE is_embedded") == [(6,)]
 
 
+# Addresses
+
+
+def test_a_done_row_whose_address_was_corrected_becomes_due(start, database, monkeypatch):
+    monkeypatch.setattr(looks_module, "_ADDRESSES", 2)
+    sensor = start(*range(1, 10), sweep_every_ticks=4)
+    sensor.drain()
+    sensor.memory = Memory()
+    database.execute("UPDATE insta_content SET path = 'other.mp4' WHERE id IN (4, 8)")
+    ticks = [asked(sensor.tick()) for _ in range(7)]
+    assert ticks == [[], [], [], [], [], [], ["4-6"]]  # the third and each fourth after it: two rows each
+    sensor.finish()
+    assert [asked(sensor.tick()) for _ in range(8)][-1] == ["7-9"]
+    sensor.finish()
+    assert database.rows("SELECT count(*) FROM extraction_ledger WHERE state = 'done'") == [(9,)]
+    assert [asked(sensor.tick()) for _ in range(16)] == [[]] * 16
+
+
+def test_corrected_addresses_that_find_no_place_are_not_forgotten(start, database):
+    sensor = start(*range(1, 10), sweep_every_ticks=1, max_in_flight=1)
+    sensor.drain()
+    database.execute("UPDATE insta_content SET path = 'other.mp4'")
+    given = []
+    for _ in range(8):
+        given += asked(sensor.tick())
+        sensor.finish()
+    assert given == ["1-3", "4-6", "7-9"]
+
+
+def test_a_command_compares_addresses_once_and_those_at_or_below_the_floor_are_left(start, database):
+    sensor = start(*range(1, 10))
+    sensor.drain()
+    Requests(sensor.catalog.state_engine).add("set", 5)
+    sensor.drain()
+    database.execute("UPDATE insta_content SET path = 'other.mp4' WHERE id IN (4, 8)")
+    assert sensor.drain() == ["7-9"]
+
+
+def test_where_changed_addresses_are_only_reported_nothing_becomes_due(start, database):
+    sensor = start(*range(1, 10), sweep_every_ticks=1, address_changes="report")
+    sensor.drain()
+    database.execute("UPDATE insta_content SET path = 'other.mp4'")
+    assert sensor.drain() == []
+    assert asked(sensor.tick()) == []
+
+
 # Operators
 
 

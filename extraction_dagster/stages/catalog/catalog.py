@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -12,10 +13,10 @@ from extraction_dagster.stages.catalog.database import make_engine, writing
 from extraction_dagster.stages.catalog.ledger import Fingerprints, Ledger, LedgerEntry, State
 from extraction_dagster.stages.catalog.pending import Status, count_pending, is_pending, status_of
 from extraction_dagster.stages.catalog.source_table import SourceRow, SourceTable, Step
-from extraction_dagster.stages.catalog.state_tables import prepare
+from extraction_dagster.stages.catalog.state_tables import lock_claim_base, prepare
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
     import sqlalchemy as sa
 
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 
 # What became of a record, by its status; a failed one whose wait is over is pending.
 _SUMMARY = {"done": "done", "todo": "pending", "again": "pending", "waiting": "failed", "parked": "parked"}
-__all__ = ["Catalog", "Fingerprints", "PlannedRow", "Status", "open_catalog", "status_of"]
+_CLAIM_TRIES = 3  # others may claim rows between our look at them and our claim
+_log = logging.getLogger(__name__)  # managed by Dagster: these lines are in the run's events too
+__all__ = ["Catalog", "Fingerprints", "Moved", "PlannedRow", "Status", "open_catalog", "status_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +47,32 @@ class PlannedRow:
 
     @property
     def video(self) -> VideoRow:
-        """The row with its full content version: the source's version, and its revision."""
-        if self.entry is not None and self.entry.source_version == self.source_version:
-            return replace(self.row.video, content_version=self.entry.content_version)
-        revision = self.entry.revision if self.entry else 0
-        return replace(self.row.video, content_version=_content_version(self.row.video.content_version, revision))
+        """The row with its claim and its full content version: the source's version, and its revision."""
+        entry = self.entry
+        if entry is None:
+            return self.row.video
+        version = _content_version(self.source_version, entry.revision)
+        if entry.source_version == self.source_version:
+            version = entry.content_version
+        return replace(self.row.video, content_version=version, claim=entry.claim)
 
     @property
     def source_version(self) -> str:
         """The version column, as it was read."""
         return self.row.video.content_version
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """Done rows whose address has changed.
+
+    Attributes:
+        record_ids: In ascending order.
+        reached_id: The last id looked at when the budget ended the look; None when the whole window was looked at.
+    """
+
+    record_ids: tuple[int, ...]
+    reached_id: int | None
 
 
 def _content_version(source_version: str, revision: int) -> str:
@@ -81,6 +100,7 @@ class Catalog:
         )
         self.ledger = Ledger(self.state_engine)
         prepare(self.state_engine, self.source.identity)
+        self._lost: set[int] = set()
 
     def close(self) -> None:
         """Give the connections back."""
@@ -96,45 +116,158 @@ class Catalog:
         entries, now = self.ledger.entries(id_range), datetime.now(UTC)
         for row in self.source.rows(id_range):
             entry = entries.get(row.video.record_id)
-            status = status_of(row.video.content_version, row.marked_done, entry, fingerprints, now=now)
-            yield PlannedRow(row, entry, status)
+            yield PlannedRow(row, entry, self.status_of(row, entry, fingerprints, now=now))
 
-    def begin(self, id_range: IdRange, fingerprints: Fingerprints, *, force: bool = False) -> dict[int, PlannedRow]:
-        """Plan a range; rows whose mark was cleared get a new revision, so that they are decoded again.
+    def status_of(
+        self, row: SourceRow, entry: LedgerEntry | None, fingerprints: Fingerprints | None, *, now: datetime
+    ) -> Status:
+        """What is to be done with a row, its address and the settings considered; see `pending.status_of`."""
+        return status_of(
+            row.video.content_version,
+            row.marked_done,
+            entry,
+            fingerprints,
+            now=now,
+            address=row.video.address,
+            keeps_moved=self.settings.address_changes == "report",
+        )
 
-        With `force`, so does every row that was finished or has failed before.
+    def begin(
+        self, id_range: IdRange, fingerprints: Fingerprints, *, force: bool = False, revises: bool = True
+    ) -> dict[int, PlannedRow]:
+        """Plan a range and claim what is to be done in it, so that whoever planned a row before writes nothing more.
+
+        Rows whose mark was cleared get a new revision, so that they are decoded again; with `force`, every row does.
+
+        Args:
+            id_range: The range.
+            fingerprints: Those of today.
+            force: Every row is to be done, whatever became of it.
+            revises: The run begins with decoding. One that begins with stored frames or vectors leaves the revisions
+                as they are, and rows that are to be decoded again.
         """
-        plan = self.plan(id_range, fingerprints)
-        revised = [item for item in plan.values() if item.status == "again" or (force and item.status != "todo")]
-        if not revised:
-            return plan
-        self.ledger.write([_next_revision(planned) for planned in revised])
-        return self.plan(id_range, fingerprints)
+        plan, now = self.plan(id_range, fingerprints), datetime.now(UTC)
+        self.adopt_addresses(item.row for item in plan.values() if item.entry and item.entry.address is None)
+        lost = set(plan)
+        for _ in range(_CLAIM_TRIES):
+            wanted = {key: plan[key] for key in lost if key in plan and _is_wanted(plan[key], force, revises)}
+            if not wanted:
+                break
+            claimed, lost = self._claim(wanted, force=force, revises=revises)
+            if lost:
+                plan = self.plan(id_range, fingerprints)
+            for key, entry in claimed.items():
+                if key in plan:
+                    row = plan[key].row
+                    plan[key] = PlannedRow(row, entry, self.status_of(row, entry, fingerprints, now=now))
+        return plan
 
-    def mark_extracted(self, plan: Mapping[int, PlannedRow], num_frames: Mapping[int, int], frames: str) -> None:
-        """Mark rows of a plan whose frames are stored: their number by record, and their fingerprint."""
+    def _claim(
+        self, wanted: Mapping[int, PlannedRow], *, force: bool, revises: bool
+    ) -> tuple[dict[int, LedgerEntry], set[int]]:
+        """Raise the claims of planned rows; returns their new entries, and the rows that somebody else claimed."""
+        with writing(self.state_engine, what="write the ledger") as connection:
+            base = lock_claim_base(connection)
+            there = self.ledger.lock(connection, [key for key, item in wanted.items() if item.entry is not None])
+            changed, added = dict[int, LedgerEntry](), dict[int, LedgerEntry]()
+            for key in sorted(wanted):
+                planned, before = wanted[key], there.get(key)
+                if planned.entry is None or before is None:
+                    fresh = _fresh_entry(planned, claim=base + 1)
+                    added[key] = _revised(planned, fresh) if force and revises else fresh
+                elif before.claim == planned.entry.claim:
+                    taken = replace(before, claim=before.claim + 1)
+                    changed[key] = _taken_up(planned, taken, force=force, revises=revises)
+            won = changed.keys() | self.ledger.add(connection, list(added.values()))
+            self.ledger.replace(connection, list(changed.values()))
+        return {key: entry for key, entry in {**changed, **added}.items() if key in won}, wanted.keys() - won
+
+    def adopt_addresses(self, rows: Iterable[SourceRow]) -> None:
+        """Give entries of an earlier release, which knew no addresses, the present ones of these rows; once each."""
+        self.ledger.adopt_addresses({row.video.record_id: row.video.address for row in rows if row.video.address})
+
+    def moved(self, *, after_id: int | None, budget: int, up_to_id: int | None = None) -> Moved:
+        """Find the done rows whose address is another than that of the file which their frames are of.
+
+        They are found whatever EXTRACTION_ADDRESS_CHANGES says; `make_pending` makes them due.
+
+        Args:
+            after_id: Look above this id; None for the whole beginning.
+            budget: Most rows looked at.
+            up_to_id: Look up to this id; None for the whole end.
+        """
+        rows = self.source.next_rows(after_id, budget, up_to_id=up_to_id)
+        now = {row.video.record_id: row.video.address for row in rows if row.video.address}
+        known = self.ledger.addresses(list(now))
+        found = tuple(key for key in now if known.get(key) not in {None, now[key]})
+        return Moved(found, rows[-1].video.record_id if len(rows) >= budget else None)
+
+    def mark_extracted(self, plan: Mapping[int, PlannedRow], num_frames: Mapping[int, int], frames: str) -> set[int]:
+        """Mark rows of a plan whose frames are stored: their number by record, and their fingerprint.
+
+        Returns:
+            The rows whose claim is still the planned one: these were marked, and no other.
+        """
         entries = {
             record_id: {
                 "state": "extracted",
                 "content_version": plan[record_id].video.content_version,
                 "frames_fingerprint": frames,
                 "num_frames": number,
+                "address": plan[record_id].video.address,
                 "not_before": None,
             }
             for record_id, number in num_frames.items()
         }
-        self._mark("extracted", plan, entries)
+        return self._mark("extracted", plan, entries)
 
-    def mark_embedded(self, records: Iterable[int], embedding: str) -> None:
-        """Note rows whose vectors are stored; the source's mark waits until their points are verified."""
-        self.ledger.write(
-            [{"record_id": key, "state": "embedded", "embedding_fingerprint": embedding} for key in records]
-        )
+    def mark_embedded(
+        self, records: Iterable[int], embedding: str, *, plan: Mapping[int, PlannedRow] | None = None
+    ) -> set[int]:
+        """Note rows whose vectors are stored; the source's mark waits until their points are verified.
+
+        Args:
+            records: Their ids.
+            embedding: What the vectors were made with.
+            plan: Rows whose claim is not the planned one any more are left alone; without it, none is.
+
+        Returns:
+            The rows that were noted.
+        """
+        records = list(records)
+        if not records:
+            return set()
+        with writing(self.state_engine, what="write the ledger") as connection:
+            if plan is None:
+                claims = {key: entry.claim for key, entry in self.ledger.lock(connection, records).items()}
+                claims = dict.fromkeys(records, 0) | claims
+            else:
+                claims = {key: plan[key].video.claim for key in records}
+            won = self.ledger.hold(connection, claims)
+            entry = {"state": "embedded", "embedding_fingerprint": embedding}
+            self.ledger.upsert(connection, [{"record_id": key, **entry} for key in sorted(won)])
+        self._log_lost(records, won)
+        return won
 
     def mark_done(
-        self, plan: Mapping[int, PlannedRow], num_points: Mapping[int, int], fingerprints: Fingerprints
-    ) -> None:
-        """Mark rows of a plan whose points were verified, by record; this is the last thing that happens to a row."""
+        self,
+        plan: Mapping[int, PlannedRow],
+        num_points: Mapping[int, int],
+        fingerprints: Fingerprints,
+        *,
+        generations: Mapping[int, str] | None = None,
+    ) -> set[int]:
+        """Mark rows of a plan whose points were verified, by record; this is the last thing that happens to a row.
+
+        Args:
+            plan: The rows as they were planned.
+            num_points: Verified points by record.
+            fingerprints: What frames and vectors were made with.
+            generations: What the points are made from, by record.
+
+        Returns:
+            The rows whose claim is still the planned one: these were marked, and no other.
+        """
         entries = {
             record_id: {
                 "state": "done",
@@ -142,42 +275,55 @@ class Catalog:
                 "frames_fingerprint": fingerprints.frames,
                 "embedding_fingerprint": fingerprints.embedding,
                 "num_points": number,
+                "address": plan[record_id].video.address,
+                "generation": generations[record_id] if generations else None,
                 "attempts": 0,
                 "not_before": None,
                 "last_error": None,
             }
             for record_id, number in num_points.items()
         }
-        self._mark("embedded", plan, entries)
+        return self._mark("embedded", plan, entries)
 
     def record_failures(
         self, plan: Mapping[int, PlannedRow], failures: Iterable[Failure], *, run_id: str
     ) -> dict[int, State]:
-        """Write failures down; each record is tried again later, or parked. Returns each record's new state."""
+        """Write failures down; each record is tried again later, or parked.
+
+        Returns:
+            Each record's new state. Nothing is written of rows whose claim is not the planned one any more.
+        """
         failures = list(failures)
-        return self.ledger.record_failures(
+        records = [failure.record_id for failure in failures]
+        states = self.ledger.record_failures(
             failures,
-            {failure.record_id: plan[failure.record_id].source_version for failure in failures},
+            {key: plan[key].video for key in records},
+            {key: plan[key].source_version for key in records},
             run_id=run_id,
             max_attempts=self.settings.max_attempts,
             retry_delay_seconds=self.settings.retry_delay_seconds,
         )
+        self._log_lost(records, states)
+        return states
 
-    def make_pending(self, record_ids: Sequence[int]) -> None:
+    def make_pending(self, record_ids: Collection[int]) -> None:
         """Make records pending whose points are not there; their stored frames and vectors are used.
 
-        The mark is cleared first: a crash in between leaves a cleared mark, which is pending as well.
+        The ledger comes first: a crash in between leaves a marked row that is not done, which is pending as well.
         """
-        entries = [
-            {"record_id": record_id, "state": "todo", "attempts": 0, "not_before": None} for record_id in record_ids
-        ]
-        if not self.settings.source_read_only and not self.one_database:
-            with writing(self.source_engine, what=f"mark rows of {self.source.name!r}") as connection:
-                self.source.unmark(connection, record_ids)
         with writing(self.state_engine, what="write the ledger") as connection:
-            self.ledger.upsert(connection, entries)
+            base = lock_claim_base(connection)
+            before = self.ledger.lock(connection, record_ids)
+            self.ledger.add(
+                connection, [LedgerEntry(key, "todo", claim=base + 1) for key in record_ids if key not in before]
+            )
+            after = {key: _made_pending(entry) for key, entry in before.items()}
+            self.ledger.replace(connection, list(after.values()))
             if self.one_database:
-                self.source.unmark(connection, record_ids)
+                self.ledger.restamp(connection, self.source.unmark(connection, record_ids))
+        if not self.one_database and self.source.has_marks:
+            claims = {key: after[key].claim if key in after else base + 1 for key in record_ids}
+            self._touch_source_elsewhere(claims, self.source.unmark)
 
     def forget(self, record_ids: Sequence[int]) -> None:
         """Forget records that were deleted from the source table."""
@@ -223,45 +369,97 @@ class Catalog:
             "pending": count_pending(self, floor_id=floor_id, now=datetime.now(UTC)),
         }
 
-    def _mark(self, step: Step, plan: Mapping[int, PlannedRow], entries: Mapping[int, Mapping[str, Any]]) -> None:
-        """Write the ledger and the source's marks: in one transaction where they share a database.
+    def _mark(self, step: Step, plan: Mapping[int, PlannedRow], entries: Mapping[int, Mapping[str, Any]]) -> set[int]:
+        """Write the ledger and the source's marks, both only of rows that still have the claim of the plan.
 
-        In two databases the ledger comes first: a crash in between leaves a row that is done and not marked, which
-        is processed once more; the other order would leave a marked row that the ledger never finished.
+        In one transaction where they share a database. In two, the ledger comes first: a crash in between leaves a row
+        that is done and not marked, which is processed once more. The marks are then set while the entries are
+        locked, so that our mark does not come after another claim: a marked row whose entry is not done would be
+        found by its entry, but one that was forgotten has none.
         """
-        versions = {record_id: plan[record_id].source_version for record_id in entries}
+        claims = {key: plan[key].video.claim for key in entries}
+        versions = {key: plan[key].source_version for key in entries}
 
         def write(connection: sa.Connection, source_versions: Mapping[int, str]) -> None:
-            seen = {**versions, **source_versions}
-            rows = [{"record_id": key, "source_version": seen[key], **entry} for key, entry in entries.items()]
+            rows = [{"record_id": key, "source_version": source_versions[key], **entries[key]} for key in sorted(won)]
             self.ledger.upsert(connection, rows)
 
-        if self.one_database:
-            with writing(self.source_engine, what=f"mark rows of {self.source.name!r}") as connection:
-                write(connection, self.source.mark(connection, versions, step=step))
-            return
-        with writing(self.state_engine, what="write the ledger") as connection:
-            write(connection, versions)
-        if not self.source.has_marks:
-            return
-        with writing(self.source_engine, what=f"mark rows of {self.source.name!r}") as connection:
-            stamped = self.source.mark(connection, versions, step=step)
-        if any(versions[record_id] != version for record_id, version in stamped.items()):
-            with writing(self.state_engine, what="write the ledger") as connection:
-                write(connection, stamped)
+        def mark(connection: sa.Connection, held: Iterable[int]) -> dict[int, tuple[str, str]]:
+            return self.source.mark(connection, {key: versions[key] for key in held}, step=step)
+
+        what = f"mark rows of {self.source.name!r}" if self.one_database else "write the ledger"
+        with writing(self.state_engine, what=what) as connection:
+            won = self.ledger.hold(connection, claims)
+            stamped = mark(connection, won) if self.one_database else {}
+            write(connection, versions | {key: after for key, (_, after) in stamped.items()})
+        self._log_lost(entries, won)
+        if won and not self.one_database and self.source.has_mark(step):
+            self._touch_source_elsewhere({key: claims[key] for key in won}, mark)
+        return won
+
+    def _touch_source_elsewhere(
+        self,
+        claims: Mapping[int, int],
+        touch: Callable[[sa.Connection, Collection[int]], Mapping[int, tuple[str, str]]],
+    ) -> None:
+        """Write to a source in another database, while the entries of those that still have their claim are locked."""
+        with writing(self.state_engine, what="write the ledger") as ledger:
+            held = self.ledger.hold(ledger, claims)
+            with writing(self.source_engine, what=f"mark rows of {self.source.name!r}") as source:
+                stamped = touch(source, held)
+            self.ledger.restamp(ledger, stamped)
+
+    def _log_lost(self, records: Iterable[int], won: Collection[int]) -> None:
+        """Say once of each record that it was claimed by others since it was planned."""
+        lost = sorted({key for key in records if key not in won} - self._lost)
+        if lost:
+            self._lost.update(lost)
+            _log.warning(
+                "Wrote nothing of records that a later run or command has claimed since they were planned: %s",
+                ", ".join(map(str, lost)),
+            )
 
 
-def _next_revision(planned: PlannedRow) -> dict[str, object]:
-    revision = (planned.entry.revision if planned.entry else 0) + 1
-    return {
-        "record_id": planned.row.video.record_id,
-        "state": "todo",
-        "source_version": planned.source_version,
-        "content_version": _content_version(planned.source_version, revision),
-        "revision": revision,
-        "attempts": 0,
-        "not_before": None,
-    }
+def _is_wanted(planned: PlannedRow, force: bool, revises: bool) -> bool:  # noqa: FBT001 - as begin has them
+    """Whether a run that begins takes up a row."""
+    if planned.status == "todo" or (force and revises):
+        return True
+    if planned.status == "again":
+        return revises
+    return force and planned.entry is not None
+
+
+def _taken_up(planned: PlannedRow, entry: LedgerEntry, *, force: bool, revises: bool) -> LedgerEntry:
+    """The entry of a row that a run takes up."""
+    if revises and (force or planned.status == "again"):
+        return _revised(planned, entry)
+    if force and entry.state in {"failed", "parked"}:
+        return replace(entry, state="todo", attempts=0, not_before=None)
+    return entry
+
+
+def _revised(planned: PlannedRow, entry: LedgerEntry) -> LedgerEntry:
+    """The entry with a new revision: whatever is stored of the row is made again."""
+    revision = entry.revision + 1
+    return replace(
+        entry,
+        state="todo",
+        source_version=planned.source_version,
+        content_version=_content_version(planned.source_version, revision),
+        revision=revision,
+        attempts=0,
+        not_before=None,
+    )
+
+
+def _fresh_entry(planned: PlannedRow, *, claim: int) -> LedgerEntry:
+    video = planned.row.video
+    version = video.content_version
+    return LedgerEntry(video.record_id, "todo", source_version=version, content_version=version, claim=claim)
+
+
+def _made_pending(entry: LedgerEntry) -> LedgerEntry:
+    return replace(entry, state="todo", attempts=0, not_before=None, claim=entry.claim + 1)
 
 
 def open_catalog(settings: Settings) -> closing[Catalog]:

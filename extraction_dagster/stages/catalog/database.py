@@ -55,6 +55,8 @@ def make_engine(url: str, *, setting: str) -> sa.Engine:
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:  # noqa: ANN401 - a driver's own connection
     connection.isolation_level = None  # the driver must not begin transactions of its own
+    # Text of any bytes is read, each wrong one as a lone surrogate: its row fails, and not the page it is read with.
+    connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")
     connection.execute("PRAGMA busy_timeout = 60000")
     connection.execute("PRAGMA foreign_keys = ON")
 
@@ -114,3 +116,19 @@ def describe(url: sa.URL) -> str:
 def chunks(items: Sequence[_Item], size: int = _CHUNK) -> Iterable[Sequence[_Item]]:
     """Ids, or what else a query names, in pieces that fit every database's limit of bound parameters."""
     return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def is_text(value: object) -> bool:
+    """Whether a value that was read holds no byte that was no text."""
+    if not isinstance(value, str) or value.isascii():
+        return True
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def storable(text: str) -> str:
+    """What was read or said, without what no database takes as text."""
+    return text.replace("\0", "\\0").encode(errors="backslashreplace").decode()

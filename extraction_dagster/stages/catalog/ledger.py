@@ -2,6 +2,16 @@
 
 One row per record that was ever touched; a record without a row is still to do. The errors table only grows.
 Times are timezone-aware UTC on every database.
+
+Each entry has a claim, a number that rises whenever somebody takes the record over: a run that begins, an operator who
+wants it once more. Who planned with claim 7 writes the entry only while it is still 7:
+
+    run A begins      claim 7
+    run A is frozen   checkpoint set --reprocess: claim 8; run B begins: claim 9, and marks the record as done
+    run A goes on     its claim 7 is not 9: it writes nothing
+
+Locks are taken in one order everywhere: the number after which claims begin, entries in ascending order of ids, then
+rows of the source table in ascending order of ids. Long because what locks and what writes entries stand together.
 """
 
 from __future__ import annotations
@@ -13,16 +23,24 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import sqlalchemy as sa
 
-from extraction_dagster.stages.catalog.database import chunks, reading, writing
-from extraction_dagster.stages.catalog.state_tables import ERRORS_TABLE, FAILED_OR_PARKED, LEDGER_TABLE, insert_of
+from extraction_dagster.stages.catalog.database import chunks, reading, storable, writing
+from extraction_dagster.stages.catalog.state_tables import (
+    ERRORS_TABLE,
+    FAILED_OR_PARKED,
+    LEDGER_TABLE,
+    insert_of,
+    lock_claim_base,
+    raise_claim_base,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
-    from extraction_dagster.records import Failure, IdRange
+    from extraction_dagster.records import Failure, IdRange, VideoRow
 
 State = Literal["todo", "extracted", "embedded", "done", "failed", "parked"]
 _LONGEST_DELAY_SECONDS = 86_400.0
+_ENTRY = [column for column in LEDGER_TABLE.c if column.name != "updated_at"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +70,8 @@ class LedgerEntry:
         not_before: When a failed record may be tried again.
         last_error: The last error's type and message.
         claim: Rises with each claim by a run and each command of an operator; only who knows it may write the entry.
-        address: 16 hex digits of the address of the file that its frames are of; None when it is not known.
+        address: 16 hex digits of the address of the file that its frames are of, or that failed; empty when the row
+            had none, None when an earlier release wrote the entry.
         generation: What its points are made from; None when an earlier release wrote them.
     """
 
@@ -96,11 +115,59 @@ class Ledger:
 
     def entries(self, id_range: IdRange) -> dict[int, LedgerEntry]:
         """The entries of a range, by record."""
-        query = sa.select(*(column for column in LEDGER_TABLE.c if column.name != "updated_at")).where(
-            _within(id_range)
-        )
+        query = sa.select(*_ENTRY).where(_within(id_range))
         with reading(self.engine, what="read the ledger") as connection:
             return {row["record_id"]: LedgerEntry(**row) for row in connection.execute(query).mappings()}
+
+    def addresses(self, record_ids: Sequence[int]) -> dict[int, str]:
+        """Of those of these records that are done, the addresses of the files that their frames are of, if known."""
+        table = LEDGER_TABLE.c
+        query = sa.select(table.record_id, table.address).where(table.state == "done", table.address.is_not(None))
+        with reading(self.engine, what="read the ledger") as connection:
+            return {
+                record_id: address
+                for chunk in chunks(record_ids)
+                for record_id, address in connection.execute(query.where(table.record_id.in_(chunk)))
+            }
+
+    def lock(self, connection: sa.Connection, record_ids: Collection[int]) -> dict[int, LedgerEntry]:
+        """The entries of these records as they are now, locked until the transaction ends, in ascending order."""
+        table = LEDGER_TABLE.c
+        query = sa.select(*_ENTRY).order_by(table.record_id).with_for_update()  # SQLite's writers wait anyway
+        return {
+            row["record_id"]: LedgerEntry(**row)
+            for chunk in chunks(sorted(record_ids))
+            for row in connection.execute(query.where(table.record_id.in_(chunk))).mappings()
+        }
+
+    def hold(self, connection: sa.Connection, claims: Mapping[int, int]) -> set[int]:
+        """Lock the entries that still have the claim with which their records were planned; returns those records.
+
+        A record that was planned without an entry gets one, so that there is something to lock.
+        """
+        there = self.lock(connection, claims)
+        held = {key for key, entry in there.items() if entry.claim == claims[key]}
+        fresh = [LedgerEntry(key, "todo") for key, claim in claims.items() if claim == 0 and key not in there]
+        return held | self.add(connection, fresh)
+
+    def add(self, connection: sa.Connection, entries: Sequence[LedgerEntry]) -> set[int]:
+        """Write entries of records that have none; returns those for which nobody was faster."""
+        if not entries:
+            return set()
+        statement = self._insert(LEDGER_TABLE).on_conflict_do_nothing(index_elements=["record_id"])
+        added = connection.execute(
+            statement.returning(LEDGER_TABLE.c.record_id), _rows_of(sorted(entries, key=lambda item: item.record_id))
+        )
+        return set(added.scalars())
+
+    def replace(self, connection: sa.Connection, entries: Sequence[LedgerEntry]) -> None:
+        """Write whole entries that are locked here."""
+        keep = {"record_id", "updated_at"}
+        if entries:
+            statement = self._insert(LEDGER_TABLE)
+            columns = {item.name: statement.excluded[item.name] for item in LEDGER_TABLE.c if item.name not in keep}
+            update = statement.on_conflict_do_update(index_elements=["record_id"], set_=columns)
+            connection.execute(update, _rows_of(entries))
 
     def window_end(self, after_id: int | None, size: int) -> int | None:
         """The id of the last of the next `size` entries after an id; None when fewer are left."""
@@ -110,10 +177,35 @@ class Ledger:
         end: int | None = self._value(query)
         return end
 
+    def restamp(self, connection: sa.Connection, versions: Mapping[int, tuple[str, str]]) -> None:
+        """Follow a trigger that stamps the version column: our own update must not make a row look new.
+
+        Args:
+            connection: In whose transaction the entries are locked.
+            versions: Of each record, before and after our update.
+        """
+        changed = [
+            {"key": key, "before": before, "after": after}
+            for key, (before, after) in sorted(versions.items())
+            if before != after
+        ]
+        if changed:
+            table = LEDGER_TABLE.c
+            is_ours = sa.and_(table.record_id == sa.bindparam("key"), table.source_version == sa.bindparam("before"))
+            update = sa.update(LEDGER_TABLE).where(is_ours).values(source_version=sa.bindparam("after"))
+            connection.execute(update, changed)
+
     def remove(self, connection: sa.Connection, record_ids: Sequence[int]) -> None:
-        """Forget records; what is in the errors table stays."""
-        for chunk in chunks(record_ids):
+        """Forget records; what is in the errors table stays.
+
+        Should one of these ids come back, its claims go on above the forgotten ones.
+        """
+        base = lock_claim_base(connection, to_raise=True)
+        entries = self.lock(connection, record_ids)
+        for chunk in chunks(list(entries)):
             connection.execute(sa.delete(LEDGER_TABLE).where(LEDGER_TABLE.c.record_id.in_(chunk)))
+        if (highest := max((entry.claim for entry in entries.values()), default=0)) > base:
+            raise_claim_base(connection, highest)
 
     def counts(self, id_range: IdRange | None = None) -> dict[str, int]:
         """The number of records by state, of all or of a range."""
@@ -182,9 +274,10 @@ class Ledger:
             [{**row, "updated_at": now} for row in rows],
         )
 
-    def record_failures(
+    def record_failures(  # noqa: PLR0913 - what failed, how it was planned, and when it is tried again
         self,
         failures: Iterable[Failure],
+        rows: Mapping[int, VideoRow],
         source_versions: Mapping[int, str],
         *,
         run_id: str,
@@ -195,34 +288,42 @@ class Ledger:
 
         Args:
             failures: For the errors table.
+            rows: Each record as it was planned. Where its claim has changed since, nothing is written.
             source_versions: Each record's version column, as it was read.
             run_id: The run they happened in.
             max_attempts: Tries before a record is parked.
             retry_delay_seconds: Wait before the second try.
+
+        Returns:
+            The new states of the records whose claim has not changed.
         """
-        failures = list(failures)
-        now = datetime.now(UTC)
+        by_record = {failure.record_id: failure for failure in failures}
+        claims, now = {key: rows[key].claim for key in by_record}, datetime.now(UTC)
         with writing(self.engine, what="write the ledger") as connection:
-            attempts = self._attempts(connection, failures)
+            held = self.hold(connection, claims)
+            before = self.lock(connection, held)
             entries: list[dict[str, Any]] = []
-            for failure in failures:
-                tries = attempts[failure.record_id] + 1
+            for key in sorted(held):
+                failure, address = by_record[key], rows[key].address
+                tries = _tries(before[key], failure, address) + 1
                 parked = failure.permanent or tries >= max_attempts
                 delay = _back_off(retry_delay_seconds, tries)
                 entries.append(
                     {
-                        "record_id": failure.record_id,
+                        "record_id": key,
                         "state": "parked" if parked else "failed",
-                        "source_version": source_versions[failure.record_id],
+                        "source_version": source_versions[key],
                         "content_version": failure.content_version,
+                        "address": address,
                         "attempts": tries,
                         "not_before": None if parked else now + timedelta(seconds=delay),
-                        "last_error": _storable(f"{failure.error_type}: {failure.message}"),
+                        "last_error": storable(f"{failure.error_type}: {failure.message}"),
                     }
                 )
             self.upsert(connection, entries)
-            if failures:
-                connection.execute(sa.insert(ERRORS_TABLE), [_error_values(item, now, run_id) for item in failures])
+            if held:
+                values = [_error_values(by_record[key], now, run_id) for key in by_record if key in held]
+                connection.execute(sa.insert(ERRORS_TABLE), values)
         return {entry["record_id"]: entry["state"] for entry in entries}
 
     def errors(self, *, limit: int, error_type: str | None = None, current_only: bool = True) -> list[ErrorRow]:
@@ -257,10 +358,13 @@ class Ledger:
             query = query.where(table.last_error.startswith(f"{error_type}:", autoescape=True))
         with writing(self.engine, what="write the ledger") as connection:
             found = set(connection.execute(query).scalars())
-            chosen = sorted(found if record_ids is None else found.intersection(record_ids))
+            wanted = found if record_ids is None else found.intersection(record_ids)
+            locked = self.lock(connection, wanted)
+            chosen = sorted(key for key, entry in locked.items() if entry.state in {"failed", "parked"})
             change = {"state": "todo", "attempts": 0, "not_before": None, "updated_at": datetime.now(UTC)}
             for chunk in chunks(chosen):
-                connection.execute(sa.update(LEDGER_TABLE).where(table.record_id.in_(chunk)).values(**change))
+                update = sa.update(LEDGER_TABLE).where(table.record_id.in_(chunk))
+                connection.execute(update.values(claim=table.claim + 1, **change))
         return chosen
 
     def forget_done(self, after_id: int) -> None:
@@ -273,27 +377,29 @@ class Ledger:
             "content_version": table.source_version + "~" + sa.cast(revision, sa.Text),
             "attempts": 0,
             "not_before": None,
+            "claim": table.claim + 1,
             "updated_at": datetime.now(UTC),
         }
+        inner = sa.alias(LEDGER_TABLE)  # locked in ascending order first
+        above = sa.select(inner.c.record_id).where(inner.c.record_id > after_id).order_by(inner.c.record_id)
         with writing(self.engine, what="write the ledger") as connection:
-            connection.execute(sa.update(LEDGER_TABLE).where(table.record_id > after_id).values(**change))
+            update = sa.update(LEDGER_TABLE).where(table.record_id.in_(above.with_for_update()))
+            connection.execute(update.values(**change))
+
+    def adopt_addresses(self, addresses: Mapping[int, str]) -> None:
+        """Give entries that have no address one; those that got one meanwhile keep it."""
+        table = LEDGER_TABLE.c
+        for chunk in chunks(sorted(addresses)):
+            found = sa.case({key: addresses[key] for key in chunk}, value=table.record_id)
+            with writing(self.engine, what="write the ledger") as connection:
+                self.lock(connection, chunk)
+                update = sa.update(LEDGER_TABLE).where(table.record_id.in_(chunk), table.address.is_(None))
+                connection.execute(update.values(address=found))
 
     def _value(self, query: sa.Select[Any]) -> Any:  # noqa: ANN401 - whatever the query asks for
         """The single value of a query; None where it gives no row."""
         with reading(self.engine, what="read the ledger") as connection:
             return connection.execute(query).scalar_one_or_none()
-
-    def _attempts(self, connection: sa.Connection, failures: Sequence[Failure]) -> dict[int, int]:
-        """How often each record was tried in its present version."""
-        version = {failure.record_id: failure.content_version for failure in failures}
-        attempts = dict.fromkeys(version, 0)
-        table = LEDGER_TABLE.c
-        for chunk in chunks(list(version)):
-            query = sa.select(table.record_id, table.content_version, table.attempts).where(table.record_id.in_(chunk))
-            for record_id, tried_version, number in connection.execute(query):
-                if tried_version == version[record_id]:
-                    attempts[record_id] = number
-        return attempts
 
 
 def _within(id_range: IdRange | None) -> sa.ColumnElement[bool]:
@@ -307,9 +413,15 @@ def _back_off(delay_seconds: float, tries: int) -> float:
     return delay * random.uniform(1.0, 1.25)  # noqa: S311 - no secret
 
 
-def _storable(text: str) -> str:
-    """What a codec library or a hostile file made us say, without what no database takes as text."""
-    return text.replace("\0", "\\0").encode(errors="backslashreplace").decode()
+def _tries(entry: LedgerEntry, failure: Failure, address: str) -> int:
+    """How often a record was tried in its present version, from its present address."""
+    is_same = entry.content_version == failure.content_version and entry.address in {None, address}
+    return entry.attempts if is_same else 0
+
+
+def _rows_of(entries: Iterable[LedgerEntry]) -> list[dict[str, Any]]:
+    now, names = datetime.now(UTC), [column.name for column in _ENTRY]
+    return [{**{name: getattr(entry, name) for name in names}, "updated_at": now} for entry in entries]
 
 
 def _error_values(failure: Failure, now: datetime, run_id: str) -> dict[str, Any]:
@@ -317,8 +429,8 @@ def _error_values(failure: Failure, now: datetime, run_id: str) -> dict[str, Any
         "record_id": failure.record_id,
         "stage": failure.stage,
         "error_type": failure.error_type,
-        "error_message": _storable(failure.message),
-        "error_details": _storable(failure.details),
+        "error_message": storable(failure.message),
+        "error_details": storable(failure.details),
         "occurred_at": now,
         "run_id": run_id,
     }

@@ -10,7 +10,8 @@ compared with the ledger.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+import random
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -20,7 +21,7 @@ from sqlalchemy.schema import CreateIndex, DropIndex
 
 from extraction_dagster.errors.catalog import SourceUnreachableError
 from extraction_dagster.records import IdRange
-from extraction_dagster.stages.catalog.database import chunks, reading, writing
+from extraction_dagster.stages.catalog.database import chunks, reading, storable, writing
 from extraction_dagster.stages.catalog.ledger import Fingerprints, Ledger, LedgerEntry
 from extraction_dagster.stages.catalog.state_tables import LEDGER_TABLE, UNFINISHED
 
@@ -35,6 +36,7 @@ _MIN_ID = -(2**63)
 _Head = tuple[int, str | None, bool | None]
 _MOST_ENTRIES = 5_000  # of the ledger in a look, where it lies in another database than the rows
 _CHUNK = 500  # rows asked for at once where one of them can't be read
+_MOST_ADDRESSES = 500  # of rows that wait or are parked, compared in one scan
 _DENSE = 4  # ids to a row up to which the ledger is read as one range, not by lists of ids
 Status = Literal["done", "todo", "again", "waiting", "parked"]
 
@@ -48,13 +50,15 @@ class Rows(Protocol):
     one_database: bool
 
 
-def status_of(
+def status_of(  # noqa: PLR0913 - what is known of a row, each by name
     source_version: str,
     marked_done: bool | None,  # noqa: FBT001 - three states of a row, not an option
     entry: LedgerEntry | None,
     fingerprints: Fingerprints | None,
     *,
     now: datetime,
+    address: str = "",
+    keeps_moved: bool = False,
 ) -> Status:
     """Decide what is to be done with an eligible row.
 
@@ -69,19 +73,26 @@ def status_of(
         entry: Its ledger entry.
         fingerprints: Those of today.
         now: Compared with the entry's `not_before`.
+        address: The row's; empty when it is not known, so that it is not compared. A row that failed is tried at once
+            when its address was corrected, and one that is done is done again.
+        keeps_moved: A row that is done stays done although its address has changed.
     """
     if entry is None:
         return "done" if marked_done else "todo"
     if entry.source_version != source_version:
         return "todo"
+    has_moved = bool(address) and entry.address not in {None, address}
     if entry.state == "parked":
-        return "parked"
+        return "todo" if has_moved else "parked"
     if entry.state == "failed":
-        return "waiting" if entry.not_before is not None and entry.not_before > now else "todo"
+        waits = entry.not_before is not None and entry.not_before > now and not has_moved
+        return "waiting" if waits else "todo"
     if entry.state != "done":
         return "todo"
     if marked_done is False:
         return "again"
+    if has_moved and not keeps_moved:
+        return "todo"
     made_with = Fingerprints(entry.frames_fingerprint or "", entry.embedding_fingerprint or "")
     return "done" if fingerprints in {None, made_with} else "todo"
 
@@ -194,11 +205,8 @@ def _read(
     connection: sa.Connection, source: SourceTable, query: sa.Select[int, str, bool | None]
 ) -> dict[int, tuple[str | None, bool | None]]:
     """What a query of heads finds, by id; a row whose version is no text that can be read stands with None."""
-    try:
-        return {int(record_id): (version, done) for record_id, version, done in connection.execute(query)}
-    except (ValueError, TypeError, sa.exc.OperationalError) as error:
-        if isinstance(error, sa.exc.OperationalError) and "decode" not in str(error.orig).lower():
-            raise
+    with suppress(ValueError, TypeError, ArithmeticError):
+        return {int(record_id): (storable(version), done) for record_id, version, done in connection.execute(query)}
     # One of them can't be read: halve what is asked for until it is alone.
     ids = [int(record_id) for record_id in connection.execute(query.with_only_columns(source.id)).scalars()]
     if len(ids) <= 1:
@@ -233,13 +241,22 @@ def _marked(catalog: Rows, connection: sa.Connection, low: int, high: int, budge
 def _classify(catalog: Rows, connection: sa.Connection, heads: Sequence[_Head], now: datetime) -> Iterator[Unfinished]:
     """The unfinished ones of rows that lie above the floor."""
     entries = _entries(catalog, connection, [head[0] for head in heads])
+    held_back = [
+        key
+        for key, entry in entries.items()
+        if entry.address is not None and (entry.state == "parked" or (entry.not_before or now) > now)
+    ]
+    if len(held_back) > _MOST_ADDRESSES:  # others are looked at by other scans
+        held_back = random.sample(held_back, _MOST_ADDRESSES)
+    addresses = catalog.source.addresses_of(held_back)
     for record_id, version, done in heads:
         entry, marked_done = entries.get(record_id), None if done is None else bool(done)
+        address = addresses.get(record_id, "")
         if version is None:  # its range is to record the failure, which then is in the ledger
-            status = status_of(entry.source_version if entry else "", None, entry, None, now=now)
+            status = status_of(entry.source_version if entry else "", None, entry, None, now=now, address=address)
             status = "todo" if status == "done" else status
         else:
-            status = status_of(version, marked_done, entry, None, now=now)
+            status = status_of(version, marked_done, entry, None, now=now, address=address)
         if status not in {"done", "parked"}:
             yield Unfinished(record_id, is_pending(record_id, status, floor_id=None))
 
@@ -248,14 +265,16 @@ def _entries(catalog: Rows, connection: sa.Connection, ids: Sequence[int]) -> di
     if not ids:
         return {}
     table = LEDGER_TABLE.c
-    query = sa.select(table.record_id, table.state, table.source_version, table.not_before)
+    query = sa.select(table.record_id, table.state, table.source_version, table.not_before, table.address)
     dense = ids[-1] - ids[0] < _DENSE * len(ids)
     conditions = [table.record_id.between(ids[0], ids[-1])] if dense else [table.record_id.in_(c) for c in chunks(ids)]
     found: dict[int, LedgerEntry] = {}
     with _ledger(catalog, connection) as ledger:
         for condition in conditions:
-            for record_id, state, version, not_before in ledger.execute(query.where(condition)):
-                found[record_id] = LedgerEntry(record_id, state, source_version=version, not_before=not_before)
+            for record_id, state, version, not_before, address in ledger.execute(query.where(condition)):
+                found[record_id] = LedgerEntry(
+                    record_id, state, source_version=version, not_before=not_before, address=address
+                )
     return found
 
 

@@ -43,6 +43,7 @@ class SourceColumns:
     def __init__(self, engine: sa.Engine, settings: Settings) -> None:
         self._engine, self._settings = engine, settings
         self.name = ".".join(filter(None, (settings.source_schema, settings.source_table)))
+        self.is_view = False
         self.table = self._reflect()
 
     def _reflect(self) -> sa.Table:
@@ -123,6 +124,7 @@ class SourceColumns:
             )
         with reading(self._engine, what=f"read source table {self.name!r}") as connection:
             if self.table.name in sa.inspect(connection).get_view_names(self.table.schema):
+                self.is_view = True
                 return column  # a view declares neither keys nor NOT NULL: its ids are trusted
             unique = self._is_unique(column.name, sa.inspect(connection))
             null = column.nullable and connection.execute(sa.select(column).where(column.is_(None)).limit(1)).first()

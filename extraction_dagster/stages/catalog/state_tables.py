@@ -246,3 +246,14 @@ def write_meta(connection: sa.Connection, values: Mapping[str, str]) -> None:
     """Keep texts in `extraction_meta`, each under its key; two processes may do so at once."""
     rows = insert_of(connection.engine)(META_TABLE).values([{"key": key, "value": values[key]} for key in values])
     connection.execute(rows.on_conflict_do_update(index_elements=["key"], set_={"value": rows.excluded.value}))
+
+
+def lock_claim_base(connection: sa.Connection, *, to_raise: bool = False) -> int:
+    """The number after which the claims of new entries begin; nobody raises it until the transaction ends."""
+    query = sa.select(META_TABLE.c.value).where(META_TABLE.c.key == _CLAIM_BASE)
+    return int(connection.execute(query.with_for_update(read=not to_raise)).scalar_one_or_none() or 0)
+
+
+def raise_claim_base(connection: sa.Connection, number: int) -> None:
+    """Let the claims of new entries begin above a number."""
+    write_meta(connection, {_CLAIM_BASE: str(number)})

@@ -9,6 +9,7 @@ from pydantic import SecretStr
 
 from extraction_dagster.records import Failure, IdRange
 from extraction_dagster.stages.catalog import catalog as catalog_module
+from extraction_dagster.stages.catalog import pending as pending_module
 from extraction_dagster.stages.catalog.catalog import Fingerprints
 from extraction_dagster.stages.catalog.pending import Scan, Unfinished, pending_index, scan
 from extraction_dagster.stages.catalog.state_tables import LEDGER_TABLE
@@ -249,6 +250,83 @@ def test_entries_of_rows_that_are_gone_hide_nothing(database, opened):
     database.execute("DELETE FROM insta_content WHERE id < 18")
     assert look(catalog, budget=4) == Scan(pending(18, 19, 20), None, None)
     assert look(catalog, budget=2) == Scan(pending(18, 19), 19, None)
+
+
+def queries(catalog, do):
+    """The statements of a call."""
+    kept = []
+
+    def keep(_connection, _cursor, statement, *_):
+        kept.append(statement)
+
+    engines = {catalog.source_engine, catalog.state_engine}
+    for engine in engines:
+        sa.event.listen(engine, "before_cursor_execute", keep)
+    do()
+    for engine in engines:
+        sa.event.remove(engine, "before_cursor_execute", keep)
+    return [statement for statement in kept if statement.startswith("SELECT")]
+
+
+def fill_with_entries_of_rows_that_are_not_eligible(database, catalog, number):
+    with catalog.state_engine.begin() as connection:
+        entry = {"state": "failed", "updated_at": datetime.now(UTC)}
+        connection.execute(sa.insert(LEDGER_TABLE), [{**entry, "record_id": key} for key in range(1, number + 1)])
+    database.insert(*range(1, number + 1, 7), is_downloaded=False)
+
+
+def test_entries_of_rows_that_are_not_eligible_any_more_are_left_out_by_one_query(database, opened):
+    database.create()
+    catalog = opened(source_predicate="is_downloaded")
+    fill_with_entries_of_rows_that_are_not_eligible(database, catalog, 300)
+    database.insert(301, 302, is_downloaded=True)
+    finish(catalog, 302)
+    catalog.mark_embedded([302], "e2")
+    assert look(catalog, budget=20) == Scan(pending(301, 302), None, None)
+    assert len(queries(catalog, lambda: look(catalog, budget=20))) <= 5
+
+
+def test_entries_elsewhere_of_rows_that_are_not_eligible_any_more_are_looked_at_in_parts(database, opened, tmp_path):
+    database.create()
+    catalog = opened(source_predicate="is_downloaded", state_url=SecretStr(f"sqlite:///{tmp_path}/state.db"))
+    fill_with_entries_of_rows_that_are_not_eligible(database, catalog, 50)
+    database.insert(51, 52, is_downloaded=True)
+    assert look(catalog, budget=20) == Scan((), 20, 20)  # the watermark may pass what is not eligible
+    assert look(catalog, 20, budget=20) == Scan((), 40, 40)
+    assert look(catalog, 40, budget=20) == Scan(pending(51, 52), None, None)
+    assert len(queries(catalog, lambda: look(catalog, budget=20))) <= 5
+
+
+def test_a_version_that_can_not_be_read_makes_its_row_alone_pending(database, opened, monkeypatch):
+    database.create()
+    database.insert(*range(1, 10), updated_at="2025-01-01 00:00:00")
+    database.execute("UPDATE insta_content SET updated_at = '2030-01-01 00:00:00' WHERE id IN (3, 8)")
+    catalog, storable = opened(source_version_column="updated_at"), pending_module.storable
+
+    def fail_at_some(text):
+        if text.startswith("2030"):
+            raise ValueError(text)
+        return storable(text)
+
+    finish(catalog, *range(1, 10))
+    monkeypatch.setattr(pending_module, "storable", fail_at_some)
+    assert look(catalog, every_row=True) == Scan(pending(3, 8), None, 2)
+    assert look(catalog, every_row=True, budget=3) == Scan(pending(3), 3, 2)
+    with catalog.state_engine.begin() as connection:  # its range has recorded the failure
+        entry = sa.update(LEDGER_TABLE).where(LEDGER_TABLE.c.record_id == 3)
+        connection.execute(entry.values(state="parked", source_version=""))
+    assert look(catalog, every_row=True) == Scan(pending(8), None, 7)
+
+
+@pytest.mark.parametrize("text", [b"caf\xe9", b"\xff\xfe"])
+def test_a_version_of_bytes_that_are_no_text_stops_no_look(sqlite_database, text):
+    sqlite_database.create()
+    sqlite_database.insert(1, 2, 3)
+    with sqlite_database.engine.begin() as connection:
+        connection.execute(sa.text("UPDATE insta_content SET code = CAST(:text AS TEXT) WHERE id = 2"), {"text": text})
+    catalog = sqlite_database.catalog(source_version_column="code")
+    assert look(catalog, every_row=True) == Scan(pending(1, 2, 3), None, None)
+    catalog.close()
 
 
 def test_what_is_brought_back_is_due_at_once(database, opened):
