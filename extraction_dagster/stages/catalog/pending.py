@@ -34,7 +34,8 @@ _MAX_ID = 2**63 - 1
 _MIN_ID = -(2**63)
 # A row: its id, its version (None when it can't be read), whether it is marked as done.
 _Head = tuple[int, str | None, bool | None]
-_MOST_ENTRIES = 5_000  # of the ledger in a look, where it lies in another database than the rows
+_MOST_ENTRIES = 20_000  # of the ledger in a scan
+_MOST_ENTRIES_ELSEWHERE = 2_000  # where the rows lie in another database
 _CHUNK = 500  # rows asked for at once where one of them can't be read
 _MOST_ADDRESSES = 500  # of rows that wait or are parked, compared in one scan
 _DENSE = 4  # ids to a row up to which the ledger is read as one range, not by lists of ids
@@ -220,22 +221,31 @@ def _read(
 def _marked(catalog: Rows, connection: sa.Connection, low: int, high: int, budget: int) -> tuple[list[int], int | None]:
     """Rows that the ledger says are not done, among them those that are marked as done: an interrupted re-embedding.
 
-    The ledger also keeps entries of rows that are gone or not eligible any more, however many. Where both tables are
-    in one database, it leaves them out by itself; elsewhere a page of entries is looked at, and the look ends there.
+    The ledger also keeps entries of rows that are gone or not eligible any more, however many: one page is looked at,
+    and the look ends there. Where both tables are in one database, the database itself leaves those entries out.
 
     Returns:
         Ids, and the last one that was looked at when not all were.
     """
     source, entries = catalog.source, LEDGER_TABLE.c
-    query = sa.select(entries.record_id).where(UNFINISHED, entries.record_id.between(low, high))
-    most = budget if catalog.one_database else min(budget, _MOST_ENTRIES)
-    if catalog.one_database:
+    most = min(budget, _MOST_ENTRIES if catalog.one_database else _MOST_ENTRIES_ELSEWHERE)
+
+    def page(*conditions: sa.ColumnElement[bool] | sa.TextClause) -> sa.Select[int]:
+        query = sa.select(entries.record_id).where(UNFINISHED, entries.record_id.between(low, high), *conditions)
+        return query.order_by(entries.record_id).limit(most)
+
+    with _ledger(catalog, connection) as ledger:
+        if not catalog.one_database:
+            found = [int(key) for key in ledger.execute(page()).scalars()]
+            return found, found[-1] if len(found) >= most else None
+        first = page().subquery()
+        number, last = ledger.execute(sa.select(sa.func.count(), sa.func.max(first.c.record_id))).one()
+        if not number:
+            return [], None
         # The offset keeps PostgreSQL from joining the tables as a whole: each entry's row is looked up by its key.
         row = sa.select(sa.literal(1)).where(source.id == entries.record_id, source.eligible).offset(0)
-        query = query.where(row.correlate(LEDGER_TABLE).exists())
-    with _ledger(catalog, connection) as ledger:
-        page = [int(key) for key in ledger.execute(query.order_by(entries.record_id).limit(most)).scalars()]
-    return page, page[-1] if len(page) >= most else None
+        there = page(entries.record_id <= last, row.correlate(LEDGER_TABLE).exists())
+        return [int(key) for key in ledger.execute(there).scalars()], int(last) if number >= most else None
 
 
 def _classify(catalog: Rows, connection: sa.Connection, heads: Sequence[_Head], now: datetime) -> Iterator[Unfinished]:

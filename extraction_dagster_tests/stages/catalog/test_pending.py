@@ -248,8 +248,12 @@ def test_entries_of_rows_that_are_gone_hide_nothing(database, opened):
     finish(catalog, *range(1, 20))
     catalog.mark_embedded(range(1, 20), "e2")
     database.execute("DELETE FROM insta_content WHERE id < 18")
-    assert look(catalog, budget=4) == Scan(pending(18, 19, 20), None, None)
-    assert look(catalog, budget=2) == Scan(pending(18, 19), 19, None)
+    assert look(catalog) == Scan(pending(18, 19, 20), None, None)
+    places = [None]
+    while not (found := look(catalog, places[-1], budget=4)).unfinished:
+        places.append(found.reached_id)
+    assert (places, found) == ([None, 4, 8, 12, 16], Scan(pending(18, 19, 20), None, None))
+    assert look(catalog, 16, budget=2) == Scan(pending(18), 18, None)
 
 
 def queries(catalog, do):
@@ -275,26 +279,30 @@ def fill_with_entries_of_rows_that_are_not_eligible(database, catalog, number):
     database.insert(*range(1, number + 1, 7), is_downloaded=False)
 
 
-def test_entries_of_rows_that_are_not_eligible_any_more_are_left_out_by_one_query(database, opened):
+@pytest.mark.parametrize("is_elsewhere", [False, True])
+def test_entries_of_rows_that_are_not_eligible_any_more_are_looked_at_in_parts(
+    database, opened, tmp_path, is_elsewhere
+):
     database.create()
-    catalog = opened(source_predicate="is_downloaded")
-    fill_with_entries_of_rows_that_are_not_eligible(database, catalog, 300)
-    database.insert(301, 302, is_downloaded=True)
-    finish(catalog, 302)
-    catalog.mark_embedded([302], "e2")
-    assert look(catalog, budget=20) == Scan(pending(301, 302), None, None)
-    assert len(queries(catalog, lambda: look(catalog, budget=20))) <= 5
-
-
-def test_entries_elsewhere_of_rows_that_are_not_eligible_any_more_are_looked_at_in_parts(database, opened, tmp_path):
-    database.create()
-    catalog = opened(source_predicate="is_downloaded", state_url=SecretStr(f"sqlite:///{tmp_path}/state.db"))
+    elsewhere = {"state_url": SecretStr(f"sqlite:///{tmp_path}/state.db")} if is_elsewhere else {}
+    catalog = opened(source_predicate="is_downloaded", **elsewhere)
     fill_with_entries_of_rows_that_are_not_eligible(database, catalog, 50)
     database.insert(51, 52, is_downloaded=True)
     assert look(catalog, budget=20) == Scan((), 20, 20)  # the watermark may pass what is not eligible
     assert look(catalog, 20, budget=20) == Scan((), 40, 40)
+    finish(catalog, 52)
+    catalog.mark_embedded([52], "e2")
     assert look(catalog, 40, budget=20) == Scan(pending(51, 52), None, None)
-    assert len(queries(catalog, lambda: look(catalog, budget=20))) <= 5
+    assert len(queries(catalog, lambda: look(catalog, budget=20))) <= 3
+
+
+def test_entries_of_rows_that_are_not_eligible_any_more_cost_no_query_for_each(database, opened):
+    database.create()
+    catalog = opened(source_predicate="is_downloaded")
+    fill_with_entries_of_rows_that_are_not_eligible(database, catalog, 600)
+    database.insert(601, is_downloaded=True)
+    assert look(catalog, budget=2000) == Scan(pending(601), None, None)
+    assert len(queries(catalog, lambda: look(catalog, budget=2000))) <= 4
 
 
 def test_a_version_that_can_not_be_read_makes_its_row_alone_pending(database, opened, monkeypatch):
@@ -417,8 +425,10 @@ def test_unfinished_rows_are_found_through_the_partial_indexes(database, large, 
     wanted = ["extraction_pending_insta_content", "extraction_ledger_unfinished", SOURCE_KEY[dialect]]
     plans = plans_of(large, database.engine, look, large, **window)
     found = [next((name for name in (*wanted, LEDGER_KEY[dialect]) if name in plan), plan) for plan in plans]
-    # Unmarked rows; entries that are not done; the rows of those; all their entries; the greatest finished id.
-    assert found == [wanted[0], wanted[1], wanted[2], LEDGER_KEY[dialect], wanted[2]]
+    # Unmarked rows; entries that are not done, and which of them have a row; the heads of those; all their entries;
+    # the greatest finished id.
+    assert found == [wanted[0], wanted[1], wanted[1], wanted[2], LEDGER_KEY[dialect], wanted[2]]
+    assert SOURCE_KEY[dialect] in plans[2]
     assert not any("Seq Scan" in plan or "SCAN " in plan for plan in plans)
 
 
