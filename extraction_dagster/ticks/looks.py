@@ -118,7 +118,8 @@ class Looks:
         found = look(after_id=self._cursor.frontier_id)
         finished, waits, after = found.finished_up_to, bool(found.unfinished), self._cursor.frontier_id
         goes_on = self._whole is None and (waits or not nothing_before)  # else the frontier itself is the place
-        end = time.monotonic() + _SECONDS_AHEAD if self._whole is None else math.inf
+        seconds = math.inf if self._whole else _SECONDS_AHEAD / 6 if goes_on else _SECONDS_AHEAD
+        end = time.monotonic() + seconds
         while not (self.finds(found) or found.reached_id is None or time.monotonic() > end):
             after = found.reached_id
             if goes_on and memory.ahead_after_id is not None:
