@@ -120,7 +120,7 @@ class Looks:
         goes_on = self._whole is None and (waits or not nothing_before)  # else the frontier itself is the place
         seconds = math.inf if self._whole else _SECONDS_AHEAD / 6 if goes_on else _SECONDS_AHEAD
         end = time.monotonic() + seconds
-        while not (self.finds(found) or found.reached_id is None or time.monotonic() > end):
+        while not self.finds(found) and found.reached_id is not None:
             after = found.reached_id
             if goes_on and memory.ahead_after_id is not None:
                 after = max(after, memory.ahead_after_id)
@@ -129,6 +129,8 @@ class Looks:
                 finished = found.finished_up_to
             waits = waits or bool(found.unfinished)
             memory.ahead_after_id = found.reached_id
+            if time.monotonic() > end:
+                break
         memory.ahead_after_id = after if self.finds(found) else found.reached_id
         return Scan(found.unfinished, found.reached_id, finished)
 

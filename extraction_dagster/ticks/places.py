@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _LONGEST_DELAY_SECONDS = 3600.0
 _MOST_HISTORIES = 50  # read in a tick
-_MOST_REMEMBERED = 500
+_MOST_REMEMBERED = 1_000
 
 
 @dataclass(frozen=True, slots=True)
