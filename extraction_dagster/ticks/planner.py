@@ -112,8 +112,7 @@ class _Planner:
         window, ahead = self._seen.window, self._seen.ahead
         if window.finished_up_to is not None:
             self._move(last_processed_id=window.finished_up_to)
-        nothing_before = not window.unfinished and window.reached_id is None
-        if nothing_before and ahead.finished_up_to is not None:
+        if window.is_clear and ahead.finished_up_to is not None:
             # Rows that were done before anybody cut a range for them need none: both marks pass them.
             self._move(last_processed_id=ahead.finished_up_to, frontier_id=ahead.finished_up_to)
 

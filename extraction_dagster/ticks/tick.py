@@ -98,8 +98,7 @@ def tick(  # noqa: PLR0913 - what it sees, and how it is asked
     active, backfilled = runs.active(), runs.backfilled()
     looks = Looks(catalog, before, memory, taken=merge([*active, *backfilled]), whole=whole, keep=keep)
     window = looks.window()
-    nothing_before = not window.unfinished and window.reached_id is None
-    ahead = looks.ahead(settings.batch_size * settings.max_in_flight + 1, nothing_before=nothing_before)
+    ahead = looks.ahead(settings.batch_size * settings.max_in_flight + 1, nothing_before=window.is_clear)
     found = whole is not None and (looks.finds(window) or looks.finds(ahead))  # these first: below, it goes on later
     seen = Observed(
         active=active,

@@ -141,6 +141,11 @@ class Scan:
     finished_up_to: int | None
 
     @property
+    def is_clear(self) -> bool:
+        """Whether the whole window was looked at, and nothing in it is unfinished."""
+        return not self.unfinished and self.reached_id is None
+
+    @property
     def pending_ids(self) -> list[int]:
         """The rows that may be processed now."""
         return [row.record_id for row in self.unfinished if row.pending]
