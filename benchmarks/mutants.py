@@ -56,14 +56,14 @@ MUTANTS = (
     ),
     mutant(
         "the source is never marked",
-        "write(connection, self.source.mark(connection, versions, step=step))",
-        "write(connection, {})",
+        "stamped = mark(connection, won) if self.one_database else {}",
+        "stamped: dict[int, tuple[str, str]] = {}",
         "test_marking_writes_the_ledger_and_the_marks",
     ),
     mutant(
         "a record that is brought back stays done",
-        '{"record_id": record_id, "state": "todo", "attempts": 0, "not_before": None} for record_id in record_ids',
-        '{"record_id": record_id, "state": "done", "attempts": 0, "not_before": None} for record_id in record_ids',
+        'return replace(entry, state="todo", attempts=0, not_before=None, claim=entry.claim + 1)',
+        'return replace(entry, state="done", attempts=0, not_before=None, claim=entry.claim + 1)',
         "test_lost_points_are_found_and_their_records_alone",
     ),
     mutant(
@@ -80,7 +80,7 @@ MUTANTS = (
     ),
     mutant(
         "tries are not counted",
-        "tries = attempts[failure.record_id] + 1",
+        "tries = _tries(before[key], failure, address) + 1",
         "tries = 1",
         "test_a_failing_record_is_tried_three_times_then_parked",
     ),
@@ -90,29 +90,148 @@ MUTANTS = (
         "    if kept.get(_SOURCE) is None:\n",
         "test_state_tables_of_another_source_are_refused",
     ),
-    Mutant(
+    mutant(
         "the source is marked before the ledger when they are two databases",
-        (
-            (
-                """\
-        with writing(self.state_engine, what="write the ledger") as connection:
-            write(connection, versions)
-        if not self.source.has_marks:
-            return
-        with writing(self.source_engine, what=f"mark rows of {self.source.name!r}") as connection:
-            stamped = self.source.mark(connection, versions, step=step)
-""",
-                """\
-        stamped = {}
-        if self.source.has_marks:
-            with writing(self.source_engine, what="mark rows") as connection:
-                stamped = self.source.mark(connection, versions, step=step)
-        with writing(self.state_engine, what="write the ledger") as connection:
-            write(connection, versions)
-""",
-            ),
-        ),
-        ("test_a_crash_between_the_marks_of_two_databases",),
+        '        what = f"mark rows of {self.source.name!r}" if self.one_database else "write the ledger"\n',
+        '        what = "write the ledger"\n        if not self.one_database:\n'
+        '            with writing(self.source_engine, what="early") as early:\n                mark(early, claims)\n',
+        "test_a_crash_between_the_marks_of_two_databases",
+        "test_a_row_is_marked_only_once_the_ledger_knows_it",
+    ),
+    # Claims: who claimed a row last writes it
+    mutant(
+        "a mark is written whatever the claim",
+        "held = {key for key, claim in there.items() if claim == claims[key]}",
+        "held = set(there)",
+        "test_a_run_in_flight_can_not_undo_a_command",
+        "test_a_frozen_writer_that_returns_undoes_nothing",
+    ),
+    mutant(
+        "a run that begins claims nothing that the ledger knows",
+        "taken = replace(before, claim=before.claim + 1)",
+        "taken = before",
+        "test_a_run_that_begins_claims_what_it_will_do",
+        "test_an_older_version_does_not_come_over_a_newer_one",
+    ),
+    mutant(
+        "a retry is undone by the run in flight",
+        "connection.execute(update.values(claim=table.claim + 1, **change))",
+        "connection.execute(update.values(**change))",
+        "test_a_run_in_flight_can_not_undo_a_command",
+    ),
+    mutant(
+        "reprocessing is undone by the run in flight",
+        '            "claim": table.claim + 1,\n',
+        "",
+        "test_a_run_in_flight_can_not_undo_a_command",
+    ),
+    mutant(
+        "a repair is undone by the run in flight",
+        "not_before=None, claim=entry.claim + 1)",
+        "not_before=None)",
+        "test_a_run_in_flight_can_not_undo_a_command",
+    ),
+    mutant(
+        "claims of a forgotten record begin again",
+        "            raise_claim_base(connection, highest)\n",
+        "            pass\n",
+        "test_a_row_that_comes_back_after_it_was_forgotten",
+    ),
+    mutant(
+        "an entry that is gone is made again by a late mark",
+        "if claim == 0 and key not in there]",
+        "if key not in there]",
+        "test_a_run_in_flight_can_not_undo_a_command",
+    ),
+    mutant(
+        "marks in the other database are set without looking at the claim once more",
+        "stamped = touch(source, held)",
+        "stamped = touch(source, claims)",
+        "test_a_frozen_writer_that_returns_undoes_nothing",
+    ),
+    mutant(
+        "rows of the source are locked before the ledger's",
+        "            won = self.ledger.hold(connection, claims)\n            stamped",
+        "            if self.one_database:\n                self.source.mark(connection, versions, step=step)\n"
+        "            won = self.ledger.hold(connection, claims)\n            stamped",
+        "test_a_reconciliation_and_a_mark_at_once",
+        "test_a_mark_and_a_command_at_once",
+    ),
+    mutant(
+        "who has lost a row says nothing",
+        "            self._lost.update(lost)\n            _log.warning(",
+        "            self._lost.update(lost)\n            _log.debug(",
+        "test_a_run_in_flight_can_not_undo_a_command",
+    ),
+    # Addresses
+    mutant(
+        "a done row keeps the old file's frames when its address is corrected",
+        "has_moved = bool(address) and entry.address not in {None, address}",
+        "has_moved = False",
+        "test_a_done_row_whose_address_was_corrected_is_due",
+        "test_a_row_that_failed_is_due_at_once_when_its_address_is_corrected",
+    ),
+    mutant(
+        "rows that are only to be told of are decoded again",
+        "if has_moved and not keeps_moved:",
+        "if has_moved:",
+        "test_a_done_row_whose_address_was_corrected_is_due",
+    ),
+    mutant(
+        "the first root is no part of an address",
+        'path if path.startswith("/") else f"{root}/{path}"',
+        'path if path.startswith("/") else f"/{path}"',
+        "test_two_spellings_of_one_address_have_one_hash",
+        "test_another_column_template_or_first_root_is_another_address",
+    ),
+    mutant(
+        "a URL that is signed once more is another address",
+        '_SIGNATURE.sub("", _USER.sub("", address)).rstrip("?&")',
+        "address",
+        "test_two_spellings_of_one_address_have_one_hash",
+    ),
+    mutant(
+        "entries without an address take a new one at each look",
+        "LEDGER_TABLE).where(table.record_id.in_(chunk), table.address.is_(None))",
+        "LEDGER_TABLE).where(table.record_id.in_(chunk))",
+        "test_entries_of_an_earlier_release_take_the_present_addresses_once",
+    ),
+    # Force, stamps, counts, rows that can't be read
+    mutant(
+        "force leaves rows that are half done as they are",
+        'if planned.status == "todo" or (force and revises):',
+        'if planned.status == "todo" or (force and revises and planned.entry):',
+        "test_a_forced_beginning_gives_every_row_a_new_revision",
+    ),
+    mutant(
+        "force keeps the revision of rows that are to be processed anyway",
+        'if revises and (force or planned.status == "again"):',
+        'if revises and ((force and planned.status != "todo") or planned.status == "again"):',
+        "test_a_forced_beginning_gives_every_row_a_new_revision",
+    ),
+    mutant(
+        "a trigger makes a row look new when its mark is cleared",
+        "                self.ledger.restamp(connection, self.source.unmark(connection, record_ids))\n",
+        "                self.source.unmark(connection, record_ids)\n",
+        "test_a_trigger_that_stamps_our_clearing_of_a_mark",
+    ),
+    mutant(
+        "frames that are kept leave the number of those before",
+        "    return (entry.num_frames, entry.frames_fingerprint, entry.address) != (",
+        "    return False and (entry.num_frames,) != (",
+        "test_the_number_of_frames_is_that_of_the_frames_that_are_kept",
+    ),
+    mutant(
+        "a row that can't be read is processed",
+        'if planned.status == "todo" and planned.row.problem is None',
+        'if planned.status == "todo"',
+        "test_a_row_that_can_not_be_read_fails_alone",
+    ),
+    mutant(
+        "one undecodable text stops the page it is read with",
+        "_UNREADABLE = (ValueError, TypeError,",
+        "_UNREADABLE = (TypeError,",
+        "test_a_bad_value_in_sqlite_fails_its_row_alone",
     ),
     # The replace protocol
     mutant(

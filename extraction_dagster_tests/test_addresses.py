@@ -1,8 +1,8 @@
-"""Addresses as they are shown."""
+"""Addresses as they are shown, and what tells one from another."""
 
 import pytest
 
-from extraction_dagster.addresses import scrubbed, shown_address
+from extraction_dagster.addresses import address_hash, scrubbed, shown_address
 from extraction_dagster.errors.catalog import FileForbiddenError, FileUnavailableError, SchemeError
 
 
@@ -51,3 +51,33 @@ def test_errors_about_files_do_not_show_them_either():
 )
 def test_every_address_in_a_text_is_scrubbed(text, shown):
     assert scrubbed(text) == shown
+
+
+SAME = [
+    ("a.mp4", "./a.mp4", "/videos/a.mp4", "/videos//a.mp4", "file:///videos/a.mp4", "FILE://localhost/videos/a.mp4"),
+    ("b c.mp4", "file:///videos/b%20c.mp4"),
+    ("b%20c.mp4", "file:///videos/b%2520c.mp4"),
+    ("https://host/a.mp4", "https://me:secret@host/a.mp4", "https://host/a.mp4?X-Amz-Date=1&X-Amz-Signature=2"),
+    ("https://host/a.mp4?v=1", "https://host/a.mp4?v=1&Expires=9&Signature=x", "https://host/a.mp4?sig=a&v=1&se=b"),
+    ("https://host/a.mp4?v=2", "https://host/a.mp4?Expires=9&v=2&Signature=y&Key-Pair-Id=k"),
+    ("s3://bucket/a.mp4",),
+    ("s3://bucket/a.mp4?versionId=1",),
+    ("gs://bucket/a.mp4",),
+    ("http://host/a.mp4",),
+    ("https://host/A.mp4",),
+]
+
+
+def test_two_spellings_of_one_address_have_one_hash_and_two_addresses_have_two():
+    hashes = [{address_hash(address, "/videos") for address in group} for group in SAME]
+    assert [len(group) for group in hashes] == [1] * len(SAME)
+    assert len(set.union(*hashes)) == len(SAME)
+    assert all(len(found) == 16 for group in hashes for found in group)
+
+
+def test_an_address_is_the_same_in_every_process():
+    # printf /videos/a.mp4 | sha256sum
+    assert address_hash("a.mp4", "/videos") == "9ec49090b225b812"
+    assert address_hash("a.mp4", "/other") != "9ec49090b225b812"
+    assert address_hash("", "/videos") == ""
+    assert address_hash("no\udcff.mp4", "/videos") != address_hash("no\udcfe.mp4", "/videos")

@@ -92,7 +92,7 @@ def _is_unmarked(planned: PlannedRow, num_frames: int, made_with: str) -> bool:
     entry = planned.entry
     if entry is None or entry.state not in _HAS_FRAMES:
         return True
-    return (entry.num_frames, entry.frames_fingerprint, entry.address) != (num_frames, made_with, planned.video.address)
+    return (entry.num_frames, entry.frames_fingerprint, entry.address) != (num_frames, made_with, planned.address)
 
 
 def _mark_extracted(work: RangeWork, num_frames: Mapping[int, int]) -> None:

@@ -83,7 +83,7 @@ class RangeWork:
     def unreadable(self) -> list[Failure]:
         """Why rows that were to be processed are not: a value of theirs can't be read."""
         return [
-            Failure(record_id, planned.video.content_version, "catalog", type(problem).__name__, str(problem))
+            Failure(record_id, planned.content_version, "catalog", type(problem).__name__, str(problem))
             for record_id, planned in self.plan.items()
             if planned.status == "todo" and (problem := planned.row.problem) is not None
         ]
@@ -231,11 +231,13 @@ def frames_by_record(shards: Iterable[Any], rows: Mapping[int, PlannedRow]) -> d
         record.record_id: record.num_frames
         for shard in shards
         for record in shard.records
-        if record.record_id in rows and record.content_version == rows[record.record_id].video.content_version
+        if record.record_id in rows and record.content_version == rows[record.record_id].content_version
     }
 
 
 def was_done(planned: PlannedRow) -> bool:
-    """Whether a row was done in its present version, though with other settings perhaps."""
+    """Whether a row was done in its present version and from its present address, with whatever settings."""
     entry = planned.entry
-    return entry is not None and entry.state == "done" and entry.source_version == planned.source_version
+    if entry is None or entry.state != "done" or entry.source_version != planned.source_version:
+        return False
+    return entry.address is None or planned.address in {"", entry.address}

@@ -20,7 +20,7 @@ def make_settings(sqlite_database, clips):
     sqlite_database.create(ids=(1, 2, 3))
 
     def make(**overrides):
-        return sqlite_database.settings(allowed_roots=(str(clips),), decode_workers=1, **overrides)
+        return sqlite_database.settings(**{"allowed_roots": (str(clips),), "decode_workers": 1, **overrides})
 
     sqlite_database.execute("UPDATE insta_content SET path = :folder || '/' || path", folder=str(clips))
     return make

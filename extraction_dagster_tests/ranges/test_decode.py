@@ -73,11 +73,26 @@ def test_frames_that_an_earlier_try_stored_are_marked_and_not_decoded_again(make
     with monkeypatch.context() as killed:
         killed.setattr(Catalog, "mark_extracted", lambda *_: None)  # as if the process had ended just before
         assert decode(settings).numbers["frames"] == 6
-    assert states(settings) == {3: "failed"}
+    assert states(settings) == {1: "todo", 2: "todo", 3: "failed"}
 
     report = decode(settings)
     assert (report.numbers["videos_kept"], report.numbers["frames"]) == (2, 0)
     assert states(settings) == {1: "extracted", 2: "extracted", 3: "failed"}
+
+
+def test_the_number_of_frames_is_that_of_the_frames_that_are_kept(make_settings):
+    once, twice = make_settings(), make_settings(fps=2)
+    assert decode(once).numbers["frames"] == 6
+    assert num_frames(once) == {1: 3, 2: 3}
+    assert decode(twice).numbers["frames"] == 12
+    assert num_frames(twice) == {1: 6, 2: 6}
+    assert decode(once).numbers["videos_kept"] == 2
+    assert num_frames(once) == {1: 3, 2: 3}
+
+
+def num_frames(settings):
+    with open_range(settings, IdRange(1, 2)) as work:
+        return {record_id: entry.num_frames for record_id, entry in work.entries().items()}
 
 
 def decode(settings):

@@ -63,3 +63,51 @@ def test_only_a_forced_step_selects_rows_that_are_done(make_settings):
         assert (list(work.pending), list(work.selected)) == ([2, 3], [2, 3])
     with open_range(settings, IdRange(1, 3), force=True) as work:
         assert (list(work.pending), list(work.selected)) == ([2, 3], [1, 2, 3])
+
+
+def steps(settings):
+    """A whole run of the range; returns what failed while it decoded."""
+    id_range = IdRange(1, 100)
+    with open_range(settings, id_range, begins=True, run_id="r") as work:
+        failures = decode_range(work).failures
+    with open_range(settings, id_range) as work:
+        embed_range(work)
+    with open_range(settings, id_range) as work:
+        index_range(work)
+    return {failure.record_id: failure.error_type for failure in failures}
+
+
+def states(settings):
+    with open_range(settings, IdRange(1, 100)) as work:
+        return {record_id: entry.state for record_id, entry in work.entries().items()}
+
+
+def test_a_row_that_can_not_be_read_fails_alone_and_is_done_once_it_is_corrected(sqlite_database, make_settings):
+    settings = make_settings()
+    ((path,),) = sqlite_database.rows("SELECT path FROM insta_content WHERE id = 2")
+    sqlite_database.execute("UPDATE insta_content SET path = CAST(x'66ff2e6d7034' AS TEXT) WHERE id = 2")
+    assert steps(settings) == {2: "UnreadableRowError", 3: "FileUnavailableError"}
+    assert states(settings) == {1: "done", 2: "failed", 3: "failed"}
+    with open_range(settings, IdRange(1, 100)) as work:
+        (error,) = work.catalog.ledger.errors(limit=9, error_type="UnreadableRowError")
+    assert (error.record_id, error.stage, error.run_id) == (2, "catalog", "r")
+    assert error.error_message == (
+        "Column 'path' of record 2 in 'insta_content' can't be used: it is no UTF-8; expected TEXT. Nothing was "
+        "written for it; the range goes on. Correct the value; the record is tried again later, and with "
+        "'extraction retry 2' once it is parked."
+    )
+    sqlite_database.execute("UPDATE insta_content SET path = :path WHERE id = 2", path=path)
+    assert steps(settings) == {}
+    assert states(settings) == {1: "done", 2: "done", 3: "failed"}
+
+
+def test_a_step_works_under_the_claim_that_its_run_took(make_settings):
+    settings = make_settings()
+    with open_range(settings, IdRange(1, 100), begins=True) as work:
+        claims = {record_id: planned.video.claim for record_id, planned in work.plan.items()}
+    for options in ({}, {"force": True}):
+        with open_range(settings, IdRange(1, 100), **options) as work:
+            assert {record_id: planned.video.claim for record_id, planned in work.plan.items()} == claims
+    with open_range(settings, IdRange(1, 100), claims=True) as work:
+        assert {record_id: planned.video.claim - 1 for record_id, planned in work.plan.items()} == claims
+        assert {planned.content_version for planned in work.plan.values()} == {""}

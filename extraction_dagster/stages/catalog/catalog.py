@@ -5,13 +5,22 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from extraction_dagster.stages.catalog.database import make_engine, writing
 from extraction_dagster.stages.catalog.ledger import Fingerprints, Ledger, LedgerEntry, State
 from extraction_dagster.stages.catalog.pending import Status, count_pending, is_pending, status_of
+from extraction_dagster.stages.catalog.planning import (
+    Moved,
+    PlannedRow,
+    fresh_entry,
+    is_wanted,
+    made_pending,
+    revised,
+    taken_up,
+)
 from extraction_dagster.stages.catalog.source_table import SourceRow, SourceTable, Step
 from extraction_dagster.stages.catalog.state_tables import lock_claim_base, prepare
 
@@ -20,7 +29,7 @@ if TYPE_CHECKING:
 
     import sqlalchemy as sa
 
-    from extraction_dagster.records import Failure, IdRange, VideoRow
+    from extraction_dagster.records import Failure, IdRange
     from extraction_dagster.settings import Settings
 
 # What became of a record, by its status; a failed one whose wait is over is pending.
@@ -28,55 +37,6 @@ _SUMMARY = {"done": "done", "todo": "pending", "again": "pending", "waiting": "f
 _CLAIM_TRIES = 3  # others may claim rows between our look at them and our claim
 _log = logging.getLogger(__name__)  # managed by Dagster: these lines are in the run's events too
 __all__ = ["Catalog", "Fingerprints", "Moved", "PlannedRow", "Status", "open_catalog", "status_of"]
-
-
-@dataclass(frozen=True, slots=True)
-class PlannedRow:
-    """A row, what the ledger says of it, and what is to be done with it.
-
-    Attributes:
-        row: As the source table has it.
-        entry: As the ledger has it, or None.
-        status: `todo`: to be processed; `again`: was done, and its mark was cleared since; `waiting`: failed, and its
-            next try is later; `parked`: failed, and not tried until somebody says so; `done`.
-    """
-
-    row: SourceRow
-    entry: LedgerEntry | None
-    status: Status
-
-    @property
-    def video(self) -> VideoRow:
-        """The row with its claim and its full content version: the source's version, and its revision."""
-        entry = self.entry
-        if entry is None:
-            return self.row.video
-        version = _content_version(self.source_version, entry.revision)
-        if entry.source_version == self.source_version:
-            version = entry.content_version
-        return replace(self.row.video, content_version=version, claim=entry.claim)
-
-    @property
-    def source_version(self) -> str:
-        """The version column, as it was read."""
-        return self.row.video.content_version
-
-
-@dataclass(frozen=True, slots=True)
-class Moved:
-    """Done rows whose address has changed.
-
-    Attributes:
-        record_ids: In ascending order.
-        reached_id: The last id looked at when the budget ended the look; None when the whole window was looked at.
-    """
-
-    record_ids: tuple[int, ...]
-    reached_id: int | None
-
-
-def _content_version(source_version: str, revision: int) -> str:
-    return f"{source_version}~{revision}" if revision else source_version
 
 
 class Catalog:
@@ -150,7 +110,7 @@ class Catalog:
         self.adopt_addresses(item.row for item in plan.values() if item.entry and item.entry.address is None)
         lost = set(plan)
         for _ in range(_CLAIM_TRIES):
-            wanted = {key: plan[key] for key in lost if key in plan and _is_wanted(plan[key], force, revises)}
+            wanted = {key: plan[key] for key in lost if key in plan and is_wanted(plan[key], force, revises)}
             if not wanted:
                 break
             claimed, lost = self._claim(wanted, force=force, revises=revises)
@@ -173,11 +133,11 @@ class Catalog:
             for key in sorted(wanted):
                 planned, before = wanted[key], there.get(key)
                 if planned.entry is None or before is None:
-                    fresh = _fresh_entry(planned, claim=base + 1)
-                    added[key] = _revised(planned, fresh) if force and revises else fresh
+                    fresh = fresh_entry(planned, claim=base + 1)
+                    added[key] = revised(planned, fresh) if force and revises else fresh
                 elif before.claim == planned.entry.claim:
                     taken = replace(before, claim=before.claim + 1)
-                    changed[key] = _taken_up(planned, taken, force=force, revises=revises)
+                    changed[key] = taken_up(planned, taken, force=force, revises=revises)
             won = changed.keys() | self.ledger.add(connection, list(added.values()))
             self.ledger.replace(connection, list(changed.values()))
         return {key: entry for key, entry in {**changed, **added}.items() if key in won}, wanted.keys() - won
@@ -196,11 +156,11 @@ class Catalog:
             budget: Most rows looked at.
             up_to_id: Look up to this id; None for the whole end.
         """
-        rows = self.source.next_rows(after_id, budget, up_to_id=up_to_id)
-        now = {row.video.record_id: row.video.address for row in rows if row.video.address}
-        known = self.ledger.addresses(list(now))
-        found = tuple(key for key in now if known.get(key) not in {None, now[key]})
-        return Moved(found, rows[-1].video.record_id if len(rows) >= budget else None)
+        ids = self.source.next_ids(after_id, budget, up_to_id=up_to_id)
+        known = self.ledger.addresses(ids)
+        now = self.source.addresses_of(list(known))
+        found = tuple(key for key in ids if now.get(key) and now[key] != known[key])
+        return Moved(found, ids[-1] if len(ids) >= budget else None)
 
     def mark_extracted(self, plan: Mapping[int, PlannedRow], num_frames: Mapping[int, int], frames: str) -> set[int]:
         """Mark rows of a plan whose frames are stored: their number by record, and their fingerprint.
@@ -211,10 +171,10 @@ class Catalog:
         entries = {
             record_id: {
                 "state": "extracted",
-                "content_version": plan[record_id].video.content_version,
+                "content_version": plan[record_id].content_version,
                 "frames_fingerprint": frames,
                 "num_frames": number,
-                "address": plan[record_id].video.address,
+                "address": plan[record_id].address,
                 "not_before": None,
             }
             for record_id, number in num_frames.items()
@@ -242,7 +202,7 @@ class Catalog:
                 claims = {key: entry.claim for key, entry in self.ledger.lock(connection, records).items()}
                 claims = dict.fromkeys(records, 0) | claims
             else:
-                claims = {key: plan[key].video.claim for key in records}
+                claims = {key: plan[key].claim for key in records}
             won = self.ledger.hold(connection, claims)
             entry = {"state": "embedded", "embedding_fingerprint": embedding}
             self.ledger.upsert(connection, [{"record_id": key, **entry} for key in sorted(won)])
@@ -271,11 +231,11 @@ class Catalog:
         entries = {
             record_id: {
                 "state": "done",
-                "content_version": plan[record_id].video.content_version,
+                "content_version": plan[record_id].content_version,
                 "frames_fingerprint": fingerprints.frames,
                 "embedding_fingerprint": fingerprints.embedding,
                 "num_points": number,
-                "address": plan[record_id].video.address,
+                "address": plan[record_id].address,
                 "generation": generations[record_id] if generations else None,
                 "attempts": 0,
                 "not_before": None,
@@ -317,7 +277,7 @@ class Catalog:
             self.ledger.add(
                 connection, [LedgerEntry(key, "todo", claim=base + 1) for key in record_ids if key not in before]
             )
-            after = {key: _made_pending(entry) for key, entry in before.items()}
+            after = {key: made_pending(entry) for key, entry in before.items()}
             self.ledger.replace(connection, list(after.values()))
             if self.one_database:
                 self.ledger.restamp(connection, self.source.unmark(connection, record_ids))
@@ -377,7 +337,7 @@ class Catalog:
         locked, so that our mark does not come after another claim: a marked row whose entry is not done would be
         found by its entry, but one that was forgotten has none.
         """
-        claims = {key: plan[key].video.claim for key in entries}
+        claims = {key: plan[key].claim for key in entries}
         versions = {key: plan[key].source_version for key in entries}
 
         def write(connection: sa.Connection, source_versions: Mapping[int, str]) -> None:
@@ -418,48 +378,6 @@ class Catalog:
                 "Wrote nothing of records that a later run or command has claimed since they were planned: %s",
                 ", ".join(map(str, lost)),
             )
-
-
-def _is_wanted(planned: PlannedRow, force: bool, revises: bool) -> bool:  # noqa: FBT001 - as begin has them
-    """Whether a run that begins takes up a row."""
-    if planned.status == "todo" or (force and revises):
-        return True
-    if planned.status == "again":
-        return revises
-    return force and planned.entry is not None
-
-
-def _taken_up(planned: PlannedRow, entry: LedgerEntry, *, force: bool, revises: bool) -> LedgerEntry:
-    """The entry of a row that a run takes up."""
-    if revises and (force or planned.status == "again"):
-        return _revised(planned, entry)
-    if force and entry.state in {"failed", "parked"}:
-        return replace(entry, state="todo", attempts=0, not_before=None)
-    return entry
-
-
-def _revised(planned: PlannedRow, entry: LedgerEntry) -> LedgerEntry:
-    """The entry with a new revision: whatever is stored of the row is made again."""
-    revision = entry.revision + 1
-    return replace(
-        entry,
-        state="todo",
-        source_version=planned.source_version,
-        content_version=_content_version(planned.source_version, revision),
-        revision=revision,
-        attempts=0,
-        not_before=None,
-    )
-
-
-def _fresh_entry(planned: PlannedRow, *, claim: int) -> LedgerEntry:
-    video = planned.row.video
-    version = video.content_version
-    return LedgerEntry(video.record_id, "todo", source_version=version, content_version=version, claim=claim)
-
-
-def _made_pending(entry: LedgerEntry) -> LedgerEntry:
-    return replace(entry, state="todo", attempts=0, not_before=None, claim=entry.claim + 1)
 
 
 def open_catalog(settings: Settings) -> closing[Catalog]:

@@ -55,8 +55,6 @@ def make_engine(url: str, *, setting: str) -> sa.Engine:
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:  # noqa: ANN401 - a driver's own connection
     connection.isolation_level = None  # the driver must not begin transactions of its own
-    # Text of any bytes is read, each wrong one as a lone surrogate: its row fails, and not the page it is read with.
-    connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")
     connection.execute("PRAGMA busy_timeout = 60000")
     connection.execute("PRAGMA foreign_keys = ON")
 
@@ -97,6 +95,24 @@ def writing(engine: sa.Engine, *, what: str) -> Iterator[sa.Connection]:
         yield connection
 
 
+def fetch_all(connection: sa.Connection, query: sa.Select[*tuple[Any, ...]]) -> Sequence[sa.Row[*tuple[Any, ...]]]:
+    """Every row of a query, whatever bytes its text has: each that is none comes as a lone surrogate.
+
+    One such text in SQLite makes the whole page unreadable otherwise; other databases take none.
+    """
+    try:
+        return connection.execute(query).all()
+    except sa.exc.OperationalError as error:
+        if not _is_undecodable(error):
+            raise
+    connection.connection.driver_connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")  # type: ignore[union-attr]  # SQLite's own
+    return connection.execute(query).all()
+
+
+def _is_undecodable(error: sa.exc.DBAPIError) -> bool:
+    return "Could not decode to UTF-8" in str(error.orig)
+
+
 @contextmanager
 def _translated(engine: sa.Engine, what: str) -> Iterator[None]:
     try:
@@ -104,6 +120,8 @@ def _translated(engine: sa.Engine, what: str) -> Iterator[None]:
     except (sa.exc.IntegrityError, sa.exc.DataError):
         raise  # the database works: what it was given is wrong
     except (sa.exc.DatabaseError, sa.exc.InterfaceError) as error:
+        if _is_undecodable(error):
+            raise UnicodeError(" ".join(str(error.orig).split())) from error
         raise SourceUnreachableError(what, describe(engine.url), str(error.orig)) from error
 
 
@@ -131,4 +149,6 @@ def is_text(value: object) -> bool:
 
 def storable(text: str) -> str:
     """What was read or said, without what no database takes as text."""
+    if text.isascii() and "\0" not in text:
+        return text
     return text.replace("\0", "\\0").encode(errors="backslashreplace").decode()

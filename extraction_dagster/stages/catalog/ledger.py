@@ -145,20 +145,25 @@ class Ledger:
 
         A record that was planned without an entry gets one, so that there is something to lock.
         """
-        there = self.lock(connection, claims)
-        held = {key for key, entry in there.items() if entry.claim == claims[key]}
+        table = LEDGER_TABLE.c
+        query = sa.select(table.record_id, table.claim).order_by(table.record_id).with_for_update()
+        there = {
+            record_id: claim
+            for chunk in chunks(sorted(claims))
+            for record_id, claim in connection.execute(query.where(table.record_id.in_(chunk)))
+        }
+        held = {key for key, claim in there.items() if claim == claims[key]}
         fresh = [LedgerEntry(key, "todo") for key, claim in claims.items() if claim == 0 and key not in there]
         return held | self.add(connection, fresh)
 
     def add(self, connection: sa.Connection, entries: Sequence[LedgerEntry]) -> set[int]:
-        """Write entries of records that have none; returns those for which nobody was faster."""
+        """Write entries of records that have none and were never tried; returns those for which nobody was faster."""
         if not entries:
             return set()
         statement = self._insert(LEDGER_TABLE).on_conflict_do_nothing(index_elements=["record_id"])
-        added = connection.execute(
-            statement.returning(LEDGER_TABLE.c.record_id), _rows_of(sorted(entries, key=lambda item: item.record_id))
-        )
-        return set(added.scalars())
+        in_order = sorted(entries, key=lambda entry: entry.record_id)
+        rows = _rows_of(in_order, ("record_id", "state", "source_version", "content_version", "revision", "claim"))
+        return set(connection.execute(statement.returning(LEDGER_TABLE.c.record_id), rows).scalars())
 
     def replace(self, connection: sa.Connection, entries: Sequence[LedgerEntry]) -> None:
         """Write whole entries that are locked here."""
@@ -167,7 +172,7 @@ class Ledger:
             statement = self._insert(LEDGER_TABLE)
             columns = {item.name: statement.excluded[item.name] for item in LEDGER_TABLE.c if item.name not in keep}
             update = statement.on_conflict_do_update(index_elements=["record_id"], set_=columns)
-            connection.execute(update, _rows_of(entries))
+            connection.execute(update, _rows_of(entries, [column.name for column in _ENTRY]))
 
     def window_end(self, after_id: int | None, size: int) -> int | None:
         """The id of the last of the next `size` entries after an id; None when fewer are left."""
@@ -419,8 +424,8 @@ def _tries(entry: LedgerEntry, failure: Failure, address: str) -> int:
     return entry.attempts if is_same else 0
 
 
-def _rows_of(entries: Iterable[LedgerEntry]) -> list[dict[str, Any]]:
-    now, names = datetime.now(UTC), [column.name for column in _ENTRY]
+def _rows_of(entries: Iterable[LedgerEntry], names: Sequence[str]) -> list[dict[str, Any]]:
+    now = datetime.now(UTC)
     return [{**{name: getattr(entry, name) for name in names}, "updated_at": now} for entry in entries]
 
 

@@ -21,7 +21,7 @@ from sqlalchemy.schema import CreateIndex, DropIndex
 
 from extraction_dagster.errors.catalog import SourceUnreachableError
 from extraction_dagster.records import IdRange
-from extraction_dagster.stages.catalog.database import chunks, reading, storable, writing
+from extraction_dagster.stages.catalog.database import chunks, fetch_all, reading, storable, writing
 from extraction_dagster.stages.catalog.ledger import Fingerprints, Ledger, LedgerEntry
 from extraction_dagster.stages.catalog.state_tables import LEDGER_TABLE, UNFINISHED
 
@@ -212,7 +212,7 @@ def _read(
 ) -> dict[int, tuple[str | None, bool | None]]:
     """What a query of heads finds, by id; a row whose version is no text that can be read stands with None."""
     with suppress(ValueError, TypeError, ArithmeticError):
-        return {int(record_id): (storable(version), done) for record_id, version, done in connection.execute(query)}
+        return {int(record_id): (storable(version), done) for record_id, version, done in fetch_all(connection, query)}
     # One of them can't be read: halve what is asked for until it is alone.
     ids = [int(record_id) for record_id in connection.execute(query.with_only_columns(source.id)).scalars()]
     if len(ids) <= 1:

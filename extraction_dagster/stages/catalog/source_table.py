@@ -2,59 +2,33 @@
 
 from __future__ import annotations
 
-import itertools
-import logging
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import sqlalchemy as sa
 
-from extraction_dagster.addresses import address_hash
-from extraction_dagster.errors.catalog import UnreadableRowError
-from extraction_dagster.records import IdRange, VideoRow, fingerprint
-from extraction_dagster.stages.catalog.database import chunks, describe, is_text, parse_url, reading, storable
-from extraction_dagster.stages.catalog.source_columns import SourceColumns, build_predicate
+from extraction_dagster.records import IdRange, fingerprint
+from extraction_dagster.stages.catalog.database import (
+    chunks,
+    describe,
+    fetch_all,
+    parse_url,
+    reading,
+    storable,
+)
+from extraction_dagster.stages.catalog.source_rows import SourceRow, SourceRows
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from extraction_dagster.settings import Settings
 
 Step = Literal["extracted", "embedded"]
 _CHUNK_OF_RANGES = 100  # parts of one query: SQLite takes no more than 500, and few keep its planner quick
 _MAX_ID = 2**63 - 1
-_VERSION_LABEL = "extraction_version"
-_PAGE = 1000
-_DEEPEST = 32  # levels of JSON; each takes three of the 100 that a message to Qdrant may have
-# What drivers and types raise for a value that they can't read; a database that fails raises something else.
-_UNREADABLE = (ValueError, TypeError, ArithmeticError, LookupError, RecursionError, sa.exc.DataError)
-_log = logging.getLogger(__name__)
+__all__ = ["SourceRow", "SourceTable", "Step"]
 
 
-@dataclass(frozen=True, slots=True)
-class SourceRow:
-    """A row with the source's own version as its content_version; a mark is None where there is no such column.
-
-    Attributes:
-        video: Where a value can't be read, without it.
-        extracted: The first mark.
-        embedded: The last mark.
-        problem: What is wrong with a value that can't be read or used; None for nothing. Such a row fails alone.
-    """
-
-    video: VideoRow
-    extracted: bool | None
-    embedded: bool | None
-    problem: UnreadableRowError | None = None
-
-    @property
-    def marked_done(self) -> bool | None:
-        """Whether every mark column says done; None when the table has none."""
-        marks = [mark for mark in (self.extracted, self.embedded) if mark is not None]
-        return all(marks) if marks else None
-
-
-class SourceTable:
+class SourceTable(SourceRows):
     """The configured table, reflected and checked.
 
     Raises:
@@ -64,31 +38,10 @@ class SourceTable:
     """
 
     def __init__(self, engine: sa.Engine, settings: Settings) -> None:
-        self._engine, self._settings = engine, settings
-        columns = SourceColumns(engine, settings)
-        self.name, self.table = columns.name, columns.table
-        self.id = columns.find_id()
-        self._uri_columns = columns.find_uri()
-        self._platform = columns.find_optional(settings.source_platform_column, "EXTRACTION_SOURCE_PLATFORM_COLUMN")
-        self._code = columns.find_optional(settings.source_code_column, "EXTRACTION_SOURCE_CODE_COLUMN")
-        self._payload = [
-            columns.find(name, "EXTRACTION_SOURCE_PAYLOAD_COLUMNS") for name in settings.source_payload_columns
-        ]
-        version = columns.find_optional(settings.source_version_column, "EXTRACTION_SOURCE_VERSION_COLUMN")
-        # As text, made by the database: one form for reading and for comparing.
-        self._version = None if version is None else sa.func.coalesce(sa.cast(version, sa.Text), "")
-        self._extracted = columns.find_mark(settings.source_extracted_column, "EXTRACTION_SOURCE_EXTRACTED_COLUMN")
-        self._embedded = columns.find_mark(settings.source_embedded_column, "EXTRACTION_SOURCE_EMBEDDED_COLUMN")
-        self._marks = [column for column in (self._extracted, self._embedded) if column is not None]
+        super().__init__(engine, settings)
         # Rows of a table can be locked by PostgreSQL; those of a view may be of many tables, or of none.
-        self._locks = engine.dialect.name == "postgresql" and not columns.is_view
+        self._locks = engine.dialect.name == "postgresql" and not self._is_view
         self._stays_as_read = self._locks or engine.dialect.name == "sqlite"  # within the transaction that writes
-        optional = [column for column in (self._platform, self._code) if column is not None]
-        self._checked = {column.name: column for column in (*self._uri_columns, *optional, *self._payload)}.values()
-        self._first_root = str(settings.resolved_allowed_roots[0])
-        self.eligible: sa.ColumnElement[bool] = (
-            build_predicate(settings.source_predicate, self.table) if settings.source_predicate else sa.true()
-        )
 
     @property
     def unmarked(self) -> sa.ColumnElement[bool] | None:
@@ -135,110 +88,6 @@ class SourceTable:
 
     def _column_of(self, step: Step) -> sa.Column[Any] | None:
         return self._extracted if step == "extracted" else self._embedded
-
-    def rows(self, id_range: IdRange) -> Iterator[SourceRow]:
-        """Every eligible row of the range, in ascending order of ids; one that can't be read says so."""
-        first = id_range.first_id
-        while True:
-            query = self._select().where(self.id.between(first, id_range.last_id)).order_by(self.id)
-            try:
-                with reading(self._engine, what=f"read source table {self.name!r}") as connection:
-                    for row in connection.execution_options(yield_per=_PAGE).execute(query).mappings():
-                        found = self._source_row(row)
-                        yield found
-                        first = found.video.record_id + 1
-            except _UNREADABLE as error:
-                _log.debug("Reading rows of %s from id %d one by one: %s", self.name, first, type(error).__name__)
-            else:
-                return
-            page = self._ids(sa.select(self.id).where(self.eligible, self.id.between(first, id_range.last_id)))
-            for found in self._halved(page):
-                yield found
-                first = found.video.record_id + 1
-            if len(page) < _PAGE or page[-1] >= id_range.last_id:
-                return
-            first = page[-1] + 1
-
-    def rows_of(self, record_ids: Iterable[int]) -> Iterator[SourceRow]:
-        """The eligible ones of these rows."""
-        for chunk in chunks(list(record_ids)):
-            yield from self._halved(chunk)
-
-    def next_rows(self, after_id: int | None, most: int, *, up_to_id: int | None = None) -> list[SourceRow]:
-        """The next eligible rows above an id, at most `most`."""
-        first = -_MAX_ID - 1 if after_id is None else after_id + 1
-        last = _MAX_ID if up_to_id is None else up_to_id
-        if first > last:
-            return []
-        return list(itertools.islice(self.rows(IdRange(first, last)), most))
-
-    def addresses_of(self, record_ids: Sequence[int]) -> dict[int, str]:
-        """The addresses of those of these rows that have one which can be read."""
-        query = sa.select(*{column.name: column for column in (self.id, *self._uri_columns)}.values())
-        found: dict[int, str] = {}
-        for chunk in chunks(record_ids):
-            try:
-                with reading(self._engine, what=f"read source table {self.name!r}") as connection:
-                    for row in connection.execute(query.where(self.id.in_(chunk))).mappings():
-                        found[int(row[self.id.name])] = address_hash(self._uri(row), self._first_root)
-            except _UNREADABLE:
-                found |= {row.video.record_id: row.video.address for row in self._halved(chunk)}
-        return found
-
-    def _ids(self, query: sa.Select[int]) -> list[int]:
-        """The ids of the first page of a query of ids."""
-        with reading(self._engine, what=f"read source table {self.name!r}") as connection:
-            return [int(key) for key in connection.execute(query.order_by(self.id).limit(_PAGE)).scalars()]
-
-    def _halved(self, record_ids: Sequence[int]) -> Iterator[SourceRow]:
-        """The eligible ones of these rows; where one of them can't be read, each half by itself, down to that row."""
-        if not record_ids:
-            return
-        query = self._select().where(self.id.in_(record_ids)).order_by(self.id)
-        try:
-            with reading(self._engine, what=f"read source table {self.name!r}") as connection:
-                found = [self._source_row(row) for row in connection.execute(query).mappings()]
-        except _UNREADABLE:
-            if len(record_ids) == 1:
-                yield from self._by_columns(record_ids[0])
-                return
-            middle = len(record_ids) // 2
-            yield from self._halved(record_ids[:middle])
-            yield from self._halved(record_ids[middle:])
-            return
-        yield from found
-
-    def _by_columns(self, record_id: int) -> Iterator[SourceRow]:
-        """A row that can't be read as a whole: without the values that can't be read, and with what is wrong."""
-        values: dict[str, Any] = {}
-        problem: UnreadableRowError | None = None
-        for column in self._select().selected_columns:
-            query = sa.select(column).where(self.id == record_id, self.eligible)
-            try:
-                with reading(self._engine, what=f"read source table {self.name!r}") as connection:
-                    found = connection.execute(query).first()
-            except _UNREADABLE as error:
-                values[column.name] = None
-                problem = problem or self._unreadable(record_id, column, f"{type(error).__name__}: {error}")
-                continue
-            if found is None:  # it is gone since
-                return
-            values[column.name] = found[0]
-        values[_VERSION_LABEL] = values[_VERSION_LABEL] or ""
-        try:
-            row = self._source_row(values)
-        except _UNREADABLE as error:  # each value can be read, and not be used
-            why = f"{type(error).__name__}: {error}"
-            blank = values | {column.name: None for column in self._uri_columns}
-            row = self._source_row(blank)
-            problem = problem or self._unreadable(record_id, self._uri_columns[0], why)
-        yield replace(row, problem=problem or row.problem)
-
-    def _unreadable(self, record_id: int, column: sa.ColumnElement[Any], why: str) -> UnreadableRowError:
-        name = column.name
-        label = (self._settings.source_version_column or name) if name == _VERSION_LABEL else name
-        kind = "text" if name == _VERSION_LABEL else str(column.type)
-        return UnreadableRowError(self.name, record_id, label, why, expected=kind)
 
     def existing(self, record_ids: Iterable[int]) -> set[int]:
         """Which of these rows there are, eligible or not."""
@@ -359,7 +208,7 @@ class SourceTable:
         return {
             int(key): storable(found)
             for chunk in chunks(record_ids)
-            for key, found in connection.execute(query.where(self.id.in_(chunk)))
+            for key, found in fetch_all(connection, query.where(self.id.in_(chunk)))
         }
 
     def clear_marks(self, connection: sa.Connection, after_id: int) -> None:
@@ -387,70 +236,3 @@ class SourceTable:
         if id_range is not None:
             query = query.where(self.id.between(id_range.first_id, id_range.last_id))
         return int(self._one(query)[0])
-
-    def _select(self) -> sa.Select[*tuple[Any, ...]]:
-        """What a `SourceRow` needs of the eligible rows."""
-        optional = (self._platform, self._code, self._extracted, self._embedded)
-        columns = [self.id, *self._uri_columns, *self._payload, *(column for column in optional if column is not None)]
-        version = sa.literal("") if self._version is None else self._version
-        once = {column.name: column for column in columns}
-        return sa.select(*once.values(), version.label(_VERSION_LABEL)).where(self.eligible)
-
-    def _source_row(self, row: Mapping[str, Any]) -> SourceRow:
-        uri = self._uri(row)
-        video = VideoRow(
-            record_id=int(row[self.id.name]),
-            uri=uri,
-            platform=_text(row[self._platform.name]) if self._platform is not None else None,
-            code=_text(row[self._code.name]) if self._code is not None else None,
-            content_version=storable(row[_VERSION_LABEL]),
-            payload={column.name: row[column.name] for column in self._payload},
-            address=address_hash(uri, self._first_root),
-        )
-        return SourceRow(
-            video=video,
-            extracted=None if self._extracted is None else bool(row[self._extracted.name]),
-            embedded=None if self._embedded is None else bool(row[self._embedded.name]),
-            problem=self._problem_of(video.record_id, row),
-        )
-
-    def _problem_of(self, record_id: int, row: Mapping[str, Any]) -> UnreadableRowError | None:
-        """What is wrong with a value that could be read and can't be used."""
-        for column in self._checked:
-            value = row[column.name]
-            if value is None or (type(value) is str and value.isascii()) or type(value) is int:
-                continue
-            if not is_text(value):
-                return self._unreadable(record_id, column, "it is no UTF-8")
-            if isinstance(value, dict | list) and _is_deep(value):
-                return self._unreadable(record_id, column, f"it is nested deeper than {_DEEPEST} levels")
-            if isinstance(value, bytes | memoryview) and column not in self._payload:
-                return self._unreadable(record_id, column, "it is binary")
-        return None
-
-    def _uri(self, row: Mapping[str, Any]) -> str:
-        """Where the file lies; empty when a column that it needs is NULL (fetching then says so)."""
-        values = {column.name: row[column.name] for column in self._uri_columns}
-        if any(value is None for value in values.values()):
-            return ""
-        template = self._settings.source_uri_template
-        return template.format_map(values) if template else str(next(iter(values.values())))
-
-
-def _text(value: object) -> str | None:
-    return None if value is None else str(value)
-
-
-def _is_deep(value: object) -> bool:
-    """Whether a value of JSON is nested deeper than what takes it further can follow."""
-    level = [value]
-    for _ in range(_DEEPEST):
-        level = [
-            item
-            for part in level
-            for item in (part.values() if isinstance(part, dict) else part)
-            if isinstance(item, dict | list)
-        ]
-        if not level:
-            return False
-    return True

@@ -1,5 +1,6 @@
 """What is to do in a range, and how rows are marked."""
 
+import hashlib
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -7,9 +8,9 @@ from pydantic import SecretStr
 
 from extraction_dagster.errors.catalog import StateError
 from extraction_dagster.records import Failure, IdRange, VideoRow
-from extraction_dagster.stages.catalog.catalog import Fingerprints, status_of
+from extraction_dagster.stages.catalog.catalog import Fingerprints, Moved, status_of
 from extraction_dagster.stages.catalog.ledger import LedgerEntry
-from extraction_dagster.stages.catalog.pending import make_pending_index
+from extraction_dagster.stages.catalog.pending import make_pending_index, scan
 from extraction_dagster.stages.catalog.source_table import SourceRow
 
 TODAY = Fingerprints(frames="f1", embedding="e1")
@@ -72,16 +73,23 @@ def test_a_changed_setting_alone_makes_nothing_pending():
     assert status_of("", None, entry, None, now=NOW) == "done"
 
 
-def test_marking_writes_the_ledger_and_the_marks(database):
+def test_marking_writes_the_ledger_and_the_marks(database, tmp_path):
     database.create(ids=(1, 2, 3))
     catalog = database.catalog()
     plan = catalog.plan(ALL, TODAY)
     catalog.mark_extracted(plan, {1: 5, 2: 4}, "f1")
     catalog.mark_embedded([1, 2], "e1")
-    catalog.mark_done(plan, {1: 5}, TODAY)
+    catalog.mark_done(plan, {1: 5}, TODAY, generations={1: "g1"})
     entries = catalog.ledger.entries(ALL)
     assert entries[1] == LedgerEntry(
-        1, "done", frames_fingerprint="f1", embedding_fingerprint="e1", num_frames=5, num_points=5
+        1,
+        "done",
+        frames_fingerprint="f1",
+        embedding_fingerprint="e1",
+        num_frames=5,
+        num_points=5,
+        address=hashlib.sha256(f"{tmp_path}/videos/1.mp4".encode()).hexdigest()[:16],
+        generation="g1",
     )
     assert (entries[2].state, entries[2].num_frames, entries[2].num_points) == ("embedded", 4, None)
     marks = database.rows("SELECT id, is_extracted, is_embedded FROM insta_content ORDER BY id")
@@ -169,6 +177,27 @@ def test_a_trigger_that_stamps_our_own_marks_does_not_make_a_row_look_new(databa
     assert statuses(catalog) == {1: "done", 2: "todo"}
     database.execute("UPDATE insta_content SET path = 'new.mp4' WHERE id = 1")
     assert statuses(catalog) == {1: "todo", 2: "todo"}
+    catalog.close()
+
+
+@pytest.mark.parametrize("places", ["one database", "two databases"])
+def test_a_trigger_that_stamps_our_clearing_of_a_mark_does_not_make_a_row_look_new(database, tmp_path, places):
+    database.create()
+    database.insert(1, 2, 3, updated_at=datetime(2025, 1, 1))
+    stamp_updates(database)
+    state = {} if places == "one database" else {"state_url": SecretStr(f"sqlite:///{tmp_path}/state.db")}
+    catalog = database.catalog(source_version_column="updated_at", **state)
+    catalog.mark_extracted(catalog.begin(ALL, TODAY), {1: 3, 2: 3}, "f1")
+    catalog.mark_done(catalog.plan(ALL, TODAY), {1: 3, 2: 3}, TODAY)
+    decoded = {key: planned.content_version for key, planned in catalog.plan(ALL, TODAY).items()}
+    database.execute("UPDATE insta_content SET path = 'new.mp4' WHERE id = 2")  # a new version all the same
+
+    catalog.make_pending([3, 2, 1])
+
+    plan = catalog.plan(ALL, TODAY)
+    assert {key: planned.status for key, planned in plan.items()} == dict.fromkeys((1, 2, 3), "todo")
+    assert (plan[1].content_version, plan[1].entry.source_version) == (decoded[1], plan[1].source_version)
+    assert plan[2].content_version == plan[2].source_version != decoded[2]
     catalog.close()
 
 
@@ -296,24 +325,24 @@ def test_without_the_right_to_alter_the_table_its_statement_is_told(database):
     catalog.close()
 
 
-def test_a_forced_beginning_gives_every_finished_row_a_new_revision_and_leaves_the_others(sqlite_database):
-    sqlite_database.create(ids=(1, 2, 3, 4, 5))
+def test_a_forced_beginning_gives_every_row_a_new_revision_whatever_became_of_it(sqlite_database):
+    sqlite_database.create(ids=(1, 2, 3, 4, 5, 6, 7))
     catalog = sqlite_database.catalog()
-    finish(catalog, 1)
+    finish(catalog, 1, 7)
+    catalog.mark_extracted(catalog.plan(ALL, TODAY), {6: 3}, "f0")
+    sqlite_database.execute("UPDATE extraction_ledger SET embedding_fingerprint = 'e0' WHERE record_id = 7")
     sqlite_database.execute("UPDATE insta_content SET is_extracted = true, is_embedded = true WHERE id = 5")
     fail(catalog, [failure(2), failure(3, permanent=True)])
-    assert statuses(catalog) == {1: "done", 2: "waiting", 3: "parked", 4: "todo", 5: "done"}
+    before = {1: "done", 2: "waiting", 3: "parked", 4: "todo", 5: "done", 6: "todo", 7: "todo"}
+    assert statuses(catalog) == before
 
     plan = catalog.begin(ALL, TODAY, force=True)
 
-    assert {key: (item.status, item.video.content_version) for key, item in plan.items()} == {
-        1: ("todo", "~1"),
-        2: ("todo", "~1"),
-        3: ("todo", "~1"),
-        4: ("todo", ""),
-        5: ("todo", "~1"),
-    }
-    assert statuses(catalog, TODAY)[1] == "todo"
+    assert {key: (item.status, item.video.content_version) for key, item in plan.items()} == dict.fromkeys(
+        before, ("todo", "~1")
+    )
+    assert statuses(catalog) == dict.fromkeys(before, "todo")
+    assert {planned.entry.state for planned in catalog.plan(ALL, TODAY).values()} == {"todo"}
     catalog.close()
 
 
@@ -323,4 +352,109 @@ def test_a_beginning_that_is_not_forced_leaves_finished_rows_alone(sqlite_databa
     finish(catalog, 1)
     fail(catalog, [failure(2)])
     assert {key: item.status for key, item in catalog.begin(ALL, TODAY).items()} == {1: "done", 2: "waiting"}
+    catalog.close()
+
+
+# The address of a row's file is an input, as its version is.
+
+
+def move(database, record_id, path="elsewhere.mp4"):
+    database.execute("UPDATE insta_content SET path = :path WHERE id = :id", path=path, id=record_id)
+
+
+@pytest.mark.parametrize(("changes", "status"), [("process", "todo"), ("report", "done")])
+def test_a_done_row_whose_address_was_corrected_is_due_unless_it_is_only_to_be_told(database, changes, status):
+    database.create(ids=(1, 2))
+    catalog = database.catalog(address_changes=changes)
+    finish(catalog, 1, 2)
+    move(database, 2)
+    assert statuses(catalog) == {1: "done", 2: status}
+    assert catalog.num_pending(ALL) == (status == "todo")
+    assert {key: item.status for key, item in catalog.begin(ALL, TODAY).items()} == {1: "done", 2: status}
+    finish(catalog, 2)
+    assert statuses(catalog) == {1: "done", 2: "done"}
+    catalog.close()
+
+
+@pytest.mark.parametrize("changes", ["process", "report"])
+@pytest.mark.parametrize("permanent", [False, True])
+def test_a_row_that_failed_is_due_at_once_when_its_address_is_corrected(database, changes, permanent):
+    database.create(ids=(1, 2, 3))
+    database.execute("UPDATE insta_content SET path = NULL WHERE id = 3")
+    catalog = database.catalog(address_changes=changes, max_attempts=2, retry_delay_seconds=3600)
+    catalog.begin(ALL, TODAY)
+    fail(catalog, [failure(key, permanent=permanent) for key in (1, 2, 3)])
+    held = "parked" if permanent else "waiting"
+    assert statuses(catalog) == {1: held, 2: held, 3: held}
+    move(database, 1)
+    move(database, 3)
+    assert statuses(catalog) == {1: "todo", 2: held, 3: "todo"}
+    assert look(catalog) == [1, 3]
+    assert fail(catalog, [failure(1)]) == {1: "failed"}  # its tries count from the beginning
+    assert look(catalog) == [3]
+    catalog.close()
+
+
+def look(catalog):
+    return scan(catalog, after_id=None, up_to_id=None, budget=100).pending_ids
+
+
+def test_another_column_template_or_first_root_is_another_address(database, tmp_path):
+    database.create(ids=(1,))
+    catalog = database.catalog()
+    finish(catalog, 1)
+    catalog.close()
+    for change in (
+        {"source_uri_column": "code"},
+        {"source_uri_template": "{platform}/{code}.mp4"},
+        {"allowed_roots": (str(tmp_path / "elsewhere"), str(tmp_path / "videos"))},
+    ):
+        changed = database.catalog(**change)
+        assert statuses(changed) == {1: "todo"}
+        changed.close()
+    same = database.catalog(
+        source_uri_template="{code}", allowed_roots=(str(tmp_path / "videos"), str(tmp_path / "elsewhere"))
+    )
+    database.execute("UPDATE insta_content SET code = :uri", uri=f"file://{tmp_path}/videos/1.mp4")
+    assert statuses(same) == {1: "done"}
+    same.close()
+
+
+def test_entries_of_an_earlier_release_take_the_present_addresses_once(database, caplog):
+    database.create(ids=(1, 2, 3))
+    catalog = database.catalog()
+    catalog.begin(ALL, TODAY)
+    finish(catalog, 1, 2)
+    fail(catalog, [failure(3, permanent=True)])
+    addresses = {key: entry.address for key, entry in catalog.ledger.entries(ALL).items()}
+    database.execute("UPDATE extraction_ledger SET address = NULL")
+    move(database, 2)
+    assert statuses(catalog) == {1: "done", 2: "done", 3: "parked"}  # nobody knows what the old ones were
+    catalog.begin(ALL, TODAY)
+    adopted = {key: entry.address for key, entry in catalog.ledger.entries(ALL).items()}
+    assert (adopted[1], adopted[3]) == (addresses[1], addresses[3])
+    assert adopted[2] not in {None, addresses[2]}
+    move(database, 1)
+    catalog.adopt_addresses(catalog.source.rows(ALL))
+    assert {key: entry.address for key, entry in catalog.ledger.entries(ALL).items()} == adopted
+    assert statuses(catalog) == {1: "todo", 2: "done", 3: "parked"}
+    assert caplog.records == []
+    catalog.close()
+
+
+def test_done_rows_that_have_moved_are_found_in_windows(database):
+    database.create(ids=range(1, 11))
+    catalog = database.catalog(address_changes="report")
+    finish(catalog, *range(1, 10))
+    for record_id in (2, 5, 6, 9, 10):  # the last one is not done
+        move(database, record_id)
+    database.execute("UPDATE extraction_ledger SET address = NULL WHERE record_id = 9")
+    assert catalog.moved(after_id=None, budget=100) == Moved((2, 5, 6), None)
+    assert catalog.moved(after_id=None, budget=5) == Moved((2, 5), 5)
+    assert catalog.moved(after_id=5, budget=5) == Moved((6,), 10)
+    assert catalog.moved(after_id=10, budget=5) == Moved((), None)
+    assert catalog.moved(after_id=2, budget=5, up_to_id=5) == Moved((5,), None)
+    catalog.make_pending([5])
+    assert look(catalog) == [5, 10]
+    assert catalog.begin(ALL, TODAY)[5].status == "todo"
     catalog.close()

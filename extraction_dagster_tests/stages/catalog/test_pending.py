@@ -228,17 +228,17 @@ def test_a_crash_between_the_marks_of_two_databases_leaves_the_row_pending(datab
     plan, writing, written = catalog.plan(ALL, TODAY), catalog_module.writing, []
 
     @contextmanager
-    def crash_at_the_second(engine, *, what):
+    def crash_before_the_marks(engine, *, what):
         written.append(what)
-        if len(written) == 2:
+        if len(written) == 3:
             raise KeyboardInterrupt
         with writing(engine, what=what) as connection:
             yield connection
 
-    monkeypatch.setattr(catalog_module, "writing", crash_at_the_second)
+    monkeypatch.setattr(catalog_module, "writing", crash_before_the_marks)
     with pytest.raises(KeyboardInterrupt):
         catalog.mark_extracted(plan, {1: 3}, "f1")
-    assert written == ["write the ledger", "mark rows of 'insta_content'"]
+    assert written == ["write the ledger", "write the ledger", "mark rows of 'insta_content'"]
     assert look(catalog) == Scan(pending(1, 2), None, None)
 
 

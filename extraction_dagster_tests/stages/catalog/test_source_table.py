@@ -18,11 +18,13 @@ def open_table(database, **overrides):
 
 def test_rows_of_a_range_come_in_ascending_order_with_both_ends_included(database):
     database.create(ids=(5, 1, 3, 9))
-    rows = list(open_table(database).rows(IdRange(1, 5)))
+    rows = list(open_table(database, allowed_roots=("/videos",)).rows(IdRange(1, 5)))
+    addresses = {1: "e7b8455fe38398ec", 3: "222eb2f71e281639", 5: "869bd7b12519ff8f"}
     assert rows == [
-        SourceRow(VideoRow(1, "1.mp4", "tube", "c1"), extracted=False, embedded=False),
-        SourceRow(VideoRow(3, "3.mp4", "tube", "c3"), extracted=False, embedded=False),
-        SourceRow(VideoRow(5, "5.mp4", "tube", "c5"), extracted=False, embedded=False),
+        SourceRow(
+            VideoRow(key, f"{key}.mp4", "tube", f"c{key}", address=addresses[key]), extracted=False, embedded=False
+        )
+        for key in (1, 3, 5)
     ]
 
 
@@ -71,7 +73,7 @@ def test_marking_sets_one_column_of_the_named_rows_alone(database):
     database.create(ids=(1, 2, 3))
     source = open_table(database)
     with database.engine.begin() as connection:
-        assert source.mark(connection, {1: "", 3: ""}, step="embedded") == {1: "", 3: ""}
+        assert source.mark(connection, {1: "", 3: ""}, step="embedded") == {1: ("", ""), 3: ("", "")}
     marks = database.rows("SELECT id, is_extracted, is_embedded FROM insta_content ORDER BY id")
     assert [tuple(map(int, row)) for row in marks] == [(1, 0, 1), (2, 0, 0), (3, 0, 1)]
 
@@ -83,7 +85,7 @@ def test_a_row_that_changed_since_it_was_read_is_not_marked(database):
     versions = {row.video.record_id: row.video.content_version for row in source.rows(IdRange(1, 2))}
     database.execute("UPDATE insta_content SET updated_at = :at WHERE id = 2", at=datetime(2025, 1, 2))
     with database.engine.begin() as connection:
-        assert source.mark(connection, versions, step="embedded") == {1: versions[1]}
+        assert source.mark(connection, versions, step="embedded") == {1: (versions[1], versions[1])}
     assert [bool(row[0]) for row in database.rows("SELECT is_embedded FROM insta_content ORDER BY id")] == [True, False]
 
 
