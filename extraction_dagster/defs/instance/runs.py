@@ -57,6 +57,15 @@ def active_runs(instance: dg.DagsterInstance) -> list[dg.DagsterRun]:
     return list(instance.get_runs(dg.RunsFilter(statuses=_ACTIVE)))
 
 
+def attended_runs(instance: dg.DagsterInstance, *, under_daemon: bool = False) -> list[dg.DagsterRun]:
+    """Every run that works, or waits in the queue and will be started: without a daemon, those there wait for ever."""
+    runs = active_runs(instance)
+    waits = any(run.status == dg.DagsterRunStatus.QUEUED for run in runs)
+    if not waits or under_daemon or has_backfill_daemons(instance):
+        return runs
+    return [run for run in runs if run.status != dg.DagsterRunStatus.QUEUED]
+
+
 def fail_dead_runs(instance: dg.DagsterInstance) -> None:
     """End the runs whose process was killed, and free the pool slots that they held.
 
@@ -139,9 +148,7 @@ class InstanceRuns:
     def active(self) -> list[IdRange]:
         """Ranges that have an active run of the sensor, a command or the UI; those of backfills are not among them."""
         fail_dead_runs(self._instance)
-        return [
-            found for run in active_runs(self._instance) if BACKFILL_TAG not in run.tags and (found := range_of(run))
-        ]
+        return [found for run in self._runs() if BACKFILL_TAG not in run.tags and (found := range_of(run))]
 
     def backfilled(self) -> list[IdRange]:
         """Ranges that backfills take care of: an active run works on them, or a daemon will ask for one."""
@@ -150,8 +157,11 @@ class InstanceRuns:
         served = self._under_daemon or (bool(backfills) and has_backfill_daemons(self._instance))
         going_on = [backfill for backfill in backfills if served and _is_going_on(self._instance, backfill)]
         waiting = [id_range for backfill in going_on for id_range in waiting_ranges(self._instance, backfill)]
-        at_work = (range_of(run) for run in active_runs(self._instance) if BACKFILL_TAG in run.tags)
+        at_work = (range_of(run) for run in self._runs() if BACKFILL_TAG in run.tags)
         return [*waiting, *filter(None, at_work)]
+
+    def _runs(self) -> list[dg.DagsterRun]:
+        return attended_runs(self._instance, under_daemon=self._under_daemon)
 
     def partitions(self, record_ids: Sequence[int]) -> Iterator[IdRange]:
         """The ranges that hold any of these ids, which ascend; a range of negative ids is always among them."""

@@ -197,6 +197,16 @@ def test_the_sensor_hears_of_ranges_that_wait_in_a_backfill_and_of_its_runs(on_d
     assert sorted(runs.backfilled()) == list(ranges("1-3", "4-6", "7-9"))
 
 
+def test_a_queued_run_that_no_daemon_will_start_keeps_its_range_from_no_command(on_disk):
+    tags = {"dagster/partition": "1-3"}
+    on_disk.add_run(dg.DagsterRun("extraction_job", run_id="q", status=dg.DagsterRunStatus.QUEUED, tags=tags))
+    make_run(on_disk, "4-6")
+    assert InstanceRuns(on_disk).active() == list(ranges("4-6"))
+    assert sorted(InstanceRuns(on_disk, under_daemon=True).active()) == list(ranges("1-3", "4-6"))
+    beat(on_disk)
+    assert sorted(InstanceRuns(on_disk).active()) == list(ranges("1-3", "4-6"))
+
+
 def begin_earlier(instance, backfill_id, seconds):
     """As if a backfill had begun before."""
     backfill = instance.get_backfill(backfill_id)
