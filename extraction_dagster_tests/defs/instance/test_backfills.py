@@ -1,11 +1,14 @@
 """Backfills planned over a span, handed to Dagster's daemon, cancelled; on a real instance and a real table."""
 
 import time
+import uuid
 
 import dagster as dg
 import pytest
 from dagster._core.execution.backfill import BulkActionStatus, PartitionBackfill
+from dagster._core.remote_origin import ManagedGrpcPythonEnvCodeLocationOrigin, RemoteRepositoryOrigin
 from dagster._core.test_utils import create_run_for_test
+from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
 from dagster._daemon.types import DaemonHeartbeat
 
 from extraction_dagster.defs.instance import runs as runs_module
@@ -198,8 +201,10 @@ def test_the_sensor_hears_of_ranges_that_wait_in_a_backfill_and_of_its_runs(on_d
 
 
 def test_a_queued_run_that_no_daemon_will_start_keeps_its_range_from_no_command(on_disk):
-    tags = {"dagster/partition": "1-3"}
-    on_disk.add_run(dg.DagsterRun("extraction_job", run_id="q", status=dg.DagsterRunStatus.QUEUED, tags=tags))
+    location = ManagedGrpcPythonEnvCodeLocationOrigin(LoadableTargetOrigin(module_name="m"), "extraction_dagster")
+    origin = RemoteRepositoryOrigin(location, "__repository__").get_job_origin("extraction_job")
+    queued = {"status": dg.DagsterRunStatus.QUEUED, "tags": {"dagster/partition": "1-3"}, "remote_job_origin": origin}
+    on_disk.add_run(dg.DagsterRun("extraction_job", run_id=str(uuid.uuid4()), **queued))
     make_run(on_disk, "4-6")
     assert InstanceRuns(on_disk).active() == list(ranges("4-6"))
     assert sorted(InstanceRuns(on_disk, under_daemon=True).active()) == list(ranges("1-3", "4-6"))
