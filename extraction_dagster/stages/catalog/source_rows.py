@@ -121,8 +121,8 @@ class SourceRows:
             first = page[-1] + 1
 
     def rows_of(self, record_ids: Iterable[int]) -> Iterator[SourceRow]:
-        """The eligible ones of these rows."""
-        for chunk in chunks(list(record_ids)):
+        """The eligible ones of these rows, in ascending order of ids."""
+        for chunk in chunks(sorted(record_ids)):
             yield from self._halved(chunk)
 
     def next_ids(self, after_id: int | None, most: int, *, up_to_id: int | None = None) -> list[int]:
