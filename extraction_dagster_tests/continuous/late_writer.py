@@ -1,9 +1,8 @@
 """A process that works on ranges as a run does, to be killed, stopped and thawed between any two instructions.
 
-It takes lines `FIRST-LAST` or `FIRST-LAST force`, and prints a line for each, `done`, or `failed` and why,
-once it has printed `ready`. The settings
-are those of its environment. A video is a text file that holds its version; frames and vectors say of which version
-they are. Everything else is real: fetching, the plan, ledger and marks, shards, points, merges.
+It prints `ready`, takes lines `FIRST-LAST` or `FIRST-LAST force`, and prints a line for each: `done`, or `failed` and
+why. The settings are those of its environment. A video is a text file that holds its version; frames and vectors say of
+which version they are. Everything else is real: fetching, the plan, ledger and marks, shards, points, merges.
 """
 
 import hashlib
