@@ -281,8 +281,8 @@ MUTANTS = (
     ),
     mutant(
         "rows below the watermark are never looked at",
-        "    if up_to_id is None or not is_turn:\n        return []\n",
-        "    if up_to_id is None or is_turn in {True, False}:\n        return []\n",
+        "swept=[] if found else [*looks.moved(), *looks.sweep()],",
+        "swept=[] if found else [*looks.moved()],",
         "test_a_row_that_commits_late_is_found_below_the_watermark",
     ),
     mutant(
@@ -306,15 +306,15 @@ MUTANTS = (
     ),
     mutant(
         "the watermark passes an unfinished row",
-        "nothing_before = not window.unfinished and window.reached_id is None",
-        "nothing_before = True",
+        "return not self.unfinished and self.reached_id is None",
+        "return True",
         "test_the_watermark_stays_below_the_frontier_while_something_there_is_unfinished",
         "test_no_order_of_events_loses_a_row",
     ),
     mutant(
         "runs in flight are not counted",
-        "self._rules.max_in_flight - len(self._seen.active)",
-        "self._rules.max_in_flight",
+        "self.free = rules.max_in_flight - num_active",
+        "self.free = rules.max_in_flight",
         "test_no_more_ranges_are_in_flight_than_allowed",
     ),
     mutant(
@@ -323,6 +323,110 @@ MUTANTS = (
         "self._move(seq=self.cursor.seq)",
         "test_a_late_row_sends_its_range_to_a_new_run_with_a_key_of_its_own",
         "test_no_order_of_events_loses_a_row",
+    ),
+    # Nobody blocks others
+    mutant(
+        "a range that fails keeps its place whatever others do",
+        "others_succeed = outcomes.succeeded_at is not None and outcomes.succeeded_at > history.ended_at",
+        "others_succeed = False",
+        "test_a_range_that_backs_off_keeps_its_place_until_another_one_has_succeeded",
+    ),
+    mutant(
+        "while everything fails nothing else is tried",
+        "return is_time and self.free > 0",
+        "return False",
+        "test_while_everything_fails_another_range_is_tried_each_time_after_twice_as_long",
+    ),
+    mutant(
+        "while everything fails another range is tried in each tick",
+        'delay = max((tried - since["kept"]).total_seconds(), self._rules.retry_delay_seconds)',
+        "delay = 0.0",
+        "test_while_everything_fails_another_range_is_tried_each_time_after_twice_as_long",
+    ),
+    mutant(
+        "a backlog keeps ranges that failed from their next try",
+        "elif not waits and others_succeed and min(self._failing_first, self.free - self._kept) > 0:",
+        "elif not waits and others_succeed and self.free < 0:",
+        "test_a_backlog_without_an_end_keeps_no_range_that_failed_from_its_next_try",
+    ),
+    mutant(
+        "what became of a range is never read again",
+        "        self._patience.failing.pop(id_range, None)  # its run may end before the next tick\n",
+        "",
+        "test_while_everything_fails_another_range_is_tried",
+        "test_what_became_of_failing_ranges_is_read_once",
+    ),
+    mutant(
+        "rows behind a range on which somebody works wait for it",
+        "while pending and (within := within_any(self._taken, pending[0])):",
+        "while pending and (within := within_any(self._backfilled, pending[0])):",
+        "test_a_range_above_the_frontier_on_which_somebody_works_for_ever_stops_nothing",
+    ),
+    mutant(
+        "the look at the window begins at the watermark each time",
+        "after = max(after, memory.window_after_id)",
+        "after = max(after, cursor.frontier_id)",
+        "test_rows_that_wait_hide_no_due_row_above_them",
+    ),
+    mutant(
+        "the look above the frontier begins at the frontier each time",
+        "after = max(after, memory.ahead_after_id)",
+        "after = max(after, found.reached_id)",
+        "test_rows_that_wait_above_the_frontier_hide_no_due_row",
+    ),
+    mutant(
+        "a whole sweep ends at the end of the table wherever it began",
+        "whole.is_over = whole.is_second_half or whole.began_at is None",
+        "whole.is_over = True",
+        "test_a_whole_sweep_that_was_stopped_goes_on_and_comes_to_where_it_began",
+    ),
+    mutant(
+        "a look that takes long keeps no place",
+        "if time.monotonic() - self._kept_at > _KEEP_EVERY_SECONDS:",
+        "if time.monotonic() < self._kept_at:",
+        "test_a_command_that_was_stopped_within_its_look_at_the_whole_goes_on_there",
+    ),
+    mutant(
+        "entries of rows that are gone end a look for good",
+        "return found, found[-1] if len(found) >= most else None",
+        "return found, None",
+        "test_entries_of_rows_that_are_not_eligible_any_more_are_looked_at_in_parts",
+    ),
+    mutant(
+        "a version that can't be read ends the tick",
+        "with suppress(ValueError, TypeError, ArithmeticError):",
+        "with suppress(KeyError):",
+        "test_a_version_that_can_not_be_read_makes_its_row_alone_pending",
+    ),
+    mutant(
+        "the floor is lost with the cursor",
+        "first = requests.restore(CursorState.first(source, now=now), now=now)",
+        "first = CursorState.first(source, now=now)",
+        "test_the_floor_of_a_consumed_request_outlives_the_cursor",
+    ),
+    mutant(
+        "corrected addresses that find no place are forgotten",
+        "            catalog.make_pending(found)  # so that none is forgotten that finds no place in this tick\n",
+        "",
+        "test_corrected_addresses_that_find_no_place_are_not_forgotten",
+    ),
+    mutant(
+        "a command asks for a range that failed once more",
+        "return [*super().backfilled(), *self._failed]",
+        "return super().backfilled()",
+        "test_a_range_that_fails_stops_no_other_and_is_what_the_command_ends_with",
+    ),
+    mutant(
+        "a backfill that nobody works off keeps its ranges",
+        "if served and _is_going_on(self._instance, backfill)]",
+        "if served]",
+        "test_a_backfill_that_nobody_works_off_keeps_its_ranges_for_an_hour",
+    ),
+    mutant(
+        "one odd run ends every tick",
+        "    except Exception as error:  # noqa: BLE001 - whatever Dagster and people write of runs\n",
+        "    except KeyError as error:\n",
+        "test_a_run_with_odd_tags_stops_no_tick",
     ),
     # Sampling and decoding
     mutant(

@@ -31,6 +31,9 @@ from extraction_dagster.stages.catalog.source_table import SourceTable
 _REQUIRE = "EXTRACTION_TEST_REQUIRE"
 # Each xdist worker has a core: threads that wait for each other on it only burn it. What is about threads sets its own.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The same for decoding: starting a second worker costs each of a hundred runs more than it saves.
+_KEPT = "EXTRACTION_DECODE_WORKERS"
+os.environ[_KEPT] = "1"
 _LONGEST_FIRST = (
     "pages/test_pages.py",
     "continuous/test_continuous_runs.py",
@@ -113,7 +116,7 @@ def _own_environment(monkeypatch, tmp_path):
     """Keep a developer's settings, .env and data out of every test."""
     for variable in list(os.environ):
         if variable == "DAGSTER_HOME" or (
-            variable.startswith("EXTRACTION_") and not variable.startswith("EXTRACTION_TEST_")
+            variable.startswith("EXTRACTION_") and not variable.startswith(("EXTRACTION_TEST_", _KEPT))
         ):
             monkeypatch.delenv(variable)
     monkeypatch.chdir(tmp_path)

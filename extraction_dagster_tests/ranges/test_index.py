@@ -24,8 +24,8 @@ EARLY, LATE = "20260102T030405000006Z-0a1b2c3d4e5f.parquet", "20260102T030405000
 
 
 @pytest.fixture
-def settings(sqlite_database):
-    """A table with rows 1, 2 and 3; no run has begun."""
+def table(sqlite_database):
+    """Settings of a table with rows 1, 2 and 3; no run has begun."""
     sqlite_database.create(ids=(1, 2, 3))
     return sqlite_database.settings(source_version_column="code")
 
@@ -75,42 +75,42 @@ def states(settings):
     return {key: entry.state for key, entry in entries(settings).items()}
 
 
-def test_the_copy_of_the_latest_claim_becomes_points_whatever_its_name_says(settings):
-    with open_range(settings, RANGE, begins=True) as work:
+def test_the_copy_of_the_latest_claim_becomes_points_whatever_its_name_says(table):
+    with open_range(table, RANGE, begins=True) as work:
         store_vectors(work, {1: 2, 2: 2}, name=EARLY)
         store_vectors(work, {1: 5, 3: 1}, name=LATE, older_by=1)  # a frozen writer's
-    assert index(settings).num_points == {1: 2, 2: 2, 3: 1}
-    assert points(settings) == {1: 2, 2: 2, 3: 1}
+    assert index(table).num_points == {1: 2, 2: 2, 3: 1}
+    assert points(table) == {1: 2, 2: 2, 3: 1}
 
 
-def test_vectors_of_another_address_are_not_taken(settings, sqlite_database):
-    begin(settings, {1: 2, 2: 2})
+def test_vectors_of_another_address_are_not_taken(table, sqlite_database):
+    begin(table, {1: 2, 2: 2})
     sqlite_database.execute("UPDATE insta_content SET path = 'corrected.mp4' WHERE id = 2")
-    assert index(settings).num_points == {1: 2}
+    assert index(table).num_points == {1: 2}
 
 
-def test_the_ledger_keeps_what_the_points_are_made_from(settings):
-    begin(settings, {1: 2})
-    index(settings)
-    with open_point_store(settings) as store:
-        store.open_collection(settings.collection_name)
+def test_the_ledger_keeps_what_the_points_are_made_from(table):
+    begin(table, {1: 2})
+    index(table)
+    with open_point_store(table) as store:
+        store.open_collection(table.collection_name)
         (batch,) = store.read()
-    assert {payload["generation"] for payload in batch.payloads} == {entries(settings)[1].generation}
+    assert {payload["generation"] for payload in batch.payloads} == {entries(table)[1].generation}
 
 
-def test_a_row_that_was_claimed_since_it_was_planned_keeps_its_points(settings, sqlite_database, caplog):
-    begin(settings, {1: 2, 2: 2})
-    index(settings)
-    with open_catalog(settings) as catalog:
+def test_a_row_that_was_claimed_since_it_was_planned_keeps_its_points(table, sqlite_database, caplog):
+    begin(table, {1: 2, 2: 2})
+    index(table)
+    with open_catalog(table) as catalog:
         catalog.make_pending([1, 2])
-    with open_range(settings, RANGE, begins=True) as work:
+    with open_range(table, RANGE, begins=True) as work:
         store_vectors(work, {1: 3, 2: 3}, name=LATE)
         sqlite_database.execute("UPDATE extraction_ledger SET claim = claim + 1 WHERE record_id = 2")
         caplog.set_level(logging.WARNING)
         assert index_range(work).num_points == {1: 3}
-    assert points(settings) == {1: 3, 2: 2}
-    assert states(settings)[2] != "done"
-    assert "Left out 1 records that were claimed by others meanwhile (2)" in caplog.text
+    assert points(table) == {1: 3, 2: 2}
+    assert states(table)[2] != "done"
+    assert "Left out 1 records that were claimed by others meanwhile (records 2)" in caplog.text
 
 
 @pytest.fixture
@@ -131,52 +131,52 @@ def overtaken(monkeypatch):
     return when_written
 
 
-def test_a_loser_that_may_have_written_over_newer_points_makes_its_row_pending(settings, sqlite_database, overtaken):
+def test_a_loser_that_may_have_written_over_newer_points_makes_its_row_pending(table, sqlite_database, overtaken):
     def newer_run():
         """Its points are gone in this test's one store, as if ours had been written over them."""
         sqlite_database.execute(
             "UPDATE extraction_ledger SET claim = claim + 1, state = 'done', generation = 'newer', num_points = 4, "
             "embedding_fingerprint = :made_with WHERE record_id = 2",
-            made_with=fingerprints_of(settings).embedding,
+            made_with=fingerprints_of(table).embedding,
         )
 
     overtaken(newer_run)
-    begin(settings, {1: 2, 2: 2})
-    assert index(settings).num_points == {1: 2}
-    assert (states(settings)[1], states(settings)[2]) == ("done", "todo")
+    begin(table, {1: 2, 2: 2})
+    assert index(table).num_points == {1: 2}
+    assert (states(table)[1], states(table)[2]) == ("done", "todo")
 
 
-def test_a_loser_whose_winner_is_not_done_yet_leaves_the_row_to_it(settings, sqlite_database, overtaken):
+def test_a_loser_whose_winner_is_not_done_yet_leaves_the_row_to_it(table, sqlite_database, overtaken):
     overtaken(lambda: sqlite_database.execute("UPDATE extraction_ledger SET claim = claim + 1 WHERE record_id = 2"))
-    begin(settings, {1: 2, 2: 2})
-    claim = entries(settings)[2].claim
-    assert index(settings).num_points == {1: 2}
-    assert entries(settings)[2].claim == claim + 1
+    begin(table, {1: 2, 2: 2})
+    claim = entries(table)[2].claim
+    assert index(table).num_points == {1: 2}
+    assert entries(table)[2].claim == claim + 1
 
 
-def test_a_damaged_shard_is_set_aside_and_its_rows_alone_wait_for_new_vectors(settings, caplog):
-    with open_range(settings, RANGE, begins=True) as work:
+def test_a_damaged_shard_is_set_aside_and_its_rows_alone_wait_for_new_vectors(table, caplog):
+    with open_range(table, RANGE, begins=True) as work:
         store_vectors(work, {1: 2}, name=EARLY)
         damaged = Path(store_vectors(work, {2: 2, 3: 1}, name=LATE).path)
     content = bytearray(damaged.read_bytes())
     content[20:60] = bytes(40)
     damaged.write_bytes(content)
-    report = index(settings)
+    report = index(table)
     assert (report.num_points, report.numbers["videos_without_vectors"]) == ({1: 2}, 2)
     assert not damaged.exists()
-    assert {key for key, state in states(settings).items() if state == "done"} == {1}
+    assert {key for key, state in states(table).items() if state == "done"} == {1}
     assert "set" in caplog.text.lower()
-    begin(settings, {2: 2, 3: 1}, name=LATE)
-    assert index(settings).num_points == {2: 2, 3: 1}
-    assert points(settings) == {1: 2, 2: 2, 3: 1}
+    begin(table, {2: 2, 3: 1}, name=LATE)
+    assert index(table).num_points == {2: 2, 3: 1}
+    assert points(table) == {1: 2, 2: 2, 3: 1}
 
 
-def test_an_older_copy_of_the_same_file_takes_the_place_of_a_damaged_one(settings):
-    with open_range(settings, RANGE, begins=True) as work:
+def test_an_older_copy_of_the_same_file_takes_the_place_of_a_damaged_one(table):
+    with open_range(table, RANGE, begins=True) as work:
         store_vectors(work, {1: 2}, name=EARLY)
         damaged = Path(store_vectors(work, {1: 2}, name=LATE).path)
     damaged.write_bytes(damaged.read_bytes()[:20] + bytes(40) + damaged.read_bytes()[60:])
-    assert index(settings).num_points == {1: 2}
+    assert index(table).num_points == {1: 2}
 
 
 @pytest.mark.parametrize("keep_frames", ["none", "all"])

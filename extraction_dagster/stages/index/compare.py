@@ -120,7 +120,8 @@ def moved(rows: Mapping[int, SourceRow], entries: Mapping[int, LedgerEntry]) -> 
     return sorted(
         key
         for key, row in rows.items()
-        if row.video.address
+        if row.problem is None
+        and row.video.address
         and entries[key].state == "done"
         and entries[key].source_version == row.video.content_version
         and entries[key].address not in {None, row.video.address}

@@ -161,7 +161,7 @@ def test_a_run_in_flight_can_not_undo_a_command(database, opened, command, caplo
 
     late = opened()
     with caplog.at_level(logging.WARNING):
-        assert {name: write(late, plan) for name, write in WRITERS.items()} == dict.fromkeys(WRITERS, set())
+        assert {name: write(late, plan) for name, write in WRITERS.items()} == {name: set() for name in WRITERS}
 
     assert (catalog.ledger.entries(ALL), marks(database)) == (entries, marked)
     assert catalog.ledger.errors(limit=9, current_only=False) == errors

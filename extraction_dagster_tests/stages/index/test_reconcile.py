@@ -274,11 +274,11 @@ def test_a_row_at_another_address_is_told_of_and_made_pending_where_the_settings
         found = done.reconcile(reporting, repair=True)
     assert (found.differences, found.moved, found.remaining) == ([], [2], 0)
     assert found.document()["moved_records"] == 1
-    assert "1 records were made of a file at another address (2): with EXTRACTION_ADDRESS_CHANGES=proc" in found.summary
+    assert "1 records were made of a file at another address (records 2): with EXTRACTION_ADDRESS" in found.summary
     assert done.reconcile(catalog).moved == [2]
     assert catalog.ledger.entries(ALL)[2].state == "done"
     found = done.reconcile(catalog, repair=True, window_records=2)
-    assert (found.moved, found.remaining, found.summary[-26:]) == ([2], 1, "(2): they are pending now.")
+    assert (found.moved, found.remaining, found.summary[-26:]) == ([2], 1, " 2): they are pending now.")
     assert catalog.ledger.entries(ALL)[2].state == "todo"
     assert done.process(catalog) == [2]
     assert done.reconcile(catalog, repair=True).moved == []
@@ -350,7 +350,7 @@ def test_the_store_is_let_go_of_between_windows(done, catalog):
     done.opened = 0
     done.reconcile(catalog, window_records=2, hold_seconds=-1)
     assert once == 2  # to see what there is, and to compare
-    assert done.opened > 4
+    assert done.opened == 4  # and anew for each of three windows
 
 
 def test_room_is_given_back_when_much_was_removed(done, catalog, monkeypatch):

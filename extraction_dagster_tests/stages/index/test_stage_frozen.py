@@ -67,6 +67,7 @@ class Site:
             batch = EmbeddingBatch(vectors, np.ones(num_frames, np.int64), numbers, numbers / 1.0)
             record = ShardRecord(1, video.content_version, num_frames, address=video.address, claim=video.claim)
             work.embedding_store.write(RANGE, work.embedding_store.next_name(), batch, records=[record])
+            work.catalog.mark_extracted(work.plan, {1: num_frames}, work.fingerprints.frames)
 
     def run(self):
         with open_range(self.settings, RANGE) as work:
@@ -143,9 +144,8 @@ def test_the_same_holds_on_postgresql(make_database, settings, postgres_url, sta
 def returns_and_ends_with_the_newer_points(site, no_longer_than_minutes, *moment):
     newer = overtake(site, no_longer_than_minutes, *moment, "returns")
     assert site.entry().generation == newer
-    if site.generations() != [newer] * 4:
-        assert site.entry().state == "todo"
-        assert site.run() == {1: 4}
+    assert site.generations() == [newer] * 4 or site.entry().state == "todo"
+    assert site.run() in ({}, {1: 4})
     assert site.generations() == [newer] * 4
     assert site.entry().state == "done"
     assert site.reconcile().differences == []
