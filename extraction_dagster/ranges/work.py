@@ -271,16 +271,6 @@ class Stopwatch:
         }
 
 
-def frames_by_record(shards: Iterable[Any], rows: Mapping[int, PlannedRow]) -> dict[int, int]:
-    """The number of frames of each of these rows that a shard holds in the row's present version."""
-    return {
-        record.record_id: record.num_frames
-        for shard in shards
-        for record in shard.records
-        if record.record_id in rows and record.content_version == rows[record.record_id].content_version
-    }
-
-
 def _of_rows(shards: Iterable[S], rows: Mapping[int, PlannedRow]) -> dict[int, Copy[S]]:
     """The copies that count, of those of these rows that are of the row's present file."""
     return {key: copy for key, copy in newest_copies(shards).items() if key in rows and _is_of(copy.record, rows[key])}
