@@ -9,8 +9,9 @@ PYTHON ?= python3
 PORT ?= 3000
 # In CI the branch coverage is printed too. A file's tests stay in one worker, so that its fixtures are made once; files go in
 # the order of conftest.py, the longest first, and not by their number of tests. A worker that dies is not replaced: xdist
-# would run the test that killed it again and again.
-PYTEST_ARGS ?= -n logical --dist loadfile --no-loadscope-reorder --max-worker-restart=0 $(if $(CI),--cov --cov-report=term --durations=25)
+# would run the test that killed it again and again. One worker more than there are cores: the pages mostly wait.
+WORKERS ?= $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2) + 1 )))
+PYTEST_ARGS ?= -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart=0 $(if $(CI),--cov --cov-report=term --durations=25)
 
 VENV := .venv
 STAMP := $(VENV)/.installed
@@ -33,8 +34,9 @@ help: ## List the targets
 demo: $(STAMP) ## Make videos, process them through Dagster, search them by an image
 	@$(BIN)/extraction demo
 
+# Where Python is told to keep nothing that it compiled, each of the suite's many processes would compile all of it.
 test: $(STAMP) ## Run the whole suite; narrow it with PYTEST_ARGS="-k words"
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 soak: $(STAMP) ## Run what 'make test' leaves out: real daemons under fire, about half an hour
 	@EXTRACTION_TEST_PROFILE=full $(BIN)/python -m pytest -m soak -s -o timeout=2400 -o faulthandler_timeout=2700

@@ -32,7 +32,7 @@ from extraction_dagster.stages.embed.runtime import batch_size, import_torch
 from extraction_dagster.stages.embed.stage import embed_shards
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
 KINDS = ("off", "onnxruntime")
 GFLOP_PER_FRAME = 0.768
@@ -51,9 +51,9 @@ class Shard:
 class Source:
     """Hands out a shard's records."""
 
-    def read(self, shard: Shard) -> tuple[EncodedFrames, ...]:
-        """All of them."""
-        return shard.records
+    def read(self, shard: Shard, *, only: Collection[int]) -> tuple[EncodedFrames, ...]:
+        """The records that are wanted."""
+        return tuple(record for record in shard.records if record.record_id in only)
 
 
 def _video(record_id: int) -> EncodedFrames:
@@ -160,10 +160,8 @@ def measure_gpu(settings: Settings, rounds: int) -> dict[str, float]:
 
 def measure_stage(settings: Settings, videos: int) -> dict[str, float]:
     """The whole stage: JPEG, resizing, forward pass, normalising, writing shards."""
-    shards = [
-        Shard(f"{start:04d}", tuple(_video(n) for n in range(start, min(start + 20, videos))))
-        for start in range(0, videos, 20)
-    ]
+    numbers = [range(start, min(start + 20, videos)) for start in range(0, videos, 20)]
+    parts = [(Shard(f"{some[0]:04d}", tuple(_video(n) for n in some)), some) for some in numbers]
     model = load_model(settings)
     model.embed_images([np.zeros((224, 224, 3), np.uint8)])
     with tempfile.TemporaryDirectory() as root:
@@ -171,7 +169,7 @@ def measure_stage(settings: Settings, videos: int) -> dict[str, float]:
         partition = IdRange(0, videos)
         start, clock = _cpu_seconds(), time.perf_counter()
         done = list(
-            embed_shards(shards, frames=Source(), store=store, model=model, partition=partition, settings=settings)
+            embed_shards(parts, frames=Source(), store=store, model=model, partition=partition, settings=settings)
         )
         cpu, wall = _cpu_seconds() - start, time.perf_counter() - clock
         size = sum(path.stat().st_size for path in Path(root).rglob("*.parquet"))

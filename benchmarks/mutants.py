@@ -281,8 +281,8 @@ MUTANTS = (
     ),
     mutant(
         "rows below the watermark are never looked at",
-        "    if up_to_id is None or not is_turn:\n        return []\n",
-        "    if up_to_id is None or is_turn in {True, False}:\n        return []\n",
+        "swept=[] if found else [*looks.moved(), *looks.sweep()],",
+        "swept=[] if found else [*looks.moved()],",
         "test_a_row_that_commits_late_is_found_below_the_watermark",
     ),
     mutant(
@@ -306,15 +306,15 @@ MUTANTS = (
     ),
     mutant(
         "the watermark passes an unfinished row",
-        "nothing_before = not window.unfinished and window.reached_id is None",
-        "nothing_before = True",
+        "return not self.unfinished and self.reached_id is None",
+        "return True",
         "test_the_watermark_stays_below_the_frontier_while_something_there_is_unfinished",
         "test_no_order_of_events_loses_a_row",
     ),
     mutant(
         "runs in flight are not counted",
-        "self._rules.max_in_flight - len(self._seen.active)",
-        "self._rules.max_in_flight",
+        "self.free = rules.max_in_flight - num_active",
+        "self.free = rules.max_in_flight",
         "test_no_more_ranges_are_in_flight_than_allowed",
     ),
     mutant(
@@ -323,6 +323,110 @@ MUTANTS = (
         "self._move(seq=self.cursor.seq)",
         "test_a_late_row_sends_its_range_to_a_new_run_with_a_key_of_its_own",
         "test_no_order_of_events_loses_a_row",
+    ),
+    # Nobody blocks others
+    mutant(
+        "a range that fails keeps its place whatever others do",
+        "others_succeed = outcomes.succeeded_at is not None and outcomes.succeeded_at > history.ended_at",
+        "others_succeed = False",
+        "test_a_range_that_backs_off_keeps_its_place_until_another_one_has_succeeded",
+    ),
+    mutant(
+        "while everything fails nothing else is tried",
+        "return is_time and self.free > 0",
+        "return False",
+        "test_while_everything_fails_another_range_is_tried_each_time_after_twice_as_long",
+    ),
+    mutant(
+        "while everything fails another range is tried in each tick",
+        'delay = max((tried - since["kept"]).total_seconds(), self._rules.retry_delay_seconds)',
+        "delay = 0.0",
+        "test_while_everything_fails_another_range_is_tried_each_time_after_twice_as_long",
+    ),
+    mutant(
+        "a backlog keeps ranges that failed from their next try",
+        "elif not waits and others_succeed and min(self._failing_first, self.free - self._kept) > 0:",
+        "elif not waits and others_succeed and self.free < 0:",
+        "test_a_backlog_without_an_end_keeps_no_range_that_failed_from_its_next_try",
+    ),
+    mutant(
+        "what became of a range is never read again",
+        "        self._patience.failing.pop(id_range, None)  # its run may end before the next tick\n",
+        "",
+        "test_while_everything_fails_another_range_is_tried",
+        "test_what_became_of_failing_ranges_is_read_once",
+    ),
+    mutant(
+        "rows behind a range on which somebody works wait for it",
+        "while pending and (within := within_any(self._taken, pending[0])):",
+        "while pending and (within := within_any(self._backfilled, pending[0])):",
+        "test_a_range_above_the_frontier_on_which_somebody_works_for_ever_stops_nothing",
+    ),
+    mutant(
+        "the look at the window begins at the watermark each time",
+        "after = max(after, memory.window_after_id)",
+        "after = max(after, cursor.frontier_id)",
+        "test_rows_that_wait_hide_no_due_row_above_them",
+    ),
+    mutant(
+        "the look above the frontier begins at the frontier each time",
+        "after = max(after, memory.ahead_after_id)",
+        "after = max(after, found.reached_id)",
+        "test_rows_that_wait_above_the_frontier_hide_no_due_row",
+    ),
+    mutant(
+        "a whole sweep ends at the end of the table wherever it began",
+        "whole.is_over = whole.is_second_half or whole.began_at is None",
+        "whole.is_over = True",
+        "test_a_whole_sweep_that_was_stopped_goes_on_and_comes_to_where_it_began",
+    ),
+    mutant(
+        "a look that takes long keeps no place",
+        "if time.monotonic() - self._kept_at > _KEEP_EVERY_SECONDS:",
+        "if time.monotonic() < self._kept_at:",
+        "test_a_command_that_was_stopped_within_its_look_at_the_whole_goes_on_there",
+    ),
+    mutant(
+        "entries of rows that are gone end a look for good",
+        "return found, found[-1] if len(found) >= most else None",
+        "return found, None",
+        "test_entries_of_rows_that_are_not_eligible_any_more_are_looked_at_in_parts",
+    ),
+    mutant(
+        "a version that can't be read ends the tick",
+        "with suppress(ValueError, TypeError, ArithmeticError):",
+        "with suppress(KeyError):",
+        "test_a_version_that_can_not_be_read_makes_its_row_alone_pending",
+    ),
+    mutant(
+        "the floor is lost with the cursor",
+        "first = requests.restore(CursorState.first(source, now=now), now=now)",
+        "first = CursorState.first(source, now=now)",
+        "test_the_floor_of_a_consumed_request_outlives_the_cursor",
+    ),
+    mutant(
+        "corrected addresses that find no place are forgotten",
+        "            catalog.make_pending(found)  # so that none is forgotten that finds no place in this tick\n",
+        "",
+        "test_corrected_addresses_that_find_no_place_are_not_forgotten",
+    ),
+    mutant(
+        "a command asks for a range that failed once more",
+        "return [*super().backfilled(), *self._failed]",
+        "return super().backfilled()",
+        "test_a_range_that_fails_stops_no_other_and_is_what_the_command_ends_with",
+    ),
+    mutant(
+        "a backfill that nobody works off keeps its ranges",
+        "if served and _is_going_on(self._instance, backfill)]",
+        "if served]",
+        "test_a_backfill_that_nobody_works_off_keeps_its_ranges_for_an_hour",
+    ),
+    mutant(
+        "one odd run ends every tick",
+        "    except Exception as error:  # noqa: BLE001 - whatever Dagster and people write of runs\n",
+        "    except KeyError as error:\n",
+        "test_a_run_with_odd_tags_stops_no_tick",
     ),
     # Sampling and decoding
     mutant(
@@ -396,21 +500,122 @@ MUTANTS = (
     # Reconciling
     mutant(
         "lost points are not found",
-        "lost={**found.lost, **not_in_use},",
-        "lost=not_in_use,",
+        "lost = {**found.lost, **not_in_use}",
+        "lost = not_in_use",
         "test_lost_points_are_found_and_their_records_alone",
     ),
     mutant(
         "points of deleted rows stay",
-        "removed = delete_records(store, with_points) if store is not None else 0",
+        "removed = delete_records(store, record_ids) if store is not None else 0",
         "removed = 0",
         "test_points_of_deleted_rows_are_removed_and_the_ledger_forgets",
     ),
     mutant(
         "a difference is believed at the first look",
-        "                if not found.agrees:\n                    found = view.compare(turns.store(), window)\n",
-        "",
+        "found = found.seen_again(view.compare(turn.store(), window))",
+        "pass",
         "test_a_difference_that_is_gone_at_the_second_look",
+    ),
+    mutant(
+        "only the second look counts",
+        "found = found.seen_again(view.compare(turn.store(), window))",
+        "found = view.compare(turn.store(), window)",
+        "test_a_row_that_blinks_between_two_looks",
+    ),
+    # Whose points, which names
+    mutant(
+        "another source's collection is taken",
+        "        if self._source and found.source and found.source != self._source:\n",
+        "        if False:\n",
+        "test_another_sources_collection_is_refused",
+    ),
+    mutant(
+        "nobody's collection is never claimed",
+        "if self._source and not spec.source and self._note_source(self._source):",
+        "if False:",
+        "test_a_collection_of_nobody_is_claimed",
+    ),
+    mutant(
+        "a neighbour's collection is taken for a fingerprint",
+        "for item in names if self._belongs(item, name)}",
+        "for item in names}",
+        "test_a_collection_whose_name_begins_alike",
+        "test_a_neighbour_whose_name_begins_alike",
+    ),
+    mutant(
+        "any text is a fingerprint",
+        "return _FINGERPRINT.fullmatch(fingerprint) is not None",
+        "return True",
+        "test_without_metadata_only_a_whole_fingerprint",
+    ),
+    mutant(
+        "points of an earlier release are written again",
+        "made_from = entry.generation or former_generation(",
+        "made_from = entry.generation or generation(source='', address='', ",
+        "test_points_that_an_earlier_release_wrote",
+    ),
+    # The brake
+    mutant(
+        "what is gone does not wait",
+        "removable=tuple(sorted(record_id for record_id, moment in first_seen.items() if moment <= seen_before)),",
+        "removable=tuple(sorted(first_seen)),",
+        "test_what_is_gone_is_removed_when_a_later",
+    ),
+    mutant(
+        "a record that is back stays on the list",
+        "            _take_off(connection, back)\n",
+        "",
+        "test_a_record_that_comes_back_has_to_be_gone",
+    ),
+    mutant(
+        "an empty table empties the collection",
+        "    if catalog.source.newest_id() is None:\n",
+        "    if False:\n",
+        "test_a_table_without_an_eligible_row",
+    ),
+    mutant(
+        "any share is removed",
+        "if number > _allowed(settings.purge_share, known) and not force:",
+        "if False:",
+        "test_more_than_the_share_is_held_back",
+    ),
+    mutant(
+        "force shortens the wait",
+        "wait = timedelta(seconds=settings.purge_after_seconds)",
+        "wait = timedelta(seconds=0 if force else settings.purge_after_seconds)",
+        "test_force_does_not_shorten_the_wait",
+    ),
+    mutant(
+        "a row that is back is removed when its turn comes",
+        "gone = [key for key in chunk if key not in back and now.get(key, 0) == claims[key]]",
+        "gone = list(chunk)",
+        "test_a_row_that_is_back_or_claimed",
+    ),
+    # Who may write points
+    mutant(
+        "claimed rows are written all the same",
+        "others = [key for key in records if claims.get(key, 0) != self.work.plan[key].claim]",
+        "others = []",
+        "test_a_row_that_was_claimed_since_it_was_planned",
+    ),
+    mutant(
+        "a loser leaves its points in place of newer ones",
+        "            self.work.catalog.make_pending(overwritten)\n",
+        "",
+        "test_a_loser_that_may_have_written_over",
+        "test_a_frozen_writer_that_returns",
+    ),
+    mutant(
+        "a loser takes the row from whoever is at it",
+        'if key in entries and entries[key].state == "done" and entries[key].generation != generations[key]',
+        "if key in entries",
+        "test_a_loser_whose_winner_is_not_done",
+    ),
+    mutant(
+        "a damaged shard of vectors stays",
+        '                work.embedding_store.set_aside(shard, "it is damaged")\n',
+        "                pass\n",
+        "test_a_damaged_shard_is_set_aside",
     ),
     # Files
     mutant(

@@ -7,6 +7,7 @@ partitions, and four ranges in flight. Then, each in a process of its own, it me
 - `steady`: four ranges work, none is free;
 - `sweep`: the tick that looks through the rows below the watermark as well;
 - `late row`: a row far below the watermark is due, so that its partition is looked up among all;
+- `entries`: the ledger has 100,000 entries of rows that are gone, between the watermark and the frontier;
 - `progress`: a look of the progress sensor, every five minutes.
 
 Everything lies in a temporary folder, which is deleted; 100 million rows need 4 GB (SQLite) or 10 GB (PostgreSQL).
@@ -41,6 +42,7 @@ from extraction_dagster.records import IdRange
 from extraction_dagster.settings import load_settings
 from extraction_dagster.stages.catalog.catalog import open_catalog
 from extraction_dagster.stages.catalog.pending import pending_index
+from extraction_dagster.stages.catalog.state_tables import LEDGER_TABLE
 from extraction_dagster.ticks.cursor import CursorState
 from extraction_dagster.ticks.memory import Memory, recall, remember
 from extraction_dagster.ticks.tick import Ticked, tick
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
 
 _BATCH, _IN_FLIGHT, _ENDED_RUNS, _TICKS = 1000, 4, 1000, 20
 _PARTITIONS = (100, 100_000)
+_KINDS = ("steady", "sweep", "late row", "entries", "progress")
+_GONE = 100_000
 _COLUMNS = """(id {id} PRIMARY KEY, platform TEXT, code TEXT, path TEXT NOT NULL,
                is_extracted BOOLEAN NOT NULL DEFAULT FALSE, is_embedded BOOLEAN NOT NULL DEFAULT FALSE)"""
 _NUMBERS = {
@@ -64,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000])
     parser.add_argument("--engine", choices=["sqlite", "postgresql"], default="sqlite")
-    parser.add_argument("--measure", choices=["steady", "sweep", "late row", "progress"], help=argparse.SUPPRESS)
+    parser.add_argument("--measure", choices=_KINDS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
         print(json.dumps(_measure(options.measure, options.rows[0])))
@@ -89,7 +93,7 @@ def _benchmark(engine: str, rows: int, folder: Path, url: str) -> None:
         _add_runs(instance, rows)
         for wanted in _PARTITIONS:
             number = _add_partitions(instance, wanted, rows)
-            for kind in ("steady", "sweep", "late row", "progress"):
+            for kind in _KINDS:
                 command = [sys.executable, __file__, "--rows", str(rows), "--measure", kind]
                 done = subprocess.run(command, check=True, capture_output=True, text=True)
                 cost = json.loads(done.stdout.splitlines()[-1])
@@ -169,6 +173,9 @@ def _measure(kind: str, rows: int) -> dict[str, float]:
     if kind == "late row":  # not marked, far below the watermark; and one range fewer in flight
         _set_mark(rows // 3, marked=False)
         settings = settings.model_copy(update={"max_in_flight": _IN_FLIGHT + 1})
+    if kind == "entries":
+        _add_entries(rows)
+        frontier = rows + _GONE
     with open_catalog(settings) as catalog:
         source = catalog.source.identity
     now = datetime.now(UTC)
@@ -179,7 +186,9 @@ def _measure(kind: str, rows: int) -> dict[str, float]:
     with open_instance(settings) as instance:
         for _ in range(_TICKS):
             with open_catalog(settings) as catalog:
-                remember(catalog.state_engine, Memory(ticks=1 if kind == "steady" else 0))
+                memory = recall(catalog.state_engine) if kind == "entries" else Memory()
+                memory.ticks = 0 if kind in {"sweep", "late row"} else 1
+                remember(catalog.state_engine, memory)
             before = time.process_time()
             with open_catalog(settings) as catalog:
                 memory = recall(catalog.state_engine)
@@ -189,6 +198,9 @@ def _measure(kind: str, rows: int) -> dict[str, float]:
     _check(kind, ticked)
     if kind == "late row":
         _set_mark(rows // 3, marked=True)
+    if kind == "entries":
+        with open_catalog(settings) as catalog, catalog.state_engine.begin() as connection:
+            connection.execute(sa.delete(LEDGER_TABLE))
     later = sorted(seconds[1:])[len(seconds) // 2]
     return {"first": seconds[0], "later": later, "peak_mb": _peak_mb()}
 
@@ -217,9 +229,18 @@ def _peak_mb() -> float:
 
 def _check(kind: str, ticked: Ticked) -> None:
     """A tick that saw something else than was prepared would be measured for nothing."""
-    expected = {"steady": (4, 0), "sweep": (4, 0), "late row": (4, 1)}[kind]
+    expected = {"steady": (4, 0), "sweep": (4, 0), "late row": (4, 1), "entries": (4, 0)}[kind]
     if (ticked.num_active, len(ticked.requests)) != expected:
         sys.exit(f"expected (active, requested) {expected}, got {(ticked.num_active, len(ticked.requests))}")
+
+
+def _add_entries(rows: int) -> None:
+    """Entries of rows that failed once and are gone."""
+    entry = {"state": "failed", "updated_at": datetime.now(UTC)}
+    with open_catalog(load_settings()) as catalog, catalog.state_engine.begin() as connection:
+        connection.execute(
+            sa.insert(LEDGER_TABLE), [{**entry, "record_id": rows + number} for number in range(1, _GONE + 1)]
+        )
 
 
 def _set_mark(record_id: int, *, marked: bool) -> None:

@@ -74,6 +74,32 @@ def replacing(path: Path, *, mode: int | None = 0o600, durable: bool = True, fol
         raise
 
 
+def create_atomically(path: Path, data: bytes) -> bool:
+    """Make a file of some bytes unless there is one; of several processes at once, one does. Returns whether we did.
+
+    Raises:
+        OSError: It can't be written; nothing is left beside it.
+    """
+    sweep(path.parent, f"{glob.escape(_prefix(path.name))}*-????????.????????.tmp")
+    beside = path.with_name(temporary_name(path.name))
+    try:
+        beside.write_bytes(data)
+        with _opened(beside, os.O_NOFOLLOW) as handle:
+            os.fsync(handle)
+        try:
+            path.hardlink_to(beside)
+        except FileExistsError:
+            return False
+        except OSError:  # a disk without such links
+            if path.exists():
+                return False
+            beside.replace(path)
+        sync_folder(path.parent)
+    finally:
+        _remove(beside)
+    return True
+
+
 def publish(made: Path, path: Path) -> None:
     """Rename a finished file into place: first all of it is on disk, then the rename."""
     with _opened(made, os.O_NOFOLLOW) as handle:
@@ -99,8 +125,11 @@ def sweep(folder: Path, pattern: str = ".*.tmp") -> None:
     A file goes once its process is gone from this machine. Where that can't be told, since another machine wrote it, it
     goes once nothing was written to it for an hour. Only a folder of our own may be swept of all temporary files.
     """
-    for path in folder.glob(pattern):
-        with suppress(OSError):  # another process sweeps too, or it is another user's
+    paths = list[Path]()
+    with suppress(OSError):  # the folder was removed meanwhile
+        paths += folder.glob(pattern)
+    for path in paths:
+        with suppress(OSError):  # its writer has renamed it, another process sweeps too, or it is another user's
             if _is_abandoned(path):
                 logger.warning("Removing %s, which a killed process left behind.", path)
                 _remove(path)

@@ -163,6 +163,8 @@ class EncodedFrames(_Arrays):
         height_px: Height of every stored frame.
         duration_seconds: What the container claims; None when it claims nothing.
         partial: Why the video is incomplete (a flagged partial), or None.
+        address: 16 hex digits of the file's resolved address; empty when it is not known.
+        claim: The number under which the row was planned.
     """
 
     record_id: int
@@ -175,6 +177,8 @@ class EncodedFrames(_Arrays):
     height_px: int
     duration_seconds: float | None = None
     partial: str | None = None
+    address: str = ""
+    claim: int = 0
 
     def __post_init__(self) -> None:
         """Refuse a video without frames, and mismatched lengths."""

@@ -393,6 +393,21 @@ class Settings(BaseSettings):
         description="When reconcile_schedule compares the collection with the table and repairs it, as a cron line in "
         "UTC; the schedule is off until it is switched on in the UI.",
     )
+    purge_after_seconds: float = Field(
+        3600.0,
+        ge=0,
+        le=2_592_000,
+        description="Points of deleted rows are removed by a reconciliation that finds the rows gone so long after an "
+        "earlier one did; 0: at once.",
+    )
+    purge_share: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="The share of all known records above which a reconciliation removes none that is gone, but for "
+        "'extraction reconcile --repair --force'; ten records, or half of them, are always allowed. 0: none without "
+        "--force.",
+    )
 
     # What Dagster shows
     owners: Owners = Field(

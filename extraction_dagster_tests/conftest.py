@@ -31,6 +31,9 @@ from extraction_dagster.stages.catalog.source_table import SourceTable
 _REQUIRE = "EXTRACTION_TEST_REQUIRE"
 # Each xdist worker has a core: threads that wait for each other on it only burn it. What is about threads sets its own.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The same for decoding: starting a second worker costs each of a hundred runs more than it saves.
+_KEPT = "EXTRACTION_DECODE_WORKERS"
+os.environ[_KEPT] = "1"
 _LONGEST_FIRST = (
     "pages/test_pages.py",
     "continuous/test_continuous_runs.py",
@@ -113,7 +116,7 @@ def _own_environment(monkeypatch, tmp_path):
     """Keep a developer's settings, .env and data out of every test."""
     for variable in list(os.environ):
         if variable == "DAGSTER_HOME" or (
-            variable.startswith("EXTRACTION_") and not variable.startswith("EXTRACTION_TEST_")
+            variable.startswith("EXTRACTION_") and not variable.startswith(("EXTRACTION_TEST_", _KEPT))
         ):
             monkeypatch.delenv(variable)
     monkeypatch.chdir(tmp_path)
@@ -409,13 +412,17 @@ def demo_run(shared_folder, one_worker, demo_folder):
 
     def copy(folder):
         shutil.copytree(kept / "folder", folder, symlinks=True)
-        # The state tables say whose they are; a file is known by its path.
+        # State tables, shards and points say whose they are; a file is known by its path.
         copied = Settings(home=folder / ".extraction")
         engine = make_engine(copied.resolved_source_url, setting="EXTRACTION_SOURCE_URL")
-        owner = {"owner": SourceTable(engine, copied).identity}
+        owner = SourceTable(engine, copied).identity
         with engine.begin() as connection:
-            connection.execute(sa.text("UPDATE extraction_meta SET value = :owner WHERE key = 'source'"), owner)
+            former = connection.execute(sa.text("SELECT value FROM extraction_meta WHERE key = 'source'")).scalar_one()
+            change = sa.text("UPDATE extraction_meta SET value = :owner WHERE key = 'source'")
+            connection.execute(change, {"owner": owner})
         engine.dispose()
+        for path in (*copied.home.glob("*/source.json"), *copied.home.glob("qdrant/*/*/collection.json")):
+            path.write_text(path.read_text().replace(former, owner))
         return (kept / "printed").read_text()
 
     return copy

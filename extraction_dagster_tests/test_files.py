@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from extraction_dagster import files
-from extraction_dagster.files import read_small, replacing, sweep, write_atomically
+from extraction_dagster.files import create_atomically, read_small, replacing, sweep, write_atomically
 
 WRITER = """
 import sys
@@ -107,6 +107,40 @@ def test_temporaries_of_other_machines_and_versions_go_after_an_hour_without_a_c
     sweep(tmp_path)  # its process id was given again
     assert names(tmp_path) == sorted(["state", ".hidden"])
     sweep(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("call", ["lstat", "unlink"])
+def test_a_temporary_that_its_writer_renames_while_it_is_looked_at_is_no_error(tmp_path, monkeypatch, call):
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        pass
+    (tmp_path / temporary(".state", gone.pid)).touch()
+    real = getattr(Path, call)
+
+    def rename_first(path, *arguments, **options):
+        if path.name.endswith(".tmp"):
+            os.rename(path, tmp_path / "state")  # noqa: PTH104 - the method is patched
+        return real(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, call, rename_first)
+        sweep(tmp_path)
+    assert names(tmp_path) == ["state"]
+
+
+def test_a_file_is_created_once_and_a_later_creator_changes_nothing(tmp_path):
+    assert create_atomically(tmp_path / "source.json", b"first")
+    assert not create_atomically(tmp_path / "source.json", b"second")
+    assert ((tmp_path / "source.json").read_bytes(), names(tmp_path)) == (b"first", ["source.json"])
+
+
+def test_a_disk_without_links_creates_a_file_by_renaming_it(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    assert create_atomically(tmp_path / "source.json", b"first")
+    assert not create_atomically(tmp_path / "source.json", b"second")
+    assert ((tmp_path / "source.json").read_bytes(), names(tmp_path)) == (b"first", ["source.json"])
 
 
 def test_a_leftover_that_can_not_be_removed_keeps_nobody_from_writing(tmp_path, monkeypatch):

@@ -182,6 +182,7 @@ def test_the_doctor_lists_every_setting_and_checks_what_a_run_needs(demo, run):
         "ok      source table and state",
         "ok      Dagster's instance",
         "ok      embedding model",
+        "ok      frames and vectors",
         "ok      Qdrant",
         "ok      notices",
     ]

@@ -33,15 +33,22 @@ def reconcile(
         bool,
         typer.Option("--repair", help="Remove points of deleted rows, make records pending that lost points."),
     ] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="With --repair: remove more than EXTRACTION_PURGE_SHARE of all records."),
+    ] = False,
     as_json: console.AsJson = False,
 ) -> None:
     """Compare the collection with the table, record by record, by exact counts.
 
     Lost and stale points are written again by the next run of their range; with --repair their records become pending.
-    Ends with exit code 1 while differences remain.
+    Points of deleted rows are removed by a reconciliation that finds the rows gone EXTRACTION_PURGE_AFTER_SECONDS
+    after an earlier one did. Ends with exit code 1 while differences remain, other than those that wait so.
     """
     from extraction_dagster.stages.embed.models.registry import embedding_fingerprint
 
+    if force and not repair:
+        raise typer.BadParameter("--force goes with --repair")
     settings = load_settings()
     with open_catalog(settings) as catalog:
         found = reconciling.reconcile(
@@ -51,6 +58,7 @@ def reconcile(
             embedding=embedding_fingerprint(settings),
             within=id_range or WHOLE,
             repair=repair,
+            force=force,
         )
     if as_json:
         console.print_json(found.document())
@@ -58,7 +66,7 @@ def reconcile(
         _print(found.rows(limit=_MOST_SHOWN), found.summary)
         if found.remaining and not repair:
             console.out.print("Repair it with 'extraction reconcile --repair'.")
-        elif found.remaining:
+        elif found.num_pending:
             console.out.print("Those records are pending now: 'extraction run', or the sensor, writes them again.")
     if found.remaining:
         raise typer.Exit(1)

@@ -31,12 +31,14 @@ def export(
     """Write the stored frames of a range as JPEG files with a table (frames.csv), or as one WebDataset tar."""
     from extraction_dagster.shards.frame_export import export_frames
     from extraction_dagster.shards.frame_store import FrameStore
+    from extraction_dagster.shards.place import Source
     from extraction_dagster.stages.decode.task import frames_fingerprint
 
     if to.suffix.lower() in _PACKED:
         raise typer.BadParameter(f"--to expects a folder or a name that ends in .tar, not {to.suffix}")
     settings = load_settings()
-    store = FrameStore(settings.resolved_frames_uri, frames_fingerprint(settings))
+    source = Source.for_reading(settings)
+    store = FrameStore(settings.resolved_frames_uri, frames_fingerprint(settings), source=source)
     with console.counting("videos") as count:
         videos, frames = export_frames(store, id_range, to, on_video=count)
     console.out.print(f"Wrote {frames} frames of {videos} videos to {to}", markup=False)
@@ -44,9 +46,13 @@ def export(
 
 @app.command()
 def prune(id_range: console.AnyRange = None) -> None:
-    """Remove frame shards whose records are all done, when EXTRACTION_KEEP_FRAMES says that they go."""
-    from extraction_dagster.ranges.work import fingerprints_of
-    from extraction_dagster.shards.frame_store import FrameStore, keep_time, prune_frames
+    """Remove frame shards whose records are all done, when EXTRACTION_KEEP_FRAMES says that they go.
+
+    With them go the frames and vectors of former settings, once their records are done with today's.
+    """
+    from extraction_dagster.ranges.work import fingerprints_of, open_stores
+    from extraction_dagster.shards.place import Source
+    from extraction_dagster.shards.retention import Removed, keep_time, prune_former, prune_frames
 
     settings = load_settings()
     keep = keep_time(settings.keep_frames)
@@ -54,13 +60,21 @@ def prune(id_range: console.AnyRange = None) -> None:
         console.out.print("EXTRACTION_KEEP_FRAMES is 'all': every frame stays. Set it to none, or to a number of days.")
         return
     made_with = fingerprints_of(settings)
-    store = FrameStore(settings.resolved_frames_uri, made_with.frames)
-    shards = num_bytes = 0
+    of_today, of_former = Removed(), Removed()
     with open_catalog(settings) as catalog:
-        for partition in _enclosed(store.partitions(), id_range):
-            removed = prune_frames(store, partition, catalog.ledger.entries(partition), made_with, keep=keep)
-            shards, num_bytes = shards + removed.shards, num_bytes + removed.num_bytes
-    console.out.print(f"Removed {shards} frame shards, {num_bytes / _MIB:.1f} MiB")
+        stores = open_stores(settings, made_with, Source(catalog.source.identity, catalog.source.name))
+        for partition in _enclosed(stores[0].partitions(), id_range):
+            entries = catalog.ledger.entries(partition)
+            of_today += prune_frames(stores[0], partition, entries, made_with, keep=keep)
+        for store in stores:
+            siblings = [store.sibling(fingerprint) for fingerprint in store.fingerprints()]
+            found = {partition for sibling in siblings for partition in sibling.partitions()}
+            for partition in _enclosed(found, id_range):
+                entries = catalog.ledger.entries(partition)
+                of_former += prune_former(store, partition, entries, made_with, keep=keep)
+    console.out.print(f"Removed {of_today.shards} frame shards, {of_today.num_bytes / _MIB:.1f} MiB")
+    if of_former.shards:
+        console.out.print(f"Removed {of_former.shards} shards of former settings, {of_former.num_bytes / _MIB:.1f} MiB")
 
 
 @app.command()
@@ -73,19 +87,18 @@ def compact(
     ] = 60.0,
 ) -> None:
     """Merge the small shards of frames and of vectors that killed runs and a slow trickle of rows leave behind."""
-    from extraction_dagster.ranges.work import fingerprints_of, vectors_fingerprint
+    from extraction_dagster.ranges.work import fingerprints_of, open_stores
     from extraction_dagster.shards.compaction import Compacted, CompactionOptions
     from extraction_dagster.shards.compaction import compact as compact_shards
-    from extraction_dagster.shards.embedding_store import EmbeddingStore
-    from extraction_dagster.shards.frame_store import FrameStore
+    from extraction_dagster.shards.place import Source
 
     settings = load_settings()
     made_with = fingerprints_of(settings)
-    frames = FrameStore(settings.resolved_frames_uri, made_with.frames)
-    vectors = EmbeddingStore(settings.resolved_embeddings_uri, vectors_fingerprint(made_with))
     options = CompactionOptions(settings.shard_records, enough_shards=2, untouched=timedelta(minutes=older_than))
     of_frames, of_vectors = Compacted(), Compacted()
     with open_catalog(settings) as catalog:
+        source = Source(catalog.source.identity, catalog.source.name)
+        frames, vectors = open_stores(settings, made_with, source)
         for partition in _enclosed({*frames.partitions(), *vectors.partitions()}, id_range):
             of_frames += compact_shards(frames, partition, options, entries=catalog.ledger.entries(partition))
             of_vectors += compact_shards(vectors, partition, options)

@@ -75,6 +75,7 @@ def doctor() -> None:
         "source table and state": _catalog,
         "Dagster's instance": _instance,
         "embedding model": _model,
+        "frames and vectors": _shards,
         "Qdrant": _store,
         "notices": _notices,
     }
@@ -116,6 +117,21 @@ def _model(settings: Settings) -> str:
 
     model = load_model(settings)
     return f"{model.name}, {model.dim} dimensions, on {model.device}"
+
+
+def _shards(settings: Settings) -> str:
+    from extraction_dagster.shards.embedding_store import EmbeddingStore
+    from extraction_dagster.shards.frame_store import FrameStore
+    from extraction_dagster.shards.place import Source
+
+    source = Source.for_reading(settings)
+    stores = (
+        FrameStore(settings.resolved_frames_uri, "", source=source),
+        EmbeddingStore(settings.resolved_embeddings_uri, "", source=source),
+    )
+    for store in stores:
+        store.require_source()
+    return ", ".join(f"{store.store_error.what} in {store.shown_root}" for store in stores)
 
 
 def _store(settings: Settings) -> str:

@@ -172,10 +172,12 @@ def _plain(hit: Hit | VideoHit) -> dict[str, Any]:
 def _write_gallery(settings: Settings, query: _Query, hits: list[Hit] | list[VideoHit], path: Path) -> None:
     from extraction_dagster.shards.frame_export import find_frames
     from extraction_dagster.shards.frame_store import FrameStore
+    from extraction_dagster.shards.place import Source
     from extraction_dagster.stages.decode.task import frames_fingerprint
     from extraction_dagster.stages.index.search import Card, render_gallery, write_gallery
 
-    frames = FrameStore(settings.resolved_frames_uri, frames_fingerprint(settings))
+    source = Source.for_reading(settings)
+    frames = FrameStore(settings.resolved_frames_uri, frames_fingerprint(settings), source=source)
     pictures = find_frames(frames, [(_frame(hit).record_id, _frame(hit).frame_number) for hit in hits])
     cards = []
     for item in hits:

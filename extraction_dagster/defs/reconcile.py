@@ -26,6 +26,10 @@ class ReconcileConfig(dg.Config):
         description="Remove points of rows that are gone, and make records pending whose points are lost or too many. "
         "Left out: only compare.",
     )
+    force: bool | None = Field(
+        None,
+        description="With repair: remove points of deleted rows also where they are more than EXTRACTION_PURGE_SHARE.",
+    )
 
 
 @dg.asset_check(
@@ -33,7 +37,8 @@ class ReconcileConfig(dg.Config):
     pool="qdrant",
     blocking=True,  # the run fails with the check: a job never ends green with points missing
     description="Qdrant holds exactly the points that the table and the ledger say, of every range. With `repair`, "
-    "points of deleted rows are removed, and records that lost points become pending.",
+    "points of deleted rows are removed once two reconciliations found them gone, and records that lost points become "
+    "pending.",
 )
 def points_agree_with_table(
     context: dg.AssetCheckExecutionContext, config: ReconcileConfig, extraction: Extraction
@@ -51,6 +56,7 @@ def points_agree_with_table(
             embedding=fingerprints_of(settings).embedding,
             within=IdRange.parse(context.partition_key) if context.has_partition_key else WHOLE,
             repair=bool(config.repair),
+            force=bool(config.repair and config.force),
         )
     context.log.info("%d records differ on %d points", found.remaining, found.points)
     differences = [dg.TableRecord(row) for row in found.rows(limit=_MOST_RECORDS_SHOWN)]
@@ -59,7 +65,7 @@ def points_agree_with_table(
         severity=dg.AssetCheckSeverity.ERROR,
         description=found.summary,
         metadata={
-            **{name: value for name, value in found.document().items() if isinstance(value, int)},
+            **{name: value for name, value in found.document().items() if isinstance(value, int | str)},
             **({"differences": dg.MetadataValue.table(differences)} if differences else {}),
             "seconds": round(time.perf_counter() - started, 3),
         },

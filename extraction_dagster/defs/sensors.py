@@ -1,6 +1,7 @@
 """The cursor sensor: finds new rows, requests runs, and keeps the last processed ID in Dagster's cursor store."""
 
 from datetime import UTC, datetime
+from functools import partial
 
 import dagster as dg
 
@@ -26,8 +27,9 @@ def extraction_sensor(context: dg.SensorEvaluationContext, extraction: Extractio
     runs = InstanceRuns(context.instance, under_daemon=True)
     with extraction.catalog() as catalog:
         memory = recall(catalog.state_engine)
-        ticked = tick(catalog, runs, context.cursor, memory, now=datetime.now(UTC))
-        remember(catalog.state_engine, memory)
+        keep = partial(remember, catalog.state_engine, memory)
+        ticked = tick(catalog, runs, context.cursor, memory, now=datetime.now(UTC), keep=keep)
+        keep()
     for notice in ticked.notices:
         getattr(context.log, notice.level)(notice.text)
     new = [request.id_range.partition_key for request in ticked.requests if request.is_new]

@@ -124,28 +124,49 @@ class StoredFrameError(ExtractionError):
 
     def __init__(self, record_id: int, frame_number: int, said: str) -> None:
         super().__init__(f"""Stored frame {frame_number} of record {record_id} is no readable JPEG ({said}), expected
-            what the decode stage wrote. No vector of the record was kept; the range goes on. Decode it again, then
-            'extraction retry {record_id}'.""")
+            what the decode stage wrote. No vector of the record was kept; the range goes on. Its frames are set aside,
+            and its next try decodes it again.""")
 
 
 class ShardError(ExtractionError):
-    """A shard is gone or damaged."""
+    """A shard is gone or damaged.
+
+    Attributes:
+        path: The shard's file.
+        gone: It is not there any more; else its bytes are damaged.
+    """
+
+    def __init__(self, sentence: str, path: str, *, gone: bool) -> None:
+        self.path, self.gone = path, gone
+        super().__init__(sentence)
 
 
 class EmbeddingShardError(ShardError):
     """A file is no embedding shard of this store, or it is damaged."""
 
-    def __init__(self, path: str, got: str, expected: str) -> None:
-        super().__init__(f"""Embedding shard {path!r} can't be read: got {got}, expected {expected}. Other shards are
-            not touched. Delete the file and run its range again: it is made again from the stored frames.""")
+    def __init__(self, path: str, got: str, expected: str, *, gone: bool = False) -> None:
+        sentence = f"""Embedding shard {path!r} can't be read: got {got}, expected {expected}. Other shards are
+            not touched. A run that needs its vectors sets it aside and makes them again: from the stored frames, or
+            from the videos where no frames are stored."""
+        super().__init__(sentence, path, gone=gone)
 
 
 class FrameShardError(ShardError):
     """A frame shard can't be read back."""
 
-    def __init__(self, path: str, why: str) -> None:
-        super().__init__(f"""Frame shard {path!r} can't be read: {why}. Its records are to be decoded again: remove the
-            file and materialize video_frames for its range.""")
+    def __init__(self, path: str, why: str, *, gone: bool = False) -> None:
+        sentence = f"""Frame shard {path!r} can't be read: {why}. Other shards are not touched. A run that needs its
+            frames sets it aside, and the next try of each of its records decodes it again."""
+        super().__init__(sentence, path, gone=gone)
+
+
+class OtherSourceError(PermanentError):
+    """A store holds what was made of another source table."""
+
+    def __init__(self, what: str, address: str, *, whose: str, mine: str, setting: str) -> None:
+        super().__init__(f"""The {what} in {address!r} belong to {whose}, not to {mine}. Nothing of them was read or
+            written. Set {setting} (or EXTRACTION_HOME) to a place of its own for each source table; if it is the same
+            table at a new address, remove source.json there.""")
 
 
 class ShardStoreError(ExtractionError):

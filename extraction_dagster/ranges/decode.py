@@ -1,6 +1,6 @@
 """Decode a range: pending rows -> video files -> frame shards; each shard's rows are marked as soon as it is stored.
 
-    plan      row 1 pending    row 2 pending    row 3 pending, its frames are stored by an earlier try
+    plan      row 1 pending    row 2 pending    row 3 pending, an earlier try stored its frames, or its vectors
     decode    frames           a dead link      -
     marks     extracted        failed           extracted
 
@@ -17,7 +17,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING
 
 from extraction_dagster import step_progress
-from extraction_dagster.ranges.work import RangeWork, Report, Stopwatch, frames_by_record
+from extraction_dagster.ranges.work import RangeWork, Report, Stopwatch
 from extraction_dagster.stages.decode.jpeg import shrink_jpeg
 from extraction_dagster.stages.decode.sampling import evenly
 
@@ -45,8 +45,7 @@ def decode_range(work: RangeWork) -> Report:
     from extraction_dagster.stages.decode.stage import decode_rows  # noqa: PLC0415 - loads what decodes
 
     watch, report, counts, pending = Stopwatch(), Report(), Counter[str](), work.pending
-    kept = frames_by_record(work.frame_store.shards(work.id_range), pending)
-    made_with = work.fingerprints.frames
+    kept, made_with = _kept(work, pending), work.fingerprints.frames
     unmarked = {key: number for key, number in kept.items() if _is_unmarked(pending[key], number, made_with)}
     _mark_extracted(work, unmarked)
     rows = [planned.video for record_id, planned in pending.items() if record_id not in kept]
@@ -85,6 +84,21 @@ def _record(work: RangeWork, landed: LandedShard) -> None:
         _mark_extracted(work, {record.record_id: record.num_frames for record in landed.shard.records})
     work.record_failures(landed.failures)
     step_progress.advance("video_frames", landed.num_videos + len(landed.failures))
+
+
+def _kept(work: RangeWork, pending: Mapping[int, PlannedRow]) -> dict[int, int]:
+    """The number of frames of each row that is not decoded: an earlier try did, and its frames or vectors are stored.
+
+    A row whose points were lost needs no frames, and no file, where its vectors are there. A forced run keeps nothing
+    that was made before its rows were claimed.
+    """
+    vectors = work.stored(work.embedding_store, pending)
+    frames = work.stored(work.frame_store, {key: row for key, row in pending.items() if key not in vectors})
+    return {
+        key: copy.record.num_frames
+        for key, copy in {**vectors, **frames}.items()
+        if not work.force or copy.record.claim >= pending[key].claim
+    }
 
 
 def _is_unmarked(planned: PlannedRow, num_frames: int, made_with: str) -> bool:

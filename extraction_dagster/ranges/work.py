@@ -11,12 +11,15 @@ import logging
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from extraction_dagster.errors.catalog import EmptyRangeError
 from extraction_dagster.records import Failure
 from extraction_dagster.shards.embedding_store import EmbeddingStore
 from extraction_dagster.shards.frame_store import FrameStore
+from extraction_dagster.shards.place import Source
+from extraction_dagster.shards.store import Copy, S, newest_copies
 from extraction_dagster.stages.catalog.catalog import Fingerprints, open_catalog
 from extraction_dagster.stages.decode.task import frames_fingerprint
 from extraction_dagster.stages.embed.models.registry import embedding_fingerprint
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 
     from extraction_dagster.records import IdRange
     from extraction_dagster.settings import Settings
+    from extraction_dagster.shards.store import ShardRecord, ShardStore
     from extraction_dagster.stages.catalog.catalog import Catalog, PlannedRow
     from extraction_dagster.stages.catalog.ledger import LedgerEntry
 
@@ -92,6 +96,33 @@ class RangeWork:
         """The ledger of the whole range, as it is now."""
         return self.catalog.ledger.entries(self.id_range)
 
+    def stored(self, store: ShardStore[S], rows: Mapping[int, PlannedRow]) -> dict[int, Copy[S]]:
+        """The newest copy of each of these rows, where it is of the row's present version and address.
+
+        Ranges may have been cut differently when it was made: folders of other ranges are looked at as well, but only
+        for rows of which the ledger says that they have a copy, and which this range's folder lacks.
+        """
+        own = store.shards(self.id_range)
+        found = _of_rows(own, rows)
+        lacking = [key for key, planned in rows.items() if key not in found and self._was_stored(store, planned)]
+        if not lacking:
+            return found
+        others = [
+            store.shards(partition)
+            for partition in store.partitions()
+            if partition != self.id_range and any(key in partition for key in lacking)
+        ]
+        return _of_rows(chain(own, *others), rows)
+
+    def _was_stored(self, store: ShardStore[Any], planned: PlannedRow) -> bool:
+        """Whether the ledger says that a row, as it is now, has frames, or vectors, of today's settings."""
+        entry = planned.entry
+        if entry is None or entry.content_version != planned.content_version:
+            return False
+        if entry.address not in {None, planned.address} or entry.frames_fingerprint != self.fingerprints.frames:
+            return False
+        return store is self.frame_store or entry.embedding_fingerprint == self.fingerprints.embedding
+
     def record_failures(self, failures: Iterable[Failure]) -> None:
         """Write failures to the errors table, and log each with the state that its record is in now."""
         failures = list(failures)
@@ -131,10 +162,12 @@ def open_range(  # noqa: PLR0913 - the range, and what a run may want otherwise,
     Raises:
         EmptyRangeError: The first step finds no eligible row.
         EmbeddingModelError, ModelFilesError: The settings' model can't be used; nothing was opened.
+        OtherSourceError: The stored frames or vectors are of another source table; nothing was planned.
     """
     made_with = fingerprints or fingerprints_of(settings)
     planned = within or id_range
     with open_catalog(settings) as catalog:
+        frames, vectors = open_stores(settings, made_with, Source(catalog.source.identity, catalog.source.name))
         if begins or claims:
             plan = catalog.begin(planned, made_with, force=force, revises=begins)
         else:
@@ -145,8 +178,8 @@ def open_range(  # noqa: PLR0913 - the range, and what a run may want otherwise,
             settings=settings,
             fingerprints=made_with,
             catalog=catalog,
-            frame_store=FrameStore(settings.resolved_frames_uri, made_with.frames),
-            embedding_store=EmbeddingStore(settings.resolved_embeddings_uri, vectors_fingerprint(made_with)),
+            frame_store=frames,
+            embedding_store=vectors,
             id_range=id_range,
             plan=plan,
             run_id=run_id,
@@ -155,6 +188,19 @@ def open_range(  # noqa: PLR0913 - the range, and what a run may want otherwise,
         if begins or claims:
             work.record_failures(work.unreadable)
         yield work
+
+
+def open_stores(settings: Settings, made_with: Fingerprints, source: Source) -> tuple[FrameStore, EmbeddingStore]:
+    """The stored frames and vectors of some fingerprints, once both roots are seen to hold the source's.
+
+    Raises:
+        OtherSourceError: One holds another's; nothing else of it was read.
+    """
+    frames = FrameStore(settings.resolved_frames_uri, made_with.frames, source=source)
+    vectors = EmbeddingStore(settings.resolved_embeddings_uri, vectors_fingerprint(made_with), source=source)
+    frames.require_source()
+    vectors.require_source()
+    return frames, vectors
 
 
 def fingerprints_of(settings: Settings) -> Fingerprints:
@@ -233,6 +279,19 @@ def frames_by_record(shards: Iterable[Any], rows: Mapping[int, PlannedRow]) -> d
         for record in shard.records
         if record.record_id in rows and record.content_version == rows[record.record_id].content_version
     }
+
+
+def _of_rows(shards: Iterable[S], rows: Mapping[int, PlannedRow]) -> dict[int, Copy[S]]:
+    """The copies that count, of those of these rows that are of the row's present file."""
+    return {key: copy for key, copy in newest_copies(shards).items() if key in rows and _is_of(copy.record, rows[key])}
+
+
+def _is_of(record: ShardRecord, planned: PlannedRow) -> bool:
+    """Whether a copy is of a row's present file; one that an earlier release made says no address."""
+    if record.content_version != planned.content_version:
+        return False
+    known = planned.entry.address if planned.entry else None
+    return record.address == planned.address if record.address else known in {None, "", planned.address}
 
 
 def was_done(planned: PlannedRow) -> bool:

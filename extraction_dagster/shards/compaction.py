@@ -4,9 +4,10 @@
     written   M, named just after D: A's record, B's other one, and D's
     removed   A, B and D
 
-What counts is each record's newest copy: it is in M before any of its sources goes, and M is newer than they were and
-older than whatever is written next. So a kill at any moment loses nothing, and the next compaction ends what this one
-began: a shard all of whose records a newer one has is removed first.
+What counts is each record's newest copy (`newest_copies`): it is in M, with its claim, before any of its sources goes,
+and M's name is later than theirs and earlier than whatever is written next. So a kill at any moment loses nothing, and
+the next compaction ends what this one began: a shard of which no record counts is removed first. Who has listed the
+sources and reads them later, however late, is sent on to M by the store.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Generic
 
 from extraction_dagster.errors.decode import ShardError
-from extraction_dagster.shards.store import S, Shard, merged_name, written_at
+from extraction_dagster.shards.store import Copy, S, Shard, merged_name, newest_copies, written_at
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -42,7 +43,7 @@ class CompactionOptions:
     Attributes:
         max_records: Most records of a merged shard; one with at most half of them is small.
         enough_shards: Fewest small shards: fewer are no burden, and each merge writes them again.
-        untouched: Younger shards are left alone: a run that listed them may be about to read them.
+        untouched: Younger shards are left alone: they are likely to be read soon, and more may come beside them.
     """
 
     max_records: int
@@ -60,12 +61,12 @@ class Plan(Generic[S]):
     """What to do with a range's shards.
 
     Attributes:
-        newest: By record, the name of the shard that holds its newest copy.
-        superseded: Shards all of whose records newer ones have.
+        newest: By record, the copy that counts.
+        superseded: Shards of which no record counts.
         groups: Shards to be merged, each group into one.
     """
 
-    newest: Mapping[int, str]
+    newest: Mapping[int, Copy[S]]
     superseded: Sequence[S]
     groups: Sequence[Sequence[S]]
 
@@ -89,7 +90,7 @@ class Compacted:
 def plan_compaction(shards: Sequence[S], options: CompactionOptions, *, not_yet: Collection[int] = ()) -> Plan[S]:
     """Decide which shards of a range go and which are merged; those with a record of `not_yet` are left alone."""
     ordered = sorted(shards, key=lambda shard: shard.name)
-    newest = {record.record_id: shard.name for shard in ordered for record in shard.records}
+    newest = newest_copies(ordered)
     before = datetime.now(UTC) - options.untouched
     superseded: list[S] = []
     groups: list[list[S]] = [[]]
@@ -119,7 +120,7 @@ def compact(
     """Merge a range's small shards of frames or vectors, and remove what killed writers left in its folder.
 
     With the ledger's entries of the range, for frames, a shard with a record that is still under way is left alone:
-    its vectors, if there are any, have its name. Without them no shard is.
+    it is about to be read. Without them no shard is. A shard that turns out to be damaged is set aside.
     """
     store.sweep(partition)
     shards = store.shards(partition)
@@ -131,8 +132,11 @@ def compact(
         parts = [(shard, plan.live(shard)) for shard in group]
         try:
             store.merge(partition, parts, merged_name([shard.name for shard in group]))
-        except ShardError as error:  # removed meanwhile, or damaged: a reader that needs it fails with that error
+        except ShardError as error:  # removed meanwhile, or damaged
             logger.warning("Small %s shards of range %s stay as they are: %s", store.kind, partition, error)
+            for shard in group:
+                if shard.path == error.path and not error.gone:
+                    store.set_aside(shard, "it is damaged")
             continue
         for shard in group:
             store.remove(shard)
@@ -145,8 +149,8 @@ def _under_way(shards: Sequence[Shard], entries: Mapping[int, LedgerEntry]) -> s
     return {key for key in held if key not in entries or entries[key].state not in _SETTLED}
 
 
-def _live(shard: Shard, newest: Mapping[int, str]) -> set[int]:
-    return {record.record_id for record in shard.records if newest[record.record_id] == shard.name}
+def _live(shard: S, newest: Mapping[int, Copy[S]]) -> set[int]:
+    return {record.record_id for record in shard.records if newest[record.record_id].shard.name == shard.name}
 
 
 def _was_written_before(name: str, moment: datetime) -> bool:

@@ -1,6 +1,6 @@
-"""Vectors between embedding and indexing: float16 in Parquet, one file for each frame shard, under its name.
+"""Vectors between embedding and indexing: float16 in Parquet, a file for each frame shard that vectors were made of.
 
-A merged shard has a name of its own: whether a record has vectors is asked of records, not of names.
+Its name says when they were made: whether a record has vectors, and which are its newest, is asked of records.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from extraction_dagster.errors import RecordShapeError, one_line
 from extraction_dagster.errors.decode import EmbeddingShardError, EmbeddingStoreError
 from extraction_dagster.records import EmbeddingBatch, Failure
 from extraction_dagster.shards.store import Shard, ShardRecord, ShardStore
@@ -23,11 +24,12 @@ if TYPE_CHECKING:
     from extraction_dagster.records import IdRange
 
 FORMAT_VERSION = 1
+_MOST_MOVES = 8  # how often the shards that are read may be merged meanwhile
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingShard(Shard):
-    """One file of vectors, under the frame shard's name.
+    """One file of vectors.
 
     Attributes:
         dim: Length of each vector.
@@ -60,73 +62,92 @@ class EmbeddingStore(ShardStore[EmbeddingShard]):
         name: str,
         batch: EmbeddingBatch,
         *,
-        versions: Sequence[tuple[int, str]],
-        failures: Sequence[Failure],
+        records: Sequence[ShardRecord],
+        failures: Sequence[Failure] = (),
     ) -> EmbeddingShard:
-        """Write a frame shard's vectors, replacing an earlier file of that name.
+        """Write vectors, replacing an earlier file of that name.
 
         Args:
             partition: The partition.
-            name: The frame shard's name.
-            batch: The vectors, records in the frame shard's order.
-            versions: record_id and content_version of each record with vectors, in the batch's order.
-            failures: The frame shard's other records.
+            name: Of the file; `next_name` gives one that is later than all others.
+            batch: The vectors.
+            records: Whose they are, in the batch's order.
+            failures: Records that have none, and why.
         """
         if "/" in name or name.startswith("."):
             raise EmbeddingShardError(name, "a name with a folder or a leading dot", "a plain file name")
-        counts = dict(zip(*(part.tolist() for part in np.unique(batch.record_id, return_counts=True)), strict=True))
-        records = tuple(ShardRecord(record_id, version, counts[record_id]) for record_id, version in versions)
         footer = {
             "format_version": FORMAT_VERSION,
             "fingerprint": self.fingerprint,
             "partition": partition.partition_key,
             "name": name,
             "dim": batch.dim,
-            "records": [[record.record_id, record.content_version, record.num_frames] for record in records],
+            "records": [_as_footer(record) for record in records],
             "failures": [asdict(failure) for failure in failures],
         }
         path, _ = self._write(partition, name, _table(batch), footer)
-        return EmbeddingShard(name, path, batch.vectors.nbytes, records, batch.dim, tuple(failures))
+        return EmbeddingShard(name, path, batch.vectors.nbytes, tuple(records), batch.dim, tuple(failures))
 
-    def read(self, shard: EmbeddingShard) -> EmbeddingBatch:
-        """Read a shard's vectors.
+    def read(self, shard: EmbeddingShard, *, only: Collection[int] | None = None) -> EmbeddingBatch:
+        """Read a shard's vectors; those of a shard that was merged away come from where they are now.
+
+        Args:
+            shard: As it was listed, however long ago.
+            only: The records that are wanted; all when None.
 
         Raises:
             EmbeddingShardError: The file is gone or damaged.
+            EmbeddingStoreError: The store failed.
         """
-        import pyarrow as pa  # noqa: PLC0415 - 0.3 s that importing the room need not pay
-        import pyarrow.parquet as pq  # noqa: PLC0415 - as above
+        wanted = {record.record_id for record in shard.records if only is None or record.record_id in only}
+        parts = [(shard, wanted)]
+        batches = [_none(shard.dim)]
+        for _ in range(_MOST_MOVES):
+            moved = list[tuple[EmbeddingShard, set[int]]]()
+            for part, ids in parts:
+                try:
+                    batches.append(self._read_file(part, ids))
+                except EmbeddingShardError as error:
+                    again = self._moved(part, ids) if error.gone else []
+                    if {record_id for _, found in again for record_id in found} != ids or not ids:
+                        raise
+                    moved += again
+            parts = moved
+        if parts:
+            raise EmbeddingShardError(shard.path, "a shard that is merged again and again", "one that stays", gone=True)
+        return batches[1] if len(batches) == 2 else _joined(batches)  # noqa: PLR2004 - it was one file
 
+    def _read_file(self, shard: EmbeddingShard, only: Collection[int]) -> EmbeddingBatch:
+        import pyarrow.parquet as pq  # noqa: PLC0415 - 0.3 s that importing the room need not pay
+
+        self.require_source()
         try:
             with self._reaching():
                 data = io.BytesIO(self._fs.cat_file(shard.path))
+        except FileNotFoundError as error:
+            raise EmbeddingShardError(shard.path, type(error).__name__, "a whole Parquet file", gone=True) from error
+        try:
             table = pq.read_table(data, page_checksum_verification=True).combine_chunks()
-        except (OSError, pa.ArrowException) as error:
-            got = f"{type(error).__name__}: {error}".splitlines()[0]
+            if table.num_rows != shard.num_frames:
+                expected = f"{shard.num_frames}, as its footer says"
+                raise EmbeddingShardError(shard.path, f"{table.num_rows} vectors", expected)
+            batch = EmbeddingBatch(
+                vectors=_float16_rows(table["vector"], shard.dim),
+                record_id=table["record_id"].to_numpy(),
+                frame_number=table["frame_number"].to_numpy(),
+                pts_seconds=table["pts_seconds"].to_numpy(),
+            )
+        except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecordShapeError) as error:
+            got = f"{type(error).__name__}: {one_line(' '.join(str(error).split()))}"
             raise EmbeddingShardError(shard.path, got, "a whole Parquet file") from error
-        if table.num_rows != shard.num_frames:
-            expected = f"{shard.num_frames}, as its footer says"
-            raise EmbeddingShardError(shard.path, f"{table.num_rows} vectors", expected)
-        return EmbeddingBatch(
-            vectors=_float16_rows(table["vector"], shard.dim),
-            record_id=table["record_id"].to_numpy(),
-            frame_number=table["frame_number"].to_numpy(),
-            pts_seconds=table["pts_seconds"].to_numpy(),
-        )
+        return batch if len(only) == len(shard.records) else batch.of_records(only)
 
     def merge(self, partition: IdRange, parts: Sequence[tuple[EmbeddingShard, Collection[int]]], name: str) -> None:
         """Write one shard with some records of several, and with the failures of all."""
-        batches = [self.read(shard).of_records(kept) for shard, kept in parts]
-        versions = [
-            (record.record_id, record.content_version)
-            for shard, kept in parts
-            for record in shard.records
-            if record.record_id in kept
-        ]
+        batches = [self._read_file(shard, kept) for shard, kept in parts]
+        records = [record for shard, kept in parts for record in shard.records if record.record_id in kept]
         failures = {failure.record_id: failure for shard, _ in parts for failure in shard.failures}
-        names = [item.name for item in fields(EmbeddingBatch)]
-        whole = EmbeddingBatch(*(np.concatenate([getattr(batch, name) for batch in batches]) for name in names))
-        self.write(partition, name, whole, versions=versions, failures=list(failures.values()))
+        self.write(partition, name, _joined(batches), records=records, failures=list(failures.values()))
 
     def _described(
         self,
@@ -139,10 +160,31 @@ class EmbeddingStore(ShardStore[EmbeddingShard]):
         got = {key: footer[key] for key in expected}
         if got != expected:
             raise ValueError(f"it has {got}, expected {expected}")
-        records = tuple(ShardRecord(*record) for record in footer["records"])
+        if path.rsplit("/", 1)[-1].removesuffix(".parquet") != footer["name"].removesuffix(".parquet"):
+            raise ValueError(f"it was called {footer['name']}")
+        records = tuple(
+            ShardRecord(*record[:3], **dict(zip(("address", "claim"), record[3:], strict=False)))
+            for record in footer["records"]
+        )
         of_vectors = 2 * footer["dim"] * sum(record.num_frames for record in records)
         failures = tuple(Failure(**failure) for failure in footer["failures"])
         return EmbeddingShard(footer["name"], path, of_vectors, records, footer["dim"], failures)
+
+
+def _as_footer(record: ShardRecord) -> list[Any]:
+    """A record as the footer has it; without what is not known of it, as earlier releases wrote it."""
+    known = [record.address, record.claim] if record.address or record.claim else []
+    return [record.record_id, record.content_version, record.num_frames, *known]
+
+
+def _none(dim: int) -> EmbeddingBatch:
+    numbers = np.empty(0, np.int64)
+    return EmbeddingBatch(np.empty((0, dim), np.float16), numbers, numbers, np.empty(0, np.float64))
+
+
+def _joined(batches: Sequence[EmbeddingBatch]) -> EmbeddingBatch:
+    names = [item.name for item in fields(EmbeddingBatch)]
+    return EmbeddingBatch(*(np.concatenate([getattr(batch, name) for batch in batches]) for name in names))
 
 
 def _table(batch: EmbeddingBatch) -> pa.Table:

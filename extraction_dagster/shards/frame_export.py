@@ -16,11 +16,11 @@ import io
 import json
 import logging
 import tarfile
-from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from extraction_dagster.errors.decode import FramesExportError, ShardStoreError
 from extraction_dagster.files import replacing
+from extraction_dagster.shards.store import Copy, by_shard, newest_copies
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator
@@ -41,16 +41,23 @@ def find_frames(store: FrameStore, wanted: Collection[tuple[int, int]]) -> dict[
     A frame that is not stored, or no longer, is left out. Where several shards hold a record, the newest one that has
     the frame counts.
     """
-    numbers: dict[int, set[int]] = defaultdict(set)
+    numbers = dict[int, set[int]]()
     for record_id, frame_number in wanted:
-        numbers[record_id].add(frame_number)
+        numbers.setdefault(record_id, set()).add(frame_number)
+    shards = [
+        shard
+        for partition in store.partitions()
+        if any(record_id in partition for record_id in numbers)
+        for shard in store.shards(partition)
+    ]
     found: dict[tuple[int, int], bytes] = {}
-    for partition in store.partitions():
-        here = [record_id for record_id in numbers if record_id in partition]
-        for shard in store.shards(partition) if here else ():  # oldest first: a newer one overwrites
-            held = [record.record_id for record in shard.records if record.record_id in here]
-            if held:
-                found |= _read_some(store, shard.path, {record_id: numbers[record_id] for record_id in held})
+    while numbers and shards:
+        newest = {key: copy for key, copy in newest_copies(shards).items() if key in numbers}
+        for shard, record_ids in by_shard(newest):
+            found |= _read_some(store, shard.path, {key: numbers[key] for key in record_ids})
+        looked_at = {copy.shard.path for copy in newest.values()}
+        shards = [shard for shard in shards if newest and shard.path not in looked_at]
+        numbers = {key: left for key in newest if (left := {n for n in numbers[key] if (key, n) not in found})}
     return found
 
 
@@ -72,7 +79,7 @@ def export_frames(
         FramesExportError: Nothing is stored, or `out` can't be written.
         FrameShardError: A shard is damaged, or was removed meanwhile.
     """
-    newest = _newest_shards(store, within)
+    newest = _newest_copies(store, within)
     if not newest:
         why = f"no frame of range {within} is stored with the settings of today"
         raise FramesExportError(str(out), why, survives=f"Run 'extraction launch {within}' first. {_NOTHING}")
@@ -99,30 +106,21 @@ def export_frames(
     return videos, frames
 
 
-def _newest_shards(store: FrameStore, within: IdRange) -> dict[int, FrameShard]:
-    """The shard that holds the newest frames of each stored record of a range, by record in ascending order."""
+def _newest_copies(store: FrameStore, within: IdRange) -> dict[int, Copy[FrameShard]]:
+    """The newest frames of each stored record of a range, in ascending order."""
     shards = [
         shard
         for partition in store.partitions()
         if partition.first_id <= within.last_id and within.first_id <= partition.last_id
         for shard in store.shards(partition)
     ]
-    newest = {
-        record.record_id: shard
-        for shard in sorted(shards, key=lambda shard: shard.name)
-        for record in shard.records
-        if record.record_id in within
-    }
-    return dict(sorted(newest.items()))
+    return {key: copy for key, copy in sorted(newest_copies(shards).items()) if key in within}
 
 
-def _videos(store: FrameStore, newest: dict[int, FrameShard]) -> Iterator[EncodedFrames]:
+def _videos(store: FrameStore, newest: dict[int, Copy[FrameShard]]) -> Iterator[EncodedFrames]:
     """Each record's newest frames; every shard is read once."""
-    for shard in {shard.name: shard for shard in newest.values()}.values():
-        for video in store.read(shard):
-            holder = newest.get(video.record_id)
-            if holder is not None and holder.name == shard.name:
-                yield video
+    for shard, record_ids in by_shard(newest):
+        yield from store.read(shard, only=record_ids)
 
 
 def _frames(video: EncodedFrames) -> Iterator[_Frame]:

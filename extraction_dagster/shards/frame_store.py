@@ -1,39 +1,32 @@
 """Frames between decoding and embedding: JPEGs in Parquet, and a footer that lists their videos.
 
-A shard is never changed: materializing a range again adds shards beside the old ones. How long they stay is said by
-`EXTRACTION_KEEP_FRAMES`. A shard goes as a whole, once none of its records needs it: each is done or parked with the
-settings of today, or a newer shard holds it, or the ledger has not known it for a day. Removing one too early costs a
-decode, never a point: a row that is asked for again without its frames is decoded again.
+A shard is never changed: materializing a range again adds shards beside the old ones. `retention` says how long they
+stay.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime, timedelta
 from typing import IO, TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from extraction_dagster.errors import RecordShapeError, one_line
 from extraction_dagster.errors.decode import FrameShardError, FrameStoreError
 from extraction_dagster.records import EncodedFrames
-from extraction_dagster.shards.store import Shard, ShardRecord, ShardStore, new_name, written_at
+from extraction_dagster.shards.store import Shard, ShardRecord, ShardStore
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     import pyarrow as pa
 
     from extraction_dagster.records import IdRange
-    from extraction_dagster.stages.catalog.ledger import Fingerprints, LedgerEntry
 
-logger = logging.getLogger(__name__)
 FORMAT = 1
 _ROWS_PER_GROUP = 300
-# A record, or a version of it, that the ledger does not know: its run was killed just before it was marked; or the row
-# was deleted, or changed since.
-_UNKNOWN = timedelta(days=1)
+_MOST_MOVES = 8  # how often the shards that are read may be merged meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,30 +73,59 @@ class FrameStore(ShardStore[FrameShard]):
         footer = {
             "format": FORMAT,
             "partition_key": partition.partition_key,
-            "records": [asdict(record) for record in records],
+            "records": [_as_footer(record) for record in records],
         }
-        name = name or new_name()
+        name = name or self.next_name()
         path, size_bytes = self._write(partition, name, _table(videos), footer)
         return FrameShard(name, path, size_bytes, records)
 
-    def read(self, shard: FrameShard) -> Iterator[EncodedFrames]:
-        """Read a shard's videos one by one.
+    def read(self, shard: FrameShard, *, only: Collection[int] | None = None) -> Iterator[EncodedFrames]:
+        """Read a shard's videos one by one; those of a shard that was merged away come from where they are now.
+
+        Args:
+            shard: As it was listed, however long ago.
+            only: The records that are wanted; all when None.
 
         Raises:
             FrameShardError: The shard is gone or damaged.
+            FrameStoreError: The store failed.
         """
+        left = {record.record_id for record in shard.records if only is None or record.record_id in only}
+        parts = [(shard, left)]
+        for _ in range(_MOST_MOVES):
+            moved = list[tuple[FrameShard, set[int]]]()
+            for part, wanted in parts:
+                try:
+                    for video in self._read_file(part, wanted):
+                        left.discard(video.record_id)
+                        yield video
+                except FrameShardError as error:
+                    again = self._moved(part, left & wanted) if error.gone else []
+                    if {record_id for _, found in again for record_id in found} != left & wanted:
+                        raise
+                    moved += again
+            parts = moved
+        if left:
+            raise FrameShardError(shard.path, "it is merged again and again", gone=True)
+
+    def _read_file(self, shard: FrameShard, wanted: Collection[int]) -> Iterator[EncodedFrames]:
         import pyarrow as pa  # noqa: PLC0415 - 0.3 s that importing the room need not pay
 
         try:
             with self.open(shard.path) as file:
-                yield from _read_videos(file, shard.records)
-        except (OSError, pa.ArrowException, ValueError) as error:
-            raise FrameShardError(shard.path, str(error)) from error
+                for video in _read_videos(file, shard.records):
+                    if video.record_id in wanted:
+                        yield video
+        except FileNotFoundError as error:
+            raise FrameShardError(shard.path, str(error), gone=True) from error
+        except (OSError, pa.ArrowException, ValueError, KeyError, TypeError, RecordShapeError) as error:
+            raise FrameShardError(shard.path, one_line(" ".join(str(error).split()))) from error
 
     def merge(self, partition: IdRange, parts: Sequence[tuple[FrameShard, Collection[int]]], name: str) -> None:
         """Write one shard with some videos of several."""
-        videos = [video for shard, kept in parts for video in self.read(shard) if video.record_id in kept]
-        self.write_shard(partition, videos, name=name)
+        self.write_shard(
+            partition, [video for shard, kept in parts for video in self._read_file(shard, kept)], name=name
+        )
 
     def _described(self, footer: dict[str, Any], path: str, partition: IdRange, size_bytes: int) -> FrameShard:
         if footer["format"] != FORMAT or footer["partition_key"] != partition.partition_key:
@@ -130,7 +152,13 @@ def _schema() -> pa.Schema:
 def _listed(video: EncodedFrames) -> FrameRecord:
     """How a footer lists a video."""
     facts = (video.width_px, video.height_px, video.duration_seconds, video.partial)
-    return FrameRecord(video.record_id, video.content_version, len(video), *facts)
+    of = {"address": video.address, "claim": video.claim}
+    return FrameRecord(video.record_id, video.content_version, len(video), *facts, **of)
+
+
+def _as_footer(record: FrameRecord) -> dict[str, Any]:
+    """A record as the footer has it; without what is not known of it, as earlier releases wrote it."""
+    return {key: value for key, value in asdict(record).items() if value or key not in {"address", "claim"}}
 
 
 def _table(videos: Sequence[EncodedFrames]) -> pa.Table:
@@ -178,75 +206,6 @@ def _video(rows: pa.Table, record: FrameRecord) -> EncodedFrames:
         record.height_px,
         record.duration_seconds,
         record.partial,
+        record.address,
+        record.claim,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Removed:
-    """What went: shards, records in them, bytes."""
-
-    shards: int = 0
-    records: int = 0
-    num_bytes: int = 0
-
-
-def keep_time(keep_frames: str) -> timedelta | None:
-    """The time that a finished shard stays after it was written; None for ever."""
-    return None if keep_frames == "all" else timedelta(0 if keep_frames == "none" else int(keep_frames))
-
-
-def prune_frames(  # noqa: PLR0913 - each is a different part of the question
-    store: FrameStore,
-    partition: IdRange,
-    entries: dict[int, LedgerEntry],
-    made_with: Fingerprints,
-    *,
-    keep: timedelta,
-    now: datetime | None = None,
-) -> Removed:
-    """Remove the shards of a range that nobody needs any more.
-
-    Args:
-        store: The frames made with the settings of today.
-        partition: The range whose shards are looked at.
-        entries: The ledger's entries of the range.
-        made_with: The settings of today.
-        keep: How long a finished shard stays after it was written.
-        now: The time to go by; the present by default.
-    """
-    moment = now or datetime.now(UTC)
-    finished = _finished(store.shards(partition), entries, made_with, now=moment)
-    old = [shard for shard in finished if moment - written_at(shard.name) >= keep]
-    for shard in old:
-        store.remove(shard)
-    removed = Removed(len(old), sum(len(shard.records) for shard in old), sum(shard.size_bytes for shard in old))
-    if old:
-        logger.info("Removed %d frame shards (%d bytes): their records are done", removed.shards, removed.num_bytes)
-    return removed
-
-
-def _finished(
-    shards: Iterable[FrameShard], entries: dict[int, LedgerEntry], made_with: Fingerprints, *, now: datetime
-) -> list[FrameShard]:
-    """Those that no record needs."""
-    newer: set[int] = set()
-    finished = []
-    for shard in sorted(shards, key=lambda shard: shard.name, reverse=True):
-        unknown_goes = now - written_at(shard.name) >= _UNKNOWN
-        needed = [
-            record
-            for record in shard.records
-            if record.record_id not in newer
-            and _is_needed(record, entries.get(record.record_id), made_with, unknown_goes=unknown_goes)
-        ]
-        if not needed:
-            finished.append(shard)
-        newer.update(record.record_id for record in shard.records)
-    return finished
-
-
-def _is_needed(record: ShardRecord, entry: LedgerEntry | None, made_with: Fingerprints, *, unknown_goes: bool) -> bool:
-    if entry is None or entry.content_version != record.content_version:
-        return not unknown_goes
-    today = (entry.frames_fingerprint, entry.embedding_fingerprint) == (made_with.frames, made_with.embedding)
-    return not (entry.state == "parked" or (entry.state == "done" and today))

@@ -1,11 +1,18 @@
 """Shards on any fsspec path: Parquet files under the fingerprint they were made with, one store for both kinds.
 
+    <root>/source.json                                                                    whose they are; see `place`
     <root>/<fingerprint>/<partition key>/20260102T030405000006Z-0a1b2c3d4e5f.parquet      a shard
     <root>/<fingerprint>/<partition key>/.20260102T03….tmp                                being written; never read
+    <root>/<fingerprint>/<partition key>/.damaged-20260102T03….parquet                    set aside; never read
 
 A shard appears whole or not at all. Its footer says what it holds, so that a listing reads footers only; a file without
-that footer (torn, foreign, of another range) is no shard. Its name says when it was written, here on 2 January 2026 at
-03:04:05.000006 UTC, and ends in twelve digits: a later name holds what is newer. `compaction` merges small ones.
+that footer (torn, foreign, of another range, of a newer format) is no shard. Its name says when it was written, here on
+2 January 2026 at 03:04:05.000006 UTC, and ends in twelve digits. `compaction` merges small ones.
+
+Several shards may hold a record. What counts is its newest copy, by the claim under which the row was planned, then by
+name: a writer that was frozen for hours writes late, under a claim that is older.
+
+    A   record 7, claim 12      B   record 7, claim 15      C   record 7, claim 12, written last      B counts
 """
 
 from __future__ import annotations
@@ -17,43 +24,36 @@ import json
 import logging
 import secrets
 import struct
-import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
-
-from extraction_dagster import files
-from extraction_dagster.addresses import shown_address
 from extraction_dagster.errors import PartitionKeyError
+from extraction_dagster.errors.decode import ShardError
 from extraction_dagster.records import IdRange
-from extraction_dagster.stages.catalog.fetch.buckets import STORE_PACKAGES
+from extraction_dagster.shards.place import Place, Source
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     import pyarrow as pa
     import pyarrow.parquet as pq
-
-    from extraction_dagster.errors.decode import ShardStoreError
 
 logger = logging.getLogger(__name__)
 _SUFFIX = ".parquet"
 _TIME, _TICK = "%Y%m%dT%H%M%S%f", timedelta(microseconds=1)
 _MAGIC = b"PAR1"
 _TAIL_BYTES = 64 * 1024
-# Storing an object is atomic there, and a rename would be a copy and a deletion.
-_ATOMIC_PUT = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "memory"})
-_TEMPORARY = (".*.tmp", ".tmp-*")  # the second: embedding shards of version 0.1.0 and before
+_MOST_LISTINGS = 3  # of a range that others merge while it is looked at
 
 
-def new_name() -> str:
-    """The name of a shard that is written now."""
-    return _name(datetime.now(UTC), secrets.token_hex(6))
+def new_name(after: str = "") -> str:
+    """The name of a shard that is written now: later than another one's, whatever the clock of its writer says."""
+    moment = datetime.now(UTC)
+    with contextlib.suppress(ValueError, OverflowError):
+        moment = max(moment, written_at(after) + _TICK)
+    return _name(moment, secrets.token_hex(6))
 
 
 def merged_name(names: Sequence[str]) -> str:
@@ -88,13 +88,18 @@ class ShardRecord:
     address: str = field(default="", kw_only=True)
     claim: int = field(default=0, kw_only=True)
 
+    def is_sound(self) -> bool:
+        """Whether its values are of the types that they should be: a footer may be anybody's."""
+        numbers, texts = (self.record_id, self.num_frames, self.claim), (self.content_version, self.address)
+        return all(type(number) is int for number in numbers) and all(isinstance(text, str) for text in texts)
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
     """A file, as its footer describes it.
 
     Attributes:
-        name: Its file name; later names hold what is newer.
+        name: Its file name, which says when it was written.
         path: Where it lies, on the store's file system.
         size_bytes: Of what it holds: JPEGs, or vectors uncompressed.
         records: In the order in which they are stored.
@@ -110,31 +115,64 @@ class Shard:
         """Frames, or vectors, of all records."""
         return sum(record.num_frames for record in self.records)
 
+    @property
+    def partition(self) -> IdRange:
+        """The range in whose folder it lies."""
+        return IdRange.parse(self.path.rsplit("/", 2)[1])
+
 
 S = TypeVar("S", bound=Shard)
 
 
-class ShardStore(ABC, Generic[S]):
-    """The shards of one kind that were made under one fingerprint; nothing is created before the first is written.
+@dataclass(frozen=True, slots=True)
+class Copy(Generic[S]):
+    """A record in a shard."""
 
-    A store that can't be reached is an error in one sentence, `FrameStoreError` or `EmbeddingStoreError`, whatever is
-    asked of it. A local disk speaks for itself, by an OSError.
+    shard: S
+    record: ShardRecord
+
+    @property
+    def order(self) -> tuple[int, str]:
+        """Of a record's copies, the one with the greatest counts."""
+        return self.record.claim, self.shard.name
+
+
+def newest_copies(shards: Iterable[S]) -> dict[int, Copy[S]]:
+    """By record, the copy that counts: that of the greatest claim; among equal ones, that of the latest name."""
+    newest = dict[int, Copy[S]]()
+    for shard in shards:
+        for record in shard.records:
+            copy, known = Copy(shard, record), newest.get(record.record_id)
+            if known is None or copy.order > known.order:
+                newest[record.record_id] = copy
+    return newest
+
+
+def by_shard(copies: Mapping[int, Copy[S]]) -> list[tuple[S, list[int]]]:
+    """The shards of some copies, oldest first, each with the records that are taken from it."""
+    found = dict[str, tuple[S, list[int]]]()
+    for record_id, copy in copies.items():
+        found.setdefault(copy.shard.path, (copy.shard, []))[1].append(record_id)
+    return sorted(found.values(), key=lambda part: part[0].name)
+
+
+class ShardStore(Place, ABC, Generic[S]):
+    """The shards of one kind that were made under one fingerprint; nothing is created before the first is written.
 
     Args:
         root_uri: Any fsspec path: a folder, `s3://bucket/frames`.
         fingerprint: Names everything that the shards' content depends on.
+        source: Whose data they must be; None for anybody's.
     """
 
     kind: ClassVar[str]
     footer_key: ClassVar[bytes]
     parquet_options: ClassVar[Mapping[str, object]]
-    store_error: ClassVar[type[ShardStoreError]]
 
-    def __init__(self, root_uri: str, fingerprint: str) -> None:
-        self._fs, root = fsspec.core.url_to_fs(root_uri)
-        self._folder = f"{root.rstrip('/')}/{fingerprint}"
-        self._shown = shown_address(f"{root_uri.rstrip('/')}/{fingerprint}")
+    def __init__(self, root_uri: str, fingerprint: str, *, source: Source | None = None) -> None:
+        super().__init__(root_uri, fingerprint, source=source)
         self.fingerprint = fingerprint
+        self._latest = ""  # of the names seen: what is written next is later
 
     @abstractmethod
     def merge(self, partition: IdRange, parts: Sequence[tuple[S, Collection[int]]], name: str) -> None:
@@ -151,46 +189,125 @@ class ShardStore(ABC, Generic[S]):
 
     @abstractmethod
     def _described(self, footer: dict[str, Any], path: str, partition: IdRange, size_bytes: int) -> S:
-        """The shard that a footer describes; ValueError, KeyError or TypeError when it describes none of this store."""
+        """The shard that a footer describes; any error when it describes none of this store."""
 
     def shards(self, partition: IdRange) -> list[S]:
-        """The range's shards by name, oldest first; a file that is no whole shard is warned about and left out."""
-        found = [
-            self._look_at(entry["name"], partition, entry.get("size") or 0)
-            for entry in self._entries(f"{self._folder}/{partition.partition_key}")
-            if entry["type"] != "directory" and not _file_name(entry["name"]).startswith(".")
-        ]
-        return sorted((shard for shard in found if shard is not None), key=lambda shard: shard.name)
+        """The range's shards by name, oldest first; a file that is no whole shard is warned about and left out.
+
+        Where one vanishes while they are looked at, they are listed again: it was merged, into one not listed yet.
+        """
+        self.require_source()
+        for _ in range(_MOST_LISTINGS):
+            found, vanished = list[S](), False
+            for entry in self._entries(self._of(partition)):
+                if entry["type"] == "directory" or _file_name(entry["name"]).startswith("."):
+                    continue
+                try:
+                    shard = self._look_at(entry["name"], partition, entry.get("size") or 0)
+                except FileNotFoundError:
+                    vanished = True
+                    continue
+                found += [shard] if shard is not None else []
+            if not vanished:
+                break
+        self._latest = max([self._latest, *(shard.name for shard in found)])
+        return sorted(found, key=lambda shard: shard.name)
 
     def partitions(self) -> list[IdRange]:
         """The ranges that have a folder, in ascending order; a folder of another name is left out."""
+        self.require_source()
         found = []
-        for entry in self._entries(self._folder):
+        for name in self._names(self._folder):
             with contextlib.suppress(PartitionKeyError):
-                found.append(IdRange.parse(_file_name(entry["name"])))
+                found.append(IdRange.parse(name))
         return sorted(found)
 
-    @contextlib.contextmanager
-    def open(self, path: str) -> Iterator[IO[bytes]]:
-        """Open a shard's file, to read it or single columns of it."""
-        with self._reaching(), self._fs.open(path, "rb") as file:
-            yield file
+    def fingerprints(self) -> list[str]:
+        """The fingerprints that have a folder under the root, this store's own among them."""
+        self.require_source()
+        return sorted(_file_name(entry["name"]) for entry in self._entries(self._root) if entry["type"] == "directory")
+
+    def sibling(self, fingerprint: str) -> ShardStore[S]:
+        """The shards that were made under another fingerprint, in the same root."""
+        return type(self)(self._root_uri, fingerprint, source=self._source)
 
     def remove(self, shard: S) -> None:
         """Remove a shard; nothing happens when it is gone already."""
+        self.require_source()
         with contextlib.suppress(FileNotFoundError), self._reaching():
             self._fs.rm_file(shard.path)
 
+    def remove_empty(self, partition: IdRange) -> None:
+        """Remove a range's folder, and the fingerprint's own, when nothing is left in them; a disk alone has such."""
+        for folder in (self._of(partition), self._folder):
+            self._remove_empty(folder)
+
+    def set_aside(self, shard: S, why: str, *, records: Collection[int] | None = None) -> None:
+        """Have some records of a shard made again, by default all: its file gets a name that is never read.
+
+        What the other records have is kept, in a shard that takes its place.
+
+        Args:
+            shard: With a damaged picture, or damaged as a whole.
+            why: What is wrong with it.
+            records: Whose data is damaged.
+        """
+        self.require_source()
+        held = {record.record_id for record in shard.records}
+        kept = set() if records is None else held.difference(records)
+        if kept:
+            try:
+                self.merge(shard.partition, [(shard, kept)], self._name_after(shard))
+            except ShardError as error:
+                if error.gone:  # merged by somebody: who reads what is damaged there sets that aside
+                    return
+                kept = set()
+        aside = self._rename_aside(shard.path)
+        if not aside:
+            return
+        logger.warning(
+            "Set aside %s as %s: %s. What it held of %d records is made again; keep the file to find out why, or "
+            "delete it.",
+            shard.path,
+            _file_name(aside),
+            why,
+            len(shard.records) - len(kept),
+        )
+
     def sweep(self, partition: IdRange) -> None:
         """Remove temporary files that killed writers left in a range's folder, and none that is being written."""
-        folder = f"{self._folder}/{partition.partition_key}"
-        if isinstance(self._fs, LocalFileSystem):
-            for pattern in _TEMPORARY:
-                files.sweep(Path(folder), pattern)
-        elif not self._puts_atomically():
-            for entry in self._entries(folder):
-                if any(Path(entry["name"]).match(pattern) for pattern in _TEMPORARY):
-                    self._remove_abandoned(entry["name"])
+        self.require_source()
+        self._sweep(self._of(partition))
+
+    def next_name(self) -> str:
+        """The name of a shard that is written now: later than that of every shard that this store has seen."""
+        return new_name(self._latest)
+
+    def _of(self, partition: IdRange) -> str:
+        return f"{self._folder}/{partition.partition_key}"
+
+    def _moved(self, shard: S, record_ids: Collection[int]) -> list[tuple[S, set[int]]]:
+        """Where records of a shard that is gone lie now: it was merged, by somebody who took its readers for gone.
+
+        Records that are nowhere any more, of the same version and file, are left out.
+        """
+        known = {record.record_id: record for record in shard.records}
+        found = dict[str, tuple[S, set[int]]]()
+        for record_id, copy in newest_copies(self.shards(shard.partition)).items():
+            was = known.get(record_id)
+            same = was is not None and (was.content_version, was.address) == (
+                copy.record.content_version,
+                copy.record.address,
+            )
+            if same and record_id in record_ids and copy.shard.path != shard.path:
+                found.setdefault(copy.shard.path, (copy.shard, set()))[1].add(record_id)
+        return list(found.values())
+
+    def _name_after(self, shard: S) -> str:
+        try:
+            return merged_name([shard.name])
+        except ValueError:  # a name that does not say when
+            return self.next_name()
 
     def _write(self, partition: IdRange, name: str, table: pa.Table, footer: Mapping[str, object]) -> tuple[str, int]:
         """Write a shard so that it is seen whole or not at all, also after a crash; returns its path and its size."""
@@ -200,110 +317,47 @@ class ShardStore(ABC, Generic[S]):
         with_footer = table.replace_schema_metadata({self.footer_key: json.dumps(footer)})
         pq.write_table(with_footer, buffer, **self.parquet_options)
         content = buffer.getvalue()
-        self.sweep(partition)
-        path = f"{self._folder}/{partition.partition_key}/{name.removesuffix(_SUFFIX)}{_SUFFIX}"
-        if isinstance(self._fs, LocalFileSystem):
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            files.write_atomically(Path(path), content, mode=None)
-            return path, len(content)
-        with self._reaching(writing=True):
-            if self._puts_atomically():
-                self._fs.pipe_file(path, content)
-            else:
-                self._write_beside(path, content)
+        path = f"{self._of(partition)}/{name.removesuffix(_SUFFIX)}{_SUFFIX}"
+        self._write_whole(path, content)
+        self._latest = max(self._latest, name)
         return path, len(content)
 
-    def _write_beside(self, path: str, content: bytes) -> None:
-        folder, _, name = path.rpartition("/")
-        beside = f"{folder}/{files.temporary_name(name)}"
-        self._fs.makedirs(folder, exist_ok=True)
-        try:
-            self._fs.pipe_file(beside, content)
-            self._fs.mv(beside, path)
-        except BaseException:
-            if self._fs.exists(beside):
-                self._fs.rm_file(beside)
-            raise
-
-    def _puts_atomically(self) -> bool:
-        protocol = self._fs.protocol
-        return not _ATOMIC_PUT.isdisjoint({protocol} if isinstance(protocol, str) else protocol)
-
-    def _entries(self, folder: str) -> list[dict[str, Any]]:
-        """What lies in a folder now, whatever other processes did to it; nothing when there is none."""
-        self._fs.invalidate_cache(folder)
-        try:
-            with self._reaching():
-                found: list[dict[str, Any]] = self._fs.ls(folder, detail=True)
-        except FileNotFoundError:
-            return []
-        return found
-
     def _look_at(self, path: str, partition: IdRange, size_bytes: int) -> S | None:
-        import pyarrow as pa  # noqa: PLC0415 - as above
-
         try:
-            return self._read_footer(path, partition, size_bytes)
-        except FileNotFoundError:  # removed since it was listed
-            return None
-        except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
-            # A disk that stumbles (EIO, ESTALE, EMFILE …) still holds its shards; Arrow's own OSErrors have no number.
-            if isinstance(error, OSError) and error.errno and not isinstance(error, IsADirectoryError):
-                raise self.store_error(self._shown, error.strerror or type(error).__name__) from error
+            tail = self._tail(path)
+        except IsADirectoryError:  # a link to one
+            tail = b""
+        try:
+            return self._read_footer(tail, path, partition, size_bytes)
+        except Exception as error:  # noqa: BLE001 - whatever comes of bytes that somebody else wrote
             which = f"{self.kind} shard of range {partition}"
             logger.warning("Ignoring %s: it is no whole %s (%s).", path, which, error)
             return None
 
-    def _read_footer(self, path: str, partition: IdRange, size_bytes: int) -> S:
-        with self._reaching():
-            footer = self._footer(path)
+    def _read_footer(self, tail: bytes, path: str, partition: IdRange, size_bytes: int) -> S:
+        import pyarrow.parquet as pq  # noqa: PLC0415 - as above
+
+        if len(tail) < len(_MAGIC) + 4 or not tail.endswith(_MAGIC):
+            raise ValueError("it does not end as a Parquet file does")
+        footer: pq.FileMetaData = pq.read_metadata(io.BytesIO(tail))
         text = (footer.metadata or {}).get(self.footer_key)
         if text is None:
             raise ValueError("its footer describes none")
         shard = self._described(json.loads(text), path, partition, size_bytes)
+        if not all(record.is_sound() for record in shard.records):
+            raise ValueError("its records are not of this format")
         if shard.num_frames != footer.num_rows:
             raise ValueError(f"it has {footer.num_rows} frames, not those that it lists")
         return shard
 
-    def _footer(self, path: str) -> pq.FileMetaData:
-        """A file's footer, for one short read: `… | footer | its length, 4 bytes | PAR1`."""
-        import pyarrow.parquet as pq  # noqa: PLC0415 - as above
-
-        tail = self._fs.tail(path, _TAIL_BYTES)
-        if len(tail) < len(_MAGIC) + 4 or not tail.endswith(_MAGIC):
-            raise ValueError("it does not end as a Parquet file does")
-        (length,) = struct.unpack("<I", tail[-8:-4])
-        whole = tail if length + 8 <= len(tail) else self._fs.tail(path, length + 8)
-        return pq.read_metadata(io.BytesIO(whole))
-
-    @contextlib.contextmanager
-    def _reaching(self, *, writing: bool = False) -> Iterator[None]:
-        """Tell a store that can't be reached from what is wrong with a shard; a disk speaks for itself."""
-        try:
-            yield
-        except Exception as error:
-            if isinstance(self._fs, LocalFileSystem) or not _is_of_the_store(error, writing=writing):
-                raise
-            # A store's own words may repeat the request, with what it was signed by: only their type is shown then.
-            why = error.strerror if isinstance(error, OSError) else None
-            raise self.store_error(self._shown, why or type(error).__name__) from None
-
-    def _remove_abandoned(self, path: str) -> None:
-        """Remove a temporary file whose writer, on whatever machine, has written nothing to it for an hour."""
-        # Not every file system knows when a file changed; another process may sweep too.
-        with contextlib.suppress(FileNotFoundError, NotImplementedError, RuntimeError), self._reaching():
-            if time.time() - self._fs.modified(path).timestamp() > files.ABANDONED_SECONDS:
-                logger.warning("Removing %s, which a killed process left behind.", path)
-                self._fs.rm_file(path)
-
-
-def _is_of_the_store(error: Exception, *, writing: bool) -> bool:
-    """Whether the store failed, rather than a file: a missing one, or Arrow's OSError about what it parses."""
-    if type(error).__module__.partition(".")[0] in STORE_PACKAGES:
-        return True
-    if isinstance(error, FileNotFoundError):
-        return writing  # the bucket is missing
-    return isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None)
+    def _tail(self, path: str) -> bytes:
+        """A file's end with its whole footer, for one short read: `… | footer | its length, 4 bytes | PAR1`."""
+        with self._reaching():
+            tail: bytes = self._fs.tail(path, _TAIL_BYTES)
+            if len(tail) < len(_MAGIC) + 4 or not tail.endswith(_MAGIC):
+                return tail
+            (length,) = struct.unpack("<I", tail[-8:-4])
+            return tail if length + 8 <= len(tail) else bytes(self._fs.tail(path, length + 8))
 
 
 def _file_name(path: str) -> str:

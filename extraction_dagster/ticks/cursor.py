@@ -11,7 +11,7 @@
 
 An operator moves it by requests, set and reset, kept in the state database until a tick consumes them. A request is
 applied to the cursor that the tick returns, and consumed only once a later tick finds it stored: a crash in between
-applies it again, which changes nothing.
+applies it again, which changes nothing. The newest consumed one says where the floor was when the cursor is lost.
 """
 
 from __future__ import annotations
@@ -191,6 +191,18 @@ class Requests:
         query = sa.select(table.id, table.kind, table.value, table.applied_epoch).where(table.consumed_at.is_(None))
         with reading(self._engine, what="read the requests") as connection:
             return [OperatorRequest(*row) for row in connection.execute(query.order_by(table.id))]
+
+    def restore(self, cursor: CursorState, *, now: datetime) -> CursorState:
+        """A first cursor with the floor and the epoch of the newest consumed request: what an operator said stays."""
+        table = REQUESTS_TABLE.c
+        query = sa.select(table.kind, table.value, table.applied_epoch).where(table.consumed_at.is_not(None))
+        with reading(self._engine, what="read the requests") as connection:
+            found = connection.execute(query.order_by(table.id.desc()).limit(1)).first()
+        if found is None:
+            return cursor
+        floor_id = found.value if found.kind == "set" else None
+        marks = dict.fromkeys(("last_processed_id", "frontier_id", "floor_id"), floor_id)
+        return cursor.moved(now=now, **marks, reset_epoch=found.applied_epoch or 0)
 
     def apply(self, cursor: CursorState, *, now: datetime) -> CursorState:
         """The cursor with every waiting request applied; those that it already carries are consumed."""

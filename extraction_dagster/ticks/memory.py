@@ -11,9 +11,11 @@ from datetime import datetime
 
 import sqlalchemy as sa
 
+from extraction_dagster.errors import PartitionKeyError
+from extraction_dagster.records import IdRange
 from extraction_dagster.stages.catalog.database import reading, writing
 from extraction_dagster.stages.catalog.state_tables import META_TABLE, write_meta
-from extraction_dagster.ticks.planner import Patience
+from extraction_dagster.ticks.places import History, Patience
 
 _KEY = "sensor_memory"
 
@@ -23,33 +25,66 @@ class Memory:
     """What a tick remembers of those before.
 
     Attributes:
-        patience: Since when rows wait for their range to fill.
+        patience: Since when rows wait for their range to fill, and which ranges back off.
         ticks: Ticks so far.
         sweep_after_id: Where the look through the rows below the watermark goes on.
         sweep_found_rows: Whether that look found pending rows last time: they may still wait for their turn.
+        window_after_id: Where the look between the watermark and the frontier goes on, which begins at the watermark.
+        ahead_after_id: Where the look above the frontier goes on while it can't move the frontier.
+        address_after_id: Where the look at the addresses of rows that are done goes on.
     """
 
     patience: Patience = field(default_factory=Patience)
     ticks: int = 0
     sweep_after_id: int | None = None
     sweep_found_rows: bool = False
+    window_after_id: int | None = None
+    ahead_after_id: int | None = None
+    address_after_id: int | None = None
 
     def to_json(self) -> str:
         """As it is kept."""
-        since = {kind: moment.isoformat() for kind, moment in self.patience.since.items()}
-        values = {"since": since, "ticks": self.ticks, "after": self.sweep_after_id, "again": self.sweep_found_rows}
+        patience = self.patience
+        failing = {
+            item.partition_key: [history.failures_in_a_row, history.ended_at.isoformat()]
+            for item, history in patience.failing.items()
+            if history.ended_at is not None
+        }
+        values = {
+            "since": {kind: moment.isoformat() for kind, moment in patience.since.items()},
+            "failing": failing,
+            "ticks": self.ticks,
+            "again": self.sweep_found_rows,
+            **{name: getattr(self, attribute) for name, attribute in _PLACES.items()},
+        }
         return json.dumps(values)
 
     @classmethod
     def from_json(cls, text: str) -> Memory:
-        """Read what is kept; nothing is remembered when it can't be read."""
+        """Read what is kept, by an earlier release too; nothing is remembered when it can't be read."""
         try:
             values = json.loads(text)
             since = {str(kind): datetime.fromisoformat(moment) for kind, moment in values["since"].items()}
-            after = None if values["after"] is None else int(values["after"])
-            return cls(Patience(since), int(values["ticks"]), after, bool(values["again"]))
-        except (ValueError, KeyError, TypeError, AttributeError):
+            failing = {
+                IdRange.parse(key): History(int(number), datetime.fromisoformat(ended_at))
+                for key, (number, ended_at) in values.get("failing", {}).items()
+            }
+            places = {
+                attribute: None if values.get(name) is None else int(values[name])
+                for name, attribute in _PLACES.items()
+            }
+            return cls(Patience(since, failing), int(values["ticks"]), sweep_found_rows=bool(values["again"]), **places)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, PartitionKeyError, RecursionError):
             return cls()
+
+
+# Where looks go on: the names under which these are kept.
+_PLACES = {
+    "after": "sweep_after_id",
+    "window_after": "window_after_id",
+    "ahead_after": "ahead_after_id",
+    "address_after": "address_after_id",
+}
 
 
 def recall(engine: sa.Engine) -> Memory:

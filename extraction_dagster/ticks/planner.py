@@ -5,19 +5,21 @@ It reads nothing and writes nothing, so that it can be tested against every orde
 - the watermark moves over rows that are done or parked, never over an unfinished one, and never back;
 - each range handed out starts right after the frontier, so that no id falls between two ranges; but rows that were done
   before there were ranges, more than a run can look through, are in none;
-- a pending row is in a range that has an active run, or gets one, or waits for its turn: none is forgotten.
+- a pending row is in a range that has an active run, or gets one, or waits for its turn: none is forgotten;
+- no range keeps others from their turn for ever, whatever becomes of its runs (`places.py`).
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby, takewhile
 from typing import TYPE_CHECKING
 
 from extraction_dagster.records import IdRange
 from extraction_dagster.stages.catalog.ranges import merge, narrowest_parts
+from extraction_dagster.ticks.places import History, Outcomes, Patience, Places, Rules
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,61 +29,7 @@ if TYPE_CHECKING:
     from extraction_dagster.ticks.cursor import CursorState
 
 _MAX_ID = 2**63 - 1
-_LONGEST_DELAY_SECONDS = 3600.0
 _MOST_BATCHES = 2  # of pending rows in a range that is requested once more as it is
-
-
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """The settings that a tick obeys.
-
-    Attributes:
-        batch_size: Records to a range.
-        max_in_flight: Most ranges with an active run.
-        max_wait_seconds: Longest wait of a row for its range to fill.
-        backs_off: Whether a range whose runs failed waits before the next one.
-        retry_delay_seconds: The wait after the first failed run; doubles at each further one.
-        most_rows: Of a new range, done ones too: a run looks at each of them, and holds them in memory.
-    """
-
-    batch_size: int
-    max_in_flight: int
-    max_wait_seconds: float
-    backs_off: bool = True
-    retry_delay_seconds: float = 30.0
-    most_rows: int = 100_000
-
-
-@dataclass(frozen=True, slots=True)
-class History:
-    """The runs of a range that have ended.
-
-    Attributes:
-        failures_in_a_row: Failed runs since the last success.
-        ended_at: When the last one ended; None when there was none.
-    """
-
-    failures_in_a_row: int = 0
-    ended_at: datetime | None = None
-
-
-@dataclass(slots=True)
-class Patience:
-    """Since when rows have been waiting for their range to fill.
-
-    Attributes:
-        since: By kind: `tail`, rows that trickle into the last range; `ahead`, rows above the frontier.
-    """
-
-    since: dict[str, datetime] = field(default_factory=dict)
-
-    def is_over(self, kind: str, *, now: datetime, seconds: float) -> bool:
-        """Whether rows of a kind have waited long enough; the wait begins with the first question."""
-        return (now - self.since.setdefault(kind, now)).total_seconds() >= seconds
-
-    def end(self, kind: str) -> None:
-        """Nothing of a kind is waiting any more."""
-        self.since.pop(kind, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +45,7 @@ class Observed:
         partitions: The ranges that hold any of these ids, which ascend; asked for when a row below the frontier is
             pending and no active run covers it.
         history: The ended runs of a range; asked for when it is to be requested once more.
+        outcomes: How the newest runs of all ranges ended; asked for when the last run of a range failed.
         backfilled: Ranges that backfills take care of, by a run or soon; they take no place among those in flight.
         room: How far a range between two ids reaches before it holds a number of rows, done ones too; asked for when
             a new range would be wide enough for as many as the rules allow.
@@ -111,6 +60,7 @@ class Observed:
     history: Callable[[IdRange], History]
     backfilled: Sequence[IdRange] = ()
     room: Callable[[int, int, int], int] = lambda _first, last, _most: last
+    outcomes: Callable[[], Outcomes] = Outcomes
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +92,7 @@ def plan_tick(cursor: CursorState, seen: Observed, rules: Rules, patience: Patie
     planner.move_watermark()
     planner.request_below_frontier()
     planner.cut_new_ranges()
+    planner.request_failing()
     return Tick(planner.cursor, tuple(planner.requests))
 
 
@@ -149,7 +100,10 @@ class _Planner:
     def __init__(self, cursor: CursorState, seen: Observed, rules: Rules, patience: Patience, now: datetime) -> None:
         self.cursor, self.requests = cursor, list[Request]()
         self._seen, self._rules, self._patience, self._now = seen, rules, patience, now
-        self._held = 0
+        self._places = Places(
+            len(seen.active), history=seen.history, outcomes=seen.outcomes, rules=rules, patience=patience, now=now
+        )
+        self._partitions = set[IdRange]()
         self._backfilled = merge(seen.backfilled)
         self._taken = merge([*seen.active, *self._backfilled])
 
@@ -158,42 +112,51 @@ class _Planner:
         window, ahead = self._seen.window, self._seen.ahead
         if window.finished_up_to is not None:
             self._move(last_processed_id=window.finished_up_to)
-        nothing_before = not window.unfinished and window.reached_id is None
-        if nothing_before and ahead.finished_up_to is not None:
+        if window.is_clear and ahead.finished_up_to is not None:
             # Rows that were done before anybody cut a range for them need none: both marks pass them.
             self._move(last_processed_id=ahead.finished_up_to, frontier_id=ahead.finished_up_to)
 
     def request_below_frontier(self) -> None:
         """Ranges that still have a pending row and no active run: late rows, failed runs, retries, the growing tail."""
         pending = {*self._seen.swept, *self._seen.window.pending_ids}
-        uncovered = sorted(record_id for record_id in pending if not _within_any(self._taken, record_id))
-        can_request = bool(uncovered) and self._slots() > 0
-        partitions = set(self._seen.partitions(uncovered)) if can_request else set()
-        wanted = _assign(uncovered, partitions, self._rules.batch_size) if can_request else []
+        uncovered = sorted(record_id for record_id in pending if not within_any(self._taken, record_id))
+        can_request = bool(uncovered) and self._places.free > 0
+        self._partitions = set(self._seen.partitions(uncovered)) if can_request else set()
+        wanted = _assign(uncovered, self._partitions, self._rules.batch_size) if can_request else []
+        self._places.forget([item for item in self._patience.failing if within_any(self._taken, item.first_id)])
         tail_waits = False
+        visited = set[IdRange]()
         for id_range, ids in self._cut_where_needed(wanted):
-            if self._slots() <= 0:
+            history = self._places.history(id_range) if self._places.is_one_left() else None
+            if history is None:
                 break
-            history = self._seen.history(id_range)
-            if self._backs_off(history):
-                self._held += 1  # it keeps its place: while a store is down, new ranges would only fail as well
-            elif self._is_filling(id_range, ids, history):
-                tail_waits = True
-            else:
-                self._request(id_range, is_new=id_range not in partitions)
+            visited.add(id_range)
+            if self._places.may_go(id_range, history):
+                if self._is_filling(id_range, ids, history):
+                    tail_waits = True
+                else:
+                    self._request(id_range, is_new=id_range not in self._partitions)
+        else:
+            if can_request or not uncovered:  # every range was looked at: of the others no row is pending
+                self._places.forget(self._patience.failing.keys() - visited)
         if not tail_waits:
             self._patience.end("tail")
+
+    def request_failing(self) -> None:
+        """Ranges whose last run failed and whose back-off is over, after the others."""
+        for id_range in self._places.late():
+            self._request(id_range, is_new=id_range not in self._partitions)
 
     def cut_new_ranges(self) -> None:
         """Full batches of a backlog, each cut at its last record; then the tail, cut ahead."""
         rules, ahead = self._rules, self._seen.ahead
-        left = self._pass_backfilled(ahead.pending_ids)
-        pending = list(takewhile(lambda record_id: not _within_any(self._taken, record_id), left))
+        left = self._pass_taken(ahead.pending_ids)
+        pending = list(takewhile(lambda record_id: not within_any(self._taken, record_id), left))
         more_follows = ahead.reached_id is not None or len(pending) < len(left)
         if not pending:
             self._patience.end("ahead")
-        while pending and self._slots() > 0:
-            first = pending[0] if self.cursor.frontier_id is None else self.cursor.frontier_id + 1
+        while pending and self._places.is_one_left():
+            first = self._first_after(pending[0])
             number = self._num_with_room(first, pending)
             if not number:  # so many rows in between are done that no range is to hold them
                 first = pending[0]
@@ -231,29 +194,29 @@ class _Planner:
         most = self._rules.most_rows
         return last if last - first < most else self._seen.room(first, last, most)
 
-    def _pass_backfilled(self, pending: Sequence[int]) -> Sequence[int]:
-        """Move the frontier over rows that a backfill has been handed: those behind them need not wait for it.
+    def _pass_taken(self, pending: Sequence[int]) -> Sequence[int]:
+        """Move the frontier over rows on which a run works or that a backfill has been handed: others need not wait.
 
         Returns those above the frontier as it is then.
         """
-        while pending and (within := _within_any(self._backfilled, pending[0])):
+        while pending and (within := within_any(self._taken, pending[0])):
             self._move(frontier_id=within.last_id)
             pending = pending[bisect_right(pending, within.last_id) :]
         return pending
+
+    def _first_after(self, record_id: int) -> int:
+        """Where a new range for a row begins: right after the frontier, or after one below the row that is taken."""
+        if self.cursor.frontier_id is None:
+            return record_id
+        position = bisect_right(self._taken, record_id, key=lambda id_range: id_range.first_id) - 1
+        taken = self._taken[position].last_id if position >= 0 else self.cursor.frontier_id
+        return max(self.cursor.frontier_id, taken) + 1
 
     def _ahead(self, first: int, last: int) -> int:
         """How far a batch will reach at the recent density of ids, so that a trickle of rows fills one range."""
         reach = first + math.ceil(self._rules.batch_size * max(self._seen.density(), 1.0)) - 1
         reach = min(max(reach, last), _MAX_ID)
         return max(self._room(first, reach), last)
-
-    def _backs_off(self, history: History) -> bool:
-        """Whether a range whose last runs failed has to wait: 1, 2, 4, … times the delay, an hour at most."""
-        if not self._rules.backs_off or not history.failures_in_a_row or history.ended_at is None:
-            return False
-        doublings = min(history.failures_in_a_row - 1, 10)
-        delay = min(self._rules.retry_delay_seconds * float(2**doublings), _LONGEST_DELAY_SECONDS)
-        return (self._now - history.ended_at).total_seconds() < delay
 
     def _is_filling(self, id_range: IdRange, ids: Sequence[int], history: History) -> bool:
         """Whether rows trickle into the last range, which is not to be run for each of them."""
@@ -266,11 +229,9 @@ class _Planner:
         return not self._patience.is_over("tail", now=self._now, seconds=self._rules.max_wait_seconds)
 
     def _request(self, id_range: IdRange, *, is_new: bool) -> None:
+        self._places.take(id_range)
         self._move(seq=self.cursor.seq + 1)
         self.requests.append(Request(id_range, f"{id_range.partition_key}#{self.cursor.seq}", is_new))
-
-    def _slots(self) -> int:
-        return self._rules.max_in_flight - len(self._seen.active) - len(self.requests) - self._held
 
     def _move(self, **changes: int) -> None:
         """Change the cursor; its two marks only ever move up."""
@@ -281,7 +242,7 @@ class _Planner:
         self.cursor = self.cursor.moved(now=self._now, **changes)
 
 
-def _within_any(merged: Sequence[IdRange], record_id: int) -> IdRange | None:
+def within_any(merged: Sequence[IdRange], record_id: int) -> IdRange | None:
     """Which of some ranges holds an id; they ascend and do not overlap."""
     position = bisect_right(merged, record_id, key=lambda id_range: id_range.first_id) - 1
     return merged[position] if position >= 0 and record_id in merged[position] else None

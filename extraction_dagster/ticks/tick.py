@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from extraction_dagster.errors.runs import CursorError
-from extraction_dagster.stages.catalog.pending import Scan, scan
+from extraction_dagster.stages.catalog.ranges import merge
 from extraction_dagster.ticks.cursor import CursorState, Requests
+from extraction_dagster.ticks.looks import Looks, Round
 from extraction_dagster.ticks.mirrors import Mirror, Notice, adopt, follow, make_mirror
-from extraction_dagster.ticks.planner import History, Observed, Request, Rules, plan_tick
+from extraction_dagster.ticks.places import History, Outcomes, Rules
+from extraction_dagster.ticks.planner import Observed, Request, plan_tick
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from datetime import datetime
 
     from extraction_dagster.records import IdRange
     from extraction_dagster.stages.catalog.catalog import Catalog
     from extraction_dagster.ticks.memory import Memory
-
-_LEAST_BUDGET = 5_000
-_SWEEP_BUDGET = 20_000
-_SECONDS_AHEAD = 0.3
 
 
 class Runs(Protocol):
@@ -40,6 +36,9 @@ class Runs(Protocol):
 
     def history(self, id_range: IdRange) -> History:
         """The ended runs of a range."""
+
+    def outcomes(self) -> Outcomes:
+        """How the newest runs of all ranges ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +68,8 @@ def tick(  # noqa: PLR0913 - what it sees, and how it is asked
     *,
     now: datetime,
     impatient: bool = False,
-    sweep_all: bool = False,
+    whole: Round | None = None,
+    keep: Callable[[], None] = lambda: None,
 ) -> Ticked:
     """Decide a tick.
 
@@ -82,7 +82,9 @@ def tick(  # noqa: PLR0913 - what it sees, and how it is asked
         memory: Of the ticks before.
         now: Timezone-aware.
         impatient: Wait neither for a range to fill nor after a failed run: somebody is looking.
-        sweep_all: Look at every row below the watermark, not at a part of them.
+        whole: Look at every row, not at a part of them: nothing is due once a tick of a round that is over requests no
+            run.
+        keep: Keeps the memory; called while a look takes long.
 
     Raises:
         CursorError: What is stored can't be used, and no operator says where to start.
@@ -94,17 +96,21 @@ def tick(  # noqa: PLR0913 - what it sees, and how it is asked
     before = _load(catalog, stored, mirror, now=now)
     # Before the rows: a run that ends in between is then looked at by the next tick.
     active, backfilled = runs.active(), runs.backfilled()
-    window = _window(catalog, before)
+    looks = Looks(catalog, before, memory, taken=merge([*active, *backfilled]), whole=whole, keep=keep)
+    window = looks.window()
+    ahead = looks.ahead(settings.batch_size * settings.max_in_flight + 1, nothing_before=window.is_clear)
+    found = whole is not None and (looks.finds(window) or looks.finds(ahead))  # these first: below, it goes on later
     seen = Observed(
         active=active,
         window=window,
-        ahead=_ahead(catalog, before, settings.batch_size * settings.max_in_flight + 1),
-        swept=_sweep(catalog, before, memory, sweep_all=sweep_all),
+        ahead=ahead,
+        swept=[] if found else [*looks.moved(), *looks.sweep()],
         density=lambda: catalog.source.recent_density(settings.batch_size),
         partitions=runs.partitions,
         history=runs.history,
         backfilled=backfilled,
         room=catalog.source.reach,
+        outcomes=runs.outcomes,
     )
     rules = Rules(
         batch_size=settings.batch_size,
@@ -132,51 +138,8 @@ def _load(catalog: Catalog, stored: str | None, mirror: Mirror | None, *, now: d
     except CursorError:
         if not requests.waiting():  # else it is replaced: somebody says where to start
             raise
-    first = CursorState.first(source, now=now)
+    first = requests.restore(CursorState.first(source, now=now), now=now)
     if mirror is not None and not requests.waiting():  # an operator's word counts more than a mirror's
-        watermark = adopt(mirror)
+        watermark = max((mark for mark in (adopt(mirror), first.floor_id) if mark is not None), default=None)
         first = first.moved(now=now, last_processed_id=watermark, frontier_id=watermark)
     return requests.apply(first, now=now)
-
-
-def _window(catalog: Catalog, cursor: CursorState) -> Scan:
-    """The unfinished rows between the watermark and the frontier."""
-    after_id, up_to_id, floor_id = cursor.last_processed_id, cursor.frontier_id, cursor.floor_id
-    if up_to_id is None:
-        return Scan((), None, None)
-    return scan(catalog, after_id=after_id, up_to_id=up_to_id, floor_id=floor_id, budget=_SWEEP_BUDGET)
-
-
-def _ahead(catalog: Catalog, cursor: CursorState, budget: int) -> Scan:
-    """The unfinished rows above the frontier; rows that are done already are passed over, for a moment at most."""
-    after, finished, end = cursor.frontier_id, None, time.monotonic() + _SECONDS_AHEAD
-    while True:
-        most = max(budget, _LEAST_BUDGET)
-        found = scan(catalog, after_id=after, up_to_id=None, floor_id=cursor.floor_id, budget=most)
-        finished = found.finished_up_to if found.finished_up_to is not None else finished
-        if found.unfinished or found.reached_id is None or time.monotonic() > end:
-            return Scan(found.unfinished, found.reached_id, finished)
-        after = found.reached_id
-
-
-def _sweep(catalog: Catalog, cursor: CursorState, memory: Memory, *, sweep_all: bool) -> list[int]:
-    """Pending rows at or below the watermark: a part of them each time, so that a tick's cost stays the same.
-
-    With marks and without a version column, unmarked rows are all there is to find, and there are few: every Nth tick.
-    Otherwise each row is compared with the ledger, a part of the table in each tick.
-    """
-    settings, source, up_to_id = catalog.settings, catalog.source, cursor.last_processed_id
-    every_row = source.has_version or not source.has_marks
-    is_turn = sweep_all or every_row or memory.sweep_found_rows or memory.ticks % settings.sweep_every_ticks == 0
-    if up_to_id is None or not is_turn:
-        return []
-    pending: list[int] = []
-    after = None if sweep_all else memory.sweep_after_id
-    look = partial(scan, catalog, up_to_id=up_to_id, floor_id=cursor.floor_id, budget=_SWEEP_BUDGET)
-    while True:
-        found = look(after_id=after, every_row=every_row)
-        pending += found.pending_ids
-        after = memory.sweep_after_id = found.reached_id
-        if not sweep_all or found.reached_id is None or len(pending) > _SWEEP_BUDGET:
-            memory.sweep_found_rows = bool(pending)
-            return pending

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # Rows are counted up to these limits at each look: beyond them, a chart shows a backlog by how far its ids reach.
 MOST_COUNTED = 100_000
 MOST_SCANNED = 20_000
+_MOST_LOOKS = 10  # of so many rows
 _KEY = "progress_memory"
 _NOT_CHARTED = {"moved_at", "stalled_seconds", "is_stuck"}
 
@@ -44,7 +45,8 @@ class Progress:
         newest_id: The greatest eligible id.
         lag_ids: How far the watermark is behind the newest id; None before there is a watermark.
         lag_rows: Eligible rows above the watermark and the floor, up to `MOST_COUNTED`.
-        pending_rows: Rows among them that may be processed now; rows are looked at up to `MOST_SCANNED`.
+        pending_rows: Rows among them that may be processed now; rows are looked at up to `MOST_SCANNED`,
+            and further while none of them is pending.
         waiting_rows: Failed rows among them that wait for their next try.
         failed_records: All that failed and have tries left.
         parked_records: All that are not tried again until somebody says so.
@@ -151,8 +153,7 @@ def measure_progress(  # noqa: PLR0913 - the table, the cursor, and what Dagster
     cursor = cursor or CursorState(catalog.source.identity)
     last, frontier, floor = cursor.last_processed_id, cursor.frontier_id, cursor.floor_id
     after, newest = _highest(last, floor), catalog.source.newest_id()
-    ahead = scan(catalog, after_id=after, up_to_id=None, budget=MOST_SCANNED)
-    pending, stopped = len(ahead.pending_ids), catalog.ledger.count_failed_and_parked()
+    (pending, waiting), stopped = _count_ahead(catalog, after), catalog.ledger.count_failed_and_parked()
     moved = [memory.moved_at, _last_mark(catalog, after, frontier)]
     if pending == 0 or memory.moved_at is None or memory.last_processed_id != last:
         moved.append(now)
@@ -167,7 +168,7 @@ def measure_progress(  # noqa: PLR0913 - the table, the cursor, and what Dagster
         lag_ids=None if newest is None or after is None else max(newest - after, 0),
         lag_rows=catalog.source.count_next(after, MOST_COUNTED),
         pending_rows=pending,
-        waiting_rows=len(ahead.unfinished) - pending,
+        waiting_rows=waiting,
         failed_records=stopped["failed"],
         parked_records=stopped["parked"],
         active_runs=active_runs,
@@ -176,6 +177,19 @@ def measure_progress(  # noqa: PLR0913 - the table, the cursor, and what Dagster
         stalled_seconds=stalled_seconds,
         is_stuck=stalled_seconds >= catalog.settings.stuck_seconds,
     )
+
+
+def _count_ahead(catalog: Catalog, after_id: int | None) -> tuple[int, int]:
+    """Rows that may be processed now, and rows that wait: one look, and more while it finds none of the first."""
+    pending = waiting = 0
+    for _ in range(_MOST_LOOKS):
+        found = scan(catalog, after_id=after_id, up_to_id=None, budget=MOST_SCANNED)
+        pending += len(found.pending_ids)
+        waiting += len(found.unfinished) - len(found.pending_ids)
+        if pending or found.reached_id is None:
+            break
+        after_id = found.reached_id
+    return pending, waiting
 
 
 def _highest(*ids: int | None) -> int | None:

@@ -8,6 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from extraction_dagster.cli.main import app
+from extraction_dagster.errors.decode import OtherSourceError
+from extraction_dagster.ranges.work import fingerprints_of
 from extraction_dagster.records import EncodedFrames, IdRange
 from extraction_dagster.settings import load_settings
 from extraction_dagster.shards.frame_store import FrameStore
@@ -100,3 +102,47 @@ def test_compact_leaves_ranges_alone_that_reach_beyond_the_named_one(trickled):
     done = CliRunner().invoke(app, ["frames", "compact", "1-9", "--older-than", "0"])
     assert done.output.startswith("0 frame shards became 0")
     assert len(trickled.shards(IdRange(1, 10))) == 6
+
+
+@pytest.mark.usefixtures("trickled")
+@pytest.mark.parametrize(
+    "command",
+    [["export", "1-10", "--to", "out"], ["prune"], ["compact", "--older-than", "0"]],
+)
+def test_frames_of_another_source_are_refused_in_one_line_and_stay(tmp_path, monkeypatch, command):
+    assert CliRunner().invoke(app, ["frames", "compact"]).exit_code == 0  # the first user
+    before = sorted(tmp_path.rglob("*.parquet"))
+    monkeypatch.setenv("EXTRACTION_KEEP_FRAMES", "none")
+    monkeypatch.setenv("EXTRACTION_STATE_URL", f"sqlite:///{tmp_path}/state.db")
+    engine = make_engine(load_settings().resolved_source_url, setting="EXTRACTION_SOURCE_URL")
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE other AS SELECT * FROM insta_content")
+        connection.exec_driver_sql("CREATE UNIQUE INDEX other_ids ON other (id)")
+    engine.dispose()
+    monkeypatch.setenv("EXTRACTION_SOURCE_TABLE", "other")
+    monkeypatch.setenv("EXTRACTION_SOURCE_ID_COLUMN", "id")
+    done = CliRunner().invoke(app, ["frames", *command])
+    assert isinstance(done.exception, OtherSourceError)
+    assert "belong to table 'insta_content'" in str(done.exception)
+    assert sorted(tmp_path.rglob("*.parquet")) == before
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("trickled")
+def test_prune_removes_what_former_settings_left_in_every_range(monkeypatch):
+    settings, made_with = load_settings(), fingerprints_of(load_settings())
+    former = FrameStore(settings.resolved_frames_uri, "former")
+    zero = np.zeros(1)
+    for number, partition in ((1, IdRange(1, 1)), (2, IdRange(2, 5)), (6, IdRange(6, 7))):
+        frames = EncodedFrames(number, "", [b"jpeg"], zero, zero, np.zeros(1, np.int64), 8, 8)
+        former.write_shard(partition, [frames])
+    today = {"frames_fingerprint": made_with.frames, "embedding_fingerprint": made_with.embedding}
+    with open_catalog(settings) as catalog, writing(catalog.state_engine, what="write the ledger") as connection:
+        catalog.ledger.upsert(connection, [{"record_id": key, "state": "done", **today} for key in (1, 2)])
+    monkeypatch.setenv("EXTRACTION_KEEP_FRAMES", "none")
+    done = CliRunner().invoke(app, ["frames", "prune"])
+    assert (done.exit_code, done.output.splitlines()[1].rpartition(",")[0]) == (
+        0,
+        "Removed 2 shards of former settings",
+    )
+    assert former.partitions() == [IdRange(6, 7)]

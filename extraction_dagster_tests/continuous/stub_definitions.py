@@ -19,6 +19,7 @@ from extraction_dagster.defs.reconcile import points_agree_with_table
 from extraction_dagster.defs.resources import Extraction, open_step
 from extraction_dagster.defs.sensors import extraction_sensor
 from extraction_dagster.records import EmbeddingBatch, Failure
+from extraction_dagster.shards.store import ShardRecord
 
 DIM = 8
 _SHARD = 250
@@ -84,8 +85,9 @@ def _write(store, id_range, rows, run_id):
         id_range,
         f"{ids[0]}-{ids[-1]}-{run_id[:8]}",
         EmbeddingBatch(vectors.astype(np.float16), ids, zeros.astype(np.int64), zeros),
-        versions=[(row.record_id, row.content_version) for row in rows],
-        failures=[],
+        records=[
+            ShardRecord(row.record_id, row.content_version, 1, address=row.address, claim=row.claim) for row in rows
+        ],
     )
 
 

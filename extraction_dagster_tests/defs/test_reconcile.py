@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The `__fields__` attribute is de
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """A table with records 1 and 2, and a store that holds two points of record 7, which is in no table."""
+    """A table with records 1 and 2, and a store with a point of record 1 and two of record 7, which is in no table."""
     monkeypatch.setenv("EXTRACTION_HOME", str(tmp_path))
     with sqlite3.connect(tmp_path / "source.db") as connection:
         connection.execute(
@@ -27,11 +27,12 @@ def home(tmp_path, monkeypatch):
             "is_embedded BOOLEAN DEFAULT 0)"
         )
         connection.execute("INSERT INTO insta_content (id, path) VALUES (1, 'a.mp4'), (2, 'b.mp4')")
-    ids = np.array([7, 7], np.int64)
-    frames = EmbeddingBatch(np.eye(2, 4, dtype=np.float16), ids, np.array([0, 1], np.int64), np.array([0.0, 1.0]))
+    ids, numbers = np.array([1, 7, 7], np.int64), np.array([0, 0, 1], np.int64)
+    frames = EmbeddingBatch(np.eye(3, 4, dtype=np.float16), ids, numbers, numbers / 1.0)
     with EdgeStore(tmp_path / "qdrant") as store:
         store.ensure_collection(CollectionSpec("video_frames", 4, embedding_fingerprint(load_settings())))
-        replace_records(store, frames, rows={7: VideoRow(7, "g.mp4")}, generations={7: "a"})
+        rows = {key: VideoRow(key, "g.mp4") for key in (1, 7)}
+        replace_records(store, frames, rows=rows, generations={1: "a", 7: "a"})
     return tmp_path
 
 
@@ -61,13 +62,36 @@ def test_the_job_ends_red_on_a_difference_and_names_it(home, instance):
     success, evaluation = run(instance)
     assert (success, evaluation.passed) == (False, False)
     assert (evaluation.asset_key, evaluation.check_name) == (dg.AssetKey("qdrant_points"), "points_agree_with_table")
-    assert evaluation.description == "Of 0 records with 0 points: 2 points gone (1 records)."
+    assert evaluation.description.startswith("Of 0 records with 0 points: 2 points gone (1 records). 1 records wait,")
     table = evaluation.metadata["differences"]
     assert [record.data for record in table.records] == [{"record_id": 7, "lost": None, "stale": None, "gone": 2}]
-    assert num_points(home) == 2
+    assert num_points(home) == 3
 
 
-def test_the_schedule_repairs_and_is_off_until_it_is_switched_on(home, instance):
+def repair(instance, **config):
+    op = "qdrant_points_points_agree_with_table"
+    return run(instance, run_config={"ops": {op: {"config": {"repair": True, **config}}}})
+
+
+def test_what_waits_is_told_and_is_no_failure_and_what_is_held_back_is_one_until_it_is_forced(
+    home, instance, monkeypatch
+):
+    success, evaluation = repair(instance)
+    assert (success, evaluation.passed, evaluation.metadata["gone_waiting_records"].value) == (True, True, 1)
+    assert "wait, the first of them since" in evaluation.description
+    monkeypatch.setenv("EXTRACTION_PURGE_AFTER_SECONDS", "0")
+    monkeypatch.setenv("EXTRACTION_PURGE_SHARE", "0")
+    success, evaluation = repair(instance)
+    assert (success, evaluation.passed, evaluation.metadata["gone_held_back_records"].value) == (False, False, 1)
+    assert "1 of 2 known records are gone, more than EXTRACTION_PURGE_SHARE (0)" in evaluation.description
+    assert num_points(home) == 3
+    success, evaluation = repair(instance, force=True)
+    assert (success, evaluation.metadata["removed_points"].value) == (True, 2)
+    assert num_points(home) == 1
+
+
+def test_the_schedule_repairs_and_is_off_until_it_is_switched_on(home, instance, monkeypatch):
+    monkeypatch.setenv("EXTRACTION_PURGE_AFTER_SECONDS", "0")
     from extraction_dagster.definitions import defs  # noqa: PLC0415 - reads the environment
 
     schedule = defs.resolve_schedule_def("reconcile_schedule")
@@ -76,7 +100,7 @@ def test_the_schedule_repairs_and_is_off_until_it_is_switched_on(home, instance)
     success, evaluation = run(instance, run_config=request.run_config)
     assert (success, evaluation.passed) == (True, True)
     assert evaluation.metadata["removed_points"].value == 2
-    assert num_points(home) == 0
+    assert num_points(home) == 1
     success, evaluation = run(instance)
     assert evaluation.description == "The collection agrees with the table: 0 records, 0 points."
 

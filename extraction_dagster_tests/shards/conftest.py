@@ -11,7 +11,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from extraction_dagster.records import EmbeddingBatch, EncodedFrames, IdRange
 from extraction_dagster.shards.embedding_store import EmbeddingStore
 from extraction_dagster.shards.frame_store import FrameStore
-from extraction_dagster.shards.store import new_name
+from extraction_dagster.shards.store import ShardRecord
 
 
 class RenamingMemory(MemoryFileSystem):
@@ -33,21 +33,21 @@ class Kind:
     store_class: type
     setting: str
 
-    def open(self, root, fingerprint="f1"):
-        return self.store_class(str(root), fingerprint)
+    def open(self, root, fingerprint="f1", source=None):
+        return self.store_class(str(root), fingerprint, source=source)
 
-    def write(self, store, *record_ids, partition=IdRange(1, 1000)):  # noqa: B008 - it is frozen
+    def write(self, store, *record_ids, partition=IdRange(1, 1000), version="v1", claim=0, address="", name=None):  # noqa: B008, PLR0913 - it is frozen
         """One frame for each record."""
-        zeros, numbers = np.zeros(1), np.zeros(1, np.int64)
+        zeros, numbers, name = np.zeros(1), np.zeros(1, np.int64), name or store.next_name()
+        of = {"address": address, "claim": claim}
         if self.name == "frame":
-            videos = [EncodedFrames(key, "v1", [b"jpeg"], zeros, zeros, numbers, 8, 8) for key in record_ids]
-            return store.write_shard(partition, videos)
+            videos = [EncodedFrames(key, version, [b"jpeg"], zeros, zeros, numbers, 8, 8, **of) for key in record_ids]
+            return store.write_shard(partition, videos, name=name)
         count = len(record_ids)
         batch = EmbeddingBatch(
             np.ones((count, 4), np.float16), np.array(record_ids, np.int64), np.zeros(count, np.int64), np.zeros(count)
         )
-        versions = [(key, "v1") for key in record_ids]
-        return store.write(partition, new_name(), batch, versions=versions, failures=[])
+        return store.write(partition, name, batch, records=[ShardRecord(key, version, 1, **of) for key in record_ids])
 
     def read(self, store, shard) -> Any:
         read = store.read(shard)

@@ -13,6 +13,7 @@ from extraction_dagster.records import EncodedFrames, IdRange
 from extraction_dagster.settings import Settings
 from extraction_dagster.shards.compaction import Compacted, CompactionOptions, compact, plan_compaction
 from extraction_dagster.shards.frame_store import FrameRecord, FrameShard, FrameStore
+from extraction_dagster.shards.store import Copy, by_shard, newest_copies
 from extraction_dagster.stages.catalog.ledger import LedgerEntry
 
 RANGE = IdRange(1, 1000)
@@ -41,7 +42,8 @@ def as_plain(read):
 
 def newest(store):
     """What a reader finds: each record's newest copy."""
-    return {read.record_id: as_plain(read) for shard in store.shards(RANGE) for read in store.read(shard)}
+    parts = by_shard(newest_copies(store.shards(RANGE)))
+    return {read.record_id: as_plain(read) for shard, ids in parts for read in store.read(shard, only=ids)}
 
 
 def done(*record_ids, state="done"):
@@ -138,16 +140,19 @@ def test_the_settings_say_how_many_videos_a_merged_shard_holds():
     assert CompactionOptions.from_settings(Settings(shard_records=10)) == CompactionOptions(10, 8, timedelta(hours=1))
 
 
-def test_a_damaged_shard_is_left_as_it_is(tmp_path, caplog):
+def test_a_damaged_shard_is_set_aside_and_the_others_are_merged_by_the_next_compaction(tmp_path, caplog):
     store = FrameStore(str(tmp_path), "f1")
     shard = write(store, video(1))
     write(store, video(2))
+    write(store, video(3))
     content = bytearray(Path(shard.path).read_bytes())
     content[4:60] = bytes(56)
     Path(shard.path).write_bytes(content)
-    assert compact(store, RANGE, AT_ONCE, entries=done(1, 2)) == Compacted()
-    assert records(store) == [[1], [2]]
+    assert compact(store, RANGE, AT_ONCE, entries=done(1, 2, 3)) == Compacted()
+    assert records(store) == [[2], [3]]
     assert "stay as they are" in caplog.text
+    assert Path(shard.path).with_name(f".damaged-{shard.name}").read_bytes() == bytes(content)
+    assert compact(store, RANGE, AT_ONCE, entries=done(1, 2, 3)) == Compacted(removed=2, written=1)
 
 
 def test_a_shard_that_another_process_merged_meanwhile_is_left_out(tmp_path, caplog):
@@ -230,24 +235,26 @@ def test_a_kill_at_any_moment_loses_nothing_and_the_next_one_ends_it(step, numbe
     assert records(store) == [[2, 1, 3, 4, 5, 6, 7]]
 
 
-def shard(number, ids, size):
-    listed = tuple(FrameRecord(record_id, "v1", 1, 8, 8, None, None) for record_id in ids)
+def shard(number, ids, size, claim):
+    listed = tuple(FrameRecord(record_id, "v1", 1, 8, 8, None, None, claim=claim) for record_id in ids)
     return FrameShard(f"20200101T00000000{number:04d}Z-0.parquet", "", size, listed)
 
 
 @given(
     st.lists(
-        st.tuples(st.sets(st.integers(1, 30), min_size=1, max_size=12), st.integers(1, 2**26)), min_size=1, max_size=25
+        st.tuples(st.sets(st.integers(1, 30), min_size=1, max_size=12), st.integers(1, 2**26), st.integers(0, 3)),
+        min_size=1,
+        max_size=25,
     )
 )
 def test_no_plan_loses_a_newest_copy_or_makes_a_shard_too_large(drawn):
-    shards = [shard(number, ids, size) for number, (ids, size) in enumerate(drawn)]
+    shards = [shard(number, *one) for number, one in enumerate(drawn)]
     plan = plan_compaction(shards, AT_ONCE)
     touched = [one.name for group in plan.groups for one in group]
     assert len(touched) == len({*touched})
     for one in plan.superseded:
         assert one.name not in touched
-        assert all(plan.newest[record.record_id] > one.name for record in one.records)
+        assert all(plan.newest[record.record_id].order > Copy(one, record).order for record in one.records)
     for group in plan.groups:
         assert len(group) >= 2
         assert sum(len(plan.live(one)) for one in group) <= 8

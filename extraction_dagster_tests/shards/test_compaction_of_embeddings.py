@@ -9,7 +9,7 @@ import pytest
 from extraction_dagster.records import EmbeddingBatch, Failure, IdRange
 from extraction_dagster.shards.compaction import Compacted, CompactionOptions, compact
 from extraction_dagster.shards.embedding_store import EmbeddingStore
-from extraction_dagster.shards.store import ShardRecord, new_name
+from extraction_dagster.shards.store import ShardRecord
 
 RANGE = IdRange(1, 1000)
 AT_ONCE = CompactionOptions(max_records=8, enough_shards=2, untouched=timedelta())
@@ -31,8 +31,8 @@ def write(store, *records, name=None, failures=()):
         np.tile(np.arange(2, dtype=np.int64), len(records)),
         np.tile(np.arange(2) / 4, len(records)),
     )
-    versions = [(record_id, version) for record_id, version, _ in records]
-    return store.write(RANGE, name or new_name(), batch, versions=versions, failures=list(failures))
+    listed = [ShardRecord(record_id, version, 2) for record_id, version, _ in records]
+    return store.write(RANGE, name or store.next_name(), batch, records=listed, failures=list(failures))
 
 
 def test_vectors_of_merged_shards_are_as_they_were_and_older_copies_go(store):
@@ -76,14 +76,18 @@ def test_young_shards_and_those_of_other_names_are_left_alone(store, tmp_path):
     assert compact(named, RANGE, AT_ONCE) == Compacted()
 
 
-def test_a_damaged_shard_is_left_as_it_is(store, caplog):
+def test_a_damaged_shard_is_set_aside_and_the_others_are_merged_by_the_next_compaction(store, caplog):
     shard = write(store, (1, "v1", 0.5))
     write(store, (2, "v1", 0.5))
+    write(store, (3, "v1", 0.5))
     content = bytearray(Path(shard.path).read_bytes())
     content[4:40] = bytes(36)
     Path(shard.path).write_bytes(content)
     assert compact(store, RANGE, AT_ONCE) == Compacted()
     assert "stay as they are" in caplog.text
+    assert Path(shard.path).with_name(f".damaged-{shard.name}").read_bytes() == bytes(content)
+    assert compact(store, RANGE, AT_ONCE) == Compacted(removed=2, written=1)
+    assert [[record.record_id for record in kept.records] for kept in store.shards(RANGE)] == [[2, 3]]
 
 
 def test_the_partitions_that_have_shards_are_known_by_name(store):

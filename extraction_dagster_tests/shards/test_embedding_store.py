@@ -32,7 +32,13 @@ def _batch(*counts):
 
 
 def _write(store, name="0001-abc", partition=RANGE):
-    return store.write(partition, name, _batch((7, 2), (-3, 3)), versions=[(7, "v1"), (-3, "")], failures=[FAILURE])
+    return store.write(
+        partition,
+        name,
+        _batch((7, 2), (-3, 3)),
+        records=[ShardRecord(7, "v1", 2), ShardRecord(-3, "", 3)],
+        failures=[FAILURE],
+    )
 
 
 def test_what_is_written_is_listed_from_the_footer_and_read_back(any_root):
@@ -71,7 +77,7 @@ def test_the_file_is_called_as_its_frame_shard_is(tmp_path):
 
 def test_a_shard_of_failures_only_has_no_vectors(any_root):
     store = EmbeddingStore(any_root, "f00d")
-    store.write(RANGE, "0001", _batch(), versions=[], failures=[FAILURE])
+    store.write(RANGE, "0001", _batch(), records=[], failures=[FAILURE])
 
     (shard,) = store.shards(RANGE)
 
@@ -82,7 +88,7 @@ def test_a_shard_of_failures_only_has_no_vectors(any_root):
 def test_a_second_write_of_a_name_replaces_the_first(any_root):
     store = EmbeddingStore(any_root, "f00d")
     _write(store)
-    store.write(RANGE, "0001-abc", _batch((7, 1)), versions=[(7, "v2")], failures=[])
+    store.write(RANGE, "0001-abc", _batch((7, 1)), records=[ShardRecord(7, "v2", 1)])
 
     (shard,) = store.shards(RANGE)
 
@@ -148,7 +154,7 @@ def test_foreign_files_are_no_shards_and_are_named_in_the_log(tmp_path, caplog):
 def test_a_footer_longer_than_one_read_is_read_whole(tmp_path):
     store = EmbeddingStore(str(tmp_path), "f00d")
     failures = [Failure(n, "v", "embed", "InvalidVectorError", "x" * 200) for n in range(1000)]
-    store.write(RANGE, "0001", _batch((7, 2)), versions=[(7, "v1")], failures=failures)
+    store.write(RANGE, "0001", _batch((7, 2)), records=[ShardRecord(7, "v1", 2)], failures=failures)
 
     (shard,) = store.shards(RANGE)
 
@@ -164,7 +170,9 @@ def test_a_shard_that_vanished_or_was_damaged_since_it_was_listed_is_an_error_wi
     flipped = bytearray(whole)
     flipped[vectors + 12] ^= 1
     Path(shard.path).write_bytes(flipped)
-    with pytest.raises(EmbeddingShardError, match=r"0001-abc\.parquet' can't be read: .*run its range again"):
+    with pytest.raises(
+        EmbeddingShardError, match=r"0001-abc\.parquet' can't be read: .*sets it aside and makes them again"
+    ):
         store.read(shard)
     Path(shard.path).unlink()
     with pytest.raises(EmbeddingShardError, match="got FileNotFoundError"):
@@ -185,6 +193,7 @@ import numpy as np
 from pathlib import Path
 from extraction_dagster.records import EmbeddingBatch, IdRange
 from extraction_dagster.shards.embedding_store import EmbeddingStore
+from extraction_dagster.shards.store import ShardRecord
 
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -200,7 +209,7 @@ elif point == "after the rename":
     os.replace = lambda *paths: (replace(*paths), die())
 n = 50
 batch = EmbeddingBatch(np.ones((n, 64), np.float16), np.full(n, 7), np.arange(n), np.arange(n) / 1.0)
-EmbeddingStore(sys.argv[1], "f00d").write(IdRange(1, 9), "0001", batch, versions=[(7, "v")], failures=[])
+EmbeddingStore(sys.argv[1], "f00d").write(IdRange(1, 9), "0001", batch, records=[ShardRecord(7, "v", n)])
 """
 
 
@@ -229,7 +238,7 @@ def test_a_write_that_fails_leaves_no_temporary_file_and_keeps_the_old_shard(tmp
 
     monkeypatch.setattr(os, "fsync", disk_full)
     with pytest.raises(OSError, match="No space left on device"):
-        store.write(RANGE, "0001-abc", _batch((7, 1)), versions=[(7, "v2")], failures=[])
+        store.write(RANGE, "0001-abc", _batch((7, 1)), records=[ShardRecord(7, "v2", 1)])
 
     assert [path.name for path in Path(shard.path).parent.iterdir()] == ["0001-abc.parquet"]
     assert store.shards(RANGE) == [shard]

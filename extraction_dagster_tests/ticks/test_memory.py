@@ -6,15 +6,22 @@ from datetime import UTC, datetime
 import pytest
 import sqlalchemy as sa
 
+from extraction_dagster.records import IdRange
 from extraction_dagster.stages.catalog.state_tables import METADATA
 from extraction_dagster.ticks.memory import Memory, recall, remember
-from extraction_dagster.ticks.planner import Patience
+from extraction_dagster.ticks.places import History, Patience
 
 MEMORY = Memory(
-    patience=Patience({"tail": datetime(2025, 1, 31, 12, 0, 1, 500, UTC)}),
+    patience=Patience(
+        {"tail": datetime(2025, 1, 31, 12, 0, 1, 500, UTC)},
+        {IdRange(-5, -1): History(3, datetime(2025, 1, 31, 12, 0, 1, 500, UTC))},
+    ),
     ticks=7,
     sweep_after_id=-3,
     sweep_found_rows=True,
+    window_after_id=4,
+    ahead_after_id=5,
+    address_after_id=6,
 )
 
 
@@ -44,6 +51,12 @@ def test_two_daemons_that_keep_something_at_once_do_not_disturb_each_other(datab
     assert recall(database.engine).ticks in {49, 149, 249, 349}
 
 
+def test_what_an_earlier_release_left_is_still_read():
+    text = '{"since": {"ahead": "2025-01-31T12:00:00+00:00"}, "ticks": 7, "after": -3, "again": true}'
+    patience = Patience({"ahead": datetime(2025, 1, 31, 12, tzinfo=UTC)})
+    assert Memory.from_json(text) == Memory(patience, ticks=7, sweep_after_id=-3, sweep_found_rows=True)
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -53,6 +66,9 @@ def test_two_daemons_that_keep_something_at_once_do_not_disturb_each_other(datab
         '{"since": 1, "ticks": 1, "after": null, "again": false}',
         '{"since": {"tail": "soon"}, "ticks": 1, "after": null, "again": false}',
         '{"since": {}, "ticks": null, "after": null, "again": false}',
+        '{"since": {}, "ticks": 1, "after": null, "again": false, "window_after": "x"}',
+        '{"since": {}, "ticks": 1, "after": null, "again": false, "failing": {"one": [1, "2025-01-31T12:00:00"]}}',
+        '{"since": {}, "ticks": 1, "after": null, "again": false, "failing": {"1-3": [1]}}',
     ],
 )
 def test_what_can_not_be_read_is_forgotten(text):

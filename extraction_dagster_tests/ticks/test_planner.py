@@ -7,7 +7,8 @@ import pytest
 from extraction_dagster.records import IdRange
 from extraction_dagster.stages.catalog.pending import Scan, Unfinished
 from extraction_dagster.ticks.cursor import CursorState
-from extraction_dagster.ticks.planner import History, Observed, Patience, Rules, plan_tick
+from extraction_dagster.ticks.places import History, Patience, Rules
+from extraction_dagster.ticks.planner import Observed, plan_tick
 
 NOW = datetime(2025, 6, 1, 12, tzinfo=UTC)
 NOTHING = Scan((), None, None)
@@ -233,6 +234,14 @@ def test_rows_that_a_backfill_takes_care_of_are_not_asked_for_and_those_behind_t
     assert (tick.cursor.frontier_id, tick.cursor.last_processed_id) == (12, 3)
     later = plan(tick.cursor, ahead=found(31, 50, 51, 52), backfilled=backfilled)
     assert asked(later) == [("41-52", "41-52#102", True)]
+
+
+def test_a_range_above_the_frontier_on_which_somebody_works_for_ever_stops_nothing_behind_it():
+    active = [IdRange(4, 9)]
+    tick = plan(state(last=3, frontier=3), ahead=found(5, 8, 10, 11, 12), active=active)
+    assert (asked(tick), tick.cursor.frontier_id) == ([("10-12", "10-12#101", True)], 12)
+    # Its rows may have been passed by an earlier look; no second run is to work on them all the same.
+    assert asked(plan(state(last=3, frontier=3), ahead=found(10, 11, 12), active=active))[0][0] == "10-12"
 
 
 def test_late_rows_that_a_backfill_takes_care_of_wait_for_it():

@@ -12,7 +12,8 @@ from extraction_dagster.records import IdRange
 from extraction_dagster.stages.catalog.pending import Scan, Unfinished
 from extraction_dagster.ticks.cursor import CursorState
 from extraction_dagster.ticks.mirrors import Reading, adopt, follow
-from extraction_dagster.ticks.planner import History, Observed, Patience, Rules, plan_tick
+from extraction_dagster.ticks.places import History, Outcomes, Patience, Rules
+from extraction_dagster.ticks.planner import Observed, plan_tick
 
 SOURCE = "0" * 16
 RULES = Rules(batch_size=3, max_in_flight=2, max_wait_seconds=30.0)
@@ -46,6 +47,8 @@ class World:
         self.promised, self.of_backfill = set(), set()  # ranges that backfills wait to launch, and those they launched
         self.cursor, self.mirror, self.patience = None, MemoryMirror(), Patience()
         self.keys, self.launched, self.seq = set(), set(), 0
+        self.window_after = None
+        self.cursed, self.outcomes = set(), Outcomes()  # no run over a range that holds a cursed row succeeds
 
     plan = staticmethod(plan_tick)
     knows_the_watermark = True
@@ -92,16 +95,26 @@ class World:
         return Observed(
             active=[id_range for id_range in self.active if id_range not in self.of_backfill],
             backfilled=[*self.promised, *self.of_backfill],
-            window=Scan((), None, None)
-            if cursor.frontier_id is None
-            else self.scan(after, cursor.frontier_id, self.budget),
+            window=self.window(after, cursor.frontier_id),
             ahead=self.scan(cursor.frontier_id, None, self.budget),
             swept=swept,
             density=lambda: 1.0 if len(newest) < 2 else (newest[-1] - newest[0]) / (len(newest) - 1),
             partitions=lambda _ids: set(self.partitions),
             history=lambda id_range: self.histories.get(id_range, History()),
             room=self.room,
+            outcomes=lambda: self.outcomes,
         )
+
+    def window(self, after, frontier):
+        """Its beginning, and a part of what follows: each time the next one."""
+        first = Scan((), None, None) if frontier is None else self.scan(after, frontier, self.budget)
+        if first.reached_id is None:
+            self.window_after = None
+            return first
+        place = first.reached_id if self.window_after is None else max(self.window_after, first.reached_id)
+        more = self.scan(place, frontier, self.budget)
+        self.window_after = more.reached_id
+        return replace(first, unfinished=first.unfinished + more.unfinished)
 
     def room(self, first, last, most):
         inside = sorted(number for number in self.rows if first <= number <= last)
@@ -143,9 +156,9 @@ class World:
             if request.is_new and frontier is not None and request.id_range.first_id > max(frontier, reached):
                 between = range(max(frontier, reached) + 1, request.id_range.first_id)
                 is_crowded = sum(number in between for number in self.rows) >= self.rules.most_rows
-                assert not between or is_crowded or self.is_backfilled(between.stop - 1), "ranges must touch"
+                assert not between or is_crowded or self.is_taken(between.stop - 1), "ranges must touch"
                 passed = [number for number in self.rows if number in between and self.is_pending(number)]
-                assert all(self.is_backfilled(number) for number in passed), "rows were left behind"
+                assert all(self.is_taken(number) for number in passed), "rows were left behind"
                 frontier = request.id_range.last_id
             if request.is_new:
                 held = sum(number in request.id_range for number in self.rows)
@@ -156,8 +169,8 @@ class World:
         num_active = len(self.active.keys() - self.of_backfill)
         assert len(decided.requests) <= max(self.rules.max_in_flight - num_active, 0)
 
-    def is_backfilled(self, number):
-        return any(number in id_range for id_range in self.promised | self.of_backfill)
+    def is_taken(self, number):
+        return any(number in id_range for id_range in self.promised | self.of_backfill | self.active.keys())
 
     def launch_promised(self, id_range):
         self.promised.remove(id_range)
@@ -170,7 +183,14 @@ class World:
         low = LEAST if floor is None else floor
         self.active[id_range] = [number for number in self.rows if number in id_range and number > low]
 
+    def is_cursed(self, id_range):
+        return any(number in id_range for number in self.cursed)
+
     def end(self, id_range, outcomes, *, success):
+        success = success and not self.is_cursed(id_range)
+        outcomes = [None] * len(outcomes) if self.is_cursed(id_range) else outcomes
+        when = {"succeeded_at" if success else "failed_at": self.now}
+        self.outcomes = replace(self.outcomes, **when)
         for number, became in zip(sorted(self.active.pop(id_range)), outcomes, strict=False):
             if number in self.rows and self.is_pending(number) and became is not None:
                 self.rows[number] = became
@@ -179,9 +199,19 @@ class World:
         before = self.histories.get(id_range, History())
         self.histories[id_range] = History(0 if success else before.failures_in_a_row + 1, self.now)
 
+    def left(self, floor):
+        return [number for number in sorted(self.unfinished()) if number > floor]
+
+    def stuck(self):
+        """Rows that share a range with a cursed one."""
+        return {number for item in self.partitions if self.is_cursed(item) for number in self.rows if number in item}
+
     def drain(self):
-        """Whatever happened before: with runs that succeed from now on, every row above the floor is finished."""
-        idle = 0
+        """Whatever happened before: with runs that succeed from now on, every row above the floor is finished.
+
+        But for those in ranges that never succeed, for reasons of their own.
+        """
+        idle, floor = 0, LEAST if self.cursor is None or self.cursor.floor_id is None else self.cursor.floor_id
         for _ in range(200):
             for id_range in list(self.promised):
                 self.launch_promised(id_range)
@@ -192,8 +222,12 @@ class World:
             idle = 0 if decided.requests or self.active else idle + 1
             if idle > 3:  # rows waited for their range to fill in between
                 break
+            if self.left(floor) and self.stuck().issuperset(self.left(floor)):
+                break
         floor = LEAST if self.cursor.floor_id is None else self.cursor.floor_id
-        assert [number for number in sorted(self.unfinished()) if number > floor] == [], "rows were forgotten"
+        assert [number for number in self.left(floor) if number not in self.stuck()] == [], "rows were forgotten"
+        if self.left(floor):
+            return
         finished = [number for number in self.rows if number > floor]
         if finished and self.knows_the_watermark:
             assert self.cursor.last_processed_id is not None, "the watermark stayed behind"
@@ -244,6 +278,15 @@ class Ticks(RuleBasedStateMachine):
     def a_run_ends_fails_or_is_killed(self, data, outcomes, success):
         id_range = data.draw(st.sampled_from(sorted(self.world.active)))
         self.world.end(id_range, outcomes, success=success)
+
+    @rule(number=ids)
+    def a_row_makes_each_run_of_its_range_fail(self, number):
+        if len(self.world.cursed) < 3:
+            self.world.cursed.add(number)
+
+    @rule()
+    def what_made_runs_fail_is_mended(self):
+        self.world.cursed.clear()
 
     @rule(first=ids, width=st.integers(0, 20))
     def somebody_launches_a_range(self, first, width):
@@ -413,6 +456,22 @@ class OverlooksBackfills(World):
         return plan_tick(cursor, replace(seen, backfilled=()), rules, patience, now=now)
 
 
+class KeepsPlacesForEver(World):
+    """Lets a range that failed keep its place whatever others do, and tries no other."""
+
+    @staticmethod
+    def plan(cursor, seen, rules, patience, *, now):
+        patience.since |= {"kept": now, "tried": now}
+        return plan_tick(cursor, replace(seen, outcomes=Outcomes), rules, patience, now=now)
+
+
+def two_ranges_never_succeed(world):
+    world.rows, world.cursed = dict.fromkeys(range(1, 16), "todo"), {1, 5}
+    world.tick()
+    world.drain()
+    assert world.unfinished() == {1, 2, 3, 5, 6, 7}
+
+
 def a_row_fails_and_waits(world):
     world.rows = dict.fromkeys((1, 2, 3), "todo")
     (request,) = world.tick().requests
@@ -443,6 +502,7 @@ def a_row_commits_late(world):
         (LooksAboveTheCursorAlone, a_row_commits_late, "rows were forgotten"),
         (ForgetsRowsThatWait, a_row_fails_and_waits, "the watermark passed"),
         (OverlooksBackfills, a_backfill_promises_what_is_due, "two active runs"),
+        (KeepsPlacesForEver, two_ranges_never_succeed, "rows were forgotten"),
     ],
 )
 def test_a_planted_mistake_shows_in_the_events_that_tell_it(mutant, events, caught):

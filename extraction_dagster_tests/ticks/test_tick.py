@@ -10,11 +10,13 @@ from pydantic import SecretStr
 from extraction_dagster.errors.runs import CursorError, LostCursorError, MirrorError
 from extraction_dagster.records import Failure, IdRange
 from extraction_dagster.stages.catalog.catalog import Fingerprints
+from extraction_dagster.ticks import looks as looks_module
 from extraction_dagster.ticks import tick as tick_module
 from extraction_dagster.ticks.cursor import CursorState, Requests
+from extraction_dagster.ticks.looks import Round
 from extraction_dagster.ticks.memory import Memory
 from extraction_dagster.ticks.mirrors import Notice, Reading, TableMirror, make_mirror
-from extraction_dagster.ticks.planner import History, Rules
+from extraction_dagster.ticks.places import History, Outcomes, Rules
 from extraction_dagster.ticks.tick import tick
 
 TODAY = Fingerprints(frames="f1", embedding="e1")
@@ -41,6 +43,9 @@ class Sensor:
     def history(self, _range):
         return History()
 
+    def outcomes(self):
+        return Outcomes()
+
     def tick(self, *, keeps=True, **options):
         self.now += timedelta(seconds=1)
         ticked = tick(self.catalog, self, self.stored, self.memory, now=self.now, impatient=True, **options)
@@ -62,7 +67,7 @@ class Sensor:
     def drain(self):
         ranges = []
         for _ in range(20):
-            ticked = self.tick(sweep_all=True)
+            ticked = self.tick(whole=Round())
             ranges += asked(ticked)
             if not ticked.requests:
                 return ranges
@@ -140,7 +145,7 @@ def test_few_rows_among_very_many_that_are_done_make_no_range_that_a_run_can_not
     assert asked(sensor.tick()) == []
     assert sensor.marks[:2] == (40, 40)
     database.execute("UPDATE insta_content SET is_embedded = false WHERE id IN (10, 12, 20)")
-    assert asked(sensor.tick(sweep_all=True)) == ["10-12", "20-20"]
+    assert asked(sensor.tick(whole=Round())) == ["10-12", "20-20"]
     sensor.finish()
     assert sensor.drain() == []
 
@@ -175,7 +180,7 @@ def test_with_a_version_column_every_tick_looks_and_finds_what_changed(start, da
 
 
 def test_a_sweep_in_parts_goes_on_where_it_stopped_and_never_below_the_floor(start, database, monkeypatch):
-    monkeypatch.setattr(tick_module, "_SWEEP_BUDGET", 4)
+    monkeypatch.setattr(looks_module, "_BUDGET", 4)
     sensor = start(*range(1, 13), source_version_column="updated_at")
     sensor.drain()
     sensor.memory.sweep_after_id = None
@@ -202,6 +207,52 @@ def test_a_failed_row_holds_the_watermark_and_a_parked_one_does_not(start, datab
     assert sensor.catalog.ledger.retry(record_ids=[2], error_type=None) == [2]
     assert sensor.drain() == ["1-3"]
     assert database.rows("SELECT count(*) FROM insta_content WHERE is_embedded") == [(6,)]
+
+
+# Addresses
+
+
+def test_a_done_row_whose_address_was_corrected_becomes_due(start, database, monkeypatch):
+    monkeypatch.setattr(looks_module, "_ADDRESSES", 2)
+    sensor = start(*range(1, 10), sweep_every_ticks=4)
+    sensor.drain()
+    sensor.memory = Memory()
+    database.execute("UPDATE insta_content SET path = 'other.mp4' WHERE id IN (4, 8)")
+    ticks = [asked(sensor.tick()) for _ in range(7)]
+    assert ticks == [[], [], [], [], [], [], ["4-6"]]  # the third and each fourth after it: two rows each
+    sensor.finish()
+    assert [asked(sensor.tick()) for _ in range(8)][-1] == ["7-9"]
+    sensor.finish()
+    assert database.rows("SELECT count(*) FROM extraction_ledger WHERE state = 'done'") == [(9,)]
+    assert [asked(sensor.tick()) for _ in range(16)] == [[]] * 16
+
+
+def test_corrected_addresses_that_find_no_place_are_not_forgotten(start, database):
+    sensor = start(*range(1, 10), sweep_every_ticks=1, max_in_flight=1)
+    sensor.drain()
+    database.execute("UPDATE insta_content SET path = 'other.mp4'")
+    given = []
+    for _ in range(8):
+        given += asked(sensor.tick())
+        sensor.finish()
+    assert given == ["1-3", "4-6", "7-9"]
+
+
+def test_a_command_compares_addresses_once_and_those_at_or_below_the_floor_are_left(start, database):
+    sensor = start(*range(1, 10))
+    sensor.drain()
+    Requests(sensor.catalog.state_engine).add("set", 5)
+    sensor.drain()
+    database.execute("UPDATE insta_content SET path = 'other.mp4' WHERE id IN (4, 8)")
+    assert sensor.drain() == ["7-9"]
+
+
+def test_where_changed_addresses_are_only_reported_nothing_becomes_due(start, database):
+    sensor = start(*range(1, 10), sweep_every_ticks=1, address_changes="report")
+    sensor.drain()
+    database.execute("UPDATE insta_content SET path = 'other.mp4'")
+    assert sensor.drain() == []
+    assert asked(sensor.tick()) == []
 
 
 # Operators
@@ -285,6 +336,41 @@ def test_a_lost_cursor_is_adopted_from_the_mirror_and_no_row_is_done_twice(start
     database.insert(7, 2_000)
     assert sensor.drain() == ["7-2997"]
     assert database.rows("SELECT count(*) FROM insta_content WHERE NOT is_embedded") == [(0,)]
+
+
+@pytest.mark.parametrize("kind", ["none", "json", "table"])
+def test_the_floor_of_a_consumed_request_outlives_the_cursor(start, database, kind):
+    sensor = start(*range(1, 10), checkpoint_mirror=kind)
+    requests = Requests(sensor.catalog.state_engine)
+    requests.add("set", 4)
+    sensor.tick()
+    sensor.finish()
+    sensor.tick()
+    assert (sensor.marks, requests.waiting()) == ((9, 10, 4, 1), [])
+    sensor.stored = None
+    database.insert(12)
+    assert sensor.drain() == ["10-15"]
+    assert sensor.marks[2:] == (4, 1)
+    assert database.rows("SELECT count(*) FROM insta_content WHERE NOT is_embedded") == [(4,)]
+    requests.add("reset")
+    sensor.drain()
+    sensor.stored = None
+    sensor.drain()
+    assert sensor.marks[2:] == (None, 2)
+
+
+def test_a_lost_cursor_never_starts_below_the_floor_whatever_the_mirror_says(start):
+    sensor = start(*range(1, 10), checkpoint_mirror="json")
+    requests = Requests(sensor.catalog.state_engine)
+    for _ in range(2):
+        requests.add("set", 4)
+        sensor.tick()
+        sensor.tick()
+    assert requests.waiting() == []
+    make_mirror(sensor.catalog.settings, sensor.catalog.state_engine).write(2, now=sensor.now)
+    sensor.stored, sensor.running = None, []
+    assert sensor.tick(keeps=False).cursor.floor_id == 4
+    assert sensor.tick().cursor.last_processed_id == 4
 
 
 def test_without_a_mirror_a_lost_cursor_is_derived_from_the_rows(start):

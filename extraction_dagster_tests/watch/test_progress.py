@@ -93,6 +93,14 @@ def test_of_a_backlog_that_is_not_counted_to_its_end_nobody_knows_when_it_will_b
     assert "eta_seconds" not in look(catalog, None, ProgressMemory(), videos_per_second=2.0).numbers()
 
 
+def test_rows_that_wait_hide_no_due_row_above_them(catalog, monkeypatch):
+    monkeypatch.setattr(progress, "MOST_SCANNED", 2)
+    for record_id in range(1, 8):
+        fail(catalog, record_id)
+    found = look(catalog, None, ProgressMemory(moved_at=START - timedelta(hours=2)), now=START)
+    assert (found.pending_rows, found.is_stuck) == (1, True)
+
+
 def test_an_empty_table_has_no_newest_id(database):
     database.create()
     catalog = database.catalog()

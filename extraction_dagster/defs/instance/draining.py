@@ -2,8 +2,10 @@
 
 import logging
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 
 import dagster as dg
 
@@ -11,15 +13,17 @@ from extraction_dagster.defs.instance.cursor_store import CursorStore
 from extraction_dagster.defs.instance.launching import launch
 from extraction_dagster.defs.instance.runs import InstanceRuns
 from extraction_dagster.defs.progress import report_progress
-from extraction_dagster.errors.runs import RunFailedError, SensorBusyError
+from extraction_dagster.errors.runs import RangeBusyError, RunFailedError, SensorBusyError
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import Settings
 from extraction_dagster.stages.catalog.catalog import open_catalog
 from extraction_dagster.ticks.cursor import CursorState
-from extraction_dagster.ticks.memory import Memory
+from extraction_dagster.ticks.looks import Round
+from extraction_dagster.ticks.memory import recall, remember
 from extraction_dagster.ticks.tick import Ticked, tick
 
 _log = logging.getLogger(__name__)
+_GIVE_UP_AFTER = 3  # ranges that fail one after the other: a store is down, say, and the rest would fail as well
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,66 +44,105 @@ class Drained:
 def drain(instance: dg.DagsterInstance, settings: Settings, *, follow: bool) -> Drained:
     """Tick and run, one range at a time, until no row is due; with `follow`, go on for ever.
 
-    A range that fails as a whole ends the command; with `follow` it is tried again later.
+    A range that fails as a whole does not stop the others, three in a row do; with `follow` it is tried again later.
 
     Raises:
         SensorBusyError: A daemon ticks the sensor: two of them would work against each other.
         RunFailedError: A run failed as a whole (a store is down, say); the watermark stays below its range.
         KeyboardInterrupt: Ctrl+C; finished shards are kept.
     """
-    store = CursorStore(instance)
-    _say_where(store, settings)
-    memory, processed, idle = Memory(), 0, False
+    ticks = _Ticks(instance, settings, follow=follow)
+    processed, in_a_row = 0, 0
     while True:
-        if store.is_ticking():  # with `follow`, a daemon may be started days later
+        if ticks.store.is_ticking():  # with `follow`, a daemon may be started days later
             raise SensorBusyError
-        ticked = _tick(instance, settings, store, memory, follow=follow, sweep_all=idle and not follow)
+        ticked = ticks.tick()
         if ticked.requests:
             id_range = ticked.requests[0].id_range
             before = _num_finished(settings, id_range)
-            run = launch(instance, id_range, floor_id=ticked.cursor.floor_id)
-            if not run.success:
-                error = RunFailedError(id_range.partition_key, run.run_id, run.error)
-                if not follow:
-                    raise error
-                _log.error("%s", error)
+            error = _process(instance, id_range, ticked.cursor.floor_id)
             processed += _num_finished(settings, id_range) - before
+            in_a_row = 0 if error is None else in_a_row + 1
+            if error is not None and not follow:
+                ticks.failed[id_range] = error
+                if in_a_row == _GIVE_UP_AFTER:
+                    break
             _log.info("Total records processed so far: %d", processed)
             report_progress(instance, settings)
-            idle = False
         elif follow:
             time.sleep(settings.sensor_interval_seconds)
-        elif idle:
-            report_progress(instance, settings, at_once=True)
-            return Drained(processed, ticked.num_waiting, ticked.num_active)
-        else:
-            idle = True  # the last tick looks at every row below the watermark as well
+        elif ticks.whole is None:
+            ticks.begin_whole()  # from here on ticks look at every row below the watermark as well
+        elif ticks.whole.is_over:
+            break
+    if ticks.failed:
+        raise next(iter(ticks.failed.values()))
+    report_progress(instance, settings, at_once=True)
+    return Drained(processed, ticked.num_waiting, ticked.num_active)
 
 
-def _tick(  # noqa: PLR0913 - a tick, and how it is asked
-    instance: dg.DagsterInstance,
-    settings: Settings,
-    store: CursorStore,
-    memory: Memory,
-    *,
-    follow: bool,
-    sweep_all: bool,
-) -> Ticked:
-    one_at_a_time = settings.model_copy(update={"max_in_flight": len(InstanceRuns(instance).active()) + 1})
-    with open_catalog(one_at_a_time) as catalog:
-        ticked = tick(
-            catalog,
-            InstanceRuns(instance),
-            store.read(),
-            memory,
-            now=datetime.now(UTC),
-            impatient=not follow,
-            sweep_all=sweep_all,
-        )
-    store.write(ticked.cursor.to_json())
-    for notice in ticked.notices:
-        _log.log(logging.getLevelNamesMapping()[notice.level.upper()], notice.text)
-    return ticked
+class _RunsBeside(InstanceRuns):
+    """The runs, for a command that has no second try for a range of which its own run failed."""
+
+    def __init__(self, instance: dg.DagsterInstance, failed: Collection[IdRange]) -> None:
+        super().__init__(instance)
+        self._failed = failed
+
+    def backfilled(self) -> list[IdRange]:
+        """Ranges that are taken care of, and those that failed: others are looked for."""
+        return [*super().backfilled(), *self._failed]
+
+
+class _Ticks:
+    """The ticks of one command; what they remember is kept, so that the next command goes on there."""
+
+    def __init__(self, instance: dg.DagsterInstance, settings: Settings, *, follow: bool) -> None:
+        self.store, self.failed = CursorStore(instance), dict[IdRange, RunFailedError]()
+        self.whole: Round | None = None
+        self._instance, self._settings, self._follow = instance, settings, follow
+        with open_catalog(settings) as catalog:
+            self._memory = recall(catalog.state_engine)
+        _say_where(self.store, settings)
+
+    def begin_whole(self) -> None:
+        """From here on, look at the whole table; from where the last command came to in this, if it was stopped."""
+        self.whole = Round(self._memory.sweep_after_id)
+
+    def tick(self) -> Ticked:
+        """Tick once, and store the cursor."""
+        runs = _RunsBeside(self._instance, self.failed)
+        one_at_a_time = self._settings.model_copy(update={"max_in_flight": len(runs.active()) + 1})
+        with open_catalog(one_at_a_time) as catalog:
+            keep = partial(remember, catalog.state_engine, self._memory)
+            ticked = tick(
+                catalog,
+                runs,
+                self.store.read(),
+                self._memory,
+                now=datetime.now(UTC),
+                impatient=not self._follow,
+                whole=self.whole,
+                keep=keep,
+            )
+            keep()
+        self.store.write(ticked.cursor.to_json())
+        for notice in ticked.notices:
+            _log.log(logging.getLevelNamesMapping()[notice.level.upper()], notice.text)
+        return ticked
+
+
+def _process(instance: dg.DagsterInstance, id_range: IdRange, floor_id: int | None) -> RunFailedError | None:
+    """Run a range; the error when it failed."""
+    try:
+        run = launch(instance, id_range, floor_id=floor_id)
+    except RangeBusyError as busy:  # somebody else launched it a moment ago: the next tick sees that
+        _log.warning("%s", busy)
+        return None
+    if run.success:
+        return None
+    error = RunFailedError(id_range.partition_key, run.run_id, run.error)
+    _log.error("%s", error)
+    return error
 
 
 def _num_finished(settings: Settings, id_range: IdRange) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import dagster as dg
 
-from extraction_dagster.defs.instance.runs import PARTITION_TAG, active_runs, fail_dead_runs, first_failure
+from extraction_dagster.defs.instance.runs import PARTITION_TAG, attended_runs, fail_dead_runs, first_failure
 from extraction_dagster.defs.partitions import FLOOR_TAG, add_ranges, process_tags
 from extraction_dagster.defs.storage import ExtractionComputeLogManager
 from extraction_dagster.errors.runs import InstanceError, RangeBusyError
@@ -87,7 +87,7 @@ def launch(
     ExtractionComputeLogManager.captures = False
     fail_dead_runs(instance)
     add_ranges(instance, [id_range])
-    for run in active_runs(instance):
+    for run in attended_runs(instance):
         if run.tags.get(PARTITION_TAG) == id_range.partition_key:
             raise RangeBusyError(id_range.partition_key, run.run_id)
     run_id = str(uuid.uuid4())

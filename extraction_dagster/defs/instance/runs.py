@@ -1,11 +1,13 @@
 """Runs of ranges, and the ranges of backfills, as a tick asks for them; flat in the number of partitions."""
 
 import json
+import logging
 import re
 import time
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import UTC, datetime
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 
 import dagster as dg
 
@@ -21,8 +23,9 @@ from extraction_dagster.defs.instance.private_api import (
 )
 from extraction_dagster.defs.partitions import PROCESS_RUN_TAG, PROCESS_TAG, is_dead, is_gone, valid_ranges
 from extraction_dagster.records import IdRange
-from extraction_dagster.ticks.planner import History
+from extraction_dagster.ticks.places import History, Outcomes
 
+_log = logging.getLogger(__name__)
 ASSETS = ("video_frames", "frame_embeddings", "qdrant_points")  # in data order
 PARTITION_TAG = "dagster/partition"
 BACKFILL_TAG = "dagster/backfill"
@@ -37,7 +40,10 @@ _ACTIVE = [
 _AT_WORK = _ACTIVE[2:]
 _ENDED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
 _BACKFILL_DAEMONS = ("BACKFILL", "QUEUED_RUN_COORDINATOR")
+_LONGEST_SECONDS = 3 * 86_400.0  # of a run that does not say how long it may take
+_SILENT = timedelta(hours=1)  # without a run: a backfill that nobody works off, although a daemon runs
 _LOOK_BACK = 12
+_LOOK_BACK_AT_ALL = 50
 _STARTED_PROCESS = re.compile(r"Started process for run \(pid: (\d+)\)")  # Dagster's own words, before the first step
 _RATE_SECONDS = 900.0
 _MOST_EVENTS = 200
@@ -51,23 +57,44 @@ def active_runs(instance: dg.DagsterInstance) -> list[dg.DagsterRun]:
     return list(instance.get_runs(dg.RunsFilter(statuses=_ACTIVE)))
 
 
+def attended_runs(instance: dg.DagsterInstance, *, under_daemon: bool = False) -> list[dg.DagsterRun]:
+    """Every run that works, or waits in the queue and will be started: without a daemon, those there wait for ever."""
+    runs = active_runs(instance)
+    waits = any(run.status == dg.DagsterRunStatus.QUEUED for run in runs)
+    if not waits or under_daemon or has_backfill_daemons(instance):
+        return runs
+    return [run for run in runs if run.status != dg.DagsterRunStatus.QUEUED]
+
+
 def fail_dead_runs(instance: dg.DagsterInstance) -> None:
     """End the runs whose process was killed, and free the pool slots that they held.
 
-    Otherwise a run whose worker and code server were both killed would keep its range and its slots for ever.
+    Otherwise a run whose worker and code server were both killed would keep its range and its slots for ever. One of
+    another machine is ended after days: Dagster itself ends only those that say how long they may take.
     """
-    for run in active_runs(instance):
-        if _has_died(instance, run):
-            instance.report_run_failed(
-                run, "Its process is gone. Its range is asked for again and goes on where it was."
-            )
-            free_slots(instance, run.run_id)
+    for record in instance.get_run_records(dg.RunsFilter(statuses=_ACTIVE)):
+        run = record.dagster_run
+        with _alone(run):
+            why = "Its process is gone" if _has_died(instance, run) else _takes_too_long(record)
+            if why:
+                instance.report_run_failed(run, f"{why}. Its range is asked for again and goes on where it was.")
+                free_slots(instance, run.run_id)
     # The code server ends a run whose process was killed within a second; Dagster itself frees its slots minutes later,
     # and a pool of one would stand still until then.
     if holders := slot_holders(instance):
         for run in instance.get_runs(dg.RunsFilter(run_ids=list(holders), statuses=_ENDED)):
-            if _has_lost_its_process(instance, run):
-                free_slots(instance, run.run_id)
+            with _alone(run):
+                if _has_lost_its_process(instance, run):
+                    free_slots(instance, run.run_id)
+
+
+@contextmanager
+def _alone(run: dg.DagsterRun) -> Iterator[None]:
+    """Whatever is odd about one run, its tags, its events or that it is gone by now, no tick ends for it."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - whatever Dagster and people write of runs
+        _log.warning("Run %s can't be judged: %s", run.run_id, str(error).partition("\n")[0])
 
 
 def _has_died(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
@@ -75,6 +102,15 @@ def _has_died(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
     if run.status == dg.DagsterRunStatus.NOT_STARTED:  # a command's own run, made and stopped before its first step
         return is_dead(_process_of(run))
     return run.status in _AT_WORK and _has_lost_its_process(instance, run)
+
+
+def _takes_too_long(record: dg.RunRecord) -> str:
+    """Why a run of a range is taken for dead although its process can't be seen; empty when it is not."""
+    run, began_at = record.dagster_run, record.start_time or record.create_timestamp.replace(tzinfo=UTC).timestamp()
+    if run.status not in _AT_WORK or time.time() - began_at < _LONGEST_SECONDS or not range_of(run):
+        return ""
+    longest = max(_LONGEST_SECONDS, 2 * float(run.tags.get("dagster/max_runtime_seconds", 0)))
+    return f"It has been at work for more than {longest:.0f} s" if time.time() - began_at >= longest else ""
 
 
 def _has_lost_its_process(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
@@ -89,7 +125,8 @@ def _process_of(run: dg.DagsterRun) -> str:
 
 def _died_early(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
     """Whether a worker of this machine was killed before its first step, hence before it could tag its run."""
-    if json.loads(run.tags.get(GRPC_INFO_TAG, "{}")).get("host") != "localhost":
+    info = json.loads(run.tags.get(GRPC_INFO_TAG, "{}"))
+    if not isinstance(info, dict) or info.get("host") != "localhost":
         return False
     for message, moment in engine_messages(instance, run.run_id):
         if started := _STARTED_PROCESS.match(message):
@@ -111,20 +148,20 @@ class InstanceRuns:
     def active(self) -> list[IdRange]:
         """Ranges that have an active run of the sensor, a command or the UI; those of backfills are not among them."""
         fail_dead_runs(self._instance)
-        return [
-            found for run in active_runs(self._instance) if BACKFILL_TAG not in run.tags and (found := range_of(run))
-        ]
+        return [found for run in self._runs() if BACKFILL_TAG not in run.tags and (found := range_of(run))]
 
     def backfilled(self) -> list[IdRange]:
         """Ranges that backfills take care of: an active run works on them, or a daemon will ask for one."""
         # Those that wait come first: a run that is asked for in between is seen twice, not overlooked.
         backfills = requested_backfills(self._instance)
         served = self._under_daemon or (bool(backfills) and has_backfill_daemons(self._instance))
-        waiting = [
-            id_range for backfill in backfills if served for id_range in waiting_ranges(self._instance, backfill)
-        ]
-        at_work = (range_of(run) for run in active_runs(self._instance) if BACKFILL_TAG in run.tags)
+        going_on = [backfill for backfill in backfills if served and _is_going_on(self._instance, backfill)]
+        waiting = [id_range for backfill in going_on for id_range in waiting_ranges(self._instance, backfill)]
+        at_work = (range_of(run) for run in self._runs() if BACKFILL_TAG in run.tags)
         return [*waiting, *filter(None, at_work)]
+
+    def _runs(self) -> list[dg.DagsterRun]:
+        return attended_runs(self._instance, under_daemon=self._under_daemon)
 
     def partitions(self, record_ids: Sequence[int]) -> Iterator[IdRange]:
         """The ranges that hold any of these ids, which ascend; a range of negative ids is always among them."""
@@ -140,9 +177,22 @@ class InstanceRuns:
         failures = next(
             (n for n, status in enumerate(statuses) if status != dg.DagsterRunStatus.FAILURE), len(statuses)
         )
-        newest = records[0]
-        ended_at = newest.end_time or newest.update_timestamp.replace(tzinfo=UTC).timestamp()
-        return History(failures_in_a_row=failures, ended_at=datetime.fromtimestamp(ended_at, UTC))
+        return History(failures_in_a_row=failures, ended_at=_ended_at(records[0]))
+
+    def outcomes(self) -> Outcomes:
+        """How the newest runs of all ranges ended."""
+        records = self._instance.get_run_records(dg.RunsFilter(statuses=_ENDED), limit=_LOOK_BACK_AT_ALL)
+        ended = [record for record in records if range_of(record.dagster_run)]
+
+        def newest(status: dg.DagsterRunStatus) -> datetime | None:
+            return max((_ended_at(record) for record in ended if record.dagster_run.status == status), default=None)
+
+        return Outcomes(newest(dg.DagsterRunStatus.SUCCESS), newest(dg.DagsterRunStatus.FAILURE))
+
+
+def _ended_at(record: dg.RunRecord) -> datetime:
+    seconds = record.end_time or record.update_timestamp.replace(tzinfo=UTC).timestamp()
+    return datetime.fromtimestamp(seconds, UTC)
 
 
 def range_of(run: dg.DagsterRun) -> IdRange | None:
@@ -187,13 +237,29 @@ def has_backfill_daemons(instance: dg.DagsterInstance) -> bool:
 
 def waiting_ranges(instance: dg.DagsterInstance, backfill: PartitionBackfill) -> Iterator[IdRange]:
     """The ranges of our assets for which a backfill has asked for no run yet."""
-    data = backfill.asset_backfill_data
-    if data is None:  # one of a job, or of an older version
+    try:
+        data = backfill.asset_backfill_data
+        if data is None:  # one of a job, or of an older version
+            return
+        with dg.partition_loading_context(dynamic_partitions_store=instance):  # "all partitions": those there are now
+            seen = range_keys(data.requested_subset) | range_keys(data.materialized_subset)
+            waiting = range_keys(data.target_subset) - seen - range_keys(data.failed_and_downstream_subset)
+    except Exception as error:  # noqa: BLE001 - what Dagster kept of it, with assets and partitions of another day
+        _log.warning("Backfill %s can't be read: %s", backfill.backfill_id, str(error).partition("\n")[0])
         return
-    with dg.partition_loading_context(dynamic_partitions_store=instance):  # "all partitions" are those there are now
-        seen = range_keys(data.requested_subset) | range_keys(data.materialized_subset)
-        waiting = range_keys(data.target_subset) - seen - range_keys(data.failed_and_downstream_subset)
     yield from valid_ranges(waiting)
+
+
+def _is_going_on(instance: dg.DagsterInstance, backfill: PartitionBackfill) -> bool:
+    """Whether a backfill has begun lately, or has a run that is active or was so lately; else nobody works it off."""
+    since = datetime.now(UTC) - _SILENT
+    if backfill.backfill_timestamp >= since.timestamp():
+        return True
+    of_it = {BACKFILL_TAG: backfill.backfill_id}
+    return any(
+        instance.get_runs_count(filters)
+        for filters in (dg.RunsFilter(tags=of_it, statuses=_ACTIVE), dg.RunsFilter(tags=of_it, updated_after=since))
+    )
 
 
 def range_keys(subset: AssetGraphSubset) -> set[str]:

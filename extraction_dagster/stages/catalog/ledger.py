@@ -119,6 +119,18 @@ class Ledger:
         with reading(self.engine, what="read the ledger") as connection:
             return {row["record_id"]: LedgerEntry(**row) for row in connection.execute(query).mappings()}
 
+    def claims(self, record_ids: Sequence[int]) -> dict[int, int]:
+        """The present claims of those of these records that the ledger knows."""
+        found: dict[int, int] = {}
+        with reading(self.engine, what="read the ledger") as connection:
+            for chunk in chunks(record_ids):
+                query = sa.select(LEDGER_TABLE.c.record_id, LEDGER_TABLE.c.claim)
+                found.update(
+                    (row.record_id, row.claim)
+                    for row in connection.execute(query.where(LEDGER_TABLE.c.record_id.in_(chunk)))
+                )
+        return found
+
     def addresses(self, record_ids: Sequence[int]) -> dict[int, str]:
         """Of those of these records that are done, the addresses of the files that their frames are of, if known."""
         table = LEDGER_TABLE.c

@@ -11,7 +11,7 @@ compared with the ledger.
 from __future__ import annotations
 
 import random
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -32,7 +32,11 @@ if TYPE_CHECKING:
 
 _MAX_ID = 2**63 - 1
 _MIN_ID = -(2**63)
-_Head = tuple[int, str, bool | None]  # a row: its id, its version, whether it is marked as done
+# A row: its id, its version (None when it can't be read), whether it is marked as done.
+_Head = tuple[int, str | None, bool | None]
+_MOST_ENTRIES = 20_000  # of the ledger in a scan
+_MOST_ENTRIES_ELSEWHERE = 2_000  # where the rows lie in another database
+_CHUNK = 500  # rows asked for at once where one of them can't be read
 _MOST_ADDRESSES = 500  # of rows that wait or are parked, compared in one scan
 _DENSE = 4  # ids to a row up to which the ledger is read as one range, not by lists of ids
 Status = Literal["done", "todo", "again", "waiting", "parked"]
@@ -129,12 +133,17 @@ class Scan:
         unfinished: In ascending order of ids.
         reached_id: The last id looked at when the budget ended the scan; None when the whole window was looked at.
         finished_up_to: The greatest eligible id in the window below which every eligible row is done or parked, itself
-            included; None when there is none.
+            included; None when there is none. Of a scan that ended at its budget with nothing unfinished, `reached_id`.
     """
 
     unfinished: tuple[Unfinished, ...]
     reached_id: int | None
     finished_up_to: int | None
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the whole window was looked at, and nothing in it is unfinished."""
+        return not self.unfinished and self.reached_id is None
 
     @property
     def pending_ids(self) -> list[int]:
@@ -167,10 +176,11 @@ def scan(  # noqa: PLR0913 - the window, and how to look through it
         return Scan((), None, None)
     source, now = catalog.source, datetime.now(UTC)
     with _snapshot(catalog) as connection:
-        heads = _heads(catalog, connection, low, high, budget, every_row=every_row)
-        reached = heads[-1][0] if len(heads) >= budget else None
+        heads, reached = _heads(catalog, connection, low, high, budget, every_row=every_row)
         unfinished = tuple(_classify(catalog, connection, heads, now))
-        end = unfinished[0].record_id - 1 if unfinished else high if reached is None else reached
+        if reached is not None and not unfinished:
+            return Scan((), reached, reached)
+        end = unfinished[0].record_id - 1 if unfinished else high
         greatest = sa.select(sa.func.max(source.id)).where(source.eligible, source.id.between(low, end))
         finished = connection.execute(greatest).scalar_one() if low <= end else None
     return Scan(unfinished, reached, None if finished is None else int(finished))
@@ -178,49 +188,69 @@ def scan(  # noqa: PLR0913 - the window, and how to look through it
 
 def _heads(  # noqa: PLR0913 - the window, and how to look through it
     catalog: Rows, connection: sa.Connection, low: int, high: int, budget: int, *, every_row: bool
-) -> list[_Head]:
-    """The rows of a window that may be unfinished, in ascending order of ids; at most `budget`."""
+) -> tuple[list[_Head], int | None]:
+    """The rows of a window that may be unfinished, in ascending order of ids, and where the budget ended the look."""
     source = catalog.source
     condition = None if every_row else source.unmarked
     query = source.heads(only=condition).where(source.id.between(low, high)).limit(budget)
-    heads = {int(record_id): (storable(version), done) for record_id, version, done in fetch_all(connection, query)}
+    heads = _read(connection, source, query)
+    reached = max(heads) if len(heads) >= budget else None
     if condition is not None:
-        _add_marked(catalog, connection, heads, (low, max(heads) if len(heads) >= budget else high), budget)
-    return [(key, *heads[key]) for key in sorted(heads)][:budget]
+        marked, end = _marked(catalog, connection, low, high if reached is None else reached, budget)
+        reached = reached if end is None else end
+        for chunk in chunks([key for key in marked if key not in heads]):
+            heads |= _read(connection, source, source.heads().where(source.id.in_(chunk)))
+    keys = sorted(key for key in heads if reached is None or key <= reached)
+    if len(keys) >= budget:
+        keys = keys[:budget]
+        reached = keys[-1]
+    return [(key, *heads[key]) for key in keys], reached
 
 
-def _add_marked(
-    catalog: Rows,
-    connection: sa.Connection,
-    heads: dict[int, tuple[str, bool | None]],
-    window: tuple[int, int],
-    budget: int,
-) -> None:
-    """Add the rows that are marked as done and not done for the ledger: a re-embedding that was interrupted, say.
+def _read(
+    connection: sa.Connection, source: SourceTable, query: sa.Select[int, str, bool | None]
+) -> dict[int, tuple[str | None, bool | None]]:
+    """What a query of heads finds, by id; a row whose version is no text that can be read stands with None."""
+    with suppress(ValueError, TypeError, ArithmeticError):
+        return {int(record_id): (storable(version), done) for record_id, version, done in fetch_all(connection, query)}
+    # One of them can't be read: halve what is asked for until it is alone.
+    ids = [int(record_id) for record_id in connection.execute(query.with_only_columns(source.id)).scalars()]
+    if len(ids) <= 1:
+        return dict.fromkeys(ids, (None, None))
+    found: dict[int, tuple[str | None, bool | None]] = {}
+    for chunk in chunks(ids, min(len(ids) // 2, _CHUNK)):
+        found |= _read(connection, source, source.heads().where(source.id.in_(chunk)))
+    return found
 
-    The ledger also keeps entries of rows that are gone, however many: it is read page by page until rows are enough.
+
+def _marked(catalog: Rows, connection: sa.Connection, low: int, high: int, budget: int) -> tuple[list[int], int | None]:
+    """Rows that the ledger says are not done, among them those that are marked as done: an interrupted re-embedding.
+
+    The ledger also keeps entries of rows that are gone or not eligible any more, however many: one page is looked at,
+    and the look ends there. Where both tables are in one database, the database itself leaves those entries out.
+
+    Returns:
+        Ids, and the last one that was looked at when not all were.
     """
-    low, high = window
-    while True:
-        page = _unfinished_entries(catalog, connection, low, high, budget)
-        for chunk in chunks([key for key in page if key not in heads]):
-            marked = catalog.source.heads().where(catalog.source.id.in_(chunk))
-            for record_id, version, done in fetch_all(connection, marked):
-                heads[int(record_id)] = (storable(version), done)
-        if len(page) < budget or sum(key <= page[-1] for key in heads) >= budget:
-            return
-        low = page[-1] + 1
+    source, entries = catalog.source, LEDGER_TABLE.c
+    most = min(budget, _MOST_ENTRIES if catalog.one_database else _MOST_ENTRIES_ELSEWHERE)
 
+    def page(*conditions: sa.ColumnElement[bool] | sa.TextClause) -> sa.Select[int]:
+        query = sa.select(entries.record_id).where(UNFINISHED, entries.record_id.between(low, high), *conditions)
+        return query.order_by(entries.record_id).limit(most)
 
-def _unfinished_entries(catalog: Rows, connection: sa.Connection, low: int, high: int, budget: int) -> list[int]:
-    query = (
-        sa.select(LEDGER_TABLE.c.record_id)
-        .where(UNFINISHED, LEDGER_TABLE.c.record_id.between(low, high))
-        .order_by(LEDGER_TABLE.c.record_id)
-        .limit(budget)
-    )
     with _ledger(catalog, connection) as ledger:
-        return [int(record_id) for record_id in ledger.execute(query).scalars()]
+        if not catalog.one_database:
+            found = [int(key) for key in ledger.execute(page()).scalars()]
+            return found, found[-1] if len(found) >= most else None
+        first = page().subquery()
+        number, last = ledger.execute(sa.select(sa.func.count(), sa.func.max(first.c.record_id))).one()
+        if not number:
+            return [], None
+        # The offset keeps PostgreSQL from joining the tables as a whole: each entry's row is looked up by its key.
+        row = sa.select(sa.literal(1)).where(source.id == entries.record_id, source.eligible).offset(0)
+        there = page(entries.record_id <= last, row.correlate(LEDGER_TABLE).exists())
+        return [int(key) for key in ledger.execute(there).scalars()], int(last) if number >= most else None
 
 
 def _classify(catalog: Rows, connection: sa.Connection, heads: Sequence[_Head], now: datetime) -> Iterator[Unfinished]:
@@ -235,9 +265,13 @@ def _classify(catalog: Rows, connection: sa.Connection, heads: Sequence[_Head], 
         held_back = random.sample(held_back, _MOST_ADDRESSES)
     addresses = catalog.source.addresses_of(held_back)
     for record_id, version, done in heads:
-        marked_done = None if done is None else bool(done)
-        entry, address = entries.get(record_id), addresses.get(record_id, "")
-        status = status_of(version, marked_done, entry, None, now=now, address=address)
+        entry, marked_done = entries.get(record_id), None if done is None else bool(done)
+        address = addresses.get(record_id, "")
+        if version is None:  # its range is to record the failure, which then is in the ledger
+            status = status_of(entry.source_version if entry else "", None, entry, None, now=now, address=address)
+            status = "todo" if status == "done" else status
+        else:
+            status = status_of(version, marked_done, entry, None, now=now, address=address)
         if status not in {"done", "parked"}:
             yield Unfinished(record_id, is_pending(record_id, status, floor_id=None))
 

@@ -28,6 +28,17 @@ _MAX_ID = 2**63 - 1
 __all__ = ["SourceRow", "SourceTable", "Step"]
 
 
+def source_identity(settings: Settings) -> str:
+    """A source's identity from the settings alone; see `SourceTable.identity`.
+
+    Raises:
+        DatabaseUrlError: The source's URL is malformed.
+    """
+    url = parse_url(settings.resolved_source_url, setting="EXTRACTION_SOURCE_URL")
+    table = ".".join(filter(None, (settings.source_schema, settings.source_table)))
+    return fingerprint(url=describe(url), table=table, id_column=settings.source_id_column)
+
+
 class SourceTable(SourceRows):
     """The configured table, reflected and checked.
 
@@ -74,8 +85,7 @@ class SourceTable(SourceRows):
     @property
     def identity(self) -> str:
         """16 hex digits that tell this source from another: the database without its credentials, table, id column."""
-        url = parse_url(self._settings.resolved_source_url, setting="EXTRACTION_SOURCE_URL")
-        return fingerprint(url=describe(url), table=self.name, id_column=self.id.name)
+        return source_identity(self._settings)
 
     @property
     def has_marks(self) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 import traceback
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from extraction_dagster.errors import ExtractionError
@@ -92,9 +92,16 @@ def decode_rows(
         DecodeWorkerStartError: A worker can't start; no row is to blame.
         FetchSetupError: Files can't be fetched as things are set up here; no row is to blame.
     """
+    drawn = dict[int, VideoRow]()
+
+    def drawing() -> Iterator[VideoRow]:
+        for row in rows:
+            drawn[row.record_id] = row
+            yield row
+
     batch = _Batch(store, partition, settings)
     fetcher = Fetcher(settings)
-    fetched = fetch_ahead(rows, fetcher, threads=settings.fetch_threads)
+    fetched = fetch_ahead(drawing(), fetcher, threads=settings.fetch_threads)
     decoded = decode_as_ready(_jobs(fetched, settings), PoolOptions.from_settings(settings))
     # The last files are in use until their videos are decoded, long after the last one was fetched.
     with closing(fetcher), closing(fetched), closing(decoded):
@@ -102,7 +109,7 @@ def decode_rows(
             for item in decoded:
                 if item is not None:
                     fetcher.release(item.outcome.record_id, keep=item.outcome.frames is not None)
-                    batch.add(item)
+                    batch.add(item, drawn.pop(item.outcome.record_id))
                 if (landed := batch.land_due()) is not None:
                     yield landed
             if not batch.is_empty():
@@ -151,7 +158,7 @@ class _Batch:
         self._cpu_seconds = 0.0
         self._oldest = self._last_landing = time.monotonic()
 
-    def add(self, decoded: Decoded) -> None:
+    def add(self, decoded: Decoded, row: VideoRow) -> None:
         outcome = decoded.outcome
         self._cpu_seconds += decoded.cpu_seconds
         if outcome.failure is not None:
@@ -159,7 +166,7 @@ class _Batch:
         if outcome.frames is not None:
             if not self._videos:
                 self._oldest = time.monotonic()
-            self._videos.append(outcome.frames)
+            self._videos.append(replace(outcome.frames, address=row.address, claim=row.claim))
             self._bytes += sum(map(len, outcome.frames.jpegs))
 
     def is_empty(self) -> bool:

@@ -1,4 +1,8 @@
-"""The embed stage: frame shards in, embedding shards out, one for one."""
+"""The embed stage: frame shards in, embedding shards out, one for one.
+
+What is damaged is set aside: a shard, or the frames of a record of which one is no readable JPEG. These records fail,
+and are decoded again by their next try; the others go on.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +16,20 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from extraction_dagster.errors.decode import StoredFrameError
+from extraction_dagster.errors.decode import FrameShardError, StoredFrameError
 from extraction_dagster.errors.embed import InvalidVectorError
 from extraction_dagster.records import EmbeddingBatch, Failure
+from extraction_dagster.shards.store import ShardRecord
 from extraction_dagster.stages.embed.batching import BatchEmbedder, embed_pieces
 from extraction_dagster.stages.embed.passes import normalise
 from extraction_dagster.stages.embed.runtime import batch_size, num_readers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
     from concurrent.futures import Future
 
     from extraction_dagster.errors import ExtractionError
-    from extraction_dagster.records import EncodedFrames, IdRange
+    from extraction_dagster.records import EncodedFrames, IdRange, VideoRow
     from extraction_dagster.settings import Settings
     from extraction_dagster.shards.embedding_store import EmbeddingShard, EmbeddingStore
     from extraction_dagster.shards.frame_store import FrameShard, FrameStore
@@ -40,20 +45,21 @@ class EmbeddedShard:
     """The result of embedding a frame shard.
 
     Attributes:
-        shard: Its embedding shard.
-        failures: Its records that have no vector.
-        num_frames: Vectors in it.
-        cpu_seconds: CPU time of the whole process since the shard before it, reading ahead included; 0 if reused.
+        shard: Its embedding shard; None when no record has vectors.
+        failures: Its records that have none.
+        cpu_seconds: CPU time of the whole process since the shard before it, reading ahead included.
         wall_seconds: The same by the clock.
-        reused: It was stored already; nothing was embedded.
     """
 
-    shard: EmbeddingShard
+    shard: EmbeddingShard | None
     failures: tuple[Failure, ...]
-    num_frames: int
     cpu_seconds: float
     wall_seconds: float
-    reused: bool = False
+
+    @property
+    def num_frames(self) -> int:
+        """The vectors in it."""
+        return self.shard.num_frames if self.shard else 0
 
 
 @dataclass(slots=True)
@@ -76,76 +82,62 @@ class _Result:
 
     def fail(self, error: ExtractionError) -> None:
         """Mark the record as failed; its first error stays."""
-        self.failure = self.failure or Failure(
-            record_id=self.frames.record_id,
-            content_version=self.frames.content_version,
-            stage="embed",
-            error_type=type(error).__name__,
-            message=str(error),
-            permanent=error.permanent,
-        )
+        self.failure = self.failure or _failure(self.frames.record_id, self.frames.content_version, error)
 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """A mark in the stream: some frames of a record, those that can't be read, or the end of its shard."""
+    """A mark in the stream: some frames of a record, those that can't be read, or the end of its shard.
+
+    At the end, the error is that of a shard that can't be read any further.
+    """
 
     shard: FrameShard
-    result: _Result | None
+    wanted: Collection[int]
+    result: _Result | None = None
     frames: range = range(0)
-    error: StoredFrameError | None = None
+    error: StoredFrameError | FrameShardError | None = None
 
 
 def embed_shards(  # noqa: PLR0913 - the shards and what handles them, each by name
-    shards: Iterable[FrameShard],
+    parts: Iterable[tuple[FrameShard, Collection[int]]],
     *,
     frames: FrameStore,
     store: EmbeddingStore,
     model: EmbeddingModel,
     partition: IdRange,
     settings: Settings,
-    reuse: bool = True,
+    rows: Mapping[int, VideoRow] | None = None,
 ) -> Iterator[EmbeddedShard]:
-    """Embed the frame shards of a partition.
-
-    A shard whose embedding shard is stored already, of the same records and versions and without a failure that may
-    pass, is not read again; so an interrupted run goes on at its first unfinished shard.
+    """Embed records of frame shards.
 
     Args:
-        shards: Frame shards.
-        frames: Reads them; only its `read` is called.
+        parts: Frame shards, each with the records that are embedded.
+        frames: Reads them, and sets aside what is damaged.
         store: Takes the vectors.
         model: The resident model.
-        partition: The partition that the shards belong to.
+        partition: The partition that the vectors belong to.
         settings: embed_batch_size, embed_readers.
-        reuse: Whether vectors that are stored already are kept; else every shard is embedded again.
+        rows: Under which claim the vectors are made, and of which address; by default as their frames are.
 
     Yields:
-        One result per shard: first those that were stored already, then the others in the order given, each once it is
-        stored.
+        One result per shard, in the order given, once it is stored.
 
     Raises:
         EmbeddingMemoryError: Not even one frame fits into memory.
         ModelOutputError: The model gave something else than one vector per frame.
     """
-    stored = {shard.name: shard for shard in store.shards(partition)}
-    todo: list[FrameShard] = []
-    for shard in shards:
-        there = stored.get(shard.name)
-        if reuse and there is not None and _is_current(there, shard):
-            yield EmbeddedShard(there, there.failures, there.num_frames, 0.0, 0.0, reused=True)
-        else:
-            todo.append(shard)
     size, readers = batch_size(settings, model.device), num_readers(settings, model.device)
     clock = _Clock()
     with prefetch(
-        _pieces(todo, frames, size), partial(_prepared, model), depth=_PIECES_AHEAD + readers, threads=readers
+        _pieces(parts, frames, size), partial(_prepared, model), depth=_PIECES_AHEAD + readers, threads=readers
     ) as pieces:
         results: list[_Result] = []
         for piece, vectors in embed_pieces(pieces, BatchEmbedder(model, size)):
             if piece.result is None:
-                written = _write(store, partition, piece.shard.name, results, model.dim)
-                yield EmbeddedShard(written, written.failures, written.num_frames, *clock.lap())
+                written = _write(store, partition, results, model.dim, rows or {})
+                failures = _failures(piece, results, frames)
+                yield EmbeddedShard(written, failures, *clock.lap())
                 results = []
                 continue
             if not results or results[-1] is not piece.result:
@@ -204,24 +196,40 @@ class _Clock:
         return cpu, wall
 
 
-def _is_current(there: EmbeddingShard, shard: FrameShard) -> bool:
-    frames = {record.record_id: (record.content_version, record.num_frames) for record in shard.records}
-    vectors = {record.record_id: (record.content_version, record.num_frames) for record in there.records}
-    lost = {failure.record_id: failure.content_version for failure in there.failures if failure.permanent}
-    return vectors.keys() <= frames.keys() and all(
-        vectors.get(record_id) == expected or lost.get(record_id) == expected[0]
-        for record_id, expected in frames.items()
-    )
+def _failure(record_id: int, content_version: str, error: ExtractionError) -> Failure:
+    name = type(error).__name__
+    return Failure(record_id, content_version, "embed", name, str(error), permanent=error.permanent)
 
 
-def _pieces(shards: Sequence[FrameShard], source: FrameStore, size: int) -> Iterator[_Piece]:
+def _pieces(parts: Iterable[tuple[FrameShard, Collection[int]]], source: FrameStore, size: int) -> Iterator[_Piece]:
     """The stream of a reading thread: each record's frames, at most `size` at a time, then its shard's end."""
-    for shard in shards:
-        for frames in source.read(shard):
-            result = _Result(frames)
-            for start in range(0, len(frames), size):
-                yield _Piece(shard, result, range(start, min(start + size, len(frames))))
-        yield _Piece(shard, None)
+    for shard, wanted in parts:
+        error = None
+        try:
+            for frames in source.read(shard, only=wanted):
+                result = _Result(frames)
+                for start in range(0, len(frames), size):
+                    yield _Piece(shard, wanted, result, range(start, min(start + size, len(frames))))
+        except FrameShardError as said:
+            error = said
+        yield _Piece(shard, wanted, error=error)
+
+
+def _failures(end: _Piece, results: Sequence[_Result], frames: FrameStore) -> tuple[Failure, ...]:
+    """The records of a shard that gave no vectors; what is damaged of it is set aside, so that it is made again."""
+    failures = [result.failure for result in results if result.failure is not None]
+    if end.error is not None:
+        read = {result.frames.record_id for result in results}
+        failures += [
+            _failure(record.record_id, record.content_version, end.error)
+            for record in end.shard.records
+            if record.record_id in end.wanted and record.record_id not in read
+        ]
+    if isinstance(end.error, FrameShardError) and not end.error.gone:
+        frames.set_aside(end.shard, "it is damaged")
+    elif damaged := [failure.record_id for failure in failures if failure.error_type == StoredFrameError.__name__]:
+        frames.set_aside(end.shard, "frames of it are no readable JPEG", records=damaged)
+    return tuple(failures)
 
 
 def _prepared(model: EmbeddingModel, piece: _Piece) -> tuple[_Piece, np.ndarray]:
@@ -245,21 +253,29 @@ def _decode(frames: EncodedFrames, n: int) -> np.ndarray:
 
 
 def _write(
-    store: EmbeddingStore, partition: IdRange, name: str, results: Sequence[_Result], dim: int
-) -> EmbeddingShard:
+    store: EmbeddingStore, partition: IdRange, results: Sequence[_Result], dim: int, rows: Mapping[int, VideoRow]
+) -> EmbeddingShard | None:
     good = [result for result in results if result.failure is None]
+    if not good:
+        return None
     batch = EmbeddingBatch(
         vectors=np.concatenate([np.empty((0, dim), np.float16), *(part for result in good for part in result.vectors)]),
         record_id=np.repeat(
             np.array([result.frames.record_id for result in good], np.int64), [len(result.frames) for result in good]
         ),
-        frame_number=np.concatenate([np.empty(0, np.int64), *(result.frames.frame_number for result in good)]),
-        pts_seconds=np.concatenate([np.empty(0, np.float64), *(result.frames.pts_seconds for result in good)]),
+        frame_number=np.concatenate([result.frames.frame_number for result in good]),
+        pts_seconds=np.concatenate([result.frames.pts_seconds for result in good]),
     )
-    return store.write(
-        partition,
-        name,
-        batch,
-        versions=[(result.frames.record_id, result.frames.content_version) for result in good],
-        failures=[result.failure for result in results if result.failure is not None],
+    records = [_record(result.frames, rows.get(result.frames.record_id)) for result in good]
+    return store.write(partition, store.next_name(), batch, records=records)
+
+
+def _record(frames: EncodedFrames, row: VideoRow | None) -> ShardRecord:
+    made_for = row or frames
+    return ShardRecord(
+        frames.record_id,
+        frames.content_version,
+        len(frames),
+        address=made_for.address or frames.address,
+        claim=made_for.claim,
     )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from extraction_dagster.records import IdRange
-from extraction_dagster.stages.catalog.catalog import status_of
-from extraction_dagster.stages.index.points import PointFilter, generation
+from extraction_dagster.stages.index.points import PointFilter, former_generation
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -46,6 +45,9 @@ class Differences:
         lost: Points that are missing.
         stale: Points beyond those that were verified.
         gone: Points of records that should have none; 0 when only the ledger knows them.
+        claims: Of the gone records that the ledger knows, their claims as they were when they were looked at.
+        num_held: Records that have points in the store.
+        moved: Records that are done with a file of another address than their row has now.
     """
 
     within: IdRange
@@ -54,6 +56,9 @@ class Differences:
     lost: Mapping[int, int] = field(default_factory=dict)
     stale: Mapping[int, int] = field(default_factory=dict)
     gone: Mapping[int, int] = field(default_factory=dict)
+    claims: Mapping[int, int] = field(default_factory=dict, compare=False)
+    num_held: int = field(default=0, compare=False)
+    moved: tuple[int, ...] = ()
 
     @property
     def agrees(self) -> bool:
@@ -64,6 +69,17 @@ class Differences:
     def to_write_again(self) -> list[int]:
         """Records whose points are to be written again."""
         return sorted({*self.lost, *self.stale})
+
+    def seen_again(self, second: Differences) -> Differences:
+        """What a second look confirms: a difference counts only when both have it."""
+        lost, stale, gone = (
+            {key: min(count, now[key]) for key, count in before.items() if key in now}
+            for before, now in ((self.lost, second.lost), (self.stale, second.stale), (self.gone, second.gone))
+        )
+        claims = {key: second.claims.get(key, 0) for key in gone if self.claims.get(key) == second.claims.get(key)}
+        still_gone = {key: count for key, count in gone.items() if key in claims}
+        moved = tuple(sorted({*self.moved}.intersection(second.moved)))
+        return replace(second, lost=lost, stale=stale, gone=still_gone, claims=claims, moved=moved)
 
 
 def compare_points(store: PointStore | None, expected: Mapping[int, ExpectedPoints], *, within: IdRange) -> Differences:
@@ -89,17 +105,27 @@ def compare_points(store: PointStore | None, expected: Mapping[int, ExpectedPoin
         lost={record_id: count for record_id, count in lost.items() if count > 0},
         stale={record_id: count for record_id, count in stale.items() if count > 0},
         gone={record_id: count for record_id, count in sorted(held.items()) if record_id not in expected},
+        num_held=len(held),
     )
 
 
-def finished(rows: Mapping[int, SourceRow], entries: Mapping[int, LedgerEntry]) -> list[int]:
+def finished(catalog: Catalog, rows: Mapping[int, SourceRow], entries: Mapping[int, LedgerEntry]) -> list[int]:
     """The eligible rows that are done and were not asked for again since."""
     now = datetime.now(UTC)
-    return [
+    return [key for key, row in rows.items() if catalog.status_of(row, entries[key], None, now=now) == "done"]
+
+
+def moved(rows: Mapping[int, SourceRow], entries: Mapping[int, LedgerEntry]) -> list[int]:
+    """The eligible rows that are done with a file of another address than they have now."""
+    return sorted(
         key
         for key, row in rows.items()
-        if status_of(row.video.content_version, row.marked_done, entries[key], None, now=now) == "done"
-    ]
+        if row.problem is None
+        and row.video.address
+        and entries[key].state == "done"
+        and entries[key].source_version == row.video.content_version
+        and entries[key].address not in {None, row.video.address}
+    )
 
 
 def windows(catalog: Catalog, within: IdRange, size: int) -> Iterator[IdRange]:
@@ -115,8 +141,8 @@ def windows(catalog: Catalog, within: IdRange, size: int) -> Iterator[IdRange]:
 
 
 def expected_points(entry: LedgerEntry) -> ExpectedPoints:
-    """What the ledger says of a record's points."""
-    made_from = generation(
+    """What the ledger says of a record's points; an earlier release kept their generation in no entry."""
+    made_from = entry.generation or former_generation(
         embedding_fingerprint=entry.embedding_fingerprint or "",
         frames_fingerprint=entry.frames_fingerprint or "",
         content_version=entry.content_version,

@@ -39,14 +39,24 @@ def point_id(record_id: int, frame_number: int) -> str:
     return str(uuid.uuid5(_NAMESPACE, f"{record_id}/{frame_number}"))
 
 
-def generation(*, embedding_fingerprint: str, frames_fingerprint: str, content_version: str) -> str:
+def generation(
+    *, embedding_fingerprint: str, frames_fingerprint: str, content_version: str, source: str, address: str
+) -> str:
     """Name what a record's points are made from; a retry of the same work gives the same name.
 
     Args:
         embedding_fingerprint: Model, preprocessing and storage of the vectors.
         frames_fingerprint: Decoder, sampling and quality steps.
         content_version: The row's version of its file.
+        source: The source table's identity.
+        address: 16 hex digits of the file's resolved address; empty when it is not known.
     """
+    made_from = {"embedding": embedding_fingerprint, "frames": frames_fingerprint, "content": content_version}
+    return fingerprint(**made_from, source=source, address=address)
+
+
+def former_generation(*, embedding_fingerprint: str, frames_fingerprint: str, content_version: str) -> str:
+    """The generation of points that a release before state tables of version 3 wrote."""
     return fingerprint(embedding=embedding_fingerprint, frames=frames_fingerprint, content=content_version)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import logging
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 
 from extraction_dagster.errors import RecordShapeError
-from extraction_dagster.errors.index import CollectionMismatchError
+from extraction_dagster.errors.index import CollectionMismatchError, ForeignCollectionError
 from extraction_dagster.stages.index.points import PointBatch, translate
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from extraction_dagster.settings import Settings
     from extraction_dagster.stages.index.points import Dialect, PointFilter
 
+_log = logging.getLogger(__name__)
 VectorDtype = Literal["float16", "float32"]
 Quantization = Literal["none", "scalar"]
 # Created before the first point, so that every filter of this project uses an index (a strict server refuses others).
@@ -41,8 +43,9 @@ class CollectionSpec:
         vector_dtype: How the engine keeps vectors.
         quantization: `scalar` for a copy in int8 beside them, which is searched first and takes a quarter of float32.
         on_disk: Whether vectors are read from disk rather than kept in memory.
+        source: The identity of the source table whose points it holds; empty where nobody has said so yet.
 
-    The last three say how a collection is created; one that is there keeps what it has.
+    The three before the last say how a collection is created; one that is there keeps what it has.
     """
 
     name: str
@@ -51,6 +54,7 @@ class CollectionSpec:
     vector_dtype: VectorDtype = "float16"
     quantization: Quantization = "none"
     on_disk: bool = False
+    source: str = ""
 
     def __post_init__(self) -> None:
         """Refuse what could not be a folder's or a collection's name."""
@@ -131,9 +135,14 @@ class Hit:
 class PointStore(abc.ABC):
     """A store of points with one collection open. Every write has been applied when its call returns.
 
+    With the identity of a source table, a collection of another source is refused before anything in it is read or
+    written, and the first writer of one that nobody has claimed claims it. Without, every collection is taken.
+
     What is the same for every engine is written here; an engine adds the abstract methods. Those that begin with an
     underscore get filters as the engine's own, translated through its `_dialect`.
     """
+
+    _source: str = ""
 
     @abc.abstractmethod
     def ensure_collection(self, spec: CollectionSpec, *, staged: bool = False) -> None:
@@ -145,6 +154,7 @@ class PointStore(abc.ABC):
                 `publish` is called.
 
         Raises:
+            ForeignCollectionError: The one in use holds points of another source table.
             CollectionMismatchError: The one in use holds other vectors.
             StoreBusyError: Another process holds the embedded store.
         """
@@ -159,6 +169,7 @@ class PointStore(abc.ABC):
 
         Raises:
             CollectionMissingError: There is none.
+            ForeignCollectionError: It holds points of another source table.
         """
 
     @abc.abstractmethod
@@ -175,6 +186,8 @@ class PointStore(abc.ABC):
 
         Raises:
             CollectionInUseError: It is in use.
+            CollectionMissingError: There is none.
+            ForeignCollectionError: It holds points of another source table.
         """
 
     def upsert(self, batch: PointBatch) -> None:
@@ -183,6 +196,7 @@ class PointStore(abc.ABC):
         if batch.dim != spec.dim and len(batch):
             why = f"collection {spec.name!r} takes dim {spec.dim}"
             raise RecordShapeError(record="PointBatch", why=why, shapes=f"dim {batch.dim}")
+        self._claim()
         for chunk in batch.chunks(max_points=MAX_POINTS_PER_CALL, max_bytes=_MAX_BYTES_PER_CALL):
             self._write(chunk)
 
@@ -192,6 +206,7 @@ class PointStore(abc.ABC):
         if not filters.names_points:
             why = "removing needs records or points by name"
             raise RecordShapeError(record="PointFilter", why=why, shapes=repr(filters))
+        self._claim()
         self._remove(translate(filters, self._dialect))
 
     def count(self, filters: PointFilter | None = None) -> int:
@@ -256,6 +271,16 @@ class PointStore(abc.ABC):
         """Release the store."""
         self.close()
 
+    def _require_own(self, found: CollectionSpec) -> None:
+        if self._source and found.source and found.source != self._source:
+            raise ForeignCollectionError(found.name, repr(self), got=found.source, expected=self._source)
+
+    def _claim(self) -> None:
+        """Note in the open collection that its points are of this source, unless somebody has."""
+        spec: CollectionSpec = self._open("claim a collection")[0]
+        if self._source and not spec.source and self._note_source(self._source):
+            _log.warning("Collection %r in %r belongs to source table %s from now on", spec.name, self, self._source)
+
     def _pages(self, filters: PointFilter | None, size: int, *, content: bool) -> Iterator[list[Any]]:
         self._open("read points")
         offset: Any = None
@@ -278,6 +303,10 @@ class PointStore(abc.ABC):
         Raises:
             StoreNotOpenError: Nothing is; `operation` says what was to be done.
         """
+
+    @abc.abstractmethod
+    def _note_source(self, source: str) -> bool:
+        """Keep the source's identity with the open collection, and in its spec. Returns whether the former is done."""
 
     @abc.abstractmethod
     def _write(self, batch: PointBatch) -> None:

@@ -4,19 +4,23 @@ Three rows of a window, what the ledger and the store say, and what becomes of t
 
     record 7   done with 3 points      the store has 2    lost: its points are written again
     record 8   done with 2 points      the store has 4    stale: as above; the surplus goes when they are written
-    record 9   deleted from the table  the store has 5    gone: its points are removed, the ledger forgets it
+    record 9   deleted from the table  the store has 5    gone: when it still is at a later reconciliation, its points
+                                                          are removed and the ledger forgets it; see `purge`
 
 Rows that are pending, waiting or parked are not compared: their points in the store stay until they are replaced.
-A difference counts only when it is seen twice, since runs go on meanwhile.
+A difference counts only when it is seen twice, since runs go on meanwhile. What is gone is removed at the end, when all
+windows were compared.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
+from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from extraction_dagster.errors import some
 from extraction_dagster.errors.index import CollectionMissingError
 from extraction_dagster.stages.index.compare import (
     WHOLE,
@@ -24,8 +28,11 @@ from extraction_dagster.stages.index.compare import (
     compare_points,
     expected_points,
     finished,
+    moved,
     windows,
 )
+from extraction_dagster.stages.index.points import rfc3339
+from extraction_dagster.stages.index.purge import Brake, decide, let_go, note_gone, take_off
 from extraction_dagster.stages.index.stage import delete_records
 
 if TYPE_CHECKING:
@@ -53,6 +60,10 @@ class Reconciliation:
         points: Points that they should have.
         differences: The ranges that disagreed.
         removed_points: Points of gone records, removed.
+        removed_records: Those records.
+        brake: What became of the gone records.
+        moved: Records that are done with a file of another address than their row has now.
+        moved_are_pending: Whether those were made pending.
     """
 
     repaired: bool
@@ -61,10 +72,15 @@ class Reconciliation:
     points: int = 0
     differences: list[Differences] = field(default_factory=list)
     removed_points: int = 0
+    removed_records: int = 0
+    brake: Brake = field(default_factory=Brake)
+    moved: list[int] = field(default_factory=list)
+    moved_are_pending: bool = False
 
-    def add(self, found: Differences) -> None:
-        """Take in what was found within one window."""
+    def add(self, found: Differences, *, with_moved: bool = True) -> None:
+        """Take in what was found within one window; moved rows are the same in each collection."""
         self.windows += 1
+        self.moved += found.moved if with_moved else ()
         self.records += found.compared
         self.points += found.held
         if not found.agrees:
@@ -72,9 +88,18 @@ class Reconciliation:
 
     @property
     def remaining(self) -> int:
-        """Records on which store and table still disagree; those made pending are among them until they are done."""
+        """Records on which store and table still disagree; those made pending are among them until they are done.
+
+        After a repair, what waits to be found gone once more is not among them; what is held back is.
+        """
+        gone = self.brake.held_back if self.repaired else sum(len(item.gone) for item in self.differences)
+        return self.num_pending + gone
+
+    @property
+    def num_pending(self) -> int:
+        """Records that a repair made pending."""
         wrong = sum(len(item.to_write_again) for item in self.differences)
-        return wrong if self.repaired else wrong + sum(len(item.gone) for item in self.differences)
+        return wrong + (len(self.moved) if self.moved_are_pending else 0)
 
     def total(self, kind: str) -> tuple[int, int]:
         """Records and points of one kind: lost, stale or gone."""
@@ -84,12 +109,23 @@ class Reconciliation:
     @property
     def summary(self) -> str:
         """What was found and done, in one sentence or two."""
-        if not self.differences:
-            return f"The collection agrees with the table: {self.records} records, {self.points} points."
         totals = [(kind, *self.total(kind)) for kind in ("lost", "stale", "gone")]
         text = ", ".join(f"{points} points {kind} ({records} records)" for kind, records, points in totals if records)
-        done = f" Removed {self.removed_points} points." if self.repaired and self.total("gone")[0] else ""
-        return f"Of {self.records} records with {self.points} points: {text}.{done}"
+        found = (
+            f"Of {self.records} records with {self.points} points: {text}."
+            if text
+            else f"The collection agrees with the table: {self.records} records, {self.points} points."
+        )
+        removed = f"Removed {self.removed_points} points." if self.removed_records else ""
+        return " ".join(filter(None, (found, removed, self.brake.summary, self._about_moved())))
+
+    def _about_moved(self) -> str:
+        if not self.moved:
+            return ""
+        shown = f"{len(self.moved)} records were made of a file at another address ({some(self.moved)})"
+        if self.moved_are_pending:
+            return f"{shown}: they are pending now."
+        return f"{shown}: with EXTRACTION_ADDRESS_CHANGES=process, 'extraction reconcile --repair' makes them pending."
 
     def rows(self, *, limit: int | None = None) -> list[dict[str, int | None]]:
         """The records that differ: `{"record_id": 7, "lost": 1, "stale": None, "gone": None}`."""
@@ -107,6 +143,13 @@ class Reconciliation:
             "points": self.points,
             "repaired": self.repaired,
             "removed_points": self.removed_points,
+            "removed_records": self.removed_records,
+            "gone_waiting_records": self.brake.waiting,
+            "gone_waiting_since": self.brake.since and rfc3339(self.brake.since),
+            "gone_waiting_until": self.brake.until and rfc3339(self.brake.until),
+            "gone_held_back_records": self.brake.held_back,
+            "gone_held_back_because": self.brake.why or None,
+            "moved_records": len(self.moved),
             "remaining": self.remaining,
             **{f"{kind}_records": self.total(kind)[0] for kind in ("lost", "stale", "gone")},
             **{f"{kind}_points": self.total(kind)[1] for kind in ("lost", "stale", "gone")},
@@ -122,13 +165,15 @@ def reconcile(  # noqa: PLR0913 - what is compared with what
     embedding: str,
     within: IdRange = WHOLE,
     repair: bool = False,
+    force: bool = False,
     window_records: int = _WINDOW_RECORDS,
     hold_seconds: float = _HOLD_SECONDS,
 ) -> Reconciliation:
     """Compare the ledger and the table with the store; on `repair`, make them agree.
 
     Lost and stale points are not written here: their records become pending, so that the next run of their range
-    writes them from the stored vectors. Points of gone records are removed at once.
+    writes them from the stored vectors. Points of gone records are removed once an earlier reconciliation, with or
+    without `repair`, found them gone too, and unless they are too many.
 
     Args:
         catalog: The source table and the ledger.
@@ -138,28 +183,62 @@ def reconcile(  # noqa: PLR0913 - what is compared with what
             records that are in it need not be in the one in use.
         within: Only these records.
         repair: Remove, forget and make pending.
+        force: Remove more than the settings' share of all records.
         window_records: Ledger entries compared at once.
         hold_seconds: How long the embedded store is held without a break.
     """
-    done = Reconciliation(repaired=repair)
+    processes_moved = repair and catalog.settings.address_changes == "process"
+    done, gone = Reconciliation(repaired=repair, moved_are_pending=processes_moved), _Gone()
     collections = _find_collections(open_store, collection_name, embedding)
+    turns = {item: _Turns(open_store, collection_name, item, hold_seconds) for item in collections}
     for collection in collections:
-        view = _View(catalog, collection, collections)
-        with contextlib.closing(_Turns(open_store, collection_name, collection, hold_seconds)) as turns:
-            removed = 0
+        view = _View(catalog, collection, collections, adopts_addresses=repair)
+        with contextlib.closing(turns[collection]) as turn:
             for window in windows(catalog, within, window_records):
-                found = view.compare(turns.store(), window)
+                found = view.compare(turn.store(), window)
                 if not found.agrees:
-                    found = view.compare(turns.store(), window)
-                done.add(found)
-                if repair and not found.agrees:
-                    removed += _repair(catalog, turns.store(), found)
-            done.removed_points += removed
-            store = turns.store()
-            if store is not None and removed and removed >= _MUCH * (store.count() + removed):
-                store.optimize()
-                store.flush()
+                    found = found.seen_again(view.compare(turn.store(), window))
+                done.add(found, with_moved=collection == collections[0])
+                gone.add(collection, found)
+                if repair:
+                    _make_pending(catalog, found, with_moved=processes_moved)
+    first_seen = note_gone(catalog, gone.claims, within=within)
+    done.brake = decide(catalog, first_seen, known=gone.count_known(catalog), force=force)
+    if repair and done.brake.removable:
+        removed = let_go(catalog, {key: gone.claims[key] for key in done.brake.removable})
+        for collection, turn in turns.items():
+            with contextlib.closing(turn):
+                done.removed_points += _remove(turn.store(), sorted(gone.with_points[collection].intersection(removed)))
+        take_off(catalog, removed)
+        done.removed_records = len(removed)
     return done
+
+
+@dataclass(slots=True)
+class _Gone:
+    """The gone records of all windows and collections.
+
+    Attributes:
+        claims: Each one's claim when it was looked at; 0 when the ledger does not know it.
+        with_points: Those that have points, by collection.
+        num_known: Records that the ledger or a collection knows, by collection.
+    """
+
+    claims: dict[int, int] = field(default_factory=dict)
+    with_points: dict[_Collection, set[int]] = field(default_factory=lambda: defaultdict(set))
+    num_known: dict[_Collection, int] = field(default_factory=lambda: defaultdict(int))
+
+    def add(self, collection: _Collection, found: Differences) -> None:
+        """Take in what was found within one window of a collection."""
+        self.claims.update((key, found.claims.get(key, 0)) for key in found.gone)
+        self.with_points[collection].update(key for key, number in found.gone.items() if number)
+        self.num_known[collection] += found.num_held
+
+    def count_known(self, catalog: Catalog) -> int:
+        """Records that the ledger or a collection knows; counted only when some are gone."""
+        if not self.claims:
+            return 0
+        return max(sum(catalog.ledger.counts().values()), *self.num_known.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,13 +306,16 @@ class _View:
     catalog: Catalog
     collection: _Collection
     all_collections: list[_Collection]
+    adopts_addresses: bool
 
     def compare(self, store: PointStore | None, window: IdRange) -> Differences:
         """The differences within a window."""
         entries = self.catalog.ledger.entries(window)
         rows = {row.video.record_id: row for row in self.catalog.source.rows_of(entries)}
-        done = {record_id: entries[record_id] for record_id in finished(rows, entries)}
+        done = {record_id: entries[record_id] for record_id in finished(self.catalog, rows, entries)}
         expected = {record_id: expected_points(entry) for record_id, entry in done.items() if self._is_here(entry)}
+        if self.adopts_addresses:  # of entries that an earlier release wrote
+            self.catalog.adopt_addresses(rows[key] for key, entry in done.items() if entry.address is None)
         found = compare_points(store, expected, within=window)
         not_in_use = {
             record_id: entry.num_points or 0
@@ -241,7 +323,9 @@ class _View:
             if self._should_be_seen(entry) and record_id not in found.gone
         }
         gone = self._gone(found.gone, entries, rows.keys())
-        return replace(found, lost={**found.lost, **not_in_use}, gone=gone)
+        claims = {key: entries[key].claim for key in gone if key in entries}
+        lost = {**found.lost, **not_in_use}
+        return replace(found, lost=lost, gone=gone, claims=claims, moved=tuple(moved(rows, entries)))
 
     def _is_here(self, entry: LedgerEntry) -> bool:
         """Whether an entry's points should be in this collection; those of a dropped one should be in the first."""
@@ -277,28 +361,30 @@ def compare_range(catalog: Catalog, store: PointStore | None, *, within: IdRange
     Without a store, as when the collection was dropped, all that was verified is lost.
     Only records that are done, and whose vectors are of this fingerprint, are compared; `gone` stays empty.
     """
-    found = Differences(within)
-    for _ in range(2):
+
+    def look() -> Differences:
         entries = catalog.ledger.entries(within)
         expected = {
             key: expected_points(entry)
             for key, entry in entries.items()
             if entry.state == "done" and entry.embedding_fingerprint == fingerprint
         }
-        found = replace(compare_points(store, expected, within=within), gone={})
-        if found.agrees:
-            break
-    return found
+        return replace(compare_points(store, expected, within=within), gone={})
+
+    found = look()
+    return found if found.agrees else found.seen_again(look())
 
 
-def _repair(catalog: Catalog, store: PointStore | None, found: Differences) -> int:
-    """Remove what is gone, make pending what is to be written again. Returns the number of points removed.
+def _make_pending(catalog: Catalog, found: Differences, *, with_moved: bool) -> None:
+    due = {*found.to_write_again, *(found.moved if with_moved else ())}
+    if due:
+        catalog.make_pending(sorted(due))
 
-    A row that is there but not eligible keeps its entry, as pending: it is processed when it becomes eligible again.
-    """
-    with_points = [record_id for record_id, number in found.gone.items() if number]
-    removed = delete_records(store, with_points) if store is not None else 0
-    there = catalog.source.existing(found.gone)
-    catalog.forget([record_id for record_id in found.gone if record_id not in there])
-    catalog.make_pending(sorted({*there, *found.to_write_again}))
+
+def _remove(store: PointStore | None, record_ids: list[int]) -> int:
+    """Remove the points of records, and free their disk space when they were many. Returns how many points."""
+    removed = delete_records(store, record_ids) if store is not None else 0
+    if store is not None and removed and removed >= _MUCH * (store.count() + removed):
+        store.optimize()
+        store.flush()
     return removed

@@ -22,6 +22,7 @@ import numpy as np
 
 from extraction_dagster.errors.index import CollectionMissingError, PayloadError, PointsMissingError, VectorNormError
 from extraction_dagster.records import Failure
+from extraction_dagster.stages.catalog.source_table import source_identity
 from extraction_dagster.stages.index.points import PointFilter, build_points
 
 if TYPE_CHECKING:
@@ -42,19 +43,28 @@ _RECORDS_SHOWN = 5
 def open_point_store(settings: Settings, *, wait_seconds: float = 0.0, attempts: int | None = None) -> PointStore:
     """Open the store that the settings choose: a server when `qdrant_url` is set, else the embedded engine.
 
+    Collections of another source table than the settings' are refused when they are opened.
+
     Args:
         settings: Which one, and where.
         wait_seconds: How long to wait for another process to release the embedded store.
         attempts: Tries of each call to a server; as many as a write takes when None.
     """
+    source = source_identity(settings) if _names_source(settings) else ""
     if settings.qdrant_url is None:
         from extraction_dagster.stages.index.edge.store import EdgeStore  # noqa: PLC0415 - one engine is loaded
 
-        return EdgeStore(settings.home / "qdrant", wait_seconds=wait_seconds)
+        return EdgeStore(settings.home / "qdrant", wait_seconds=wait_seconds, source=source)
     from extraction_dagster.stages.index.server.retry import RetryPolicy  # noqa: PLC0415 - one engine is loaded
     from extraction_dagster.stages.index.server.store import ServerStore  # noqa: PLC0415
 
-    return ServerStore.connect(settings, retry=RetryPolicy(attempts=attempts) if attempts else None)
+    retry = RetryPolicy(attempts=attempts) if attempts else None
+    return ServerStore.connect(settings, retry=retry, source=source)
+
+
+def _names_source(settings: Settings) -> bool:
+    """Whether the settings lead to a source table: a machine that only searches may know of none."""
+    return settings.source_url is not None or (settings.home / "source.db").exists()
 
 
 def open_for_writing(store: PointStore, spec: CollectionSpec) -> None:

@@ -100,7 +100,7 @@ def _verify(store: PointStore, catalog: Catalog, window: IdRange, fingerprint: s
     """The records of a window that are done, and those of them that are not in the collection as they should be."""
     entries = catalog.ledger.entries(window)
     rows = {row.video.record_id: row for row in catalog.source.rows_of(entries)}
-    done = finished(rows, entries)
+    done = finished(catalog, rows, entries)
     expected = {key: expected_points(entries[key]) for key in done if entries[key].embedding_fingerprint == fingerprint}
     found = compare_points(store, expected, within=window)
     return done, {key for key in done if key not in expected} | set(found.lost) | set(found.stale)

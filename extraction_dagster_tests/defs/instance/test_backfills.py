@@ -1,13 +1,17 @@
 """Backfills planned over a span, handed to Dagster's daemon, cancelled; on a real instance and a real table."""
 
 import time
+import uuid
 
 import dagster as dg
 import pytest
 from dagster._core.execution.backfill import BulkActionStatus, PartitionBackfill
+from dagster._core.remote_origin import ManagedGrpcPythonEnvCodeLocationOrigin, RemoteRepositoryOrigin
 from dagster._core.test_utils import create_run_for_test
+from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
 from dagster._daemon.types import DaemonHeartbeat
 
+from extraction_dagster.defs.instance import runs as runs_module
 from extraction_dagster.defs.instance.backfills import (
     BackfillPlan,
     BackfillProgress,
@@ -194,6 +198,53 @@ def test_the_sensor_hears_of_ranges_that_wait_in_a_backfill_and_of_its_runs(on_d
     assert sorted(InstanceRuns(on_disk, under_daemon=True).backfilled()) == list(ranges("1-3", "4-6", "7-9"))
     beat(on_disk)
     assert sorted(runs.backfilled()) == list(ranges("1-3", "4-6", "7-9"))
+
+
+def test_a_queued_run_that_no_daemon_will_start_keeps_its_range_from_no_command(on_disk):
+    location = ManagedGrpcPythonEnvCodeLocationOrigin(LoadableTargetOrigin(module_name="m"), "extraction_dagster")
+    origin = RemoteRepositoryOrigin(location, "__repository__").get_job_origin("extraction_job")
+    queued = {"status": dg.DagsterRunStatus.QUEUED, "tags": {"dagster/partition": "1-3"}, "remote_job_origin": origin}
+    on_disk.add_run(dg.DagsterRun("extraction_job", run_id=str(uuid.uuid4()), **queued))
+    make_run(on_disk, "4-6")
+    assert InstanceRuns(on_disk).active() == list(ranges("4-6"))
+    assert sorted(InstanceRuns(on_disk, under_daemon=True).active()) == list(ranges("1-3", "4-6"))
+    beat(on_disk)
+    assert sorted(InstanceRuns(on_disk).active()) == list(ranges("1-3", "4-6"))
+
+
+def begin_earlier(instance, backfill_id, seconds):
+    """As if a backfill had begun before."""
+    backfill = instance.get_backfill(backfill_id)
+    instance.update_backfill(backfill._replace(backfill_timestamp=time.time() - seconds))
+
+
+def test_a_backfill_that_nobody_works_off_keeps_its_ranges_for_an_hour(on_disk, catalog):
+    runs = InstanceRuns(on_disk, under_daemon=True)
+    stuck, at_work = (Backfills(on_disk).start(plan(on_disk, catalog, s), catalog.settings) for s in ("1-3", "4-9"))
+    begin_earlier(on_disk, stuck, 3500)
+    assert sorted(runs.backfilled()) == list(ranges("1-3", "4-6", "7-9"))
+    make_run(on_disk, "7-9", backfill=at_work)
+    for backfill_id in (stuck, at_work):
+        begin_earlier(on_disk, backfill_id, 3700)
+    assert sorted(set(runs.backfilled())) == list(ranges("4-6", "7-9"))
+    make_run(on_disk, "1-3", dg.DagsterRunStatus.FAILURE, backfill=stuck)  # one of its runs has ended lately
+    assert sorted(set(runs.backfilled())) == list(ranges("1-3", "4-6", "7-9"))
+
+
+def test_a_backfill_that_can_not_be_read_hides_no_other(on_disk, catalog, monkeypatch, caplog):
+    runs = InstanceRuns(on_disk, under_daemon=True)
+    odd, _ = (Backfills(on_disk).start(plan(on_disk, catalog, span), catalog.settings) for span in ("1-3", "4-6"))
+    range_keys = runs_module.range_keys
+
+    def breaks_at_first(subset):
+        if "1-3" in range_keys(subset):
+            message = "of another day"
+            raise ValueError(message)
+        return range_keys(subset)
+
+    monkeypatch.setattr(runs_module, "range_keys", breaks_at_first)
+    assert runs.backfilled() == list(ranges("4-6"))
+    assert f"Backfill {odd} can't be read: of another day" in caplog.text
 
 
 def test_the_sensor_hears_of_a_backfill_of_every_range_that_the_ui_launched(on_disk, catalog):

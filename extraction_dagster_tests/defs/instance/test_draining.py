@@ -10,14 +10,16 @@ from dagster._daemon.types import DaemonHeartbeat
 from extraction_dagster.defs.instance import draining
 from extraction_dagster.defs.instance.cursor_store import CursorStore
 from extraction_dagster.defs.instance.draining import drain
-from extraction_dagster.defs.instance.launching import open_instance
-from extraction_dagster.errors.runs import RunFailedError, SensorBusyError
+from extraction_dagster.defs.instance.launching import FinishedRun, open_instance
+from extraction_dagster.errors.runs import RangeBusyError, RunFailedError, SensorBusyError
 from extraction_dagster.settings import load_settings
 from extraction_dagster.stages.catalog.catalog import open_catalog
 from extraction_dagster.stages.embed.models.registry import embedding_fingerprint
 from extraction_dagster.stages.index.protocol import CollectionSpec
 from extraction_dagster.stages.index.stage import open_point_store
+from extraction_dagster.ticks import looks
 from extraction_dagster.ticks.cursor import CursorState
+from extraction_dagster.ticks.memory import Memory, recall, remember
 
 
 @pytest.fixture
@@ -100,3 +102,75 @@ def test_a_store_that_is_down_ends_the_command_and_is_waited_for_by_who_follows(
             drain(instance, settings, follow=True)
     assert world.ledger() == [(1, "done"), (2, "done"), (3, "done"), (4, "parked")]
     assert world.points() == {1: 3, 2: 3, 3: 3}
+
+
+@pytest.fixture
+def launched(world, monkeypatch):
+    """Ranges of one record each that a command launches: they succeed, but for what is in `launched.fails`."""
+    monkeypatch.setenv("EXTRACTION_BATCH_SIZE", "1")
+    kept = SimpleNamespace(ranges=[], fails={})
+
+    def launch(_instance, id_range, *, floor_id):  # noqa: ARG001 - the interface
+        kept.ranges.append(str(id_range))
+        error = next(iter(kept.fails.get(str(id_range), ())), "")
+        kept.fails[str(id_range)] = kept.fails.get(str(id_range), ())[1:]
+        if isinstance(error, Exception):
+            raise error
+        if not error:
+            first, last = id_range.first_id, id_range.last_id
+            done = "UPDATE insta_content SET is_extracted = 1, is_embedded = 1 WHERE id BETWEEN ? AND ?"
+            world.sql(done, first, last)
+        return FinishedRun("r", success=not error, error=error)
+
+    monkeypatch.setattr(draining, "launch", launch)
+    return kept
+
+
+def test_a_range_that_fails_stops_no_other_and_is_what_the_command_ends_with(instance, world, launched):
+    launched.fails["1-1"] = ["the first one is odd"]
+    with pytest.raises(RunFailedError, match="the first one is odd"):
+        drain(instance, load_settings(), follow=False)
+    assert launched.ranges == ["1-1", "2-2", "3-3", "4-4"]
+    drain(instance, load_settings(), follow=False)
+    assert launched.ranges[4:] == ["1-1"]
+    assert world.sql("SELECT count(*) FROM insta_content WHERE is_embedded") == [(4,)]
+
+
+def test_three_ranges_that_fail_one_after_the_other_end_the_command(instance, launched):
+    launched.fails |= {key: ["the store is down"] for key in ("1-1", "2-2", "3-3")}
+    with pytest.raises(RunFailedError, match=r"1-1.*the store is down"):
+        drain(instance, load_settings(), follow=False)
+    assert launched.ranges == ["1-1", "2-2", "3-3"]
+
+
+def test_a_range_that_somebody_else_has_just_launched_does_not_end_the_command(instance, launched):
+    launched.fails["2-2"] = [RangeBusyError("2-2", "another run")]
+    drain(instance, load_settings(), follow=False)
+    assert launched.ranges == ["1-1", "2-2", "2-2", "3-3", "4-4"]
+
+
+def test_a_command_that_was_stopped_within_its_look_at_the_whole_goes_on_there(instance, launched, monkeypatch):
+    drain(instance, load_settings(), follow=False)
+    monkeypatch.setattr(looks, "_STEP", 1)
+    monkeypatch.setattr(looks, "_KEEP_EVERY_SECONDS", -1)
+    monkeypatch.setenv("EXTRACTION_SOURCE_VERSION_COLUMN", "platform")
+    scanned, scan = [], looks.scan
+
+    def stops_at_the_third(catalog, **options):
+        if options.get("every_row"):
+            scanned.append(options["after_id"])
+            if len(scanned) == 3:
+                raise KeyboardInterrupt
+        return scan(catalog, **options)
+
+    monkeypatch.setattr(looks, "scan", stops_at_the_third)
+    with open_catalog(load_settings()) as catalog:
+        remember(catalog.state_engine, Memory(sweep_after_id=None))
+    with pytest.raises(KeyboardInterrupt):
+        drain(instance, load_settings(), follow=False)
+    with open_catalog(load_settings()) as catalog:
+        came_to = recall(catalog.state_engine).sweep_after_id
+    assert came_to is not None
+    drain(instance, load_settings(), follow=False)
+    assert scanned[3] == came_to
+    assert launched.ranges == ["1-1", "2-2", "3-3", "4-4"]

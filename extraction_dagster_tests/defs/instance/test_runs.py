@@ -1,9 +1,11 @@
 """Which runs are active, which are dead, and what became of those that ended; on a real instance."""
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
+import time
 import uuid
 from datetime import UTC, datetime, timedelta
 
@@ -12,10 +14,11 @@ import psutil
 import pytest
 from dagster._core.test_utils import create_run_for_test
 
+from extraction_dagster.defs.instance import runs as runs_module
 from extraction_dagster.defs.instance.runs import InstanceRuns, active_runs, fail_dead_runs, range_of
 from extraction_dagster.defs.partitions import add_ranges, is_dead, process_tags
 from extraction_dagster.records import IdRange
-from extraction_dagster.ticks.planner import History
+from extraction_dagster.ticks.places import History, Outcomes
 
 STARTED, SUCCESS = dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.SUCCESS
 FAILURE, CANCELED = dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED
@@ -121,6 +124,64 @@ def test_the_history_counts_failures_since_the_last_success(instance):
     assert abs(datetime.now(UTC) - history.ended_at) < timedelta(minutes=10)
     make_run(instance, status=CANCELED, dagster__partition="1-9")
     assert runs.history(id_range).failures_in_a_row == 0
+
+
+def test_the_outcomes_are_those_of_the_newest_runs_of_ranges_alone(instance):
+    runs = InstanceRuns(instance)
+    assert runs.outcomes() == Outcomes()
+    for status, key in ((SUCCESS, "1-9"), (FAILURE, "10-19"), (FAILURE, "20-29")):
+        make_run(instance, status=status, dagster__partition=key)
+    make_run(instance, status=SUCCESS)  # a reconciliation, say
+    make_run(instance, status=CANCELED, dagster__partition="30-39")
+    ended = {key: runs.history(IdRange.parse(key)).ended_at for key in ("1-9", "10-19", "20-29")}
+    assert runs.outcomes() == Outcomes(ended["1-9"], max(ended["10-19"], ended["20-29"]))
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [
+        {".dagster__grpc_info": "{"},
+        {".dagster__grpc_info": "[]"},
+        {".dagster__grpc_info": '{"host": "localhost"}', ".dagster__extraction_process": "x"},
+        {".dagster__extraction_process": f"{socket.gethostname()}:{'9' * 5000}:1"},
+        {".dagster__extraction_process": f"{socket.gethostname()}:{'9' * 50}:1"},
+        {"dagster__max_runtime_seconds": "soon"},
+    ],
+)
+def test_a_run_with_odd_tags_stops_no_tick(instance, killed, tags):
+    odd = make_run(instance, dagster__partition="1-9", **tags)
+    run_id = str(uuid.uuid4())
+    tags = {".dagster__extraction_process": killed, ".dagster__extraction_process_run": run_id}
+    make_run(instance, run_id=run_id, dagster__partition="10-19", **tags)
+    with a_week_later():
+        fail_dead_runs(instance)
+    assert instance.get_run_by_id(run_id).status == FAILURE
+    assert range_of(instance.get_run_by_id(odd.run_id)) == IdRange(1, 9)
+
+
+@contextlib.contextmanager
+def a_week_later():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs_module.time, "time", lambda now=time.time(): now + 7 * 86_400)  # noqa: B008 - now
+        yield
+
+
+@pytest.mark.parametrize(
+    ("tags", "expected"),
+    [
+        ({"dagster__partition": "1-9"}, FAILURE),
+        ({"dagster__partition": "1-9", "dagster__max_runtime_seconds": "300000"}, FAILURE),
+        ({"dagster__partition": "1-9", "dagster__max_runtime_seconds": "400000"}, STARTED),
+        ({}, STARTED),
+    ],
+)
+def test_a_run_that_never_ends_keeps_its_range_for_some_days_only(instance, tags, expected):
+    run = make_run(instance, **tags)
+    fail_dead_runs(instance)
+    assert instance.get_run_by_id(run.run_id).status == STARTED
+    with a_week_later():
+        fail_dead_runs(instance)
+    assert instance.get_run_by_id(run.run_id).status == expected
 
 
 def test_the_partitions_looked_up_are_ranges_that_hold_an_id(instance):

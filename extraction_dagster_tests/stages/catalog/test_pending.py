@@ -9,6 +9,7 @@ from pydantic import SecretStr
 
 from extraction_dagster.records import Failure, IdRange
 from extraction_dagster.stages.catalog import catalog as catalog_module
+from extraction_dagster.stages.catalog import pending as pending_module
 from extraction_dagster.stages.catalog.catalog import Fingerprints
 from extraction_dagster.stages.catalog.pending import Scan, Unfinished, pending_index, scan
 from extraction_dagster.stages.catalog.state_tables import LEDGER_TABLE
@@ -247,8 +248,93 @@ def test_entries_of_rows_that_are_gone_hide_nothing(database, opened):
     finish(catalog, *range(1, 20))
     catalog.mark_embedded(range(1, 20), "e2")
     database.execute("DELETE FROM insta_content WHERE id < 18")
-    assert look(catalog, budget=4) == Scan(pending(18, 19, 20), None, None)
-    assert look(catalog, budget=2) == Scan(pending(18, 19), 19, None)
+    assert look(catalog) == Scan(pending(18, 19, 20), None, None)
+    places = [None]
+    while not (found := look(catalog, places[-1], budget=4)).unfinished:
+        places.append(found.reached_id)
+    assert (places, found) == ([None, 4, 8, 12, 16], Scan(pending(18, 19, 20), None, None))
+    assert look(catalog, 16, budget=2) == Scan(pending(18), 18, None)
+
+
+def queries(catalog, do):
+    """The statements of a call."""
+    kept = []
+
+    def keep(_connection, _cursor, statement, *_):
+        kept.append(statement)
+
+    engines = {catalog.source_engine, catalog.state_engine}
+    for engine in engines:
+        sa.event.listen(engine, "before_cursor_execute", keep)
+    do()
+    for engine in engines:
+        sa.event.remove(engine, "before_cursor_execute", keep)
+    return [statement for statement in kept if statement.startswith("SELECT")]
+
+
+def fill_with_entries_of_rows_that_are_not_eligible(database, catalog, number):
+    with catalog.state_engine.begin() as connection:
+        entry = {"state": "failed", "updated_at": datetime.now(UTC)}
+        connection.execute(sa.insert(LEDGER_TABLE), [{**entry, "record_id": key} for key in range(1, number + 1)])
+    database.insert(*range(1, number + 1, 7), is_downloaded=False)
+
+
+@pytest.mark.parametrize("is_elsewhere", [False, True])
+def test_entries_of_rows_that_are_not_eligible_any_more_are_looked_at_in_parts(
+    database, opened, tmp_path, is_elsewhere
+):
+    database.create()
+    elsewhere = {"state_url": SecretStr(f"sqlite:///{tmp_path}/state.db")} if is_elsewhere else {}
+    catalog = opened(source_predicate="is_downloaded", **elsewhere)
+    fill_with_entries_of_rows_that_are_not_eligible(database, catalog, 50)
+    database.insert(51, 52, is_downloaded=True)
+    assert look(catalog, budget=20) == Scan((), 20, 20)  # the watermark may pass what is not eligible
+    assert look(catalog, 20, budget=20) == Scan((), 40, 40)
+    finish(catalog, 52)
+    catalog.mark_embedded([52], "e2")
+    assert look(catalog, 40, budget=20) == Scan(pending(51, 52), None, None)
+    assert len(queries(catalog, lambda: look(catalog, budget=20))) <= 3
+
+
+def test_entries_of_rows_that_are_not_eligible_any_more_cost_no_query_for_each(database, opened):
+    database.create()
+    catalog = opened(source_predicate="is_downloaded")
+    fill_with_entries_of_rows_that_are_not_eligible(database, catalog, 1900)
+    database.insert(1901, is_downloaded=True)
+    assert look(catalog, budget=2000) == Scan(pending(1901), None, None)
+    assert len(queries(catalog, lambda: look(catalog, budget=2000))) == 5
+
+
+def test_a_version_that_can_not_be_read_makes_its_row_alone_pending(database, opened, monkeypatch):
+    database.create()
+    database.insert(*range(1, 10), updated_at="2025-01-01 00:00:00")
+    database.execute("UPDATE insta_content SET updated_at = '2030-01-01 00:00:00' WHERE id IN (3, 8)")
+    catalog, storable = opened(source_version_column="updated_at"), pending_module.storable
+
+    def fail_at_some(text):
+        if text.startswith("2030"):
+            raise ValueError(text)
+        return storable(text)
+
+    finish(catalog, *range(1, 10))
+    monkeypatch.setattr(pending_module, "storable", fail_at_some)
+    assert look(catalog, every_row=True) == Scan(pending(3, 8), None, 2)
+    assert look(catalog, every_row=True, budget=3) == Scan(pending(3), 3, 2)
+    with catalog.state_engine.begin() as connection:  # its range has recorded the failure
+        entry = sa.update(LEDGER_TABLE).where(LEDGER_TABLE.c.record_id == 3)
+        connection.execute(entry.values(state="parked", source_version=""))
+    assert look(catalog, every_row=True) == Scan(pending(8), None, 7)
+
+
+@pytest.mark.parametrize("text", [b"caf\xe9", b"\xff\xfe"])
+def test_a_version_of_bytes_that_are_no_text_stops_no_look(sqlite_database, text):
+    sqlite_database.create()
+    sqlite_database.insert(1, 2, 3)
+    with sqlite_database.engine.begin() as connection:
+        connection.execute(sa.text("UPDATE insta_content SET code = CAST(:text AS TEXT) WHERE id = 2"), {"text": text})
+    catalog = sqlite_database.catalog(source_version_column="code")
+    assert look(catalog, every_row=True) == Scan(pending(1, 2, 3), None, None)
+    catalog.close()
 
 
 def test_what_is_brought_back_is_due_at_once(database, opened):
@@ -339,8 +425,11 @@ def test_unfinished_rows_are_found_through_the_partial_indexes(database, large, 
     wanted = ["extraction_pending_insta_content", "extraction_ledger_unfinished", SOURCE_KEY[dialect]]
     plans = plans_of(large, database.engine, look, large, **window)
     found = [next((name for name in (*wanted, LEDGER_KEY[dialect]) if name in plan), plan) for plan in plans]
-    # Unmarked rows; entries that are not done; the rows of those; all their entries; the greatest finished id.
-    assert found == [wanted[0], wanted[1], wanted[2], LEDGER_KEY[dialect], wanted[2]]
+    # Unmarked rows; entries that are not done, and which of them have a row; the heads of those; all their entries;
+    # the greatest finished id.
+    assert found == [wanted[0], wanted[1], wanted[1], wanted[2], LEDGER_KEY[dialect], wanted[2]]
+    assert SOURCE_KEY[dialect] in plans[2]
+    plans[1] = plans[1].replace("SCAN anon_1", "")  # the page that was just read, which is counted
     assert not any("Seq Scan" in plan or "SCAN " in plan for plan in plans)
 
 

@@ -11,7 +11,8 @@ from extraction_dagster.records import IdRange, VideoRow
 from extraction_dagster.settings import Settings
 from extraction_dagster.shards.compaction import Compacted, CompactionOptions, compact
 from extraction_dagster.shards.frame_export import export_frames
-from extraction_dagster.shards.frame_store import FrameStore, prune_frames
+from extraction_dagster.shards.frame_store import FrameStore
+from extraction_dagster.shards.retention import prune_frames
 from extraction_dagster.stages.catalog.catalog import Fingerprints
 from extraction_dagster.stages.catalog.ledger import LedgerEntry
 from extraction_dagster.stages.decode import stage
@@ -195,7 +196,7 @@ from extraction_dagster.shards.compaction import Compacted, CompactionOptions, c
 from extraction_dagster.shards.frame_export import export_frames
 from extraction_dagster.shards.frame_store import FrameStore
 from extraction_dagster.stages.decode import stage
-from extraction_dagster.shards.frame_store import prune_frames
+from extraction_dagster.shards.retention import prune_frames
 from extraction_dagster.stages.decode.quality import Quality
 from extraction_dagster.stages.decode.sampling import Sampling
 from extraction_dagster.stages.decode.stage import decode_rows
@@ -227,3 +228,10 @@ def test_a_landed_shard_carries_the_middle_frame_of_its_videos(clip_path, settin
     middles = {video.record_id: (float(video.pts_seconds[2]), video.jpegs[2]) for video in store.read(landed.shard)}
     assert {item.record_id: (item.pts_seconds, item.jpeg) for item in landed.previews} == middles
     assert landed.num_frames == 8
+
+
+def test_frames_are_stored_with_the_address_and_the_claim_of_their_row(clip_path, settings, store):
+    work = [VideoRow(1, str(clip_path("h264")), content_version="v1", address="a" * 16, claim=7)]
+    list(decode_rows(work, store=store, partition=RANGE, settings=settings))
+    ((record,),) = (shard.records for shard in store.shards(RANGE))
+    assert (record.content_version, record.address, record.claim) == ("v1", "a" * 16, 7)

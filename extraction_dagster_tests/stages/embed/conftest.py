@@ -73,13 +73,17 @@ class StoredRecord:
 
 @dataclass
 class MemoryFrames:
-    """A frame source that remembers which shards it was asked for."""
+    """A frame source that remembers which shards it was asked for, and what was set aside."""
 
     asked: list[str] = field(default_factory=list)
+    aside: list[tuple[str, list[int] | None]] = field(default_factory=list)
 
-    def read(self, shard):
+    def read(self, shard, *, only):
         self.asked.append(shard.name)
-        yield from shard.videos
+        yield from (video for video in shard.videos if video.record_id in only)
+
+    def set_aside(self, shard, _why, *, records=None):
+        self.aside.append((shard.name, records))
 
 
 @pytest.fixture

@@ -10,10 +10,11 @@ from itertools import count
 import numpy as np
 import pytest
 
+from extraction_dagster.errors.decode import FrameShardError
 from extraction_dagster.errors.embed import EmbeddingMemoryError
-from extraction_dagster.records import Failure, IdRange
+from extraction_dagster.records import Failure, IdRange, VideoRow
 from extraction_dagster.shards.embedding_store import EmbeddingStore
-from extraction_dagster.shards.store import ShardRecord
+from extraction_dagster.shards.store import ShardRecord, newest_copies
 from extraction_dagster.stages.embed.models.registry import load_model
 from extraction_dagster.stages.embed.passes import Finished
 from extraction_dagster.stages.embed.stage import embed_shards, prefetch
@@ -58,13 +59,29 @@ def store(tmp_path):
     return EmbeddingStore(str(tmp_path / "embeddings"), "f00d")
 
 
+def whole(shards):
+    return [(shard, [record.record_id for record in shard.records]) for shard in shards]
+
+
+def ids(embedded):
+    """The records of each embedding shard."""
+    return [[record.record_id for record in one.shard.records] if one.shard else None for one in embedded]
+
+
 @pytest.fixture
 def run(model, cpu_settings, frames, store):
-    def run(shards, *, model=model, batch_size=4, store=store, **options):
+    def run(shards, *, model=model, batch_size=4, store=store, parts=None, **options):
         settings = cpu_settings.model_copy(update={"embed_batch_size": batch_size})
-        return list(
-            embed_shards(shards, frames=frames, store=store, model=model, partition=RANGE, settings=settings, **options)
+        embedded = embed_shards(
+            parts or whole(shards),
+            frames=frames,
+            store=store,
+            model=model,
+            partition=RANGE,
+            settings=settings,
+            **options,
         )
+        return list(embedded)
 
     return run
 
@@ -85,11 +102,7 @@ def _failure(record_id, error_type, message):
 def test_each_frame_shard_gets_its_embedding_shard_with_every_frame_in_order(run, shards, store):
     done = run(shards)
 
-    assert [(e.shard.name, e.num_frames, e.failures, e.reused) for e in done] == [
-        ("0001", 10, (), False),
-        ("0002", 2, (), False),
-        ("0003", 7, (), False),
-    ]
+    assert [(e.num_frames, e.failures) for e in done] == [(10, ()), (2, ()), (7, ())]
     assert all(e.cpu_seconds > 0 and e.wall_seconds > 0 for e in done)
     assert store.shards(RANGE) == [e.shard for e in done]
     first = store.read(done[0].shard)
@@ -123,7 +136,7 @@ def test_vectors_do_not_depend_on_the_batch_size(
 
     def vectors(into, size):
         wanted = settings.model_copy(update={"embed_batch_size": size})
-        done = embed_shards(shards, frames=frames, store=into, model=chosen, partition=RANGE, settings=wanted)
+        done = embed_shards(whole(shards), frames=frames, store=into, model=chosen, partition=RANGE, settings=wanted)
         return np.concatenate([into.read(e.shard).vectors for e in done])
 
     one, two = vectors(store, 16), vectors(other, batch_size)
@@ -148,55 +161,26 @@ def test_batches_are_filled_across_videos_and_shards(run, shards, model):
     assert faulty.batches == [8, 8, 3]
 
 
-def test_a_second_run_reads_and_embeds_nothing(run, shards, frames, model):
-    first = run(shards)
-    frames.asked.clear()
+def test_vectors_are_made_under_the_claim_of_their_row_and_their_name_says_now(run, shards, store):
+    (before,) = run(shards[1:2])
+    rows = {12: VideoRow(12, "12.mp4", content_version="v1", address="a" * 16, claim=7)}
+
+    (again,) = run([], parts=[(shards[2], [12])], rows=rows)
+    (stored, later) = store.shards(RANGE)
+
+    assert stored == before.shard
+    assert later == again.shard
+    assert later.records == (ShardRecord(12, "v1", 2, address="a" * 16, claim=7),)
+    assert later.name > before.shard.name
+
+
+def test_only_the_records_that_are_wanted_are_embedded(run, shards, model):
     faulty = Faulty(model)
 
-    second = run(shards, model=faulty)
+    done = run([], parts=[(shards[0], [1, 5]), (shards[2], [13])], model=faulty)
 
-    assert [(e.shard, e.reused, e.cpu_seconds) for e in second] == [(e.shard, True, 0.0) for e in first]
-    assert (frames.asked, faulty.batches) == ([], [])
-
-
-def test_without_reuse_every_shard_is_embedded_again_and_its_file_replaced(run, shards, model):
-    first = {e.shard.path: e.shard for e in run(shards)}
-    other = Faulty(model)
-    again = run(shards, model=other, reuse=False)
-    assert [e.reused for e in again] == [False, False, False]
-    assert sum(other.batches) == 19
-    assert {e.shard.path: e.shard for e in again} == first
-
-
-def test_only_shards_that_are_missing_or_changed_are_embedded(run, shards, frames, make_shard, make_video, store):
-    run(shards)
-    frames.asked.clear()
-    changed = [
-        shards[0],
-        make_shard("0002", [make_video(11, 2, version="v2")]),
-        make_shard("0003", [make_video(12, 2), make_video(13, 4)]),
-        make_shard("0004", [make_video(40, 1)]),
-    ]
-
-    again = run(changed)
-
-    assert [(e.shard.name, e.reused) for e in again] == [
-        ("0001", True),
-        ("0002", False),
-        ("0003", False),
-        ("0004", False),
-    ]
-    assert frames.asked == ["0002", "0003", "0004"]
-    assert [shard.num_frames for shard in store.shards(RANGE)] == [10, 2, 6, 1]
-
-
-def test_a_shard_that_lost_a_record_is_embedded_again(run, shards, make_shard, frames):
-    run(shards)
-    frames.asked.clear()
-
-    run([make_shard("0001", shards[0].videos[:2])])
-
-    assert frames.asked == ["0001"]
+    assert ids(done) == [[1, 5], [13]]
+    assert sum(faulty.batches) == 14
 
 
 @pytest.mark.parametrize(
@@ -224,21 +208,20 @@ def test_a_bad_vector_fails_its_record_alone(run, shards, store, model, value, w
     ]
     assert [r.record_id for r in done[0].shard.records] == [1, 2]
     assert store.read(done[0].shard).record_id.tolist() == [1, 1, 1, 2]
-    assert store.shards(RANGE)[0].failures == done[0].failures
 
 
 def test_the_next_shards_are_read_while_one_is_embedded(model, cpu_settings, shards, frames, store):
     settings = cpu_settings.model_copy(update={"embed_batch_size": 1})
-    running = embed_shards(shards, frames=frames, store=store, model=model, partition=RANGE, settings=settings)
+    running = embed_shards(whole(shards), frames=frames, store=store, model=model, partition=RANGE, settings=settings)
 
-    assert next(running).shard.name == "0001"
+    assert ids([next(running)]) == [[1, 2, 5]]
     deadline = time.monotonic() + 60
     while "0003" not in frames.asked and time.monotonic() < deadline:
         time.sleep(0.01)
 
     assert frames.asked == ["0001", "0002", "0003"]
     running.close()
-    assert [shard.name for shard in store.shards(RANGE)] == ["0001"]
+    assert [shard.num_frames for shard in store.shards(RANGE)] == [10]
 
 
 def test_a_record_that_fails_twice_keeps_its_first_error(run, make_shard, make_video, model):
@@ -255,7 +238,9 @@ def test_a_record_that_fails_twice_keeps_its_first_error(run, make_shard, make_v
 def test_several_readers_keep_every_order(shards, frames, store, model, cpu_settings, readers):
     settings = cpu_settings.model_copy(update={"embed_readers": readers, "embed_batch_size": 2})
 
-    done = list(embed_shards(shards, frames=frames, store=store, model=model, partition=RANGE, settings=settings))
+    done = list(
+        embed_shards(whole(shards), frames=frames, store=store, model=model, partition=RANGE, settings=settings)
+    )
 
     assert [store.read(e.shard).record_id.tolist() for e in done] == [
         [1, 1, 1, 2, 5, 5, 5, 5, 5, 5],
@@ -265,7 +250,7 @@ def test_several_readers_keep_every_order(shards, frames, store, model, cpu_sett
     assert frames.asked == ["0001", "0002", "0003"]
 
 
-def test_a_frame_that_is_no_jpeg_fails_its_record_alone(run, make_shard, make_video, store):
+def test_a_frame_that_is_no_jpeg_fails_its_record_alone_and_sets_it_aside(run, make_shard, make_video, store, frames):
     videos = [make_video(1, 2), make_video(2, 9, broken_frame=6), make_video(3, 1, broken_frame=0), make_video(4, 2)]
 
     (done,) = run([make_shard("0001", videos)])
@@ -273,19 +258,35 @@ def test_a_frame_that_is_no_jpeg_fails_its_record_alone(run, make_shard, make_vi
     assert [(f.record_id, f.error_type) for f in done.failures] == [(2, "StoredFrameError"), (3, "StoredFrameError")]
     assert done.failures[0].message.startswith("Stored frame 180 of record 2 is no readable JPEG (")
     assert store.read(done.shard).record_id.tolist() == [1, 1, 4, 4]
+    assert frames.aside == [("0001", [2, 3])]
 
 
-def test_a_failure_worth_another_try_has_its_shard_embedded_again(run, shards, store, model, frames):
-    faulty = Faulty(model)
-    faulty._spoil = [faulty.pixels_of(shards[1].videos[0], 0).tobytes()]
-    assert [len(e.failures) for e in run(shards, model=faulty)] == [0, 1, 0]
-    frames.asked.clear()
+def test_a_shard_that_is_damaged_half_way_fails_its_other_records_and_is_set_aside(run, shards, store, frames):
+    read = frames.read
 
-    again = run(shards)
+    def broken(shard, *, only):
+        for video in read(shard, only=only):
+            if video.record_id == 2:
+                raise FrameShardError("0001", "it is damaged")
+            yield video
 
-    assert frames.asked == ["0002"]
-    assert [len(e.failures) for e in again] == [0, 0, 0]
-    assert [shard.num_frames for shard in store.shards(RANGE)] == [10, 2, 7]
+    frames.read = broken
+    done = run(shards)
+
+    assert ids(done) == [[1], [11], [12, 13]]
+    assert [(f.record_id, f.error_type, f.permanent) for f in done[0].failures] == [
+        (2, "FrameShardError", False),
+        (5, "FrameShardError", False),
+    ]
+    assert frames.aside == [("0001", None)]
+    assert [shard.num_frames for shard in store.shards(RANGE)] == [3, 2, 7]
+
+
+def test_a_shard_of_which_no_record_gives_vectors_writes_nothing(run, make_shard, make_video, store):
+    (done,) = run([make_shard("0001", [make_video(3, 1, broken_frame=0)])])
+
+    assert (done.shard, done.num_frames, [f.record_id for f in done.failures]) == (None, 0, [3])
+    assert store.shards(RANGE) == []
 
 
 def test_memory_that_runs_out_halves_the_batch_and_loses_nothing(run, shards, store, model):
@@ -314,29 +315,31 @@ def test_a_run_that_is_dropped_half_way_leaves_its_finished_shards_and_no_thread
     model, cpu_settings, shards, frames, store
 ):
     before = threading.active_count()
-    running = embed_shards(shards, frames=frames, store=store, model=model, partition=RANGE, settings=cpu_settings)
+    running = embed_shards(
+        whole(shards), frames=frames, store=store, model=model, partition=RANGE, settings=cpu_settings
+    )
 
-    assert next(running).shard.name == "0001"
+    assert ids([next(running)]) == [[1, 2, 5]]
     running.close()
 
-    assert [shard.name for shard in store.shards(RANGE)] == ["0001"]
+    assert [shard.num_frames for shard in store.shards(RANGE)] == [10]
     assert threading.active_count() == before
 
 
-def test_a_shard_that_can_not_be_read_ends_the_run_and_keeps_what_was_before_it(run, shards, store, frames):
+def test_a_store_that_fails_ends_the_run_and_keeps_what_was_before_it(run, shards, store, frames):
     read = frames.read
 
-    def broken(shard):
+    def broken(shard, *, only):
         if shard.name == "0003":
             message = "frame shard 0003 is torn"
             raise OSError(message)
-        return read(shard)
+        return read(shard, only=only)
 
     frames.read = broken
     with pytest.raises(OSError, match="0003 is torn"):
         run(shards, batch_size=1)
 
-    assert [shard.name for shard in store.shards(RANGE)] == ["0001", "0002"]
+    assert [shard.num_frames for shard in store.shards(RANGE)] == [10, 2]
 
 
 SLOW_RUN = """
@@ -351,10 +354,10 @@ from extraction_dagster.shards.embedding_store import EmbeddingStore
 from extraction_dagster.stages.embed.models.registry import load_model
 from extraction_dagster.stages.embed.stage import embed_shards
 settings = Settings(device="cpu", embed_batch_size=2, embed_threads=1)
-shards = [MemoryShard(f"{n:04d}", [video(n, 6)]) for n in range(1, 21)]
-for done in embed_shards(shards, frames=MemoryFrames(), store=EmbeddingStore(sys.argv[1], "f00d"),
+parts = [(MemoryShard(f"{n:04d}", [video(n, 6)]), [n]) for n in range(1, 21)]
+for done in embed_shards(parts, frames=MemoryFrames(), store=EmbeddingStore(sys.argv[1], "f00d"),
                          model=load_model(settings), partition=IdRange(1, 100), settings=settings):
-    print(done.shard.name, flush=True)
+    print(done.shard.records[0].record_id, flush=True)
 """
 
 
@@ -365,15 +368,14 @@ def test_after_kill_9_only_unfinished_shards_are_embedded_and_nothing_is_torn(
     with commands.start([sys.executable, "-c", SLOW_RUN, str(tmp_path / "embeddings"), folder]) as worker:
         reported = [worker.stdout.readline().strip() for _ in range(3)]
         worker.send_signal(signal.SIGKILL)
-    there = [shard.name for shard in store.shards(RANGE)]
-    assert reported == ["0001", "0002", "0003"]
-    assert set(reported) <= set(there)
+    there = newest_copies(store.shards(RANGE)).keys()
+    assert reported == ["1", "2", "3"]
+    assert {1, 2, 3} <= there
     assert len(there) < 20
 
-    done = run([make_shard(f"{n:04d}", [make_video(n, 6)]) for n in range(1, 21)])
+    run([make_shard(f"{n:04d}", [make_video(n, 6)]) for n in range(1, 21) if n not in there])
 
-    assert [e.shard.name for e in done if e.reused] == there
-    assert frames.asked == [f"{n:04d}" for n in range(1, 21) if f"{n:04d}" not in there]
+    assert frames.asked == [f"{n:04d}" for n in range(1, 21) if n not in there]
     assert [shard.num_frames for shard in store.shards(RANGE)] == [6] * 20
 
 

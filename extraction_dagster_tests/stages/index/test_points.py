@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from extraction_dagster.errors import RecordShapeError, SettingsError
 from extraction_dagster.errors.index import PayloadError, VectorNormError
 from extraction_dagster.records import EmbeddingBatch, VideoRow
-from extraction_dagster.stages.index.points import PointBatch, build_points, generation, point_id
+from extraction_dagster.stages.index.points import PointBatch, build_points, former_generation, generation, point_id
 
 _IDS = st.integers(min_value=-(2**63), max_value=2**63 - 1)
 
@@ -30,10 +30,21 @@ def test_two_frames_never_share_an_id(first, second):
 
 
 def test_a_generation_follows_from_what_the_points_are_made_from():
-    made = {"embedding_fingerprint": "e", "frames_fingerprint": "f", "content_version": "c"}
+    made = {
+        "embedding_fingerprint": "e",
+        "frames_fingerprint": "f",
+        "content_version": "c",
+        "source": "s",
+        "address": "a",
+    }
     assert generation(**made) == generation(**made)
     others = {generation(**{**made, key: "x"}) for key in made}
-    assert len(others | {generation(**made)}) == 4
+    assert len(others | {generation(**made)}) == 6
+
+
+def test_the_generation_of_an_earlier_release_stays_what_it_was():
+    made = {"embedding_fingerprint": "e", "frames_fingerprint": "f", "content_version": "c"}
+    assert former_generation(**made) == "c7d8c7883eaba22b"
 
 
 def _one(vector=(0.6, 0.8)):

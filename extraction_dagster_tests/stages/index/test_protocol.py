@@ -187,6 +187,21 @@ def test_other_vectors_are_refused_by_naming_both_and_the_fix(opened, load, spec
     assert opened.count() == 1
 
 
+def test_a_collection_whose_name_begins_alike_is_a_neighbour_and_not_touched(opened, embeddings, rows, spec):
+    neighbour = CollectionSpec(f"{spec.name}-staging", 8, "abc123")
+    opened.ensure_collection(neighbour)
+    opened.upsert(build_points(embeddings({7: [0]}), rows=rows(7), generations={7: "a"}))
+    assert opened.collections(spec.name) == {"abc123": True}
+    assert opened.collections(neighbour.name) == {"abc123": True}
+    for fingerprint in ("staging", "staging-abc123", f"../{neighbour.name}/abc123"):
+        with pytest.raises(CollectionMissingError, match="There is no collection"):
+            opened.drop(spec.name, fingerprint)
+        with pytest.raises(CollectionMissingError, match="There is no collection"):
+            opened.open_collection(spec.name, fingerprint=fingerprint)
+    opened.open_collection(neighbour.name)
+    assert opened.count() == 1
+
+
 def test_another_model_is_loaded_beside_and_takes_over_in_one_step(opened, embeddings, rows, spec):
     new = CollectionSpec(spec.name, dim=4, fingerprint="new")
     opened.upsert(build_points(embeddings({7: [0]}), rows=rows(7), generations={7: "a"}))

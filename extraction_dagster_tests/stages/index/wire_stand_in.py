@@ -233,6 +233,14 @@ class _Collections(q.CollectionsServicer):
 
         return self.owner.answer("Create", context, apply)
 
+    def Update(self, request, context):  # noqa: N802 - the protocol's name
+        def apply():
+            metadata = GrpcToRest.convert_payload(request.metadata)
+            done = self.owner.engine.update_collection(request.collection_name, metadata=metadata)
+            return q.CollectionOperationResponse(result=done)
+
+        return self.owner.answer("Update", context, apply)
+
     def Delete(self, request, context):  # noqa: N802 - the protocol's name
         def apply():
             return q.CollectionOperationResponse(result=self.owner.engine.delete_collection(request.collection_name))

@@ -4,7 +4,7 @@ Under `qdrant/video_frames/`:
 
 - `lock`: locked by one process, which is named in it.
 - `pointer.json`: `{"v": 1, "current": "3f2a…"}`.
-- `3f2a…/collection.json`: `{"v": 1, "name": "video_frames", "dim": 1280, "fingerprint": "3f2a…", …}`.
+- `3f2a…/collection.json`: `{"v": 1, "name": "video_frames", "dim": 1280, "fingerprint": "3f2a…", "source": …}`.
 - `3f2a…/shard/`: the engine's files.
 - `building-3f2a…/`, `dropped-3f2a…/`: left by a killed process; removed when a collection is created.
 """
@@ -17,7 +17,7 @@ import os
 import shutil
 import socket
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from typing import IO, TYPE_CHECKING, Any
 
@@ -98,12 +98,26 @@ class EdgeFiles:
 
     def exists(self, fingerprint: str) -> bool:
         """Whether a fingerprint's collection was created completely."""
-        return (self.folder / fingerprint / "collection.json").exists()
+        return fingerprint in self.fingerprints()
 
     def fingerprints(self) -> list[str]:
-        """Every fingerprint that was created."""
-        names = [path.parent.name for path in self.folder.glob("*/collection.json")]
-        return sorted(name for name in names if not name.startswith(("building-", "dropped-")))
+        """Every fingerprint that was created; a folder that somebody copied under another name is none."""
+        return sorted(path.parent.name for path in self.folder.glob("*/collection.json") if self._is_own(path.parent))
+
+    def _is_own(self, folder: Path) -> bool:
+        if folder.name.startswith(("building-", "dropped-")):
+            return False
+        try:
+            return self.spec(folder.name).fingerprint == folder.name
+        except StoreUnreadableError:  # said when it is opened
+            return True
+
+    def claim(self, fingerprint: str, source: str) -> None:
+        """Write down whose points a collection holds."""
+        _write(
+            self.folder / fingerprint / "collection.json",
+            {"v": _FORMAT, **asdict(replace(self.spec(fingerprint), source=source))},
+        )
 
     def create(self, spec: CollectionSpec, build: Callable[[Path], None]) -> None:
         """Create a collection in one step: a process killed meanwhile leaves nothing that looks finished."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -37,11 +38,13 @@ class EdgeStore(PointStore):
     Args:
         home: The folder under which collections lie.
         wait_seconds: How long to wait for another process to release it.
+        source: The identity of the source table whose points it keeps; any when it is empty.
     """
 
-    def __init__(self, home: Path, *, wait_seconds: float = 0.0) -> None:
+    def __init__(self, home: Path, *, wait_seconds: float = 0.0, source: str = "") -> None:
         self._home = home
         self._wait_seconds = wait_seconds
+        self._source = source
         self._files: EdgeFiles | None = None
         self._spec: CollectionSpec | None = None
         self._engine: qdrant_edge.EdgeShard | None = None
@@ -54,12 +57,16 @@ class EdgeStore(PointStore):
         """Open the collection, and create it when there is none."""
         with self._opening(spec.name) as files:
             current = files.current
+            if current is not None:
+                self._require_own(files.spec(current))
             if current is not None and not staged:
                 spec.require_same_vectors(files.spec(current), str(files.folder))
             elif not files.exists(spec.fingerprint):
-                files.create(spec, functools.partial(_create, spec=spec))
+                own = replace(spec, source=self._source)
+                files.create(own, functools.partial(_create, spec=own))
             self._load(files, spec.fingerprint)
             spec.require_same_vectors(files.spec(spec.fingerprint), str(files.folder))
+            self._claim()
             if current is None and not staged:
                 files.publish(spec.fingerprint)
 
@@ -77,6 +84,9 @@ class EdgeStore(PointStore):
     def publish(self) -> None:
         """Make the open collection the one in use."""
         spec, files, _ = self._open("publish a collection")
+        if files.current is not None:
+            self._require_own(files.spec(files.current))
+        self._claim()
         self.flush()
         files.publish(spec.fingerprint)
 
@@ -95,6 +105,7 @@ class EdgeStore(PointStore):
             raise CollectionMissingError(name=f"{name}-{fingerprint}", where=str(self._home))
         files.acquire()
         try:
+            self._require_own(files.spec(fingerprint))
             files.drop(fingerprint)
         finally:
             if not held:
@@ -140,6 +151,8 @@ class EdgeStore(PointStore):
         if self._spec is not None and self._spec.fingerprint == fingerprint:
             return
         self._unload()
+        spec = files.spec(fingerprint)
+        self._require_own(spec)
         path = files.shard(fingerprint)
         try:
             self._engine = edge.EdgeShard.load(str(path))
@@ -147,7 +160,7 @@ class EdgeStore(PointStore):
             if "WouldBlock" in str(error):
                 raise StoreBusyError(str(path), "another process") from error
             raise StoreUnreadableError(str(path), str(error)) from error
-        self._spec = files.spec(fingerprint)
+        self._spec = spec
 
     def _unload(self) -> None:
         engine, self._engine, self._spec = self._engine, None, None
@@ -169,6 +182,12 @@ class EdgeStore(PointStore):
             datetime_range=edge.RangeDateTime,
             has_ids=lambda ids: edge.HasIdCondition({UUID(point_id) for point_id in ids}),
         )
+
+    def _note_source(self, source: str) -> bool:
+        spec, files, _ = self._open("claim a collection")
+        files.claim(spec.fingerprint, source)
+        self._spec = replace(spec, source=source)
+        return True
 
     def _write(self, batch: PointBatch) -> None:
         """The engine applies a write before it returns."""

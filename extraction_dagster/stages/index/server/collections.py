@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from extraction_dagster.errors.index import CollectionInUseError, CollectionMissingError, CollectionNameTakenError
+from extraction_dagster.errors.index import (
+    CollectionInUseError,
+    CollectionMissingError,
+    CollectionNameTakenError,
+    StoreRefusedError,
+)
 from extraction_dagster.stages.index.protocol import PAYLOAD_INDEXES, CollectionSpec
 from extraction_dagster.stages.index.server.retry import is_already_there, require_completed
 
@@ -16,6 +23,8 @@ if TYPE_CHECKING:
 
 _Result = TypeVar("_Result")
 _METADATA_KEY = "extraction"
+_FINGERPRINT = re.compile(r"[0-9a-f]{16}")
+_log = logging.getLogger(__name__)
 
 
 class _Call(Protocol):
@@ -48,12 +57,34 @@ class ServerCollections:
         found = self.call("list collections", self.client.get_collections).collections
         prefix = f"{name}-"
         names = sorted(item.name for item in found if item.name.startswith(prefix))
-        return {item.removeprefix(prefix): item == current for item in names}
+        return {item.removeprefix(prefix): item == current for item in names if self._belongs(item, name)}
+
+    def is_under(self, target: str, name: str) -> bool:
+        """Whether there is such a collection, and it is one of this name, not of a neighbour's: `name-staging`."""
+        return self.exists(target) and self._belongs(target, name)
+
+    def _belongs(self, target: str, name: str) -> bool:
+        """Whether a collection that begins with a name is of that name: as it says itself, or else by its pattern."""
+        fingerprint = target.removeprefix(f"{name}-")
+        try:
+            metadata = self._metadata(self._config(target))
+        except StoreRefusedError:  # a key that is for other collections, or dropped since it was listed
+            metadata = {}
+        if metadata:
+            return bool((metadata.get("name"), metadata.get("fingerprint")) == (name, fingerprint))
+        return _FINGERPRINT.fullmatch(fingerprint) is not None
+
+    def _config(self, target: str) -> Any:  # noqa: ANN401 - the client's own record
+        return self.call("look up a collection", lambda: self.client.get_collection(target)).config
+
+    @staticmethod
+    def _metadata(config: Any) -> dict[str, Any]:  # noqa: ANN401 - as above
+        return dict((config.metadata or {}).get(_METADATA_KEY) or {})
 
     def spec(self, target: str, name: str) -> CollectionSpec:
         """What a collection says of itself; on a server without metadata its full name carries the fingerprint."""
-        config = self.call("look up a collection", lambda: self.client.get_collection(target)).config
-        metadata = (config.metadata or {}).get(_METADATA_KEY) or {}
+        config = self._config(target)
+        metadata = self._metadata(config)
         vectors: Any = config.params.vectors
         fingerprint = str(metadata.get("fingerprint") or target.removeprefix(f"{name}-"))
         is_half = vectors.datatype is not None and vectors.datatype.value == "float16"
@@ -64,21 +95,48 @@ class ServerCollections:
             "float16" if is_half else "float32",
             "none" if (vectors.quantization_config or config.quantization_config) is None else "scalar",
             on_disk=bool(vectors.on_disk),
+            source=str(metadata.get("source") or ""),
         )
 
-    def ensure(self, target: str, spec: CollectionSpec) -> None:
-        """Create a collection and its payload indexes where they are missing.
+    def note_source(self, target: str, spec: CollectionSpec, source: str) -> CollectionSpec:
+        """Keep a source's identity in a collection's metadata; returns what the collection says of itself now.
+
+        A server that keeps no metadata, or a key that may not change it, is warned of: runs go on as before.
+        """
+        kept = {"v": 1, "name": spec.name, "fingerprint": spec.fingerprint, "source": source}
+        try:
+            self.call(
+                "note a collection's source",
+                lambda: self.client.update_collection(target, metadata={_METADATA_KEY: kept}),
+            )
+            found = self.spec(target, spec.name)
+        except StoreRefusedError as error:
+            found, why = spec, str(error)
+        else:
+            why = "the server keeps no metadata"
+        if not found.source:
+            _log.warning("Collection %r can't be told from another source's: %s", target, why)
+        return found
+
+    def ensure(
+        self, target: str, spec: CollectionSpec, require_own: Callable[[CollectionSpec], None]
+    ) -> CollectionSpec:
+        """Create a collection and its payload indexes where they are missing. Returns what it says of itself.
 
         Raises:
+            ForeignCollectionError: It is not our own, as `require_own` says.
             CollectionMismatchError: It holds other vectors.
         """
         if not self.exists(target):
             self._create(target, spec)
-        spec.require_same_vectors(self.spec(target, spec.name), self.url)
+        found = self.spec(target, spec.name)
+        require_own(found)
+        spec.require_same_vectors(found, self.url)
         info = self.call("look up a collection", lambda: self.client.get_collection(target))
         for field, kind in PAYLOAD_INDEXES.items():
             if field not in (info.payload_schema or {}):
                 self._create_index(target, field, kind)
+        return found
 
     def publish(self, name: str, target: str) -> None:
         """Let a name stand for a collection, in one step on the server.
@@ -100,17 +158,19 @@ class ServerCollections:
         operations.append(models.CreateAliasOperation(create_alias=create))
         self.call("publish a collection", lambda: self.client.update_collection_aliases(operations))
 
-    def drop(self, name: str, target: str) -> None:
+    def drop(self, name: str, target: str, require_own: Callable[[CollectionSpec], None]) -> None:
         """Remove a collection.
 
         Raises:
             CollectionInUseError: The name stands for it.
             CollectionMissingError: There is none.
+            ForeignCollectionError: It is not our own, as `require_own` says.
         """
         if self.behind(name) == target:
             raise CollectionInUseError(target, self.url)
-        if not self.exists(target):
+        if not self.is_under(target, name):
             raise CollectionMissingError(target, self.url)
+        require_own(self.spec(target, name))
         self.call("drop a collection", lambda: self.client.delete_collection(target))
 
     def _create(self, target: str, spec: CollectionSpec) -> None:
@@ -124,11 +184,13 @@ class ServerCollections:
             on_disk=spec.on_disk or None,
             quantization_config=models.ScalarQuantization(scalar=int8) if spec.quantization == "scalar" else None,
         )
-        metadata = {_METADATA_KEY: {"v": 1, "name": spec.name, "fingerprint": spec.fingerprint}}
+        metadata: dict[str, Any] = {"v": 1, "name": spec.name, "fingerprint": spec.fingerprint}
+        if spec.source:
+            metadata["source"] = spec.source
 
         def create() -> None:
             try:
-                self.client.create_collection(target, vectors_config=vectors, metadata=metadata)
+                self.client.create_collection(target, vectors_config=vectors, metadata={_METADATA_KEY: metadata})
             except Exception as error:
                 # Another run created it meanwhile, or an earlier try of ours whose answer was lost.
                 if not is_already_there(error):

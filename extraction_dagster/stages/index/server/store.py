@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import numpy as np
@@ -40,9 +41,10 @@ class ServerStore(PointStore):
         wire: `local` for the client's local engine, which takes no gRPC messages.
         timeout_seconds: Limit for one call.
         retry: How calls are repeated.
+        source: The identity of the source table whose points it keeps; any when it is empty.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - how it is reached, and whose points it keeps
         self,
         client: QdrantClient,
         *,
@@ -50,18 +52,20 @@ class ServerStore(PointStore):
         wire: Wire = "grpc",
         timeout_seconds: float = 60.0,
         retry: RetryPolicy | None = None,
+        source: str = "",
     ) -> None:
         self._client = client
         self._url = url
         self._wire = wire
         self._timeout_seconds = timeout_seconds
         self._retry = retry or RetryPolicy()
+        self._source = source
         self._collections = ServerCollections(client, url, self._call)
         self._spec: CollectionSpec | None = None
         self._target = ""
 
     @classmethod
-    def connect(cls, settings: Settings, *, retry: RetryPolicy | None = None) -> Self:
+    def connect(cls, settings: Settings, *, retry: RetryPolicy | None = None, source: str = "") -> Self:
         """Make a client from the settings; nothing is sent before a collection is opened."""
         from qdrant_client import QdrantClient
 
@@ -76,7 +80,7 @@ class ServerStore(PointStore):
             check_compatibility=False,
             pool_size=1,
         )
-        return cls(client, url=url, timeout_seconds=settings.qdrant_timeout_seconds, retry=retry)
+        return cls(client, url=url, timeout_seconds=settings.qdrant_timeout_seconds, retry=retry, source=source)
 
     def __repr__(self) -> str:
         """The server; never the key."""
@@ -86,22 +90,31 @@ class ServerStore(PointStore):
         """Open the collection, and create it when there is none."""
         current = self._collections.behind(spec.name)
         target = spec.full_name if staged else current or spec.full_name
-        self._collections.ensure(target, spec)
-        self._spec, self._target = spec, target
+        if current is not None and current != target:
+            self._require_own(self._collections.spec(current, spec.name))
+        found = self._collections.ensure(target, replace(spec, source=self._source), self._require_own)
+        self._spec, self._target = found, target
+        self._claim()
         if current is None and not staged:
             self.publish()
 
     def open_collection(self, name: str, *, fingerprint: str | None = None) -> CollectionSpec:
         """Open the collection in use, or another of that name."""
         target = self._collections.behind(name) if fingerprint is None else f"{name}-{fingerprint}"
-        if target is None or (fingerprint is not None and not self._collections.exists(target)):
+        if target is None or (fingerprint is not None and not self._collections.is_under(target, name)):
             raise CollectionMissingError(target or name, self._url)
-        self._spec, self._target = self._collections.spec(target, name), target
-        return self._spec
+        found = self._collections.spec(target, name)
+        self._require_own(found)
+        self._spec, self._target = found, target
+        return found
 
     def publish(self) -> None:
         """Make the open collection the one in use, in one step on the server."""
         spec, target = self._open("publish a collection")
+        current = self._collections.behind(spec.name)
+        if current is not None and current not in {target, spec.name}:
+            self._require_own(self._collections.spec(current, spec.name))
+        self._claim()
         self._collections.publish(spec.name, target)
 
     def collections(self, name: str) -> dict[str, bool]:
@@ -111,7 +124,7 @@ class ServerStore(PointStore):
     def drop(self, name: str, fingerprint: str) -> None:
         """Remove a collection that is not in use."""
         target = f"{name}-{fingerprint}"
-        self._collections.drop(name, target)
+        self._collections.drop(name, target, self._require_own)
         if self._target == target:
             self._spec, self._target = None, ""
 
@@ -146,6 +159,13 @@ class ServerStore(PointStore):
             datetime_range=models.DatetimeRange,
             has_ids=lambda ids: models.HasIdCondition(has_id=list(ids)),
         )
+
+    def _note_source(self, source: str) -> bool:
+        spec, target = self._open("claim a collection")
+        found = self._collections.note_source(target, spec, source)
+        self._require_own(found)  # another may have been first
+        self._spec = replace(found, source=source)  # what can't be kept is not tried again
+        return bool(found.source)
 
     def _write(self, batch: PointBatch) -> None:
         _, target = self._open("write points")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,12 @@ import threading
 
 import pytest
 
-from extraction_dagster.errors.index import StoreBusyError, StoreEngineError, StoreUnreadableError
+from extraction_dagster.errors.index import (
+    CollectionMissingError,
+    StoreBusyError,
+    StoreEngineError,
+    StoreUnreadableError,
+)
 from extraction_dagster.stages.index.edge.store import EdgeStore
 from extraction_dagster.stages.index.points import build_points, point_id
 from extraction_dagster.stages.index.protocol import CollectionSpec
@@ -103,6 +109,16 @@ def test_payload_indexes_are_there_before_the_first_point(home):
         "platform": "PayloadSchemaType.Keyword",
         "created_at": "PayloadSchemaType.Datetime",
     }
+
+
+def test_a_collection_that_somebody_copied_beside_itself_is_none_of_its_own(home):
+    with EdgeStore(home) as store:
+        store.ensure_collection(SPEC)
+    shutil.copytree(home / "frames" / "abc123", home / "frames" / "abc123-backup")
+    with EdgeStore(home) as store:
+        assert store.collections("frames") == {"abc123": True}
+        with pytest.raises(CollectionMissingError, match="abc123-backup"):
+            store.open_collection("frames", fingerprint="abc123-backup")
 
 
 def test_a_creation_that_was_cut_off_starts_again(home):

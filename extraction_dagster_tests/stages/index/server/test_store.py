@@ -5,6 +5,7 @@ import random
 
 import grpc
 import pytest
+from qdrant_client import models  # noqa: TID253 - what another program makes
 
 from extraction_dagster.errors.index import CollectionNameTakenError, StoreRefusedError, StoreUnavailableError
 from extraction_dagster.records import VideoRow
@@ -69,6 +70,31 @@ def test_a_write_that_is_only_acknowledged_is_asked_for_again(  # noqa: PLR0913,
     wire_store.ensure_collection(spec)
     assert replace(wire_store) == {7: 2, 8: 3}
     assert stand_in.faults == []
+
+
+def test_without_metadata_only_a_whole_fingerprint_after_the_name_makes_a_collection_its_own(wire_store, stand_in):
+    vectors = models.VectorParams(size=8, distance=models.Distance.COSINE)
+    for suffix in ("0123456789abcdef", "staging", "staging-0123456789abcdef", "0123456789ABCDEF", "0123456789abcde"):
+        stand_in.engine.create_collection(f"frames-{suffix}", vectors)
+    assert wire_store.collections("frames") == {"0123456789abcdef": False}
+    assert wire_store.collections("frames-staging") == {"0123456789abcdef": False}
+
+
+def test_a_collection_restored_under_another_name_is_not_taken_for_the_one_that_it_was(wire_store, stand_in):
+    vectors = models.VectorParams(size=8, distance=models.Distance.COSINE)
+    metadata = {"extraction": {"v": 1, "name": "frames", "fingerprint": "0123456789abcdef"}}
+    for name in ("frames-0123456789abcdef", "frames-fedcba9876543210", "other-0123456789abcdef"):
+        stand_in.engine.create_collection(name, vectors, metadata=metadata)
+    assert wire_store.collections("frames") == {"0123456789abcdef": False}
+    assert wire_store.collections("other") == {}
+
+
+def test_a_key_that_may_not_look_at_a_neighbour_still_finds_its_own(wire_store, stand_in, fault):
+    vectors = models.VectorParams(size=8, distance=models.Distance.COSINE)
+    for name in ("frames-0123456789abcdef", "frames-staging"):
+        stand_in.engine.create_collection(name, vectors)
+    fault("Get", "unauthenticated", times=2)
+    assert wire_store.collections("frames") == {"0123456789abcdef": False}
 
 
 def test_a_server_that_never_completes_is_named_and_nothing_is_removed(opened_wire, stand_in, fault, replace):

@@ -1,14 +1,17 @@
 """Which shards go: those that no record needs, and none before its time."""
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
 
-from extraction_dagster.records import EncodedFrames, IdRange
+from extraction_dagster.records import EmbeddingBatch, EncodedFrames, IdRange
 from extraction_dagster.settings import Settings
-from extraction_dagster.shards.frame_store import FrameStore, Removed, keep_time, prune_frames
-from extraction_dagster.shards.store import written_at
+from extraction_dagster.shards.embedding_store import EmbeddingStore
+from extraction_dagster.shards.frame_store import FrameStore
+from extraction_dagster.shards.retention import Removed, keep_time, prune_former, prune_frames
+from extraction_dagster.shards.store import ShardRecord, new_name, written_at
 from extraction_dagster.stages.catalog.catalog import Fingerprints
 from extraction_dagster.stages.catalog.ledger import LedgerEntry
 
@@ -98,3 +101,50 @@ def test_the_setting_is_all_none_or_days(setting, time):
 def test_any_other_setting_is_refused(setting):
     with pytest.raises(ValueError, match="keep_frames"):
         Settings(keep_frames=setting)
+
+
+def former(store, *entries, keep=AT_ONCE, later=AT_ONCE):
+    known = {one.record_id: one for one in entries}
+    return prune_former(store, RANGE, known, TODAY, keep=keep, now=datetime.now(UTC) + later).shards
+
+
+def test_frames_of_former_settings_go_once_their_records_are_done_with_todays(store, root):
+    other = FrameStore(root, "f0")
+    other.write_shard(RANGE, [video(1), video(2)])
+    elsewhere = other.write_shard(IdRange(11, 20), [video(11)])
+    today = store.write_shard(RANGE, [video(1)])
+    assert former(store, entry(1), entry(2, frames="f0")) == 0
+    assert former(store, entry(1), entry(2, "extracted")) == 0
+    assert former(store, entry(1), entry(2, version="v9")) == 1
+    assert (store.shards(RANGE), other.shards(RANGE)) == ([today], [])
+    assert other.shards(IdRange(11, 20)) == [elsewhere]
+
+
+def test_frames_of_former_settings_stay_as_long_as_others(store, root):
+    FrameStore(root, "f0").write_shard(RANGE, [video(1)])
+    assert former(store, entry(1), keep=3 * DAY, later=2.9 * DAY) == 0
+    assert former(store, keep=AT_ONCE, later=0.9 * DAY) == 0
+    assert former(store, entry(1), keep=3 * DAY, later=3 * DAY) == 1
+
+
+def test_vectors_of_former_frames_go_and_those_of_another_model_stay(root):
+    stores = {name: EmbeddingStore(root, name) for name in ("f1-e1", "f1-e0", "f0-e1")}
+    for number, one in enumerate(stores.values()):
+        zeros = np.zeros(1)
+        batch = EmbeddingBatch(np.ones((1, 4), np.float16), np.array([1]), np.array([0]), zeros)
+        one.write(RANGE, new_name(), batch, records=[ShardRecord(1, "v1", 1, claim=number)])
+    assert former(stores["f1-e1"], entry(1)) == 1
+    assert [len(one.shards(RANGE)) for one in stores.values()] == [1, 1, 0]
+
+
+def test_no_empty_folder_of_former_settings_is_left_on_a_disk(tmp_path):
+    FrameStore(str(tmp_path), "f0").write_shard(RANGE, [video(1)])
+    assert former(FrameStore(str(tmp_path), "f1"), entry(1)) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_address_than_the_ledgers_is_unknown_for_a_day(store):
+    store.write_shard(RANGE, [replace(video(1), address="a" * 16)])
+    moved = replace(entry(1), address="b" * 16)
+    assert prune(store, moved, later=0.9 * DAY) == 0
+    assert prune(store, moved, later=DAY) == 1
