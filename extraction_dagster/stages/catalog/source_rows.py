@@ -207,7 +207,7 @@ class SourceRows:
         once = {column.name: column for column in columns}
         return sa.select(*once.values(), version.label(_VERSION_LABEL)).where(self.eligible)
 
-    def _source_row(self, row: Mapping[str, Any]) -> SourceRow:
+    def _source_row(self, row: Mapping[Any, Any]) -> SourceRow:
         uri = self._uri(row)
         video = VideoRow(
             record_id=int(row[self.id.name]),
@@ -225,7 +225,7 @@ class SourceRows:
             problem=self._problem_of(video.record_id, row),
         )
 
-    def _problem_of(self, record_id: int, row: Mapping[str, Any]) -> UnreadableRowError | None:
+    def _problem_of(self, record_id: int, row: Mapping[Any, Any]) -> UnreadableRowError | None:
         """What is wrong with a value that could be read and can't be used."""
         for name, column in self._checked:
             value = row[name]
@@ -239,7 +239,7 @@ class SourceRows:
                 return self._unreadable(record_id, column, "it is binary")
         return None
 
-    def _uri(self, row: Mapping[str, Any]) -> str:
+    def _uri(self, row: Mapping[Any, Any]) -> str:
         """Where the file lies; empty when a column that it needs is NULL (fetching then says so)."""
         values = {name: row[name] for name in self._uri_names}
         if None in values.values():
@@ -253,7 +253,7 @@ def _text(value: object) -> str | None:
 
 def _is_deep(value: object) -> bool:
     """Whether a value of JSON is nested deeper than what takes it further can follow."""
-    level = [value]
+    level: list[Any] = [value]
     for _ in range(_DEEPEST):
         level = [
             item
