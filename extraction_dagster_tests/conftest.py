@@ -420,6 +420,7 @@ def demo_run(shared_folder, one_worker, demo_folder):
             former = connection.execute(sa.text("SELECT value FROM extraction_meta WHERE key = 'source'")).scalar_one()
             change = sa.text("UPDATE extraction_meta SET value = :owner WHERE key = 'source'")
             connection.execute(change, {"owner": owner})
+            connection.execute(sa.text("UPDATE extraction_ledger SET address = NULL"))  # files, too, by theirs
         engine.dispose()
         for path in (*copied.home.glob("*/source.json"), *copied.home.glob("qdrant/*/*/collection.json")):
             path.write_text(path.read_text().replace(former, owner))
