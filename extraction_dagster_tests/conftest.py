@@ -412,7 +412,7 @@ def demo_run(shared_folder, one_worker, demo_folder):
 
     def copy(folder):
         shutil.copytree(kept / "folder", folder, symlinks=True)
-        # State tables, shards and points say whose they are; a file is known by its path.
+        # State tables, shards and points say whose they are.
         copied = Settings(home=folder / ".extraction")
         engine = make_engine(copied.resolved_source_url, setting="EXTRACTION_SOURCE_URL")
         owner = SourceTable(engine, copied).identity
@@ -420,7 +420,6 @@ def demo_run(shared_folder, one_worker, demo_folder):
             former = connection.execute(sa.text("SELECT value FROM extraction_meta WHERE key = 'source'")).scalar_one()
             change = sa.text("UPDATE extraction_meta SET value = :owner WHERE key = 'source'")
             connection.execute(change, {"owner": owner})
-            connection.execute(sa.text("UPDATE extraction_ledger SET address = NULL"))  # files, too, by theirs
         engine.dispose()
         for path in (*copied.home.glob("*/source.json"), *copied.home.glob("qdrant/*/*/collection.json")):
             path.write_text(path.read_text().replace(former, owner))

@@ -143,6 +143,7 @@ def open_range(  # noqa: PLR0913 - the range, and what a run may want otherwise,
     begins: bool = False,
     claims: bool = False,
     force: bool = False,
+    retries: bool = False,
     fingerprints: Fingerprints | None = None,
     run_id: str = "",
 ) -> Iterator[RangeWork]:
@@ -156,6 +157,7 @@ def open_range(  # noqa: PLR0913 - the range, and what a run may want otherwise,
             What is to be done is claimed, and rows that can't be read are written down as failed.
         claims: It is the first step of a run that begins with stored frames or vectors: as above, without revisions.
         force: Do rows again that are done.
+        retries: A forced run goes on where an earlier one broke off.
         fingerprints: Those of the settings, where the caller has them already.
         run_id: Stands beside each failure in the errors table.
 
@@ -169,7 +171,7 @@ def open_range(  # noqa: PLR0913 - the range, and what a run may want otherwise,
     with open_catalog(settings) as catalog:
         frames, vectors = open_stores(settings, made_with, Source(catalog.source.identity, catalog.source.name))
         if begins or claims:
-            plan = catalog.begin(planned, made_with, force=force, revises=begins)
+            plan = catalog.begin(planned, made_with, force=force, revises=begins, retries=retries)
         else:
             plan = catalog.plan(planned, made_with)
         if begins and not plan:

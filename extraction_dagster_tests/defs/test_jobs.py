@@ -301,7 +301,10 @@ def test_force_decodes_every_record_again_parked_ones_too(world):
     ]
 
 
-def test_a_forced_run_that_broke_off_does_every_row_once_more_when_it_is_launched_again(world, monkeypatch):
+@pytest.mark.parametrize(("tags", "frames", "version"), [({}, 9, "~2"), ({"dagster/parent_run_id": "it"}, 0, "~1")])
+def test_a_forced_run_that_broke_off_goes_on_when_it_is_retried_and_begins_anew_when_it_is_launched(
+    world, monkeypatch, tags, frames, version
+):
     from extraction_dagster.stages.index import stage  # noqa: PLC0415 - beside the fault
 
     world.run()
@@ -316,9 +319,9 @@ def test_a_forced_run_that_broke_off_does_every_row_once_more_when_it_is_launche
     assert not first.success
     monkeypatch.setattr(stage, "replace_records", honest)
 
-    again = world.run(force=True)
-    assert world.shown(again, "video_frames")["frames"] == 9
-    assert world.ledger("content_version")[:3] == [("~2",), ("~2",), ("~2",)]
+    again = world.run(force=True, tags=tags)
+    assert world.shown(again, "video_frames")["frames"] == frames
+    assert world.ledger("content_version")[:3] == [(version,)] * 3
     assert world.points() == {1: 3, 2: 3, 3: 3}
 
 

@@ -93,7 +93,8 @@ class SourceRows:
         optional = [column for column in (self._platform, self._code) if column is not None]
         checked = {column.name: column for column in (*self._payload, *self._uri_columns, *optional)}
         self._checked = list(checked.items())
-        self._first_root = str(settings.resolved_allowed_roots[0])
+        # As it is configured: a folder that moves with all that lies in it makes no file another.
+        self._first_root = settings.allowed_roots[0] if settings.allowed_roots else "videos"
         self.eligible: sa.ColumnElement[bool] = (
             build_predicate(settings.source_predicate, self.table) if settings.source_predicate else sa.true()
         )
