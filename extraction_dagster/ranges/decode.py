@@ -100,7 +100,7 @@ def _kept(work: RangeWork, pending: Mapping[int, PlannedRow]) -> dict[int, int]:
     return {
         key: record.num_frames
         for key, record in records.items()
-        if not work.force or record.claim >= pending[key].claim
+        if not work.force or work.retries or record.claim >= pending[key].claim
     }
 
 

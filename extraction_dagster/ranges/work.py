@@ -50,6 +50,7 @@ class RangeWork:
         plan: Its rows above the operator's floor, as they were when the step began.
         run_id: For the errors table.
         force: Whether rows that are done are embedded and indexed again.
+        retries: Whether a forced run goes on with what an earlier one made.
     """
 
     settings: Settings
@@ -61,6 +62,7 @@ class RangeWork:
     plan: Mapping[int, PlannedRow]
     run_id: str
     force: bool
+    retries: bool = False
 
     @property
     def pending(self) -> dict[int, PlannedRow]:
@@ -186,6 +188,7 @@ def open_range(  # noqa: PLR0913 - the range, and what a run may want otherwise,
             plan=plan,
             run_id=run_id,
             force=force,
+            retries=retries,
         )
         if begins or claims:
             work.record_failures(work.unreadable)
