@@ -37,6 +37,7 @@ os.environ[_KEPT] = "1"
 _LONGEST_FIRST = (
     "pages/test_pages.py",
     "continuous/test_continuous_runs.py",
+    "test_model.py",
     "stages/decode/test_corpus.py",
     "defs/test_jobs.py",
     "cli/test_runs_interrupted.py",
