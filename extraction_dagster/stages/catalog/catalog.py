@@ -156,7 +156,8 @@ class Catalog:
     def moved(self, *, after_id: int | None, budget: int, up_to_id: int | None = None) -> Moved:
         """Find the done rows whose address is another than that of the file which their frames are of.
 
-        They are found whatever EXTRACTION_ADDRESS_CHANGES says; `make_pending` makes them due.
+        They are found whatever EXTRACTION_ADDRESS_CHANGES says; `make_pending` makes them due. Rows that an earlier
+        release did, which knew no addresses, get their present ones.
 
         Args:
             after_id: Look above this id; None for the whole beginning.
@@ -166,7 +167,10 @@ class Catalog:
         ids = self.source.next_ids(after_id, budget, up_to_id=up_to_id)
         known = self.ledger.addresses(ids)
         now = self.source.addresses_of(list(known))
-        found = tuple(key for key in ids if now.get(key) and now[key] != known[key])
+        self.ledger.adopt_addresses(
+            {key: now[key] for key, address in known.items() if address is None and now.get(key)}
+        )
+        found = tuple(key for key in ids if now.get(key) and known[key] not in {None, now[key]})
         return Moved(found, ids[-1] if len(ids) >= budget else None)
 
     def mark_extracted(self, plan: Mapping[int, PlannedRow], num_frames: Mapping[int, int], frames: str) -> set[int]:
