@@ -413,7 +413,7 @@ def demo_run(shared_folder, one_worker, demo_folder):
 
     def copy(folder):
         shutil.copytree(kept / "folder", folder, symlinks=True)
-        # State tables, shards and points say whose they are; a file is known by its path.
+        # State tables, shards and points say whose they are.
         copied = Settings(home=folder / ".extraction")
         engine = make_engine(copied.resolved_source_url, setting="EXTRACTION_SOURCE_URL")
         owner = SourceTable(engine, copied).identity
