@@ -528,7 +528,7 @@ class World:
         self.frozen, self.moment, self.looks, self.marked = [], "", [], {}
         self.spoiled, self.has_damage, self.has_ledger, self.has_written = set(), False, False, True
         self.has_unknown = self.is_fresh = False
-        self.purged = set()
+        self.purged, self.objection = set(), ""
         self.fps_of, self.model_of, self.remade = {}, {}, set()
         MemoryFileSystem.store.clear()
         MemoryFileSystem.pseudo_dirs[:] = [""]
@@ -741,6 +741,7 @@ class World:
         """Let a process run, or stop it on its way. Returns it."""
         ended = process.go(how, after)
         self.look_at_marks()
+        assert not self.objection, self.objection
         if not ended:
             self.frozen.append(process)
         return process
@@ -984,7 +985,8 @@ class World:
             harmed = {record_id for record_id in good if not self._may_purge(record_id, process)}
         else:
             harmed = {record_id for record_id in good if not self.is_of_today(record_id)}
-        assert not harmed, f"a {process.kind} spoiled the good points of records {sorted(harmed)}"
+        if harmed:
+            self.object_to(f"a {process.kind} spoiled the good points of records {sorted(harmed)}")
 
     def _may_purge(self, record_id, process):
         """Whether a row that is there was gone for so long that it had to be taken for deleted."""
@@ -997,6 +999,10 @@ class World:
         if since is None or self.clock - since < PURGE_AFTER:
             return False
         return process.force or len(self.rows) - len(visible) <= len(self.rows) / 2  # of a small table half are few
+
+    def object_to(self, what):
+        """Note what is wrong: raised in the middle of a process, its own handling of errors would hide it."""
+        self.objection = self.objection or what
 
     def look_at_marks(self):
         """At the moment in which a row is marked as done its points are right."""
@@ -1016,7 +1022,8 @@ class World:
             versions = self.versions() if versions is None else versions
             if versions.get(record_id, entry.source_version) == entry.source_version:
                 wrong = self.verdict(record_id, entry)
-                assert not wrong, f"it was marked as done, and {wrong}"
+                if wrong:
+                    self.object_to(f"it was marked as done, and {wrong}")
 
     def settle(self, *, without_files=False, patiently=False):
         """Let everything come to rest, and see that the collection says what the table says."""
@@ -1185,8 +1192,8 @@ class World:
             wrong = self.wrong(record_id, self.path(row), fps, model)
             assert not wrong, wrong
             number = len(frame_numbers(self.path(row), self.disk[self.path(row)], fps))
-            said = (entry.num_frames, entry.num_points)
-            assert said == (number, number), f"record {record_id} has {number} frames, the ledger says {said}"
+            said = {entry.num_frames, entry.num_points} - {None}  # who begins with vectors knows of no frames
+            assert said == {number}, f"record {record_id} has {number} frames, the ledger says {said}"
         good = {key for key, row in self.rows.items() if row.wanted}
         held = self.held().get(self.used())
         others = {payload["record_id"] for _, payload in held.points.values()} - good if held else set()
@@ -1648,14 +1655,18 @@ class Model(RuleBasedStateMachine):
 QUIET = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
 
 
-def _check(machine, examples, nightly):
-    most = nightly if _is_full() else examples
+def _is_full():
+    return hypothesis_settings.default.max_examples >= 500  # the profile of the nightly workflow
+
+
+def _check(machine, examples):
     options = {"stateful_step_count": 30, "deadline": None, "suppress_health_check": QUIET}
-    run_state_machine_as_test(machine, settings=hypothesis_settings(max_examples=most, **options))
+    run_state_machine_as_test(machine, settings=hypothesis_settings(max_examples=examples, **options))
 
 
-def test_whatever_happens_the_collection_says_what_the_table_says():
-    _check(Model, 100, 2000)
+@pytest.mark.parametrize("part", range(20 if _is_full() else 1))  # each well within the time that a test has
+def test_whatever_happens_the_collection_says_what_the_table_says(part):  # noqa: ARG001 - to tell them apart
+    _check(Model, 100)
 
 
 class ModelOnTheEmbeddedEngine(Model):
@@ -1665,7 +1676,7 @@ class ModelOnTheEmbeddedEngine(Model):
 
 
 def test_whatever_happens_the_embedded_engine_says_what_the_table_says():
-    _check(ModelOnTheEmbeddedEngine, 3, 100)
+    _check(ModelOnTheEmbeddedEngine, 100 if _is_full() else 3)
 
 
 # What chance finds seldom, written out: the kinds of mistakes that the machine is there for, one by one.
@@ -1841,10 +1852,6 @@ def _end(world, **options):
         world.settle(**options)
     finally:
         world.close()
-
-
-def _is_full():
-    return hypothesis_settings.default.max_examples >= 500  # the profile of the nightly workflow
 
 
 PLAIN, APART = Kind(), Kind(stamps=True, one_database=False)
