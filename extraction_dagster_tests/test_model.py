@@ -1017,8 +1017,8 @@ class World:
             mark = self.marked[record_id] = (entry.claim, entry.updated_at)
             if known.get(record_id) == mark or record_id not in self.rows or self.moment:
                 continue
-            if process is None or self.writers.get(record_id) not in {None, process}:
-                continue  # somebody who was late has written in between: the end of the run finds that
+            if process is None or self.writers.get(record_id) is not process:
+                continue  # somebody who was late has written in between, or points were lost: later looks find that
             versions = self.versions() if versions is None else versions
             if versions.get(record_id, entry.source_version) == entry.source_version:
                 wrong = self.verdict(record_id, entry)
