@@ -528,7 +528,7 @@ class World:
         self.frozen, self.moment, self.looks, self.marked = [], "", [], {}
         self.spoiled, self.has_damage, self.has_ledger, self.has_written = set(), False, False, True
         self.has_unknown = self.is_fresh = False
-        self.purged, self.objection = set(), ""
+        self.objection = ""
         self.fps_of, self.model_of, self.remade = {}, {}, set()
         MemoryFileSystem.store.clear()
         MemoryFileSystem.pseudo_dirs[:] = [""]
@@ -665,7 +665,6 @@ class World:
         self.moment, self.options = "", replace(self.options, predicate="wanted")
         self.source.execute("INSERT INTO videos SELECT * FROM aside")
         self.source.execute("DELETE FROM aside")
-        self.purged |= self.rows.keys() - self.entries("true").keys()
 
     def visible(self):
         return {key for (key,) in self.source.execute(f"SELECT id FROM videos WHERE {self.options.predicate}")}
@@ -1192,7 +1191,7 @@ class World:
             wrong = self.wrong(record_id, self.path(row), fps, model)
             assert not wrong, wrong
             number = len(frame_numbers(self.path(row), self.disk[self.path(row)], fps))
-            said = {entry.num_frames, entry.num_points} - {None}  # who begins with vectors knows of no frames
+            said = {entry.num_frames, entry.num_points}
             assert said == {number}, f"record {record_id} has {number} frames, the ledger says {said}"
         good = {key for key, row in self.rows.items() if row.wanted}
         held = self.held().get(self.used())
@@ -1200,9 +1199,8 @@ class World:
         assert above >= 0 or not others, f"records {sorted(others)} are gone and have points"
 
     def is_none_of_ours(self, record_id, entries, marks):
-        """Whether a row was done before this ledger was there, or came back with its marks after it was purged."""
-        known_of = self.is_fresh or record_id in self.purged
-        return record_id not in entries and marks.get(record_id, False) and known_of
+        """Whether a row was done before this ledger was there."""
+        return record_id not in entries and marks.get(record_id, False) and self.is_fresh
 
     def marks(self):
         if not self.kind.has_marks:
@@ -1754,6 +1752,21 @@ def a_table_that_is_smaller_for_a_moment():
     return world
 
 
+def a_table_that_is_smaller_for_a_day():
+    world = _world()
+    world.drain()
+    world.begin_moment("smaller", {1, 2})
+    for _ in range(2):
+        world.reconcile(force=True)
+        world.pass_time(2 * PURGE_AFTER)
+    assert not {1, 2} & world.entries("true").keys()
+    world.end_moment()
+    world.reconcile()
+    world.drain()
+    world.check()
+    return world
+
+
 def a_predicate_that_is_mistyped_for_a_day():
     world = _world()
     world.drain()
@@ -1832,6 +1845,7 @@ STORIES = [
     another_first_root,
     a_table_that_is_empty_for_a_moment,
     a_table_that_is_smaller_for_a_moment,
+    a_table_that_is_smaller_for_a_day,
     a_predicate_that_is_mistyped_for_a_day,
     a_row_that_comes_back_while_it_is_purged,
     ranges_that_fail_for_ever,

@@ -22,7 +22,7 @@ from extraction_dagster.stages.catalog.planning import (
     taken_up,
 )
 from extraction_dagster.stages.catalog.source_table import SourceRow, SourceTable, Step
-from extraction_dagster.stages.catalog.state_tables import lock_claim_base, prepare
+from extraction_dagster.stages.catalog.state_tables import lock_claim_base, note_purged, prepare
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -247,6 +247,7 @@ class Catalog:
                 "content_version": plan[record_id].content_version,
                 "frames_fingerprint": fingerprints.frames,
                 "embedding_fingerprint": fingerprints.embedding,
+                "num_frames": number,
                 "num_points": number,
                 "address": plan[record_id].address,
                 "generation": generations[record_id] if generations else None,
@@ -298,10 +299,12 @@ class Catalog:
             claims = {key: after[key].claim if key in after else base + 1 for key in record_ids}
             self._touch_source_elsewhere(claims, self.source.unmark)
 
-    def forget(self, record_ids: Sequence[int]) -> None:
-        """Forget records that were deleted from the source table."""
+    def forget(self, record_ids: Sequence[int], *, purged_at: datetime | None = None) -> None:
+        """Forget records that were deleted; with the moment of it, rows that come back marked are found later."""
         with writing(self.state_engine, what="write the ledger") as connection:
             self.ledger.remove(connection, record_ids)
+            if purged_at is not None:
+                note_purged(connection, record_ids, purged_at)
 
     def reprocess_after(self, after_id: int) -> None:
         """Make every row above an id pending, whatever became of it."""
@@ -355,7 +358,8 @@ class Catalog:
 
         def write(connection: sa.Connection, source_versions: Mapping[int, str]) -> None:
             rows = [{"record_id": key, "source_version": source_versions[key], **entries[key]} for key in sorted(won)]
-            self.ledger.upsert(connection, rows)
+            # A run that begins with vectors under a fresh ledger has counted no frames: each has a point.
+            self.ledger.upsert(connection, rows, if_unknown=("num_frames",) if step == "embedded" else ())
 
         def mark(connection: sa.Connection, held: Iterable[int]) -> dict[int, tuple[str, str]]:
             return self.source.mark(connection, {key: versions[key] for key in held}, step=step)

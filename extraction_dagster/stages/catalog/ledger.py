@@ -284,13 +284,22 @@ class Ledger:
         with writing(self.engine, what="write the ledger") as connection:
             self.upsert(connection, rows)
 
-    def upsert(self, connection: sa.Connection, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write entries; every row has the same keys, `record_id` among them. Other columns keep their values."""
+    def upsert(
+        self, connection: sa.Connection, rows: Sequence[Mapping[str, Any]], *, if_unknown: Collection[str] = ()
+    ) -> None:
+        """Write entries; every row has the same keys, `record_id` among them. Other columns keep their values.
+
+        Args:
+            connection: In whose transaction they are written.
+            rows: The entries.
+            if_unknown: Columns that are written only where they have no value yet.
+        """
         if not rows:
             return
         now = datetime.now(UTC)
         statement = self._insert(LEDGER_TABLE)
         columns = {name: statement.excluded[name] for name in (*rows[0], "updated_at") if name != "record_id"}
+        columns |= {name: sa.func.coalesce(LEDGER_TABLE.c[name], columns[name]) for name in if_unknown}
         connection.execute(
             statement.on_conflict_do_update(index_elements=["record_id"], set_=columns),
             [{**row, "updated_at": now} for row in rows],

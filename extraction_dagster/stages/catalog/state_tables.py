@@ -3,7 +3,7 @@
     version 1   the tables of release 0.1.0, which wrote no version down
     version 2   an index over the requests that no tick has consumed: each tick asks for them
     version 3   of each record: the claim that may write it, and whose; the address of its file; what its points are
-                made from; which records were seen to be gone, and when; the number after which claims begin
+                made from; which records were seen to be gone, and removed, and when; the number after which claims begin
 
 `extraction_meta` holds the version, and the release that wrote it. Tables of an older version are migrated when they
 are opened: in one transaction, so that a killed process leaves the old version or the new one, and under a lock, so
@@ -26,7 +26,7 @@ from extraction_dagster.errors.catalog import StateError
 from extraction_dagster.stages.catalog.database import describe, reading, writing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from alembic.operations import Operations
 
@@ -114,12 +114,14 @@ REQUESTS_TABLE = sa.Table(
     sa.Column("consumed_at", UtcDateTime),
     sa.Index("extraction_requests_waiting", "id", postgresql_where=NOT_CONSUMED, sqlite_where=NOT_CONSUMED),
 )
-# Records that a reconciliation found to be gone: only what a later one finds gone as well is removed.
+# Records that a reconciliation found to be gone: only what a later one finds gone as well is removed. What was removed
+# stays listed for a while: its row may come back with its marks, as from a backup, and the ledger has forgotten it.
 GONE_TABLE = sa.Table(
     "extraction_gone",
     METADATA,
     sa.Column("record_id", sa.BigInteger, primary_key=True, autoincrement=False),
     sa.Column("seen_at", UtcDateTime, nullable=False),
+    sa.Column("purged_at", UtcDateTime),
 )
 
 
@@ -263,3 +265,12 @@ def lock_claim_base(connection: sa.Connection, *, to_raise: bool = False) -> int
 def raise_claim_base(connection: sa.Connection, number: int) -> None:
     """Let the claims of new entries begin above a number."""
     write_meta(connection, {_CLAIM_BASE: str(number)})
+
+
+def note_purged(connection: sa.Connection, record_ids: Sequence[int], moment: datetime) -> None:
+    """Note in the list of gone records that these are removed, whether it has them or not."""
+    insert = insert_of(connection.engine)(GONE_TABLE)
+    update = insert.on_conflict_do_update(index_elements=["record_id"], set_={"purged_at": insert.excluded.purged_at})
+    rows = [{"record_id": key, "seen_at": moment, "purged_at": moment} for key in sorted(record_ids)]
+    if rows:
+        connection.execute(update, rows)

@@ -32,7 +32,7 @@ from extraction_dagster.stages.index.compare import (
     windows,
 )
 from extraction_dagster.stages.index.points import rfc3339
-from extraction_dagster.stages.index.purge import Brake, decide, let_go, note_gone, take_off
+from extraction_dagster.stages.index.purge import Brake, decide, find_returned, let_go, note_gone, take_off
 from extraction_dagster.stages.index.stage import delete_records
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ class Reconciliation:
         brake: What became of the gone records.
         moved: Records that are done with a file of another address than their row has now.
         moved_are_pending: Whether those were made pending.
+        returned: Records that were removed, and whose rows came back marked as done; a repair makes them pending.
     """
 
     repaired: bool
@@ -76,6 +77,7 @@ class Reconciliation:
     brake: Brake = field(default_factory=Brake)
     moved: list[int] = field(default_factory=list)
     moved_are_pending: bool = False
+    returned: list[int] = field(default_factory=list)
 
     def add(self, found: Differences, *, with_moved: bool = True) -> None:
         """Take in what was found within one window; moved rows are the same in each collection."""
@@ -98,7 +100,7 @@ class Reconciliation:
     @property
     def num_pending(self) -> int:
         """Records that a repair made pending."""
-        wrong = sum(len(item.to_write_again) for item in self.differences)
+        wrong = sum(len(item.to_write_again) for item in self.differences) + len(self.returned)
         return wrong + (len(self.moved) if self.moved_are_pending else 0)
 
     def total(self, kind: str) -> tuple[int, int]:
@@ -117,7 +119,7 @@ class Reconciliation:
             else f"The collection agrees with the table: {self.records} records, {self.points} points."
         )
         removed = f"Removed {self.removed_points} points." if self.removed_records else ""
-        return " ".join(filter(None, (found, removed, self.brake.summary, self._about_moved())))
+        return " ".join(filter(None, (found, removed, self.brake.summary, self._about_moved(), self._about_returned())))
 
     def _about_moved(self) -> str:
         if not self.moved:
@@ -126,6 +128,11 @@ class Reconciliation:
         if self.moved_are_pending:
             return f"{shown}: they are pending now."
         return f"{shown}: with EXTRACTION_ADDRESS_CHANGES=process, 'extraction reconcile --repair' makes them pending."
+
+    def _about_returned(self) -> str:
+        then = "are pending now" if self.repaired else "stay undone until 'extraction reconcile --repair'"
+        shown = f"{len(self.returned)} removed records are back, marked as done ({some(self.returned)}): they {then}."
+        return shown if self.returned else ""
 
     def rows(self, *, limit: int | None = None) -> list[dict[str, int | None]]:
         """The records that differ: `{"record_id": 7, "lost": 1, "stale": None, "gone": None}`."""
@@ -150,6 +157,7 @@ class Reconciliation:
             "gone_held_back_records": self.brake.held_back,
             "gone_held_back_because": self.brake.why or None,
             "moved_records": len(self.moved),
+            "returned_records": len(self.returned),
             "remaining": self.remaining,
             **{f"{kind}_records": self.total(kind)[0] for kind in ("lost", "stale", "gone")},
             **{f"{kind}_points": self.total(kind)[1] for kind in ("lost", "stale", "gone")},
@@ -211,6 +219,7 @@ def reconcile(  # noqa: PLR0913 - what is compared with what
                 done.removed_points += _remove(turn.store(), sorted(gone.with_points[collection].intersection(removed)))
         take_off(catalog, removed)
         done.removed_records = len(removed)
+    done.returned = find_returned(catalog, within=within, repair=repair)
     return done
 
 

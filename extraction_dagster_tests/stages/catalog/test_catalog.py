@@ -73,6 +73,18 @@ def test_a_changed_setting_alone_makes_nothing_pending():
     assert status_of("", None, entry, None, now=NOW) == "done"
 
 
+def test_a_row_that_is_done_from_vectors_alone_has_as_many_frames_as_points(database):
+    database.create(ids=(1, 2))
+    catalog = database.catalog()
+    plan = catalog.begin(ALL, TODAY, revises=False)
+    catalog.mark_extracted(plan, {2: 5}, "f1")
+    assert catalog.mark_done(plan, {1: 3, 2: 4}, TODAY) == {1, 2}
+    numbers = {key: (entry.num_frames, entry.num_points) for key, entry in catalog.ledger.entries(ALL).items()}
+    assert numbers == {1: (3, 3), 2: (5, 4)}
+    assert catalog.ledger.totals() == (8, 7)
+    catalog.close()
+
+
 def test_marking_writes_the_ledger_and_the_marks(database, tmp_path):
     database.create(ids=(1, 2, 3))
     catalog = database.catalog()

@@ -61,6 +61,35 @@ def held(world, catalog):
     return list(world.points()), list(catalog.ledger.entries(ALL))
 
 
+def listed(world, *, removed=False):
+    """The records that are on the list as gone, or as removed."""
+    condition = f"purged_at IS {'NOT ' if removed else ''}NULL"
+    return world.rows(f"SELECT record_id FROM extraction_gone WHERE {condition} ORDER BY record_id")
+
+
+def back_with_its_marks(world, *ids):
+    world.add(*ids)
+    world.execute(
+        f"UPDATE insta_content SET is_extracted = 1, is_embedded = 1 WHERE id IN ({', '.join(map(str, ids))})"
+    )
+
+
+@pytest.fixture
+def purged(world, make, clock):
+    """`purged(2, 3)`: the catalog, after these rows were deleted and their points removed."""
+
+    def start(*ids, **options):
+        catalog = make(**options)
+        world.execute(f"DELETE FROM insta_content WHERE id IN ({', '.join(map(str, ids))})")
+        world.reconcile(catalog)
+        clock.pass_by(hours=1)
+        assert world.reconcile(catalog, repair=True).removed_records == len(ids)
+        assert listed(world, removed=True) == [(key,) for key in ids]
+        return catalog
+
+    return start
+
+
 def test_what_is_gone_is_removed_when_a_later_reconciliation_finds_it_gone_as_well(world, make, clock):
     catalog = make()
     world.execute("DELETE FROM insta_content WHERE id IN (2, 3)")
@@ -84,7 +113,7 @@ def test_what_is_gone_is_removed_when_a_later_reconciliation_finds_it_gone_as_we
     assert (found.removed_records, found.removed_points, found.remaining) == (2, 2, 0)
     left = sorted(set(TABLE) - {2, 3})
     assert held(world, catalog) == (left, left)
-    assert world.rows("SELECT record_id FROM extraction_gone") == []
+    assert listed(world) == []
     assert world.reconcile(catalog, repair=True).differences == []
 
 
@@ -191,7 +220,7 @@ def test_a_range_does_not_take_off_the_list_what_lies_outside_of_it(world, make,
     world.reconcile(catalog, repair=True)
     clock.pass_by(hours=1)
     assert world.reconcile(catalog, within=IdRange(1, 10), repair=True).removed_records == 1
-    assert world.rows("SELECT record_id FROM extraction_gone") == [(30,)]
+    assert listed(world) == [(30,)]
 
 
 def test_the_list_is_kept_on_each_kind_of_database(database, clock):
@@ -276,3 +305,101 @@ def test_a_neighbour_whose_name_begins_alike_keeps_its_points(world, make, wire_
     with closing(connect()) as store:
         store.open_collection("video_frames-staging")
         assert store.count() == 40
+
+
+def test_rows_that_come_back_marked_after_they_were_removed_are_told_and_done_again(world, purged, monkeypatch):
+    monkeypatch.setattr(purge, "_LOOKED_AT", 2)
+    catalog = purged(2, 3, 4, 5, 6)
+    back_with_its_marks(world, 3, 4, 6)
+    assert world.process(catalog, frames=TABLE) == []
+    for _ in range(2):
+        told = world.reconcile(catalog)
+        assert (told.returned, told.remaining, told.document()["returned_records"]) == ([3, 4, 6], 3, 3)
+        assert (
+            "3 removed records are back, marked as done (records 3, 4, 6): they stay undone until 'ex" in told.summary
+        )
+    assert world.process(catalog, frames=TABLE) == []
+    assert world.reconcile(catalog, within=IdRange(7, 40), repair=True).returned == []
+    found = world.reconcile(catalog, repair=True)
+    assert (found.returned, found.remaining) == ([3, 4, 6], 3)
+    assert found.summary.endswith("3 removed records are back, marked as done (records 3, 4, 6): they are pending now.")
+    assert listed(world, removed=True) == [(2,), (5,)]
+    assert world.rows("SELECT id FROM insta_content WHERE NOT is_embedded") == [(3,), (4,), (6,)]
+    assert world.process(catalog, frames=TABLE) == [3, 4, 6]
+    left = sorted(set(TABLE) - {2, 5})
+    assert held(world, catalog) == (left, left)
+    found = world.reconcile(catalog, repair=True)
+    assert (found.returned, found.differences, found.remaining) == ([], [], 0)
+
+
+def test_what_was_removed_and_needs_nothing_is_taken_off_the_list_silently(world, purged):
+    catalog = purged(2, 3, 4)
+    world.add(2, 3)
+    assert world.process(catalog, IdRange(2, 2), frames=TABLE) == [2]
+    assert world.reconcile(catalog).returned == []
+    assert listed(world, removed=True) == [(2,), (3,), (4,)]
+    found = world.reconcile(catalog, repair=True)
+    assert (found.returned, found.remaining) == ([], 0)
+    assert listed(world, removed=True) == [(4,)]
+    assert world.process(catalog, frames=TABLE) == [3]
+
+
+def test_what_was_removed_is_remembered_for_90_days(world, purged, clock):
+    catalog = purged(2, 3)
+    clock.pass_by(days=90)
+    world.reconcile(catalog, repair=True)
+    assert listed(world, removed=True) == [(2,), (3,)]
+    back_with_its_marks(world, 3)
+    clock.pass_by(minutes=1)
+    assert world.reconcile(catalog).returned == [3]
+    assert world.reconcile(catalog, repair=True).returned == [3]
+    assert listed(world, removed=True) == []
+
+
+def test_a_removed_record_that_came_back_and_is_gone_once_more_waits_once_more(world, purged, clock):
+    catalog = purged(2)
+    world.add(2)
+    assert world.process(catalog, frames=TABLE) == [2]
+    world.execute("DELETE FROM insta_content WHERE id = 2")
+    found = world.reconcile(catalog, repair=True)
+    assert (found.brake.waiting, found.removed_points) == (1, 0)
+    assert (listed(world), listed(world, removed=True)) == ([(2,)], [])
+    clock.pass_by(hours=1)
+    assert world.reconcile(catalog, repair=True).removed_points == 1
+    assert listed(world, removed=True) == [(2,)]
+
+
+def test_who_looked_before_another_removal_does_not_forget_that_one(world, purged, clock, monkeypatch):
+    catalog = purged(2)
+    world.add(2)
+    make_pending = catalog.make_pending
+
+    def and_meanwhile(record_ids):
+        make_pending(record_ids)
+        clock.pass_by(minutes=5)
+        catalog.forget([2], purged_at=clock.moment)
+
+    monkeypatch.setattr(catalog, "make_pending", and_meanwhile)
+    assert world.reconcile(catalog, repair=True).returned == []
+    assert listed(world, removed=True) == [(2,)]
+
+
+@pytest.mark.parametrize("state_apart", [False, True])
+def test_what_was_removed_is_found_on_each_kind_of_database(database, clock, state_apart, tmp_path):
+    database.create(ids=(1, 2, 2**40))
+    apart = {"state_url": f"sqlite:///{tmp_path / 'apart.db'}"} if state_apart else {}
+    with closing(database.catalog(**apart)) as catalog:
+        database.execute("UPDATE insta_content SET is_extracted = TRUE, is_embedded = TRUE")
+        assert purge.note_gone(catalog, [2], within=ALL) == {2: clock.moment}
+        catalog.forget([2, 2**40], purged_at=clock.moment)
+        assert purge.note_gone(catalog, [2], within=ALL) == {2: clock.moment}
+        assert purge.find_returned(catalog, within=ALL, repair=False) == [2, 2**40]
+        assert purge.find_returned(catalog, within=IdRange(1, 10), repair=True) == [2]
+        assert purge.find_returned(catalog, within=ALL, repair=True) == [2**40]
+        assert purge.find_returned(catalog, within=ALL, repair=True) == []
+        assert [(key, entry.state) for key, entry in catalog.ledger.entries(ALL).items()] == [
+            (2, "todo"),
+            (2**40, "todo"),
+        ]
+        rows = database.rows("SELECT id FROM insta_content WHERE NOT is_embedded ORDER BY id")
+        assert [tuple(row) for row in rows] == [(2,), (2**40,)]
