@@ -3,7 +3,7 @@
     version 1   the tables of release 0.1.0, which wrote no version down
     version 2   an index over the requests that no tick has consumed: each tick asks for them
     version 3   of each record: the claim that may write it, and whose; the address of its file; what its points are
-                made from; which records were seen to be gone, and removed, and when; the number after which claims begin
+                made from; which records were gone, when, and when removed; the number after which claims begin
 
 `extraction_meta` holds the version, and the release that wrote it. Tables of an older version are migrated when they
 are opened: in one transaction, so that a killed process leaves the old version or the new one, and under a lock, so
