@@ -56,7 +56,7 @@ def held(replacing):
 
 @pytest.fixture
 def stand_in(wire):
-    with wire.StandIn() as server:
+    with wire.StandIn(_load("wire_rules")) as server:
         yield server
 
 
@@ -88,7 +88,7 @@ def _open(kind, tmp_path):
     if kind == "local":
         from qdrant_client import QdrantClient
 
-        return ServerStore(QdrantClient(":memory:"), url="memory", wire="local", retry=QUICK)
+        return ServerStore(QdrantClient(":memory:"), where="memory", wire="local", retry=QUICK)
     url = os.environ.get("EXTRACTION_TEST_QDRANT_URL")
     if not url:
         pytest.skip("EXTRACTION_TEST_QDRANT_URL names no Qdrant server")

@@ -1,7 +1,8 @@
 """A stand-in for a Qdrant server: real gRPC on loopback over qdrant-client's local engine, with faults on demand.
 
-It is no Qdrant: strict mode, optimisation, replication and persistence are a real server's alone. What it shows is
-what our side does with the bytes, the status codes, the lost answers and the cut connections.
+It is no Qdrant: optimisation, replication and persistence are a real server's alone. What it shows is what our side
+does with the bytes, the status codes, the lost answers and the cut connections; wire_rules.py adds the limits, rights
+and states of a real one.
 """
 
 import contextlib
@@ -41,9 +42,14 @@ class Fault:
 
 
 class StandIn:
-    """The server: `with StandIn() as server: … server.url, server.port, server.faults`."""
+    """The server: `with StandIn() as server: … server.url, server.port, server.faults, server.rules`.
 
-    def __init__(self):
+    Args:
+        wire_rules: The module of that name, for the behaviour of a real server.
+    """
+
+    def __init__(self, wire_rules):
+        self.rules = wire_rules.Rules(self)
         self.engine = QdrantClient(":memory:")
         self.lock = threading.Lock()
         self.faults: list[Fault] = []
@@ -51,10 +57,11 @@ class StandIn:
         self.num_at_work = 0
         self.keys: set[str] = set()
         self.indexes: dict[str, dict[str, int]] = {}
-        self._server = grpc.server(ThreadPoolExecutor(8))
+        self._server = grpc.server(ThreadPoolExecutor(8), interceptors=[self.rules])
         inner = self._server.add_insecure_port("127.0.0.1:0")
         q.add_PointsServicer_to_server(_Points(self), self._server)
-        q.add_CollectionsServicer_to_server(_Collections(self), self._server)
+        q.add_CollectionsServicer_to_server(_Collections(self, wire_rules.cluster_info), self._server)
+        q.add_QdrantServicer_to_server(wire_rules.Root(), self._server)
         self._server.start()
         self.relay = _Relay(inner)
         self.port = self.relay.port
@@ -67,6 +74,19 @@ class StandIn:
         self.relay.close()
         self._server.stop(None).wait(30)
         self.engine.close()
+
+    def real_name(self, name):
+        """The collection that a name stands for."""
+        return self.engine._client.aliases.get(name, name)
+
+    @contextlib.contextmanager
+    def outage(self):
+        """Nobody listens, and every connection is cut, while the block lasts."""
+        self.relay.close()
+        try:
+            yield
+        finally:
+            self.relay.listen()
 
     def answer(self, method, context, apply, acknowledged=None):
         """Apply a call, or do to it what the next fault for it says."""
@@ -212,8 +232,11 @@ class _Points(q.PointsServicer):
 
 
 class _Collections(q.CollectionsServicer):
-    def __init__(self, owner):
-        self.owner = owner
+    def __init__(self, owner, cluster_info):
+        self.owner, self.cluster_info = owner, cluster_info
+
+    def CollectionClusterInfo(self, request, context):  # noqa: ARG002, N802 - the protocol's
+        return self.owner.answer("CollectionClusterInfo", context, self.cluster_info)
 
     def CollectionExists(self, request, context):  # noqa: N802 - the protocol's name
         def apply():
@@ -274,16 +297,7 @@ class _Collections(q.CollectionsServicer):
 
     def UpdateAliases(self, request, context):  # noqa: N802 - the protocol's name
         def apply():
-            operations = [GrpcToRest.convert_alias_operations(action) for action in request.actions]
-            for operation in operations:
-                # A server refuses this; the local engine does not notice.
-                create = getattr(operation, "create_alias", None)
-                if create is not None and self.owner.engine.collection_exists(create.alias_name):
-                    existing = {item.name for item in self.owner.engine.get_collections().collections}
-                    if create.alias_name in existing:
-                        message = f"collection {create.alias_name} already exists"
-                        raise ValueError(message)
-            return q.CollectionOperationResponse(result=self.owner.engine.update_collection_aliases(operations))
+            return self.owner.rules.update_aliases(request)
 
         return self.owner.answer("UpdateAliases", context, apply)
 
@@ -294,14 +308,18 @@ class _Relay:
     def __init__(self, target):
         self._target = target
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
+        self.port = 0
+        self.listen()
 
-    def _accept(self):
+    def listen(self):
+        self._listener = socket.create_server(("127.0.0.1", self.port))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+
+    def _accept(self, listener):
         with contextlib.suppress(OSError):
             while True:
-                outer, _ = self._listener.accept()
+                outer, _ = listener.accept()
                 inner = socket.create_connection(("127.0.0.1", self._target))
                 self._pairs.append((outer, inner))
                 threading.Thread(target=self._copy, args=(outer, inner), daemon=True).start()

@@ -8,28 +8,48 @@ a second, or never) and are not used; ours repeat what may pass and are safe bec
 from __future__ import annotations
 
 import functools
+import logging
 import math
+import urllib.parse
+import uuid
+from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
 
 import numpy as np
 
-from extraction_dagster.errors.index import CollectionMissingError, StoreNotOpenError
-from extraction_dagster.stages.index.points import Dialect
+from extraction_dagster.errors.index import (
+    CollectionMissingError,
+    CollectionUnnamedError,
+    StoreLimitError,
+    StoreNotOpenError,
+)
+from extraction_dagster.stages.index.points import Dialect, PointBatch
 from extraction_dagster.stages.index.protocol import CollectionSpec, PointStore
 from extraction_dagster.stages.index.server.collections import ServerCollections
+from extraction_dagster.stages.index.server.limits import ServerLimits, halves
 from extraction_dagster.stages.index.server.retry import RetryPolicy, require_completed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from qdrant_client import QdrantClient, models
 
     from extraction_dagster.settings import Settings
-    from extraction_dagster.stages.index.points import PointBatch
+    from extraction_dagster.stages.index.points import PointFilter
 
 _Result = TypeVar("_Result")
 Wire = Literal["grpc", "local"]
+_REST_PORT = 6333
+# gRPC waits up to 120 s between attempts to connect, for each address and process: a server that is back is used
+# at once. An attempt itself, with TLS, may take 5 s.
+_GRPC_OPTIONS = {
+    "grpc.initial_reconnect_backoff_ms": 200,
+    "grpc.min_reconnect_backoff_ms": 5000,
+    "grpc.max_reconnect_backoff_ms": 1000,
+}
+_NOBODY = str(uuid.UUID(int=0))  # no point has it: ours are of version 5
+_log = logging.getLogger(__name__)
 
 
 class ServerStore(PointStore):
@@ -37,7 +57,7 @@ class ServerStore(PointStore):
 
     Args:
         client: Connected, or on its local engine; it is closed with the store.
-        url: For messages; without credentials.
+        where: The address that is asked, for messages.
         wire: `local` for the client's local engine, which takes no gRPC messages.
         timeout_seconds: Limit for one call.
         retry: How calls are repeated.
@@ -48,19 +68,20 @@ class ServerStore(PointStore):
         self,
         client: QdrantClient,
         *,
-        url: str,
+        where: str,
         wire: Wire = "grpc",
         timeout_seconds: float = 60.0,
         retry: RetryPolicy | None = None,
         source: str = "",
     ) -> None:
         self._client = client
-        self._url = url
+        self.where = where
         self._wire = wire
         self._timeout_seconds = timeout_seconds
+        self._limits = ServerLimits()
         self._retry = retry or RetryPolicy()
         self._source = source
-        self._collections = ServerCollections(client, url, self._call)
+        self._collections = ServerCollections(client, where, self._call, math.ceil(timeout_seconds))
         self._spec: CollectionSpec | None = None
         self._target = ""
 
@@ -69,44 +90,87 @@ class ServerStore(PointStore):
         """Make a client from the settings; nothing is sent before a collection is opened."""
         from qdrant_client import QdrantClient
 
-        url = settings.qdrant_url or ""
-        key = settings.qdrant_api_key
+        url, key = settings.qdrant_url or "", settings.qdrant_api_key
+        address, port = urllib.parse.urlsplit(url), settings.qdrant_grpc_port
+        where = f"{address.hostname}:{port} (gRPC)"
+        if address.path.strip("/"):
+            _log.warning("gRPC ignores the path %r of EXTRACTION_QDRANT_URL: %s is asked", address.path, where)
+        if port == (address.port or _REST_PORT):
+            _log.warning("EXTRACTION_QDRANT_GRPC_PORT is %d, the REST port of EXTRACTION_QDRANT_URL as well", port)
         client = QdrantClient(
             url=url,
-            grpc_port=settings.qdrant_grpc_port,
+            grpc_port=port,
             prefer_grpc=True,
             api_key=key.get_secret_value() if key else None,
             timeout=math.ceil(settings.qdrant_timeout_seconds),
             check_compatibility=False,
             pool_size=1,
+            grpc_options=dict(_GRPC_OPTIONS),
         )
-        return cls(client, url=url, timeout_seconds=settings.qdrant_timeout_seconds, retry=retry, source=source)
+        retry = retry or RetryPolicy(budget_seconds=settings.qdrant_retry_seconds)
+        return cls(client, where=where, timeout_seconds=settings.qdrant_timeout_seconds, retry=retry, source=source)
 
     def __repr__(self) -> str:
         """The server; never the key."""
-        return f"ServerStore({self._url!r})"
+        return f"ServerStore({self.where!r})"
+
+    @property
+    def target(self) -> str:
+        """The open collection's own name."""
+        return self._open("name a collection")[1]
+
+    def ask(self, operation: str, function: Callable[[QdrantClient], _Result]) -> _Result:
+        """Make a call of the client's, and repeat it as all others."""
+        return self._call(operation, lambda: function(self._client))
 
     def ensure_collection(self, spec: CollectionSpec, *, staged: bool = False) -> None:
         """Open the collection, and create it when there is none."""
         current = self._collections.behind(spec.name)
         target = spec.full_name if staged else current or spec.full_name
-        if current is not None and current != target:
+        if current is None:
+            self._collections.require_new(spec.name)
+        elif current != target:
             self._require_own(self._collections.spec(current, spec.name))
-        found = self._collections.ensure(target, replace(spec, source=self._source), self._require_own)
-        self._spec, self._target = found, target
+        found, info = self._collections.ensure(target, replace(spec, source=self._source), self._require_own)
+        self._use(found, target, info)
         self._claim()
         if current is None and not staged:
-            self.publish()
+            current = self._collections.behind(spec.name)
+            if current not in {None, target}:  # a run with another model was first
+                spec.require_same_vectors(self._collections.spec(current, spec.name), self.where)
+            self._collections.publish(spec.name, target, current)
 
     def open_collection(self, name: str, *, fingerprint: str | None = None) -> CollectionSpec:
         """Open the collection in use, or another of that name."""
         target = self._collections.behind(name) if fingerprint is None else f"{name}-{fingerprint}"
+        if target is None and (there := self._collections.unnamed(name)):
+            raise CollectionUnnamedError(name, self.where, there=there)
         if target is None or (fingerprint is not None and not self._collections.is_under(target, name)):
-            raise CollectionMissingError(target or name, self._url)
+            raise CollectionMissingError(target or name, self.where)
+        info = self._collections.info(target)
+        found = self._collections.spec(target, name, info)
+        self._require_own(found)
+        self._use(found, target, info)
+        return found
+
+    def require_writable(self, name: str, fingerprint: str) -> None:
+        """See, before any work, that points of this fingerprint will be taken: rights, vectors, a disk with room.
+
+        Raises:
+            PointStoreError: They won't; it says why.
+        """
+        current, own = self._collections.behind(name), f"{name}-{fingerprint}"
+        target = own if self._collections.is_under(own, name) else current
+        if current is None:
+            self._collections.require_new(name)
+        if target is None:
+            self._collections.require_right_to_create(name)
+            return
         found = self._collections.spec(target, name)
         self._require_own(found)
-        self._spec, self._target = found, target
-        return found
+        replace(found, fingerprint=fingerprint).require_same_vectors(found, self.where)
+        self._collections.holds_points(target)
+        self._remove_from(target, self._dialect.models.PointIdsList(points=[_NOBODY]))
 
     def publish(self) -> None:
         """Make the open collection the one in use, in one step on the server."""
@@ -115,7 +179,7 @@ class ServerStore(PointStore):
         if current is not None and current not in {target, spec.name}:
             self._require_own(self._collections.spec(current, spec.name))
         self._claim()
-        self._collections.publish(spec.name, target)
+        self._collections.publish(spec.name, target, current)
 
     def collections(self, name: str) -> dict[str, bool]:
         """The fingerprints under a name, and whether each is in use."""
@@ -141,12 +205,20 @@ class ServerStore(PointStore):
         self._spec, self._target = None, ""
         self._client.close()
 
+    def _use(self, spec: CollectionSpec, target: str, info: Any) -> None:  # noqa: ANN401 - the client's own record
+        self._spec, self._target, self._limits = spec, target, ServerLimits.of(info.config)
+
+    @property
+    def _server_seconds(self) -> int:
+        """Sent with each request: a server gives up after 60 s otherwise."""
+        return min(math.ceil(self._timeout_seconds), self._limits.seconds or 3600)
+
     def _call(self, operation: str, function: Callable[[], _Result]) -> _Result:
-        return self._retry.call(operation, self._url, function)
+        return self._retry.call(operation, self.where, function)
 
     def _open(self, operation: str) -> tuple[CollectionSpec, str]:
         if self._spec is None:
-            raise StoreNotOpenError(operation, self._url)
+            raise StoreNotOpenError(operation, self.where)
         return self._spec, self._target
 
     @functools.cached_property
@@ -167,14 +239,66 @@ class ServerStore(PointStore):
         self._spec = replace(found, source=source)  # what can't be kept is not tried again
         return bool(found.source)
 
+    def delete(self, filters: PointFilter) -> None:
+        """Remove points of named records, and return once they are gone."""
+        self._in_parts(filters, super().delete)
+
+    def count(self, filters: PointFilter | None = None) -> int:
+        """The exact number of points."""
+        if not self._limits.exact:  # the server refuses exact counts: the ids are read
+            return len(self.point_ids(filters))
+        return sum(self._in_parts(filters, super().count))
+
+    def count_by_record(self, filters: PointFilter | None = None) -> dict[int, int]:
+        """The exact number of points of each record that has any."""
+        counts: Counter[int] = Counter()
+        for found in self._in_parts(filters, super().count_by_record):
+            counts.update(found)
+        return dict(counts)
+
+    def _pages(self, filters: PointFilter | None, size: int, **wanted: Any) -> Iterator[Any]:  # noqa: ANN401 - as above
+        for part in self._limits.parts(filters):
+            yield from super()._pages(part, min(size, self._limits.page or size), **wanted)
+
+    def _in_parts(self, filters: PointFilter | None, do: Callable[[Any], _Result]) -> list[_Result]:
+        """Do something with points in as many calls as the server's limits make necessary."""
+        left, done = self._limits.parts(filters), []
+        while left:
+            part = left.pop(0)
+            try:
+                done.append(do(part))
+            except StoreLimitError as error:
+                smaller = halves(part) if error.may_split else []
+                if not smaller:
+                    raise
+                left[:0] = smaller
+        return done
+
     def _write(self, batch: PointBatch) -> None:
+        left = list(_cut(batch, self._limits.points))
+        while left:
+            part = left.pop(0)
+            try:
+                self._write_part(part)
+            except StoreLimitError as error:
+                if not error.may_split or len(part) == 1:
+                    raise
+                left[:0] = _cut(part, -(-len(part) // 2))
+
+    def _write_part(self, batch: PointBatch) -> None:
         _, target = self._open("write points")
-        upsert = _prepare_upsert(self._client, target, batch, wire=self._wire, timeout_seconds=self._timeout_seconds)
-        self._call("write points", lambda: require_completed(upsert()))
+        upsert = _prepare_upsert(self._client, target, batch, wire=self._wire, timeout_seconds=self._server_seconds)
+        self._call("write points", lambda: require_completed(upsert))
 
     def _remove(self, condition: Any) -> None:  # noqa: ANN401 - the engine's own filter
         _, target = self._open("remove points")
-        self._call("remove points", lambda: require_completed(self._client.delete(target, condition, wait=True)))
+        self._remove_from(target, condition)
+
+    def _remove_from(self, target: str, selector: Any) -> None:  # noqa: ANN401 - the engine's own selector
+        def delete() -> models.UpdateResult:
+            return self._client.delete(target, selector, wait=True, timeout=self._server_seconds)
+
+        self._call("remove points", lambda: require_completed(delete))
 
     def _count(self, condition: Any) -> int:  # noqa: ANN401
         _, target = self._open("count points")
@@ -208,8 +332,14 @@ class ServerStore(PointStore):
         )
 
 
+def _cut(batch: PointBatch, size: int) -> Iterator[PointBatch]:
+    for start in range(0, len(batch), size):
+        part = slice(start, start + size)
+        yield PointBatch(batch.ids[part], batch.vectors[part], batch.payloads[part])
+
+
 def _prepare_upsert(
-    client: QdrantClient, target: str, batch: PointBatch, *, wire: Wire, timeout_seconds: float
+    client: QdrantClient, target: str, batch: PointBatch, *, wire: Wire, timeout_seconds: int
 ) -> Callable[[], models.UpdateResult]:
     """A call that writes the batch and waits until it is applied; it can be repeated without encoding again."""
     if wire == "local":
@@ -223,6 +353,7 @@ def _prepare_upsert(
     from qdrant_client.conversions.conversion import GrpcToRest
 
     request = _grpc_request(target, batch)
+    request.timeout = timeout_seconds
     return lambda: GrpcToRest.convert_update_result(client.grpc_points.Upsert(request, timeout=timeout_seconds).result)
 
 
