@@ -110,7 +110,7 @@ class Rules(grpc.ServerInterceptor):
             if limit is not None and asked > limit:
                 raise Refused(INVALID, f'Bad request: Limit exceeded {asked} > {limit} for "{called}"')
 
-        if method in _TAKES_TIMEOUT:
+        if method in _POINT_WRITES | _READS - {"Get"}:
             check(request.timeout, limits.get("max_timeout"), "timeout")
         if method == "Upsert":
             check(len(request.points), limits.get("upsert_max_batchsize"), "upsert limit")

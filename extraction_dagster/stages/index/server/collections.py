@@ -23,6 +23,7 @@ from extraction_dagster.errors.index import (
     StoreRefusedError,
 )
 from extraction_dagster.stages.index.protocol import PAYLOAD_INDEXES, CollectionSpec
+from extraction_dagster.stages.index.server.limits import ServerLimits
 from extraction_dagster.stages.index.server.retry import is_already_there, require_completed
 
 if TYPE_CHECKING:
@@ -159,10 +160,7 @@ class ServerCollections:
 
     def holds_points(self, target: str) -> bool:
         """Whether a collection has any point."""
-        page, _ = self.call(
-            "read points",
-            lambda: self.client.scroll(target, limit=1, with_payload=False, timeout=self.timeout),
-        )
+        page, _ = self.call("read points", lambda: self.client.scroll(target, limit=1, with_payload=False))
         return bool(page)
 
     def unnamed(self, name: str) -> list[str]:
@@ -250,7 +248,7 @@ class ServerCollections:
         spec.require_same_vectors(found, self.where)
         for field, kind in PAYLOAD_INDEXES.items():
             if field not in (info.payload_schema or {}):
-                self._create_index(target, field, kind)
+                self._create_index(target, field, kind, timeout=ServerLimits.of(info.config).at_most(self.timeout))
         return found, info
 
     def publish(self, name: str, target: str, current: str | None) -> None:
@@ -323,12 +321,12 @@ class ServerCollections:
 
         self.call("create a collection", create)
 
-    def _create_index(self, target: str, field: str, kind: str) -> None:
+    def _create_index(self, target: str, field: str, kind: str, *, timeout: int) -> None:
         from qdrant_client import models
 
         schema = models.PayloadSchemaType(kind)
 
         def create() -> models.UpdateResult:
-            return self.client.create_payload_index(target, field, field_schema=schema, wait=True, timeout=self.timeout)
+            return self.client.create_payload_index(target, field, field_schema=schema, wait=True, timeout=timeout)
 
         self.call("create a payload index", lambda: require_completed(create))

@@ -61,13 +61,17 @@ class ServerLimits:
             return cls()
         writes = (strict.upsert_max_batchsize, strict.write_rate_limit)  # a larger one would be refused for ever
         return cls(
-            points=min(MAX_POINTS_PER_CALL, *(limit for limit in writes if limit)),
+            points=min([MAX_POINTS_PER_CALL, *(limit for limit in writes if limit)]),
             page=strict.max_query_limit,
             conditions=strict.filter_max_conditions,
             values=strict.condition_max_size,
             seconds=strict.max_timeout,
             exact=strict.search_allow_exact is not False,
         )
+
+    def at_most(self, seconds: int) -> int:
+        """The time that a request may ask for, when it would like so long."""
+        return min(seconds, self.seconds or seconds)
 
     def parts(self, filters: PointFilter | None) -> list[PointFilter | None]:
         """Filters that select the same points together, none twice, each small enough where that can be."""
@@ -86,7 +90,7 @@ class ServerLimits:
 
 def halves(filters: PointFilter | None) -> list[PointFilter | None]:
     """Two filters that select the same points together; none where it can't be cut."""
-    longest = max((len(getattr(filters, name) or ()) for name in _LISTS), default=0)
+    longest = max(len(getattr(filters, name, None) or ()) for name in _LISTS)
     return list(_cut(filters, -(-longest // 2))) if filters is not None and longest > 1 else []
 
 

@@ -22,7 +22,7 @@ _Result = TypeVar("_Result")
 _PASSING_CODES = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "INTERNAL", "ABORTED")
 _PASSING_STATUS = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS)
 # What the server says (1.18.3) when a request is beyond a limit of its own; smaller ones may be taken where `_SPLITS`.
-_LIMIT = re.compile(r"Limit exceeded|larger than rate limiter|strict mode|disabled!|Index required", re.IGNORECASE)
+_LIMIT = re.compile(r"Limit exceeded \d|larger than rate limiter|strict mode|disabled!|Index required", re.IGNORECASE)
 _SPLITS = re.compile(r"larger than rate limiter|upsert limit|filter limit|condition", re.IGNORECASE)
 # Failures whose codes may pass, though these do not: what is said, and what helps.
 _LASTING = (

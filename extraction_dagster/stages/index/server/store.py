@@ -166,7 +166,8 @@ class ServerStore(PointStore):
         if target is None:
             self._collections.require_right_to_create(name)
             return
-        found = self._collections.spec(target, name)
+        info = self._collections.info(target)
+        found, self._limits = self._collections.spec(target, name, info), ServerLimits.of(info.config)
         self._require_own(found)
         replace(found, fingerprint=fingerprint).require_same_vectors(found, self.where)
         self._collections.holds_points(target)
@@ -211,7 +212,7 @@ class ServerStore(PointStore):
     @property
     def _server_seconds(self) -> int:
         """Sent with each request: a server gives up after 60 s otherwise."""
-        return min(math.ceil(self._timeout_seconds), self._limits.seconds or 3600)
+        return self._limits.at_most(math.ceil(self._timeout_seconds))
 
     def _call(self, operation: str, function: Callable[[], _Result]) -> _Result:
         return self._retry.call(operation, self.where, function)
