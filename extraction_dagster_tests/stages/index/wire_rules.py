@@ -189,7 +189,7 @@ class Rules(grpc.ServerInterceptor):
 class Root(q.QdrantServicer):
     """The server itself."""
 
-    def HealthCheck(self, request, context):  # noqa: ARG002, N802, PLR6301 - the protocol's
+    def HealthCheck(self, request, context):  # noqa: ARG002, N802 - the protocol's
         return q.HealthCheckReply(title="qdrant - vector search engine", version=VERSION)
 
 

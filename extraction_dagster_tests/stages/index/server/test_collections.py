@@ -16,6 +16,7 @@ from extraction_dagster.errors.index import (
     StoreRefusedError,
 )
 from extraction_dagster.settings import Settings
+from extraction_dagster.stages.index.points import build_points
 from extraction_dagster.stages.index.protocol import CollectionSpec
 from extraction_dagster.stages.index.server.store import ServerStore
 from extraction_dagster.stages.index.stage import require_store
@@ -31,9 +32,7 @@ def connect(stand_in, tmp_path):
     stores = []
 
     def make(key=None):
-        settings = Settings(
-            home=tmp_path, qdrant_url=stand_in.url, qdrant_grpc_port=stand_in.port, qdrant_api_key=key
-        )
+        settings = Settings(home=tmp_path, qdrant_url=stand_in.url, qdrant_grpc_port=stand_in.port, qdrant_api_key=key)
         stores.append(ServerStore.connect(settings))
         return stores[-1]
 
@@ -45,8 +44,6 @@ def connect(stand_in, tmp_path):
 @pytest.fixture
 def points(embeddings, rows):
     """`points(7)`: one point of a record."""
-    from extraction_dagster.stages.index.points import build_points
-
     return lambda record_id: build_points(
         embeddings({record_id: [0]}), rows=rows(record_id), generations={record_id: "a"}
     )

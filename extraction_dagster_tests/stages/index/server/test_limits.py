@@ -52,7 +52,9 @@ def test_replacing_and_reading_keep_the_limits_of_strict_mode(opened, embeddings
     assert sum(map(len, store.read())) == 90
 
 
-def test_a_write_larger_than_the_rate_bucket_is_split_and_waits_for_its_turn(stand_in, spec, tmp_path, embeddings, rows):
+def test_a_write_larger_than_the_rate_bucket_is_split_and_waits_for_its_turn(
+    stand_in, spec, tmp_path, embeddings, rows
+):
     stand_in.rules.strict[spec.full_name] = {"write_rate_limit": 40}
     stand_in.rules.minute_seconds = 0.5
     settings = Settings(home=tmp_path, qdrant_url=stand_in.url, qdrant_grpc_port=stand_in.port)

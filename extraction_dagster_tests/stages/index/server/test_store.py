@@ -102,7 +102,8 @@ def test_a_server_that_never_completes_is_named_and_nothing_is_removed(opened_wi
     stand_in.calls.clear()
     fault("Upsert", "acknowledged", times=5)
     with pytest.raises(
-        StoreUnavailableError, match=r"write points at 127.0.0.1:\d+ \(gRPC\) in 5 tries; .* 'acknowledged', expected 'comp"
+        StoreUnavailableError,
+        match=r"write points at 127.0.0.1:\d+ \(gRPC\) in 5 tries; .* 'acknowledged', expected 'comp",
     ):
         replace(opened_wire)
     assert stand_in.calls == ["Upsert"] * 5
