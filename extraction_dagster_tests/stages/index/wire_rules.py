@@ -24,7 +24,7 @@ _NO_MEMORY = (
 _NO_ROOM = "Service internal error: No space left on device: WAL buffer size exceeds available disk space"
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """A call is answered with this status."""
 
     def __init__(self, code, said, retry_after=None):
@@ -72,7 +72,7 @@ class Rules(grpc.ServerInterceptor):
             try:
                 self._before(method, request, self._key(context))
                 return self._after(method, request, handler.unary_unary(request, context), self._key(context))
-            except Refused as refused:
+            except RefusedError as refused:
                 if refused.retry_after is not None:
                     context.set_trailing_metadata((("retry-after", str(refused.retry_after)),))
                 return context.abort(refused.code, refused.said)
@@ -91,13 +91,13 @@ class Rules(grpc.ServerInterceptor):
     def _before(self, method, request, key):
         name = getattr(request, "collection_name", "")
         if name and not self._sees(key, name):
-            raise Refused(DENIED, f"Forbidden: Access to collection {name} is required")
+            raise RefusedError(DENIED, f"Forbidden: Access to collection {name} is required")
         if method in WRITES and key in self.read_only:
-            raise Refused(DENIED, "Forbidden: Global write access is required")
+            raise RefusedError(DENIED, "Forbidden: Global write access is required")
         if self.in_recovery and method in _READS | _POINT_WRITES:
-            raise Refused(grpc.StatusCode.INTERNAL, _NO_MEMORY)
+            raise RefusedError(grpc.StatusCode.INTERNAL, _NO_MEMORY)
         if self.disk_is_full and method in _POINT_WRITES:
-            raise Refused(grpc.StatusCode.INTERNAL, _NO_ROOM)
+            raise RefusedError(grpc.StatusCode.INTERNAL, _NO_ROOM)
         if method in _TAKES_TIMEOUT:
             self.timeouts.append((method, request.timeout))
         limits = self.strict.get(self.owner.real_name(name), {})
@@ -108,7 +108,7 @@ class Rules(grpc.ServerInterceptor):
     def _keep_limits(method, request, limits):
         def check(asked, limit, called):
             if limit is not None and asked > limit:
-                raise Refused(INVALID, f'Bad request: Limit exceeded {asked} > {limit} for "{called}"')
+                raise RefusedError(INVALID, f'Bad request: Limit exceeded {asked} > {limit} for "{called}"')
 
         if method in _POINT_WRITES | _READS - {"Get"}:
             check(request.timeout, limits.get("max_timeout"), "timeout")
@@ -117,7 +117,7 @@ class Rules(grpc.ServerInterceptor):
         if method in {"Scroll", "Query", "Facet"}:
             check(request.limit, limits.get("max_query_limit"), "limit")
         if method == "Count" and request.exact and limits.get("search_allow_exact") is False:
-            raise Refused(INVALID, "Bad request: Exact search disabled! Help: Set exact=false.")
+            raise RefusedError(INVALID, "Bad request: Exact search disabled! Help: Set exact=false.")
         conditions = list(_conditions(_filter_of(method, request)))
         check(len(conditions), limits.get("filter_max_conditions"), "filter limit")
         check(max(map(_size, conditions), default=0), limits.get("condition_max_size"), "condition limit")
@@ -130,7 +130,7 @@ class Rules(grpc.ServerInterceptor):
         cost = len(request.points) if method == "Upsert" else 1
         if cost > limit:
             said = "Rate limiting exceeded: request larger than rate limiter capacity, please try to split your request"
-            raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, said)
+            raise RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, said)
         with self._lock:
             now = time.monotonic()
             tokens, since = self._buckets.get(name, (limit, now))
@@ -138,7 +138,7 @@ class Rules(grpc.ServerInterceptor):
             if cost > tokens:
                 self._buckets[name] = (tokens, now)
                 said = "Rate limiting exceeded: Write rate limit exceeded, retry later"
-                raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, said, retry_after=1)
+                raise RefusedError(grpc.StatusCode.RESOURCE_EXHAUSTED, said, retry_after=1)
             self._buckets[name] = (tokens - cost, now)
 
     def _after(self, method, request, answer, key):
@@ -178,10 +178,10 @@ class Rules(grpc.ServerInterceptor):
                 continue
             create = action.create_alias
             if create.alias_name in engine.collections:
-                raise Refused(INVALID, f"Wrong input: Alias {create.alias_name} is the name of a collection")
+                raise RefusedError(INVALID, f"Wrong input: Alias {create.alias_name} is the name of a collection")
             if create.collection_name not in engine.collections:
                 said = f"Not found: Collection `{create.collection_name}` doesn't exist!"
-                raise Refused(grpc.StatusCode.NOT_FOUND, said)
+                raise RefusedError(grpc.StatusCode.NOT_FOUND, said)
             engine.aliases[create.alias_name] = create.collection_name
         return q.CollectionOperationResponse(result=True)
 
