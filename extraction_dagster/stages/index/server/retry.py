@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from qdrant_client import models
 
 _Result = TypeVar("_Result")
-_PASSING_CODES = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "INTERNAL", "ABORTED")
+_PASSING_CODES = {  # the last two are what a server or a proxy that is being stopped may end a call with
+    *("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "INTERNAL", "ABORTED", "CANCELLED", "UNKNOWN")
+}
 _PASSING_STATUS = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS)
 # What the server says (1.18.3) when a request is beyond a limit of its own; smaller ones may be taken where `_SPLITS`.
 _LIMIT = re.compile(r"Limit exceeded \d|larger than rate limiter|strict mode|disabled!|Index required", re.IGNORECASE)

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 _Result = TypeVar("_Result")
 Wire = Literal["grpc", "local"]
-_REST_PORT = 6333
 # gRPC waits up to 120 s between attempts to connect, for each address and process: a server that is back is used
 # at once. An attempt itself, with TLS, may take 5 s.
 _GRPC_OPTIONS = {
@@ -95,8 +94,6 @@ class ServerStore(PointStore):
         where = f"{address.hostname}:{port} (gRPC)"
         if address.path.strip("/"):
             _log.warning("gRPC ignores the path %r of EXTRACTION_QDRANT_URL: %s is asked", address.path, where)
-        if port == (address.port or _REST_PORT):
-            _log.warning("EXTRACTION_QDRANT_GRPC_PORT is %d, the REST port of EXTRACTION_QDRANT_URL as well", port)
         client = QdrantClient(
             url=url,
             grpc_port=port,

@@ -2,6 +2,7 @@
 
 import pytest
 
+from extraction_dagster.cli import operations
 from extraction_dagster.errors.index import CollectionUnnamedError
 from extraction_dagster.settings import Settings
 from extraction_dagster.stages.index.points import build_points
@@ -17,6 +18,7 @@ def aimed(stand_in, tmp_path):
 def test_a_server_without_the_collection_is_named_with_its_version(aimed):
     where = f"127.0.0.1:{aimed.qdrant_grpc_port} (gRPC)"
     assert describe(aimed) == f"server 1.18.3 at {where}; collection frames is made by the first run"
+    assert operations._store(aimed) == describe(aimed)
 
 
 @pytest.mark.parametrize(

@@ -234,6 +234,8 @@ class _Failure(grpc.RpcError):
         ("RESOURCE_EXHAUSTED", True),
         ("INTERNAL", True),
         ("ABORTED", True),
+        ("CANCELLED", True),
+        ("UNKNOWN", True),
         ("UNAUTHENTICATED", False),
         ("PERMISSION_DENIED", False),
         ("NOT_FOUND", False),
