@@ -284,10 +284,12 @@ class ServerCollections:
             ForeignCollectionError: It is not our own, as `require_own` says.
             StoreRefusedError: The server did not remove it.
         """
-        if self.behind(name) == target or target in self._aliases().values():
+        if self.behind(name) == target:
             raise CollectionInUseError(target, self.where)
         if not self.is_under(target, name):
             raise CollectionMissingError(target, self.where)
+        if target in self._aliases().values():
+            raise CollectionInUseError(target, self.where)
         require_own(self.spec(target, name))
         operation = "drop a collection"
         removed = self.call(operation, lambda: self.client.delete_collection(target, timeout=self.timeout))
