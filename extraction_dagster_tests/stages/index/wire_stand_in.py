@@ -176,15 +176,6 @@ class _Points(q.PointsServicer):
 
         return self.owner.answer("Count", context, apply)
 
-    def Facet(self, request, context):  # noqa: N802 - the protocol's name
-        def apply():
-            found = self.owner.engine.facet(
-                request.collection_name, request.key, _filter(request), limit=request.limit, exact=request.exact
-            )
-            return q.FacetResponse(hits=[RestToGrpc.convert_facet_value_hit(hit) for hit in found.hits])
-
-        return self.owner.answer("Facet", context, apply)
-
     def Query(self, request, context):  # noqa: N802 - the protocol's name
         def apply():
             found = self.owner.engine.query_points(
@@ -205,7 +196,7 @@ class _Points(q.PointsServicer):
                 _filter(request),
                 limit=request.limit,
                 offset=GrpcToRest.convert_point_id(request.offset) if request.HasField("offset") else None,
-                with_payload=request.with_payload.enable,
+                with_payload=GrpcToRest.convert_with_payload_selector(request.with_payload),
                 with_vectors=request.with_vectors.enable,
             )
             for record in records:

@@ -12,9 +12,8 @@ import logging
 import math
 import urllib.parse
 import uuid
-from collections import Counter
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import numpy as np
 
@@ -25,13 +24,14 @@ from extraction_dagster.errors.index import (
     StoreNotOpenError,
 )
 from extraction_dagster.stages.index.points import Dialect, PointBatch
-from extraction_dagster.stages.index.protocol import CollectionSpec, PointStore
+from extraction_dagster.stages.index.protocol import CollectionSpec, PointStore, as_rows
 from extraction_dagster.stages.index.server.collections import ServerCollections
 from extraction_dagster.stages.index.server.limits import ServerLimits, halves
+from extraction_dagster.stages.index.server.messages import Wire, prepare_upsert
 from extraction_dagster.stages.index.server.retry import RetryPolicy, require_completed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from qdrant_client import QdrantClient, models
 
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from extraction_dagster.stages.index.points import PointFilter
 
 _Result = TypeVar("_Result")
-Wire = Literal["grpc", "local"]
 # gRPC waits up to 120 s between attempts to connect, for each address and process: a server that is back is used
 # at once. An attempt itself, with TLS, may take 5 s.
 _GRPC_OPTIONS = {
@@ -47,6 +46,7 @@ _GRPC_OPTIONS = {
     "grpc.min_reconnect_backoff_ms": 5000,
     "grpc.max_reconnect_backoff_ms": 1000,
 }
+_IDS_PER_PAGE = 4096
 _NOBODY = str(uuid.UUID(int=0))  # no point has it: ours are of version 5
 _log = logging.getLogger(__name__)
 
@@ -244,15 +244,8 @@ class ServerStore(PointStore):
     def count(self, filters: PointFilter | None = None) -> int:
         """The exact number of points."""
         if not self._limits.exact:  # the server refuses exact counts: the ids are read
-            return len(self.point_ids(filters))
+            return sum(map(len, self._pages(filters, _IDS_PER_PAGE)))
         return sum(self._in_parts(filters, super().count))
-
-    def count_by_record(self, filters: PointFilter | None = None) -> dict[int, int]:
-        """The exact number of points of each record that has any."""
-        counts: Counter[int] = Counter()
-        for found in self._in_parts(filters, super().count_by_record):
-            counts.update(found)
-        return dict(counts)
 
     def _pages(self, filters: PointFilter | None, size: int, **wanted: Any) -> Iterator[Any]:  # noqa: ANN401 - as above
         for part in self._limits.parts(filters):
@@ -285,7 +278,7 @@ class ServerStore(PointStore):
 
     def _write_part(self, batch: PointBatch) -> None:
         _, target = self._open("write points")
-        upsert = _prepare_upsert(self._client, target, batch, wire=self._wire, timeout_seconds=self._server_seconds)
+        upsert = prepare_upsert(self._client, target, batch, wire=self._wire, timeout_seconds=self._server_seconds)
         self._call("write points", lambda: require_completed(upsert))
 
     def _remove(self, condition: Any) -> None:  # noqa: ANN401 - the engine's own filter
@@ -300,100 +293,88 @@ class ServerStore(PointStore):
 
     def _count(self, condition: Any) -> int:  # noqa: ANN401
         _, target = self._open("count points")
-        return self._call("count points", lambda: self._client.count(target, condition, exact=True)).count
-
-    def _count_by_record(self, condition: Any, limit: int) -> list[Any]:  # noqa: ANN401
-        _, target = self._open("count points")
-        found = self._call(
-            "count points",
-            lambda: self._client.facet(target, "record_id", facet_filter=condition, limit=limit, exact=True),
-        )
-        return list(found.hits)
+        seconds = self._server_seconds
+        count = functools.partial(self._client.count, target, condition, exact=True, timeout=seconds)
+        return self._call("count points", count).count
 
     def _nearest(self, vector: list[float], limit: int, condition: Any, score_threshold: float | None) -> list[Any]:  # noqa: ANN401
+        from qdrant_client import models
+
         _, target = self._open("search")
+        rescored = models.SearchParams(quantization=models.QuantizationSearchParams(rescore=True))
         found = self._call(
             "search",
             lambda: self._client.query_points(
-                target, query=vector, query_filter=condition, limit=limit, score_threshold=score_threshold
+                target,
+                query=vector,
+                query_filter=condition,
+                limit=limit,
+                score_threshold=score_threshold,
+                search_params=None if self._wire == "local" else rescored,
+                timeout=self._server_seconds,
             ),
         )
         return list(found.points)
 
-    def _page(self, condition: Any, size: int, offset: Any, *, content: bool) -> tuple[list[Any], Any]:  # noqa: ANN401
+    def _page(
+        self,
+        condition: Any,  # noqa: ANN401 - the engine's own filter
+        size: int,
+        offset: Any,  # noqa: ANN401 - the engine's own point id
+        *,
+        payload: bool | Sequence[str],
+        vectors: bool,
+    ) -> tuple[Sequence[Any], Any]:
         _, target = self._open("read points")
-        return self._call(
-            "read points",
-            lambda: self._client.scroll(
-                target, condition, limit=size, offset=offset, with_payload=content, with_vectors=content
-            ),
+        fields = payload if isinstance(payload, bool) else list(payload)
+        if self._wire == "local":
+            return self._call(
+                "read points",
+                lambda: self._client.scroll(
+                    target, condition, limit=size, offset=offset, with_payload=fields, with_vectors=vectors
+                ),
+            )
+        from qdrant_client import grpc
+        from qdrant_client.conversions.conversion import RestToGrpc
+
+        request = grpc.ScrollPoints(
+            collection_name=target,
+            filter=condition and RestToGrpc.convert_filter(condition),
+            offset=offset,
+            limit=size,
+            with_payload=RestToGrpc.convert_with_payload_interface(fields),
+            with_vectors=grpc.WithVectorsSelector(enable=vectors),
+            timeout=self._server_seconds,
         )
+        scroll = functools.partial(self._client.grpc_points.Scroll, request, timeout=self._timeout_seconds)
+        found = self._call("read points", scroll)
+        return found.result, found.next_page_offset if found.HasField("next_page_offset") else None
+
+    # What a page of messages holds is taken out of them directly: the client's own records cost four times as much.
+
+    def _ids(self, page: Sequence[Any]) -> list[str]:
+        if self._wire == "local":
+            return super()._ids(page)
+        return [point.id.uuid or str(point.id.num) for point in page]
+
+    def _payloads(self, page: Sequence[Any]) -> list[Mapping[str, Any]]:
+        if self._wire == "local":
+            return super()._payloads(page)
+        from qdrant_client.conversions.conversion import value_to_json
+
+        return [{key: value_to_json(value) for key, value in point.payload.items()} for point in page]
+
+    def _vectors(self, page: Sequence[Any]) -> np.ndarray:
+        """A serialized vector ends with its floats; an older server has none but those."""
+        if self._wire == "local":
+            return super()._vectors(page)
+        dim = self._open("read points")[0].dim
+        messages = [point.vectors.vector for point in page]
+        parts = [item.dense if item.HasField("dense") else item for item in messages]
+        return as_rows([part.SerializeToString()[-4 * dim :] for part in parts], dim)
 
 
 def _cut(batch: PointBatch, size: int) -> Iterator[PointBatch]:
     for start in range(0, len(batch), size):
         part = slice(start, start + size)
         yield PointBatch(batch.ids[part], batch.vectors[part], batch.payloads[part])
-
-
-def _prepare_upsert(
-    client: QdrantClient, target: str, batch: PointBatch, *, wire: Wire, timeout_seconds: int
-) -> Callable[[], models.UpdateResult]:
-    """A call that writes the batch and waits until it is applied; it can be repeated without encoding again."""
-    if wire == "local":
-        from qdrant_client import models
-
-        points = [
-            models.PointStruct(id=point_id, vector=vector, payload=dict(payload))
-            for point_id, vector, payload in zip(batch.ids, batch.vectors.tolist(), batch.payloads, strict=True)
-        ]
-        return lambda: client.upsert(target, points, wait=True)
-    from qdrant_client.conversions.conversion import GrpcToRest
-
-    request = _grpc_request(target, batch)
-    request.timeout = timeout_seconds
-    return lambda: GrpcToRest.convert_update_result(client.grpc_points.Upsert(request, timeout=timeout_seconds).result)
-
-
-def _grpc_request(target: str, batch: PointBatch) -> Any:  # noqa: ANN401 - a generated class
-    """The points as one gRPC message.
-
-    They are made in their place, which saves a copy, and out of bytes: those of a vector go in as they are, those of
-    a payload's entry are made once for all points that share it. A third of what Python floats and values cost.
-    """
-    from qdrant_client import grpc
-
-    request = grpc.UpsertPoints(collection_name=target, wait=True)
-    prefix = _vector_prefix(batch.dim)
-    rows = np.ascontiguousarray(batch.vectors, dtype="<f4")
-    for point_id, row, payload in zip(batch.ids, rows, batch.payloads, strict=True):
-        point = request.points.add()
-        point.id.uuid = point_id
-        point.MergeFromString(b"".join([_entry(key, value) for key, value in payload.items()]))
-        point.vectors.vector.dense.MergeFromString(prefix + row.tobytes())
-    return request
-
-
-def _entry(key: str, value: object) -> bytes:
-    """An entry of a point's payload, serialized."""
-    try:
-        return _known_entry(key, value)
-    except TypeError:  # a list or an object can't be looked up
-        return _known_entry.__wrapped__(key, value)
-
-
-@functools.lru_cache(maxsize=4096, typed=True)  # typed: 1, 1.0 and true are equal, and not the same in JSON
-def _known_entry(key: str, value: object) -> bytes:
-    from qdrant_client import grpc
-    from qdrant_client.conversions.conversion import json_to_value
-
-    return bytes(grpc.PointStruct(payload={key: json_to_value(value)}).SerializeToString())
-
-
-@functools.cache
-def _vector_prefix(dim: int) -> bytes:
-    """What stands before the floats in a serialized vector of this length."""
-    from qdrant_client import grpc
-
-    message = grpc.DenseVector(data=[0.0] * dim)
-    return bytes(message.SerializeToString()[: -4 * dim])
