@@ -15,8 +15,6 @@ import uuid
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-import numpy as np
-
 from extraction_dagster.errors.index import (
     CollectionMissingError,
     CollectionUnnamedError,
@@ -33,6 +31,7 @@ from extraction_dagster.stages.index.server.retry import RetryPolicy, require_co
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    import numpy as np
     from qdrant_client import QdrantClient, models
 
     from extraction_dagster.settings import Settings
