@@ -117,7 +117,9 @@ class Ledger:
         """The entries of a range, by record."""
         query = sa.select(*_ENTRY).where(_within(id_range))
         with reading(self.engine, what="read the ledger") as connection:
-            return {row[0]: LedgerEntry(*row) for row in connection.execute(query)}  # a range is read several times a run
+            return {
+                row[0]: LedgerEntry(*row) for row in connection.execute(query)
+            }  # a range is read several times a run
 
     def claims(self, record_ids: Sequence[int]) -> dict[int, int]:
         """The present claims of those of these records that the ledger knows."""
