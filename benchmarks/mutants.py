@@ -233,6 +233,61 @@ MUTANTS = (
         "_UNREADABLE = (TypeError,",
         "test_a_bad_value_in_sqlite_fails_its_row_alone",
     ),
+    # Stored frames and vectors
+    mutant(
+        "another source's folders are taken",
+        "owner.identity != self._source.identity:",
+        "owner.identity is None:",
+        "test_the_first_writer_claims_a_root_and_another_source_is_refused",
+    ),
+    mutant(
+        "the copy of the latest name counts, not that of the latest claim",
+        "if known is None or copy.order > known.order:",
+        "if known is None or copy.shard.name > known.shard.name:",
+        "test_a_copy_that_a_frozen_writer_writes_late_does_not_count",
+    ),
+    mutant(
+        "stored frames are kept whatever the row's address is",
+        "return record.address == planned.address if record.address else",
+        "return record.address != '' if record.address else",
+        "test_a_copy_is_kept_when_it_is_of_the_rows_version_and_address",
+    ),
+    mutant(
+        "a store that stumbles is a store that is empty",
+        "            if is_missing or isinstance(error, ShardStoreError):\n                raise\n",
+        "            if not writing:\n                raise FileNotFoundError from None\n",
+        "test_whatever_goes_wrong_while_bytes_are_fetched_is_the_stores_error",
+    ),
+    mutant(
+        "a damaged shard stays where it is",
+        "        held = {record.record_id for record in shard.records}\n        kept = set() if records",
+        "        return\n        kept = set() if records",
+        "test_a_damaged_shard_is_set_aside_under_a_name",
+    ),
+    mutant(
+        "a footer of another shape is believed",
+        "if not all(record.is_sound() for record in shard.records):",
+        "if shard.records is None:",
+        "test_a_footer_of_another_shape_is_left_out_with_a_note",
+    ),
+    mutant(
+        "only the folder of the range itself is looked at",
+        "        if not lacking:\n            return found\n",
+        "        if lacking is not None:\n            return found\n",
+        "test_after_ranges_were_cut_differently_nothing_is_decoded",
+    ),
+    mutant(
+        "lost points are decoded again although their vectors are stored",
+        "vectors = work.stored(work.embedding_store, pending)",
+        "vectors = work.stored(work.embedding_store, {})",
+        "test_lost_points_come_back_from_their_vectors_without_frames",
+    ),
+    mutant(
+        "frames of former settings stay for ever",
+        "former = [name for name in store.fingerprints() if",
+        "former = [name for name in () if",
+        "test_frames_of_former_settings_go_once_their_records_are_done",
+    ),
     # The replace protocol
     mutant(
         "stale points are never deleted",

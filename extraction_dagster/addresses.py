@@ -51,8 +51,8 @@ def scrubbed(text: str) -> str:
 def address_hash(address: str, root: str) -> str:
     """16 hex digits that name the file behind an address; empty for an empty address.
 
-    A relative path is taken from the first root, `file://` means a path, and of a remote address neither user nor
-    signature count: a URL that is signed once more leads to the same file.
+    A relative path is taken from the first root as it is configured, `file://` means a path, and of a remote address
+    neither user nor signature count: a URL that is signed once more leads to the same file.
 
     Examples:
         `a.mp4` and `file:///videos/a.mp4` are one address where the first root is `/videos`.

@@ -37,6 +37,7 @@ os.environ[_KEPT] = "1"
 _LONGEST_FIRST = (
     "pages/test_pages.py",
     "continuous/test_continuous_runs.py",
+    "test_model.py",
     "stages/decode/test_corpus.py",
     "defs/test_jobs.py",
     "cli/test_runs_interrupted.py",
@@ -412,7 +413,7 @@ def demo_run(shared_folder, one_worker, demo_folder):
 
     def copy(folder):
         shutil.copytree(kept / "folder", folder, symlinks=True)
-        # State tables, shards and points say whose they are; a file is known by its path.
+        # State tables, shards and points say whose they are.
         copied = Settings(home=folder / ".extraction")
         engine = make_engine(copied.resolved_source_url, setting="EXTRACTION_SOURCE_URL")
         owner = SourceTable(engine, copied).identity

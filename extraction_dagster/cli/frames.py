@@ -62,16 +62,12 @@ def prune(id_range: console.AnyRange = None) -> None:
     made_with = fingerprints_of(settings)
     of_today, of_former = Removed(), Removed()
     with open_catalog(settings) as catalog:
-        stores = open_stores(settings, made_with, Source(catalog.source.identity, catalog.source.name))
-        for partition in _enclosed(stores[0].partitions(), id_range):
+        frames, vectors = open_stores(settings, made_with, Source(catalog.source.identity, catalog.source.name))
+        for partition in _enclosed({*frames.every_partition(), *vectors.every_partition()}, id_range):
             entries = catalog.ledger.entries(partition)
-            of_today += prune_frames(stores[0], partition, entries, made_with, keep=keep)
-        for store in stores:
-            siblings = [store.sibling(fingerprint) for fingerprint in store.fingerprints()]
-            found = {partition for sibling in siblings for partition in sibling.partitions()}
-            for partition in _enclosed(found, id_range):
-                entries = catalog.ledger.entries(partition)
-                of_former += prune_former(store, partition, entries, made_with, keep=keep)
+            of_today += prune_frames(frames, partition, entries, made_with, keep=keep)
+            of_former += prune_former(frames, partition, entries, made_with, keep=keep)
+            of_former += prune_former(vectors, partition, entries, made_with, keep=keep)
     console.out.print(f"Removed {of_today.shards} frame shards, {of_today.num_bytes / _MIB:.1f} MiB")
     if of_former.shards:
         console.out.print(f"Removed {of_former.shards} shards of former settings, {of_former.num_bytes / _MIB:.1f} MiB")

@@ -30,6 +30,7 @@ from extraction_dagster.stages.catalog.catalog import Catalog, Fingerprints, ope
 
 _log = logging.getLogger(__name__)  # managed by Dagster: these lines are in the run's events too
 OPTIONS_TAG = "extraction/options"
+_RETRY_OF_TAG = "dagster/parent_run_id"  # Dagster's own: the run that this one goes on with
 MADE_WITH_TAG = ".dagster/extraction_made_with"  # with this prefix, Dagster's pages do not show it
 
 
@@ -171,6 +172,7 @@ def open_step(
             begins=begins,
             claims=is_first,
             force=extraction.force,
+            retries=_RETRY_OF_TAG in context.run.tags,
             fingerprints=fingerprints,
             run_id=context.run.run_id,
         ) as work:

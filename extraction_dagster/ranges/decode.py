@@ -24,6 +24,7 @@ from extraction_dagster.stages.decode.sampling import evenly
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from extraction_dagster.shards.store import ShardRecord
     from extraction_dagster.stages.catalog.catalog import PlannedRow
     from extraction_dagster.stages.decode.stage import LandedShard, Preview
 
@@ -94,10 +95,12 @@ def _kept(work: RangeWork, pending: Mapping[int, PlannedRow]) -> dict[int, int]:
     """
     vectors = work.stored(work.embedding_store, pending)
     frames = work.stored(work.frame_store, {key: row for key, row in pending.items() if key not in vectors})
+    records: dict[int, ShardRecord] = {key: copy.record for key, copy in vectors.items()}
+    records |= {key: copy.record for key, copy in frames.items()}
     return {
-        key: copy.record.num_frames
-        for key, copy in {**vectors, **frames}.items()
-        if not work.force or copy.record.claim >= pending[key].claim
+        key: record.num_frames
+        for key, record in records.items()
+        if not work.force or work.retries or record.claim >= pending[key].claim
     }
 
 

@@ -219,8 +219,8 @@ def _prune_frames(work: RangeWork) -> None:
     if keep is not None:
         entries = work.entries()
         prune_frames(work.frame_store, work.id_range, entries, work.fingerprints, keep=keep)
-        for store in (work.frame_store, work.embedding_store):
-            prune_former(store, work.id_range, entries, work.fingerprints, keep=keep)
+        prune_former(work.frame_store, work.id_range, entries, work.fingerprints, keep=keep)
+        prune_former(work.embedding_store, work.id_range, entries, work.fingerprints, keep=keep)
 
 
 def _merge_small_shards(work: RangeWork) -> None:

@@ -50,6 +50,7 @@ class RangeWork:
         plan: Its rows above the operator's floor, as they were when the step began.
         run_id: For the errors table.
         force: Whether rows that are done are embedded and indexed again.
+        retries: Whether a forced run goes on with what an earlier one made.
     """
 
     settings: Settings
@@ -61,6 +62,7 @@ class RangeWork:
     plan: Mapping[int, PlannedRow]
     run_id: str
     force: bool
+    retries: bool = False
 
     @property
     def pending(self) -> dict[int, PlannedRow]:
@@ -143,6 +145,7 @@ def open_range(  # noqa: PLR0913 - the range, and what a run may want otherwise,
     begins: bool = False,
     claims: bool = False,
     force: bool = False,
+    retries: bool = False,
     fingerprints: Fingerprints | None = None,
     run_id: str = "",
 ) -> Iterator[RangeWork]:
@@ -156,6 +159,7 @@ def open_range(  # noqa: PLR0913 - the range, and what a run may want otherwise,
             What is to be done is claimed, and rows that can't be read are written down as failed.
         claims: It is the first step of a run that begins with stored frames or vectors: as above, without revisions.
         force: Do rows again that are done.
+        retries: A forced run goes on where an earlier one broke off.
         fingerprints: Those of the settings, where the caller has them already.
         run_id: Stands beside each failure in the errors table.
 
@@ -169,7 +173,7 @@ def open_range(  # noqa: PLR0913 - the range, and what a run may want otherwise,
     with open_catalog(settings) as catalog:
         frames, vectors = open_stores(settings, made_with, Source(catalog.source.identity, catalog.source.name))
         if begins or claims:
-            plan = catalog.begin(planned, made_with, force=force, revises=begins)
+            plan = catalog.begin(planned, made_with, force=force, revises=begins, retries=retries)
         else:
             plan = catalog.plan(planned, made_with)
         if begins and not plan:
@@ -184,6 +188,7 @@ def open_range(  # noqa: PLR0913 - the range, and what a run may want otherwise,
             plan=plan,
             run_id=run_id,
             force=force,
+            retries=retries,
         )
         if begins or claims:
             work.record_failures(work.unreadable)
@@ -269,16 +274,6 @@ class Stopwatch:
             **{f"cpu_seconds_{name}": round(seconds, 3) for name, seconds in phases.items()},
             **rate,
         }
-
-
-def frames_by_record(shards: Iterable[Any], rows: Mapping[int, PlannedRow]) -> dict[int, int]:
-    """The number of frames of each of these rows that a shard holds in the row's present version."""
-    return {
-        record.record_id: record.num_frames
-        for shard in shards
-        for record in shard.records
-        if record.record_id in rows and record.content_version == rows[record.record_id].content_version
-    }
 
 
 def _of_rows(shards: Iterable[S], rows: Mapping[int, PlannedRow]) -> dict[int, Copy[S]]:

@@ -119,7 +119,7 @@ def _newest_copies(store: FrameStore, within: IdRange) -> dict[int, Copy[FrameSh
 
 def _videos(store: FrameStore, newest: dict[int, Copy[FrameShard]]) -> Iterator[EncodedFrames]:
     """Each record's newest frames; every shard is read once."""
-    for shard, record_ids in by_shard(newest):
+    for shard, record_ids in sorted(by_shard(newest), key=lambda part: part[1][0]):
         yield from store.read(shard, only=record_ids)
 
 

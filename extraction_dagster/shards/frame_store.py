@@ -151,9 +151,17 @@ def _schema() -> pa.Schema:
 
 def _listed(video: EncodedFrames) -> FrameRecord:
     """How a footer lists a video."""
-    facts = (video.width_px, video.height_px, video.duration_seconds, video.partial)
-    of = {"address": video.address, "claim": video.claim}
-    return FrameRecord(video.record_id, video.content_version, len(video), *facts, **of)
+    return FrameRecord(
+        video.record_id,
+        video.content_version,
+        len(video),
+        video.width_px,
+        video.height_px,
+        video.duration_seconds,
+        video.partial,
+        address=video.address,
+        claim=video.claim,
+    )
 
 
 def _as_footer(record: FrameRecord) -> dict[str, Any]:

@@ -227,6 +227,10 @@ class ShardStore(Place, ABC, Generic[S]):
         self.require_source()
         return sorted(_file_name(entry["name"]) for entry in self._entries(self._root) if entry["type"] == "directory")
 
+    def every_partition(self) -> set[IdRange]:
+        """The ranges that have a folder under any fingerprint."""
+        return {partition for name in self.fingerprints() for partition in self.sibling(name).partitions()}
+
     def sibling(self, fingerprint: str) -> ShardStore[S]:
         """The shards that were made under another fingerprint, in the same root."""
         return type(self)(self._root_uri, fingerprint, source=self._source)

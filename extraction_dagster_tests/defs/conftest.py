@@ -23,14 +23,14 @@ class World:
             connection.close()
         return rows
 
-    def run(self, job="extraction_job", key=KEY, **options):
+    def run(self, job="extraction_job", key=KEY, tags=None, **options):
         """Run a job over a range, as the launchpad would with these options."""
         from extraction_dagster.definitions import defs  # noqa: PLC0415 - reads the environment
 
         self.instance.add_dynamic_partitions("id_ranges", [key])
         config = {"resources": {"extraction": {"config": options}}} if options else {}
         return defs.resolve_job_def(job).execute_in_process(
-            instance=self.instance, partition_key=key, run_config=config, raise_on_error=False
+            instance=self.instance, partition_key=key, run_config=config, raise_on_error=False, tags=tags
         )
 
     def shown(self, result, asset):

@@ -210,7 +210,6 @@ def test_embedding_again_decodes_nothing_and_writes_every_vector_anew(world, out
     world.run()
     out_of_reach()
     frames, vectors = shards(world, "frames"), shards(world, "embeddings")
-    world.sql("UPDATE insta_content SET path = 'gone.mp4'")
 
     result = world.run("embedding_job", force=True)
 
@@ -302,7 +301,10 @@ def test_force_decodes_every_record_again_parked_ones_too(world):
     ]
 
 
-def test_a_forced_run_that_broke_off_goes_on_when_it_is_retried_and_decodes_nothing_twice(world, monkeypatch):
+@pytest.mark.parametrize(("tags", "frames", "version"), [({}, 9, "~2"), ({"dagster/parent_run_id": "it"}, 0, "~1")])
+def test_a_forced_run_that_broke_off_goes_on_when_it_is_retried_and_begins_anew_when_it_is_launched(
+    world, monkeypatch, tags, frames, version
+):
     from extraction_dagster.stages.index import stage  # noqa: PLC0415 - beside the fault
 
     world.run()
@@ -317,9 +319,9 @@ def test_a_forced_run_that_broke_off_goes_on_when_it_is_retried_and_decodes_noth
     assert not first.success
     monkeypatch.setattr(stage, "replace_records", honest)
 
-    retried = world.run(force=True)
-    assert world.shown(retried, "video_frames")["frames"] == 0
-    assert world.ledger("content_version")[:3] == [("~1",), ("~1",), ("~1",)]
+    again = world.run(force=True, tags=tags)
+    assert world.shown(again, "video_frames")["frames"] == frames
+    assert world.ledger("content_version")[:3] == [(version,)] * 3
     assert world.points() == {1: 3, 2: 3, 3: 3}
 
 

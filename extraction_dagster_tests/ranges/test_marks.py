@@ -48,9 +48,9 @@ class Kill:
         """Kill in the first call of a method of the catalog; later ones are honest."""
         honest = getattr(Catalog, method)
 
-        def armed(*arguments):
+        def armed(*arguments, **options):
             self._is_armed = not self.written
-            honest(*arguments)
+            return honest(*arguments, **options)
 
         self._monkeypatch.setattr(Catalog, method, armed)
 
@@ -120,7 +120,7 @@ def test_a_row_is_marked_only_once_the_ledger_knows_it(sqlite_database, kill, st
     assert ledger(settings) == {1: "extracted" if method == "mark_extracted" else "done", 2: "done"}
     assert marks(sqlite_database) == before
     assert due(settings) == [1]
-    assert kill.written == ["state"]
+    assert set(kill.written) == {"state"}
 
 
 @pytest.mark.parametrize("method", ["mark_extracted", "mark_done"])

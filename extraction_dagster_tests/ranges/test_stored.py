@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import SecretStr
 
 from extraction_dagster.errors.decode import OtherSourceError
 from extraction_dagster.ranges.decode import decode_range
@@ -283,9 +284,12 @@ def test_frames_of_former_settings_go_with_the_run_that_is_done_with_todays(copi
 def test_a_home_of_another_source_is_refused_before_anything_is_planned(copied, sqlite_database, monkeypatch):
     settings = copied()
     whole(settings)
-    sqlite_database.execute("CREATE TABLE other AS SELECT * FROM insta_content")
-    sqlite_database.execute("CREATE UNIQUE INDEX other_ids ON other (id)")
-    other = settings.model_copy(update={"source_table": "other", "state_url": f"sqlite:///{settings.home}/other.db"})
+    marks = "is_extracted BOOLEAN, is_embedded BOOLEAN"
+    sqlite_database.execute(
+        f"CREATE TABLE other (id INTEGER PRIMARY KEY, platform TEXT, code TEXT, path TEXT, {marks})"
+    )
+    state = SecretStr(f"sqlite:///{settings.home}/other.db")
+    other = settings.model_copy(update={"source_table": "other", "state_url": state})
 
     def begun(*_, **__):
         pytest.fail("something was planned")
@@ -303,7 +307,7 @@ def as_of_an_earlier_release(settings, sqlite_database):
     for shard in vectors.shards(WIDE):
         records = [replace(record, address="", claim=0) for record in shard.records]
         vectors.write(WIDE, shard.name, vectors.read(shard), records=records)
-    sqlite_database.execute("UPDATE extraction_ledger SET claim = 0, address = NULL, generation = NULL")
+    sqlite_database.execute("UPDATE extraction_ledger SET claim = 0, address = NULL")
 
 
 def test_after_an_upgrade_what_is_stored_is_used(copied, sqlite_database):

@@ -66,6 +66,12 @@ def kind(request):
     return KINDS[request.param]
 
 
+@pytest.fixture
+def said(caplog):
+    """`said()`: our own warnings so far; the S3 API of the tests logs every request."""
+    return lambda: [record.getMessage() for record in caplog.records if record.name.startswith("extraction_dagster")]
+
+
 @pytest.fixture(params=["folder", "memory", "renamingmemory", "s3"])
 def any_root(request, tmp_path):
     """A place for shards on each kind of file system."""

@@ -15,10 +15,11 @@ from extraction_dagster.shards.frame_store import FrameStore
 RANGE = IdRange(1, 10)
 
 
-def video(record_id, numbers=(0, 30), version="v1"):
+def video(record_id, numbers=(0, 30), version="v1", claim=0):
     seconds = np.array(numbers) / 30
     jpegs = [f"jpeg {record_id} {number} {version}".encode() for number in numbers]
-    return EncodedFrames(record_id, version, jpegs, seconds, seconds + 0.25, np.array(numbers, np.int64), 398, 224)
+    frame_number = np.array(numbers, np.int64)
+    return EncodedFrames(record_id, version, jpegs, seconds, seconds + 0.25, frame_number, 398, 224, claim=claim)
 
 
 @pytest.fixture
@@ -57,6 +58,15 @@ def test_a_folder_holds_each_records_newest_frames_and_a_table_of_them(store, tm
         "content_version": "v2",
         "file": "2/00000015.jpg",
     }
+
+
+def test_what_a_frozen_writer_wrote_late_is_neither_exported_nor_shown(root, tmp_path):
+    store = FrameStore(root, "f1")
+    store.write_shard(IdRange(1, 20), [video(1, version="v2", claim=12)])
+    store.write_shard(RANGE, [video(1, version="v1", claim=11)])
+    assert export_frames(store, RANGE, tmp_path / "out") == (1, 2)
+    assert files(tmp_path / "out")["1/00000000.jpg"] == b"jpeg 1 0 v2"
+    assert find_frames(store, [(1, 0), (1, 99)]) == {(1, 0): b"jpeg 1 0 v2"}
 
 
 def test_a_tar_holds_a_jpeg_and_its_facts_side_by_side(store, tmp_path):

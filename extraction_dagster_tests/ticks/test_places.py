@@ -120,6 +120,8 @@ def test_what_became_of_failing_ranges_is_read_once_until_they_run_again():
     assert asked(patience, **seen | {"active": [IdRange(4, 6)]}) == []  # somebody launched it
     assert asked(patience, **seen | {"now": NOW + timedelta(seconds=30)}) == ["1-3", "4-6"]
     assert read == ["1-3", "4-6", "4-6"]
+    asked(patience, **seen)  # their runs have ended before this tick
+    assert read[3:] == ["1-3", "4-6"]
     assert asked(patience, **seen | {"pending": []}) == []
     assert patience.failing == {}
 

@@ -93,7 +93,13 @@ class Catalog:
         )
 
     def begin(
-        self, id_range: IdRange, fingerprints: Fingerprints, *, force: bool = False, revises: bool = True
+        self,
+        id_range: IdRange,
+        fingerprints: Fingerprints,
+        *,
+        force: bool = False,
+        revises: bool = True,
+        retries: bool = False,
     ) -> dict[int, PlannedRow]:
         """Plan a range and claim what is to be done in it, so that whoever planned a row before writes nothing more.
 
@@ -105,6 +111,7 @@ class Catalog:
             force: Every row is to be done, whatever became of it.
             revises: The run begins with decoding. One that begins with stored frames or vectors leaves the revisions
                 as they are, and rows that are to be decoded again.
+            retries: An earlier run that was forced broke off, and this one goes on with what it left.
         """
         plan, now = self.plan(id_range, fingerprints), datetime.now(UTC)
         self.adopt_addresses(item.row for item in plan.values() if item.entry and item.entry.address is None)
@@ -113,7 +120,7 @@ class Catalog:
             wanted = {key: plan[key] for key in lost if key in plan and is_wanted(plan[key], force, revises)}
             if not wanted:
                 break
-            claimed, lost = self._claim(wanted, force=force, revises=revises)
+            claimed, lost = self._claim(wanted, force=force, revises=revises, retries=retries)
             if lost:
                 plan = self.plan(id_range, fingerprints)
             for key, entry in claimed.items():
@@ -123,7 +130,7 @@ class Catalog:
         return plan
 
     def _claim(
-        self, wanted: Mapping[int, PlannedRow], *, force: bool, revises: bool
+        self, wanted: Mapping[int, PlannedRow], *, force: bool, revises: bool, retries: bool
     ) -> tuple[dict[int, LedgerEntry], set[int]]:
         """Raise the claims of planned rows; returns their new entries, and the rows that somebody else claimed."""
         with writing(self.state_engine, what="write the ledger") as connection:
@@ -137,7 +144,7 @@ class Catalog:
                     added[key] = revised(planned, fresh) if force and revises else fresh
                 elif before.claim == planned.entry.claim:
                     taken = replace(before, claim=before.claim + 1)
-                    changed[key] = taken_up(planned, taken, force=force, revises=revises)
+                    changed[key] = taken_up(planned, taken, force=force, revises=revises, retries=retries)
             won = changed.keys() | self.ledger.add(connection, list(added.values()))
             self.ledger.replace(connection, list(changed.values()))
         return {key: entry for key, entry in {**changed, **added}.items() if key in won}, wanted.keys() - won
@@ -149,7 +156,8 @@ class Catalog:
     def moved(self, *, after_id: int | None, budget: int, up_to_id: int | None = None) -> Moved:
         """Find the done rows whose address is another than that of the file which their frames are of.
 
-        They are found whatever EXTRACTION_ADDRESS_CHANGES says; `make_pending` makes them due.
+        They are found whatever EXTRACTION_ADDRESS_CHANGES says; `make_pending` makes them due. Rows that an earlier
+        release did, which knew no addresses, get their present ones.
 
         Args:
             after_id: Look above this id; None for the whole beginning.
@@ -159,7 +167,10 @@ class Catalog:
         ids = self.source.next_ids(after_id, budget, up_to_id=up_to_id)
         known = self.ledger.addresses(ids)
         now = self.source.addresses_of(list(known))
-        found = tuple(key for key in ids if now.get(key) and now[key] != known[key])
+        self.ledger.adopt_addresses(
+            {key: now[key] for key, address in known.items() if address is None and now.get(key)}
+        )
+        found = tuple(key for key in ids if now.get(key) and known[key] not in {None, now[key]})
         return Moved(found, ids[-1] if len(ids) >= budget else None)
 
     def mark_extracted(self, plan: Mapping[int, PlannedRow], num_frames: Mapping[int, int], frames: str) -> set[int]:

@@ -133,10 +133,10 @@ class Ledger:
                 )
         return found
 
-    def addresses(self, record_ids: Sequence[int]) -> dict[int, str]:
-        """Of those of these records that are done, the addresses of the files that their frames are of, if known."""
+    def addresses(self, record_ids: Sequence[int]) -> dict[int, str | None]:
+        """Of those of these records that are done, the addresses of the files that their frames are of, where known."""
         table = LEDGER_TABLE.c
-        query = sa.select(table.record_id, table.address).where(table.state == "done", table.address.is_not(None))
+        query = sa.select(table.record_id, table.address).where(table.state == "done")
         with reading(self.engine, what="read the ledger") as connection:
             return {
                 record_id: address

@@ -86,9 +86,16 @@ def is_wanted(planned: PlannedRow, force: bool, revises: bool) -> bool:  # noqa:
     return force and planned.entry is not None
 
 
-def taken_up(planned: PlannedRow, entry: LedgerEntry, *, force: bool, revises: bool) -> LedgerEntry:
-    """The entry of a row that a run takes up."""
-    if revises and (force or planned.status == "again"):
+def taken_up(
+    planned: PlannedRow, entry: LedgerEntry, *, force: bool, revises: bool, retries: bool = False
+) -> LedgerEntry:
+    """The entry of a row that a run takes up.
+
+    One whose file is another now gets a new revision: what an earlier release stored of it says no address.
+    """
+    has_moved = bool(planned.address) and entry.address not in {None, "", planned.address}
+    is_forced = force and not (retries and planned.status == "todo")  # what is retried has revised it
+    if revises and (is_forced or planned.status == "again" or has_moved):
         return revised(planned, entry)
     if force and entry.state in {"failed", "parked"}:
         return replace(entry, state="todo", attempts=0, not_before=None)
@@ -104,6 +111,7 @@ def revised(planned: PlannedRow, entry: LedgerEntry) -> LedgerEntry:
         source_version=planned.source_version,
         content_version=_content_version(planned.source_version, revision),
         revision=revision,
+        address=planned.address or entry.address,
         attempts=0,
         not_before=None,
     )

@@ -93,7 +93,8 @@ class SourceRows:
         optional = [column for column in (self._platform, self._code) if column is not None]
         checked = {column.name: column for column in (*self._payload, *self._uri_columns, *optional)}
         self._checked = list(checked.items())
-        self._first_root = str(settings.resolved_allowed_roots[0])
+        # As it is configured: a folder that moves with all that lies in it makes no file another.
+        self._first_root = settings.allowed_roots[0] if settings.allowed_roots else "videos"
         self.eligible: sa.ColumnElement[bool] = (
             build_predicate(settings.source_predicate, self.table) if settings.source_predicate else sa.true()
         )
@@ -207,7 +208,7 @@ class SourceRows:
         once = {column.name: column for column in columns}
         return sa.select(*once.values(), version.label(_VERSION_LABEL)).where(self.eligible)
 
-    def _source_row(self, row: Mapping[str, Any]) -> SourceRow:
+    def _source_row(self, row: Mapping[Any, Any]) -> SourceRow:
         uri = self._uri(row)
         video = VideoRow(
             record_id=int(row[self.id.name]),
@@ -225,7 +226,7 @@ class SourceRows:
             problem=self._problem_of(video.record_id, row),
         )
 
-    def _problem_of(self, record_id: int, row: Mapping[str, Any]) -> UnreadableRowError | None:
+    def _problem_of(self, record_id: int, row: Mapping[Any, Any]) -> UnreadableRowError | None:
         """What is wrong with a value that could be read and can't be used."""
         for name, column in self._checked:
             value = row[name]
@@ -239,7 +240,7 @@ class SourceRows:
                 return self._unreadable(record_id, column, "it is binary")
         return None
 
-    def _uri(self, row: Mapping[str, Any]) -> str:
+    def _uri(self, row: Mapping[Any, Any]) -> str:
         """Where the file lies; empty when a column that it needs is NULL (fetching then says so)."""
         values = {name: row[name] for name in self._uri_names}
         if None in values.values():
@@ -253,7 +254,7 @@ def _text(value: object) -> str | None:
 
 def _is_deep(value: object) -> bool:
     """Whether a value of JSON is nested deeper than what takes it further can follow."""
-    level = [value]
+    level: list[Any] = [value]
     for _ in range(_DEEPEST):
         level = [
             item

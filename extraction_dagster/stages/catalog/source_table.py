@@ -52,6 +52,7 @@ class SourceTable(SourceRows):
         super().__init__(engine, settings)
         # Rows of a table can be locked by PostgreSQL; those of a view may be of many tables, or of none.
         self._locks = engine.dialect.name == "postgresql" and not self._is_view
+        self._lock_key: sa.Column[int] = sa.alias(self.table).c[self.id.name] if self._locks else self.id
         self._stays_as_read = self._locks or engine.dialect.name == "sqlite"  # within the transaction that writes
 
     @property
@@ -203,16 +204,15 @@ class SourceTable(SourceRows):
             ids = [key for key, update in zip(ids, one, strict=True) if connection.execute(update).rowcount]
         else:
             for chunk in chunks(ids):
-                connection.execute(statement.where(self.id.in_(chunk)))
+                connection.execute(statement.where(self._in_order(self._lock_key.in_(chunk))))
         after = before if self._version is None else self._read_versions(connection, ids)
         return {key: (before[key], after[key]) for key in ids if key in after}
 
     def _read_versions(self, connection: sa.Connection, record_ids: Sequence[int]) -> dict[int, str]:
         """The versions of these rows, which are locked, in ascending order, where they can be."""
-        if self._version is None and not self._locks:
+        if self._version is None:
             return dict.fromkeys(record_ids, "")
-        version = sa.literal("") if self._version is None else self._version
-        query = sa.select(self.id, version).order_by(self.id)
+        query = sa.select(self.id, self._version).order_by(self.id)
         if self._locks:
             query = query.with_for_update(key_share=True)
         return {
@@ -226,12 +226,15 @@ class SourceTable(SourceRows):
         if not self._marks:
             return
         marks = {column.name: False for column in self._marks}
-        above: sa.ColumnElement[bool] = self.id > after_id
-        if self._locks:
-            inner = sa.alias(self.table)
-            key = inner.c[self.id.name]
-            above = self.id.in_(sa.select(key).where(key > after_id).order_by(key).with_for_update(key_share=True))
+        above = self._in_order(self._lock_key > after_id)
         connection.execute(sa.update(self.table).where(above).values(marks))
+
+    def _in_order(self, condition: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
+        """A condition on `_lock_key` for an update, which then locks rows in ascending order of ids where it can."""
+        if not self._locks:
+            return condition
+        rows = sa.select(self._lock_key).where(condition).order_by(self._lock_key)
+        return self.id.in_(rows.with_for_update(key_share=True))
 
     def _first(self, ids: sa.Select[int]) -> int | None:
         with reading(self._engine, what=f"read source table {self.name!r}") as connection:

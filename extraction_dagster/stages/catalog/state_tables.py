@@ -80,10 +80,10 @@ LEDGER_TABLE = sa.Table(
     sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),
     sa.Column("not_before", UtcDateTime),
     sa.Column("last_error", sa.Text),
+    sa.Column("updated_at", UtcDateTime, nullable=False),
     sa.Column("claim", sa.BigInteger, nullable=False, server_default="0"),
     sa.Column("address", sa.String(16)),
     sa.Column("generation", sa.String(64)),
-    sa.Column("updated_at", UtcDateTime, nullable=False),
     # Few records are begun or wait: this index stays small whatever the ledger's size.
     sa.Index("extraction_ledger_unfinished", "record_id", postgresql_where=UNFINISHED, sqlite_where=UNFINISHED),
     sa.Index(
@@ -150,8 +150,12 @@ def _index_waiting_requests(operations: Operations) -> None:
 
 def _add_claims(operations: Operations) -> None:
     """Add what fences the writers of a record, and what tells its file and its points from others."""
-    for name in ("claim", "address", "generation"):
-        operations.add_column(LEDGER_TABLE.name, LEDGER_TABLE.c[name].copy())
+    for column in (
+        sa.Column("claim", sa.BigInteger, nullable=False, server_default="0"),
+        sa.Column("address", sa.String(16)),
+        sa.Column("generation", sa.String(64)),
+    ):
+        operations.add_column(LEDGER_TABLE.name, column)
     GONE_TABLE.create(operations.get_bind())
     write_meta(operations.get_bind(), {_CLAIM_BASE: "0"})
 

@@ -400,13 +400,14 @@ def look(catalog):
 
 
 def test_another_column_template_or_first_root_is_another_address(database, tmp_path):
+    roots = {"allowed_roots": (str(tmp_path / "videos"),)}
     database.create(ids=(1,))
-    catalog = database.catalog()
+    catalog = database.catalog(**roots)
     finish(catalog, 1)
     catalog.close()
     for change in (
-        {"source_uri_column": "code"},
-        {"source_uri_template": "{platform}/{code}.mp4"},
+        {"source_uri_column": "code", **roots},
+        {"source_uri_template": "{platform}/{code}.mp4", **roots},
         {"allowed_roots": (str(tmp_path / "elsewhere"), str(tmp_path / "videos"))},
     ):
         changed = database.catalog(**change)
@@ -418,6 +419,16 @@ def test_another_column_template_or_first_root_is_another_address(database, tmp_
     database.execute("UPDATE insta_content SET code = :uri", uri=f"file://{tmp_path}/videos/1.mp4")
     assert statuses(same) == {1: "done"}
     same.close()
+
+
+def test_a_home_that_moves_with_its_videos_makes_no_file_another(database, tmp_path):
+    database.create(ids=(1,))
+    catalog = database.catalog()
+    finish(catalog, 1)
+    catalog.close()
+    moved = database.catalog(home=tmp_path / "another disk")
+    assert statuses(moved) == {1: "done"}
+    moved.close()
 
 
 def test_entries_of_an_earlier_release_take_the_present_addresses_once(database, caplog):
@@ -454,6 +465,8 @@ def test_done_rows_that_have_moved_are_found_in_windows(database):
     assert catalog.moved(after_id=5, budget=5) == Moved((6,), 10)
     assert catalog.moved(after_id=10, budget=5) == Moved((), None)
     assert catalog.moved(after_id=2, budget=5, up_to_id=5) == Moved((5,), None)
+    move(database, 9, "another.mp4")  # what an earlier release did has been given its address by the first look
+    assert catalog.moved(after_id=5, budget=5) == Moved((6, 9), 10)
     catalog.make_pending([5])
     assert look(catalog) == [5, 10]
     assert catalog.begin(ALL, TODAY)[5].status == "todo"

@@ -251,13 +251,13 @@ def test_a_run_that_begins_with_vectors_claims_and_revises_nothing(database, ope
 # Locks are taken in one order: two that work on the same rows wait for each other, and neither dies.
 
 
-WRITES = ("INSERT", "UPDATE", "DELETE")
+LOCKS = ("INSERT", "UPDATE", "DELETE", " FOR ")
 WAITING = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
 
 
 class Race:
-    """Two at once on PostgreSQL: after its first write the first one lets the second begin, and before each further
-    one it waits until the second is done or waits for a lock."""
+    """Two at once on PostgreSQL: after its first statement that locks rows the first one lets the second begin, and
+    before each further one it waits until the second is done or waits for a lock."""
 
     def __init__(self, database, engine, other):
         self._database, self._other, self._done, self.errors = database, other, threading.Event(), []
@@ -281,11 +281,11 @@ class Race:
         self._done.set()
 
     def _begin_other(self, _connection, _cursor, statement, *_):
-        if self._second.ident is None and statement.startswith(WRITES):
+        if self._second.ident is None and any(word in statement for word in LOCKS):
             self._second.start()
 
     def _pause(self, _connection, _cursor, statement, *_):
-        if self._second.ident is None or not statement.startswith(WRITES):
+        if self._second.ident is None or not any(word in statement for word in LOCKS):
             return
         until = time.monotonic() + 20
         while time.monotonic() < until and not self._done.is_set() and self._database.rows(WAITING) == [(0,)]:
