@@ -56,7 +56,7 @@ def held(replacing):
 
 @pytest.fixture
 def stand_in(wire):
-    with wire.StandIn(_load("wire_rules")) as server:
+    with wire.StandIn() as server:
         yield server
 
 
