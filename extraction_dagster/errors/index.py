@@ -88,11 +88,11 @@ class StoreLimitError(StoreRefusedError):
 
 
 class CollectionRightsError(PointStoreError):
-    """A name stands for a collection that the key may not see."""
+    """A name is an alias that can't be followed to a collection of ours."""
 
     def __init__(self, name: str, where: str) -> None:
-        super().__init__(f"""{name!r} at {where} is an alias of a collection that the key may not see: points would
-            follow the alias into another model's collection. Nothing was changed. Give the key of
+        super().__init__(f"""{name!r} at {where} is an alias whose collection the key may not see, or that stands
+            where a collection should: points would follow it into another model's collection. Nothing was changed. Give the key of
             EXTRACTION_QDRANT_API_KEY the right to read and write the collections '{name}-...' as well.""")
 
 

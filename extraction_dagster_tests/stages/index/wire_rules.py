@@ -94,6 +94,8 @@ class Rules(grpc.ServerInterceptor):
             raise RefusedError(DENIED, f"Forbidden: Access to collection {name} is required")
         if method in WRITES and key in self.read_only:
             raise RefusedError(DENIED, "Forbidden: Global write access is required")
+        if method == "Create" and name in self.owner.engine._client.aliases:
+            raise RefusedError(grpc.StatusCode.ALREADY_EXISTS, f"Wrong input: Alias {name} already exists")
         if self.in_recovery and method in _READS | _POINT_WRITES:
             raise RefusedError(grpc.StatusCode.INTERNAL, _NO_MEMORY)
         if self.disk_is_full and method in _POINT_WRITES:

@@ -239,9 +239,12 @@ class ServerCollections:
             ForeignCollectionError: It is not our own, as `require_own` says.
             CollectionMismatchError: It holds other vectors.
             CollectionUnfitError: Something else made it.
+            CollectionRightsError: It is an alias, or one that the key may not see.
         """
         if target not in self.listed():
             self._create(target, spec)
+            if target not in self.listed():  # "already there" is said of an alias as well
+                raise CollectionRightsError(target, self.where)
         info = self.info(target)
         found = self.spec(target, spec.name, info)
         require_own(found)

@@ -136,6 +136,14 @@ def test_an_alias_is_not_dropped_as_if_it_were_a_collection(wire_store, stand_in
         wire_store.drop("frames", NEW)
 
 
+def test_an_alias_where_our_collection_should_be_is_not_written_through(wire_store, stand_in):
+    stand_in.engine.create_collection("another", VECTORS)
+    stand_in.engine._client.aliases[f"frames-{OLD}"] = "another"
+    with pytest.raises(CollectionRightsError, match=f"frames-{OLD}"):
+        wire_store.ensure_collection(CollectionSpec("frames", 8, OLD))
+    assert (collections(stand_in), stand_in.indexes) == (["another"], {})
+
+
 def test_an_answer_that_nothing_was_dropped_is_believed(wire_store, stand_in, monkeypatch):
     wire_store.ensure_collection(CollectionSpec("frames", 8, OLD))
     wire_store.ensure_collection(CollectionSpec("frames", 8, NEW), staged=True)
