@@ -92,8 +92,9 @@ class CollectionRightsError(PointStoreError):
 
     def __init__(self, name: str, where: str) -> None:
         super().__init__(f"""{name!r} at {where} is an alias whose collection the key may not see, or that stands
-            where a collection should: points would follow it into another model's collection. Nothing was changed. Give the key of
-            EXTRACTION_QDRANT_API_KEY the right to read and write the collections '{name}-...' as well.""")
+            where a collection should: points would follow it into another model's collection. Nothing was changed.
+            Give the key of EXTRACTION_QDRANT_API_KEY the right to read and write the collections '{name}-...' as
+            well.""")
 
 
 class CollectionUnnamedError(PointStoreError):
