@@ -21,7 +21,7 @@ from extraction_dagster.stages.index.server.collections import ServerCollections
 from extraction_dagster.stages.index.server.retry import RetryPolicy, require_completed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from qdrant_client import QdrantClient, models
 
@@ -247,12 +247,12 @@ class ServerStore(PointStore):
             return super()._ids(page)
         return [point.id.uuid or str(point.id.num) for point in page]
 
-    def _payloads(self, page: Sequence[Any]) -> list[Mapping[str, Any]]:
+    def _payloads(self, page: Sequence[Any]) -> Iterator[Mapping[str, Any]]:
         if self._wire == "local":
             return super()._payloads(page)
         from qdrant_client.conversions.conversion import value_to_json
 
-        return [{key: value_to_json(value) for key, value in point.payload.items()} for point in page]
+        return ({key: value_to_json(value) for key, value in point.payload.items()} for point in page)
 
     def _vectors(self, page: Sequence[Any]) -> np.ndarray:
         """A serialized vector ends with its floats; an older server has none but those."""
