@@ -353,8 +353,9 @@ class PointStore(abc.ABC):
     def _ids(self, page: Sequence[Any]) -> list[str]:
         return [str(record.id) for record in page]
 
-    def _payloads(self, page: Sequence[Any]) -> list[Mapping[str, Any]]:
-        return [record.payload or {} for record in page]
+    def _payloads(self, page: Sequence[Any]) -> Iterator[Mapping[str, Any]]:
+        """One by one: a counted page of them is never alive at once, which the garbage collector would look through."""
+        return (record.payload or {} for record in page)
 
     def _vectors(self, page: Sequence[Any]) -> np.ndarray:
         """Vectors that come as lists of Python floats; packing them costs half of what NumPy takes for them."""

@@ -356,12 +356,12 @@ class ServerStore(PointStore):
             return super()._ids(page)
         return [point.id.uuid or str(point.id.num) for point in page]
 
-    def _payloads(self, page: Sequence[Any]) -> list[Mapping[str, Any]]:
+    def _payloads(self, page: Sequence[Any]) -> Iterator[Mapping[str, Any]]:
         if self._wire == "local":
             return super()._payloads(page)
         from qdrant_client.conversions.conversion import value_to_json
 
-        return [{key: value_to_json(value) for key, value in point.payload.items()} for point in page]
+        return ({key: value_to_json(value) for key, value in point.payload.items()} for point in page)
 
     def _vectors(self, page: Sequence[Any]) -> np.ndarray:
         """A serialized vector ends with its floats; an older server has none but those."""

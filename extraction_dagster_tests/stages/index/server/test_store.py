@@ -82,7 +82,7 @@ def test_points_of_older_servers_and_with_numbers_for_ids_are_read(wire_store, s
     old.vectors.vector.data.extend(halves)
     new.vectors.vector.dense.data.extend(halves)
     assert wire_store._vectors([old, new]).tolist() == [halves, halves]
-    assert (wire_store._ids([old]), wire_store._payloads([old])) == (["7"], [{}])
+    assert (wire_store._ids([old]), list(wire_store._payloads([old]))) == (["7"], [{}])
 
 
 def test_a_reading_call_tells_the_server_its_time_limit(stand_in, spec, tmp_path, monkeypatch):
