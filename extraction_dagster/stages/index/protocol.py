@@ -226,7 +226,7 @@ class PointStore(abc.ABC):
 
     def count_by_record(self, filters: PointFilter | None = None) -> dict[int, int]:
         """The exact number of points of each record that has any, read page by page."""
-        return {record_id: number for (record_id,), number in self._counted(filters, "record_id").items()}
+        return {record_id: number for (record_id,), number in sorted(self._counted(filters, "record_id").items())}
 
     def _counted(self, filters: PointFilter | None, *keys: str) -> Counter[Any]:
         found: Counter[Any] = Counter()
