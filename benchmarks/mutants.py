@@ -205,8 +205,8 @@ MUTANTS = (
     ),
     mutant(
         "force keeps the revision of rows that are to be processed anyway",
-        'if revises and (force or planned.status == "again"):',
-        'if revises and ((force and planned.status != "todo") or planned.status == "again"):',
+        'if revises and (is_forced or planned.status == "again" or has_moved):',
+        'if revises and ((is_forced and planned.status != "todo") or planned.status == "again" or has_moved):',
         "test_a_forced_beginning_gives_every_row_a_new_revision",
     ),
     mutant(

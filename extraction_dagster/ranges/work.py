@@ -48,7 +48,7 @@ class RangeWork:
         embedding_store: The vectors of this fingerprint, made of these frames.
         id_range: The partition.
         plan: Its rows above the operator's floor, as they were when the step began.
-        run_id: For the errors table.
+        run_id: Whose claims hold; for the errors table.
         force: Whether rows that are done are embedded and indexed again.
         retries: Whether a forced run goes on with what an earlier one made.
     """
@@ -70,7 +70,7 @@ class RangeWork:
         return {
             record_id: planned
             for record_id, planned in self.plan.items()
-            if planned.status == "todo" and planned.row.problem is None
+            if planned.status == "todo" and planned.row.problem is None and self._is_ours(planned)
         }
 
     @property
@@ -83,7 +83,12 @@ class RangeWork:
             if planned.status in statuses
             and (planned.entry is not None or planned.status == "todo")
             and planned.row.problem is None
+            and self._is_ours(planned)
         }
+
+    def _is_ours(self, planned: PlannedRow) -> bool:
+        """Whether no other run has claimed a row since this one did; a caller without a run takes what it finds."""
+        return not self.run_id or planned.entry is None or planned.entry.claimed_by in {None, self.run_id}
 
     @property
     def unreadable(self) -> list[Failure]:
@@ -161,7 +166,7 @@ def open_range(  # noqa: PLR0913 - the range, and what a run may want otherwise,
         force: Do rows again that are done.
         retries: A forced run goes on where an earlier one broke off.
         fingerprints: Those of the settings, where the caller has them already.
-        run_id: Stands beside each failure in the errors table.
+        run_id: Claims the rows, and stands beside each failure in the errors table.
 
     Raises:
         EmptyRangeError: The first step finds no eligible row.
@@ -173,7 +178,7 @@ def open_range(  # noqa: PLR0913 - the range, and what a run may want otherwise,
     with open_catalog(settings) as catalog:
         frames, vectors = open_stores(settings, made_with, Source(catalog.source.identity, catalog.source.name))
         if begins or claims:
-            plan = catalog.begin(planned, made_with, force=force, revises=begins, retries=retries)
+            plan = catalog.begin(planned, made_with, force=force, revises=begins, retries=retries, run_id=run_id)
         else:
             plan = catalog.plan(planned, made_with)
         if begins and not plan:

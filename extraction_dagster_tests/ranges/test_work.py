@@ -8,6 +8,7 @@ from extraction_dagster.ranges.embed import embed_range
 from extraction_dagster.ranges.index import index_range
 from extraction_dagster.ranges.work import fingerprints_of, open_range
 from extraction_dagster.records import IdRange
+from extraction_dagster.stages.catalog.catalog import open_catalog
 
 
 def test_a_whole_range_runs_in_plain_python(sqlite_database, make_settings):
@@ -65,14 +66,14 @@ def test_only_a_forced_step_selects_rows_that_are_done(make_settings):
         assert (list(work.pending), list(work.selected)) == ([2, 3], [1, 2, 3])
 
 
-def steps(settings):
+def steps(settings, run_id="r"):
     """A whole run of the range; returns what failed while it decoded."""
     id_range = IdRange(1, 100)
-    with open_range(settings, id_range, begins=True, run_id="r") as work:
+    with open_range(settings, id_range, begins=True, run_id=run_id) as work:
         failures = decode_range(work).failures
-    with open_range(settings, id_range) as work:
+    with open_range(settings, id_range, run_id=run_id) as work:
         embed_range(work)
-    with open_range(settings, id_range) as work:
+    with open_range(settings, id_range, run_id=run_id) as work:
         index_range(work)
     return {failure.record_id: failure.error_type for failure in failures}
 
@@ -111,3 +112,21 @@ def test_a_step_works_under_the_claim_that_its_run_took(make_settings):
     with open_range(settings, IdRange(1, 100), claims=True) as work:
         assert {record_id: planned.video.claim - 1 for record_id, planned in work.plan.items()} == claims
         assert {planned.content_version for planned in work.plan.values()} == {""}
+
+
+def test_the_later_steps_of_a_run_leave_rows_alone_that_another_run_has_claimed_since(make_settings):
+    late, newer = make_settings(fps=1.0), make_settings(fps=2.0)
+    with open_range(late, IdRange(1, 100), begins=True, run_id="late") as work:
+        decode_range(work)
+    steps(newer, run_id="newer")
+    assert states(newer) == {1: "done", 2: "done", 3: "failed"}
+    with open_catalog(newer) as catalog:
+        before = catalog.ledger.entries(IdRange(1, 100))
+    with open_range(late, IdRange(1, 100), run_id="late") as work:
+        assert not work.pending
+        assert embed_range(work).numbers["videos"] == 0
+    with open_range(late, IdRange(1, 100), run_id="late") as work:
+        assert index_range(work).numbers["points"] == 0
+        assert work.entries() == before
+    with open_range(late, IdRange(1, 100), begins=True, run_id="a run of its own") as work:
+        assert set(work.pending) == {1, 2}  # whoever asks for these settings gets them

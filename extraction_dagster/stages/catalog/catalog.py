@@ -92,7 +92,7 @@ class Catalog:
             keeps_moved=self.settings.address_changes == "report",
         )
 
-    def begin(
+    def begin(  # noqa: PLR0913 - what a run may want, each by name
         self,
         id_range: IdRange,
         fingerprints: Fingerprints,
@@ -100,6 +100,7 @@ class Catalog:
         force: bool = False,
         revises: bool = True,
         retries: bool = False,
+        run_id: str = "",
     ) -> dict[int, PlannedRow]:
         """Plan a range and claim what is to be done in it, so that whoever planned a row before writes nothing more.
 
@@ -112,6 +113,7 @@ class Catalog:
             revises: The run begins with decoding. One that begins with stored frames or vectors leaves the revisions
                 as they are, and rows that are to be decoded again.
             retries: An earlier run that was forced broke off, and this one goes on with what it left.
+            run_id: Whose claims these are.
         """
         plan, now = self.plan(id_range, fingerprints), datetime.now(UTC)
         self.adopt_addresses(item.row for item in plan.values() if item.entry and item.entry.address is None)
@@ -120,7 +122,7 @@ class Catalog:
             wanted = {key: plan[key] for key in lost if key in plan and is_wanted(plan[key], force, revises)}
             if not wanted:
                 break
-            claimed, lost = self._claim(wanted, force=force, revises=revises, retries=retries)
+            claimed, lost = self._claim(wanted, force=force, revises=revises, retries=retries, run_id=run_id)
             if lost:
                 plan = self.plan(id_range, fingerprints)
             for key, entry in claimed.items():
@@ -130,7 +132,7 @@ class Catalog:
         return plan
 
     def _claim(
-        self, wanted: Mapping[int, PlannedRow], *, force: bool, revises: bool, retries: bool
+        self, wanted: Mapping[int, PlannedRow], *, force: bool, revises: bool, retries: bool, run_id: str
     ) -> tuple[dict[int, LedgerEntry], set[int]]:
         """Raise the claims of planned rows; returns their new entries, and the rows that somebody else claimed."""
         with writing(self.state_engine, what="write the ledger") as connection:
@@ -140,10 +142,10 @@ class Catalog:
             for key in sorted(wanted):
                 planned, before = wanted[key], there.get(key)
                 if planned.entry is None or before is None:
-                    fresh = fresh_entry(planned, claim=base + 1)
+                    fresh = replace(fresh_entry(planned, claim=base + 1), claimed_by=run_id or None)
                     added[key] = revised(planned, fresh) if force and revises else fresh
                 elif before.claim == planned.entry.claim:
-                    taken = replace(before, claim=before.claim + 1)
+                    taken = replace(before, claim=before.claim + 1, claimed_by=run_id or None)
                     changed[key] = taken_up(planned, taken, force=force, revises=revises, retries=retries)
             won = changed.keys() | self.ledger.add(connection, list(added.values()))
             self.ledger.replace(connection, list(changed.values()))

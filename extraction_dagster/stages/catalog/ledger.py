@@ -70,6 +70,8 @@ class LedgerEntry:
         not_before: When a failed record may be tried again.
         last_error: The last error's type and message.
         claim: Rises with each claim by a run and each command of an operator; only who knows it may write the entry.
+        claimed_by: The run that claimed it last; its later steps leave the records of other runs alone. None for an
+            operator's command, or a caller without a run.
         address: 16 hex digits of the address of the file that its frames are of, or that failed; empty when the row
             had none, None when an earlier release wrote the entry.
         generation: What its points are made from; None when an earlier release wrote them.
@@ -88,6 +90,7 @@ class LedgerEntry:
     not_before: datetime | None = None
     last_error: str | None = None
     claim: int = 0
+    claimed_by: str | None = None
     address: str | None = None
     generation: str | None = None
 
@@ -176,7 +179,9 @@ class Ledger:
             return set()
         statement = self._insert(LEDGER_TABLE).on_conflict_do_nothing(index_elements=["record_id"])
         in_order = sorted(entries, key=lambda entry: entry.record_id)
-        rows = _rows_of(in_order, ("record_id", "state", "source_version", "content_version", "revision", "claim"))
+        rows = _rows_of(
+            in_order, ("record_id", "state", "source_version", "content_version", "revision", "claim", "claimed_by")
+        )
         return set(connection.execute(statement.returning(LEDGER_TABLE.c.record_id), rows).scalars())
 
     def replace(self, connection: sa.Connection, entries: Sequence[LedgerEntry]) -> None:
@@ -383,7 +388,7 @@ class Ledger:
             change = {"state": "todo", "attempts": 0, "not_before": None, "updated_at": datetime.now(UTC)}
             for chunk in chunks(chosen):
                 update = sa.update(LEDGER_TABLE).where(table.record_id.in_(chunk))
-                connection.execute(update.values(claim=table.claim + 1, **change))
+                connection.execute(update.values(claim=table.claim + 1, claimed_by=None, **change))
         return chosen
 
     def forget_done(self, after_id: int) -> None:
@@ -397,6 +402,7 @@ class Ledger:
             "attempts": 0,
             "not_before": None,
             "claim": table.claim + 1,
+            "claimed_by": None,
             "updated_at": datetime.now(UTC),
         }
         inner = sa.alias(LEDGER_TABLE)  # locked in ascending order first

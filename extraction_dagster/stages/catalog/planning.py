@@ -126,4 +126,4 @@ def fresh_entry(planned: PlannedRow, *, claim: int) -> LedgerEntry:
 
 def made_pending(entry: LedgerEntry) -> LedgerEntry:
     """The entry of a row whose points are to be written again from what is stored."""
-    return replace(entry, state="todo", attempts=0, not_before=None, claim=entry.claim + 1)
+    return replace(entry, state="todo", attempts=0, not_before=None, claim=entry.claim + 1, claimed_by=None)

@@ -2,8 +2,8 @@
 
     version 1   the tables of release 0.1.0, which wrote no version down
     version 2   an index over the requests that no tick has consumed: each tick asks for them
-    version 3   of each record: the claim that may write it, the address of its file, what its points are made from;
-                which records were seen to be gone, and when; the number after which claims begin
+    version 3   of each record: the claim that may write it, and whose; the address of its file; what its points are
+                made from; which records were seen to be gone, and when; the number after which claims begin
 
 `extraction_meta` holds the version, and the release that wrote it. Tables of an older version are migrated when they
 are opened: in one transaction, so that a killed process leaves the old version or the new one, and under a lock, so
@@ -82,6 +82,7 @@ LEDGER_TABLE = sa.Table(
     sa.Column("last_error", sa.Text),
     sa.Column("updated_at", UtcDateTime, nullable=False),
     sa.Column("claim", sa.BigInteger, nullable=False, server_default="0"),
+    sa.Column("claimed_by", sa.String(64)),
     sa.Column("address", sa.String(16)),
     sa.Column("generation", sa.String(64)),
     # Few records are begun or wait: this index stays small whatever the ledger's size.
@@ -152,6 +153,7 @@ def _add_claims(operations: Operations) -> None:
     """Add what fences the writers of a record, and what tells its file and its points from others."""
     for column in (
         sa.Column("claim", sa.BigInteger, nullable=False, server_default="0"),
+        sa.Column("claimed_by", sa.String(64)),
         sa.Column("address", sa.String(16)),
         sa.Column("generation", sa.String(64)),
     ):
