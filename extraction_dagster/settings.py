@@ -377,6 +377,12 @@ class Settings(BaseSettings):
     qdrant_grpc_port: int = Field(6334, ge=1, le=65535, description="The Qdrant server's gRPC port.")
     qdrant_api_key: SecretStr | None = Field(None, description="API key of the Qdrant server.")
     qdrant_timeout_seconds: float = Field(60.0, gt=0, le=3600, description="Limit for one call to the Qdrant server.")
+    qdrant_retry_seconds: float = Field(
+        300.0,
+        ge=0,
+        le=86_400,
+        description="How long a run repeats a call while the Qdrant server is away, restarts or is too busy.",
+    )
     collection_name: str = Field(
         "video_frames", pattern=r"^[A-Za-z0-9_\-]{1,200}$", description="Name of the collection."
     )

@@ -135,6 +135,10 @@ def _shards(settings: Settings) -> str:
 
 
 def _store(settings: Settings) -> str:
+    if settings.qdrant_url is not None:
+        from extraction_dagster.stages.index.server.status import describe
+
+        return describe(settings)
     with open_point_store(settings) as store:
         try:
             store.open_collection(settings.collection_name)

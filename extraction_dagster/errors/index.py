@@ -63,18 +63,58 @@ class StoreUnreadableError(PointStoreError):
 class StoreUnavailableError(PointStoreError):
     """The Qdrant server kept failing in a way that is usually temporary."""
 
-    def __init__(self, operation: str, url: str, attempts: int, why: str) -> None:
-        super().__init__(f"""Could not {operation} at {url} in {attempts} tries; the last one: {why}. No row was marked,
-            so nothing is lost: the range is tried again. Check that the server is up and reachable on its gRPC
-            port.""")
+    def __init__(self, operation: str, where: str, attempts: int, why: str, *, seconds: float) -> None:
+        super().__init__(f"""Could not {operation} at {where} in {attempts} tries; the last one: {why}. It was asked
+            for {seconds:.0f} s (EXTRACTION_QDRANT_RETRY_SECONDS). No row was marked, so nothing is lost: the range is
+            tried again. Check that the server is up and reachable on its gRPC port.""")
 
 
 class StoreRefusedError(PointStoreError):
     """The Qdrant server refused a call; asking again would not help."""
 
-    def __init__(self, operation: str, url: str, why: str) -> None:
-        super().__init__(f"""The server at {url} refused to {operation}: {why}. No row was marked. Check
-            EXTRACTION_QDRANT_URL, EXTRACTION_QDRANT_API_KEY and the rights of that key.""")
+    def __init__(self, operation: str, where: str, why: str, fix: str = "") -> None:
+        super().__init__(f"""The server at {where} refused to {operation}: {why}. No row was marked.
+            {fix or "Check EXTRACTION_QDRANT_URL, EXTRACTION_QDRANT_API_KEY and the rights of that key."}""")
+
+
+class StoreLimitError(StoreRefusedError):
+    """A call is beyond a limit that the server keeps, which it names."""
+
+    def __init__(self, operation: str, where: str, why: str, *, may_split: bool) -> None:
+        self.may_split = may_split
+        super().__init__(
+            operation, where, why, "It is a limit of the server's; docs/collection.md says what each of them does."
+        )
+
+
+class CollectionRightsError(PointStoreError):
+    """A name is an alias that can't be followed to a collection of ours."""
+
+    def __init__(self, name: str, where: str) -> None:
+        super().__init__(f"""{name!r} at {where} is an alias whose collection the key may not see, or that stands
+            where a collection should: points would follow it into another model's collection. Nothing was changed.
+            Give the key of EXTRACTION_QDRANT_API_KEY the right to read and write the collections '{name}-...' as
+            well.""")
+
+
+class CollectionUnnamedError(PointStoreError):
+    """Collections of a name hold points, and the name stands for none of them."""
+
+    def __init__(self, name: str, where: str, *, there: list[str]) -> None:
+        chosen = there[0].removeprefix(f"{name}-")
+        super().__init__(f"""The name {name!r} at {where} stands for no collection, though there are {", ".join(there)}
+            with points: the alias was removed, or they were restored from a snapshot, which has none. Nothing was
+            changed. Run 'extraction collection publish {chosen}' for the one to be used, with --force if not every
+            record is in it yet.""")
+
+
+class CollectionUnfitError(PointStoreError):
+    """A collection was made by something else, in another way."""
+
+    def __init__(self, name: str, where: str, *, got: str, expected: str) -> None:
+        super().__init__(f"""Collection {name!r} at {where} has {got}, expected {expected}: something else made it.
+            Nothing was read or changed. Set EXTRACTION_COLLECTION_NAME to a name of its own, or correct it on the
+            server.""")
 
 
 class CollectionMissingError(PointStoreError):

@@ -42,8 +42,10 @@ def decode_range(work: RangeWork) -> Report:
 
     Raises:
         DecodeWorkerStartError, FetchSetupError, FrameStoreError: No row is to blame; what was finished is marked.
+        PointStoreError: The server would not take the points; nothing was fetched.
     """
     from extraction_dagster.stages.decode.stage import decode_rows  # noqa: PLC0415 - loads what decodes
+    from extraction_dagster.stages.index.stage import require_store  # noqa: PLC0415 - loads the engine
 
     watch, report, counts, pending = Stopwatch(), Report(), Counter[str](), work.pending
     kept, made_with = _kept(work, pending), work.fingerprints.frames
@@ -52,6 +54,7 @@ def decode_range(work: RangeWork) -> Report:
     rows = [planned.video for record_id, planned in pending.items() if record_id not in kept]
     ids = work.id_range.first_id, work.id_range.last_id
     if rows:
+        require_store(work.settings, work.fingerprints.embedding)
         _log.info("Processing batch of %d records (IDs: %d - %d)", len(rows), *ids)
     else:
         _log.info("Nothing to decode (IDs: %d - %d)", *ids)

@@ -34,11 +34,16 @@ def embed_range(work: RangeWork) -> Report:
     Raises:
         FramesMissingError: Rows that were done before are to be embedded again, and their frames are not stored.
         SettingsChangedError: The model's files have changed since the step began; nothing was embedded.
+        PointStoreError: The server would not take the points; nothing was embedded.
     """
+    from extraction_dagster.stages.index.stage import require_store  # noqa: PLC0415 - loads the engine
+
     watch, report, rows = Stopwatch(), Report(), work.selected
     there = {} if work.force else work.stored(work.embedding_store, rows)
     frames = work.stored(work.frame_store, {key: row for key, row in rows.items() if key not in there})
     parts = by_shard(frames)
+    if parts:
+        require_store(work.settings, work.fingerprints.embedding)
     step_progress.begin("frame_embeddings", len(frames))
     num_frames = num_bytes = 0
     written: list[EmbeddingShard] = []

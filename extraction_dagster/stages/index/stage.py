@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 _RECORDS_PER_STEP = 64
 _RECORDS_PER_DELETE = 512
 _RECORDS_SHOWN = 5
+_PATIENCE_OF_A_PERSON_SECONDS = 20.0
 
 
 def open_point_store(settings: Settings, *, wait_seconds: float = 0.0, attempts: int | None = None) -> PointStore:
@@ -47,8 +48,9 @@ def open_point_store(settings: Settings, *, wait_seconds: float = 0.0, attempts:
 
     Args:
         settings: Which one, and where.
-        wait_seconds: How long to wait for another process to release the embedded store.
-        attempts: Tries of each call to a server; as many as a write takes when None.
+        wait_seconds: How long to wait for another process to release the embedded store; with 0 somebody looks on,
+            who is not kept waiting for a server either.
+        attempts: Tries of each call to a server; as many as the time allows when None.
     """
     source = source_identity(settings) if _names_source(settings) else ""
     if settings.qdrant_url is None:
@@ -58,8 +60,26 @@ def open_point_store(settings: Settings, *, wait_seconds: float = 0.0, attempts:
     from extraction_dagster.stages.index.server.retry import RetryPolicy  # noqa: PLC0415 - one engine is loaded
     from extraction_dagster.stages.index.server.store import ServerStore  # noqa: PLC0415
 
-    retry = RetryPolicy(attempts=attempts) if attempts else None
+    most = settings.qdrant_retry_seconds
+    budget = most if wait_seconds else min(most, _PATIENCE_OF_A_PERSON_SECONDS)
+    retry = RetryPolicy(budget_seconds=budget, attempts=attempts)
     return ServerStore.connect(settings, retry=retry, source=source)
+
+
+def require_store(settings: Settings, fingerprint: str) -> None:
+    """See that a server will take points of this fingerprint, before a video is fetched for them.
+
+    Raises:
+        PointStoreError: It won't: the key may not write, its disk is full, it is in recovery mode, or it holds other
+            vectors under this name.
+    """
+    if settings.qdrant_url is None:
+        return
+    from extraction_dagster.stages.index.server.store import ServerStore  # noqa: PLC0415 - one engine is loaded
+
+    source = source_identity(settings) if _names_source(settings) else ""
+    with ServerStore.connect(settings, source=source) as store:
+        store.require_writable(settings.collection_name, fingerprint)
 
 
 def _names_source(settings: Settings) -> bool:

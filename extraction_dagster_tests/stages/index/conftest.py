@@ -88,11 +88,15 @@ def _open(kind, tmp_path):
     if kind == "local":
         from qdrant_client import QdrantClient
 
-        return ServerStore(QdrantClient(":memory:"), url="memory", wire="local", retry=QUICK)
+        return ServerStore(QdrantClient(":memory:"), where="memory", wire="local", retry=QUICK)
+    return ServerStore.connect(Settings(home=tmp_path, qdrant_url=_real_url()))
+
+
+def _real_url():
     url = os.environ.get("EXTRACTION_TEST_QDRANT_URL")
     if not url:
         pytest.skip("EXTRACTION_TEST_QDRANT_URL names no Qdrant server")
-    return ServerStore.connect(Settings(home=tmp_path, qdrant_url=url))
+    return url
 
 
 def _clean(store, name):
@@ -105,6 +109,15 @@ def _clean(store, name):
             )
     for fingerprint in store.collections(name):
         store.drop(name, fingerprint)
+
+
+@pytest.fixture
+def real_server(tmp_path, spec):
+    """Settings of a real Qdrant server; the collections of `spec`'s name are removed in the end."""
+    settings = Settings(home=tmp_path, qdrant_url=_real_url(), collection_name=spec.name)
+    yield settings
+    with ServerStore.connect(settings) as store:
+        _clean(store, spec.name)
 
 
 @pytest.fixture

@@ -35,7 +35,8 @@ def open_store(home, url="", port="0"):
     if not url:
         return EdgeStore(Path(home))
     settings = Settings(home=Path(home), qdrant_url=url, qdrant_grpc_port=int(port), qdrant_timeout_seconds=10)
-    return ServerStore.connect(settings, retry=RetryPolicy(12, 0.02, 0.5, 0.01))
+    retry = RetryPolicy(attempts=12, base_seconds=0.02, longest_seconds=0.5, longest_retry_after_seconds=0.01)
+    return ServerStore.connect(settings, retry=retry)
 
 
 def replace_round(store, round_number):

@@ -1,23 +1,30 @@
 """A stand-in for a Qdrant server: real gRPC on loopback over qdrant-client's local engine, with faults on demand.
 
-It is no Qdrant: strict mode, optimisation, replication and persistence are a real server's alone. What it shows is
-what our side does with the bytes, the status codes, the lost answers and the cut connections.
+It is no Qdrant: optimisation, replication and persistence are a real server's alone. What it shows is what our side
+does with the bytes, the status codes, the lost answers and the cut connections; wire_rules.py adds the limits, rights
+and states of a real one.
 """
 
 import contextlib
+import importlib.util
 import socket
 import struct
+import sys
 import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
 from qdrant_client import QdrantClient  # noqa: TID253 - a server of its own
 from qdrant_client import grpc as q  # noqa: TID253 - a server of its own
 from qdrant_client.conversions.conversion import GrpcToRest, RestToGrpc  # noqa: TID253 - a server of its own
 
+_SPEC = importlib.util.spec_from_file_location(f"{__name__}_rules", Path(__file__).with_name("wire_rules.py"))
+wire_rules = sys.modules[_SPEC.name] = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(wire_rules)
 _CODES = {
     "unavailable": grpc.StatusCode.UNAVAILABLE,
     "internal": grpc.StatusCode.INTERNAL,
@@ -41,9 +48,10 @@ class Fault:
 
 
 class StandIn:
-    """The server: `with StandIn() as server: … server.url, server.port, server.faults`."""
+    """The server: `with StandIn() as server: … server.url, server.port, server.faults, server.rules`."""
 
     def __init__(self):
+        self.rules = wire_rules.Rules(self)
         self.engine = QdrantClient(":memory:")
         self.lock = threading.Lock()
         self.faults: list[Fault] = []
@@ -51,10 +59,12 @@ class StandIn:
         self.num_at_work = 0
         self.keys: set[str] = set()
         self.indexes: dict[str, dict[str, int]] = {}
-        self._server = grpc.server(ThreadPoolExecutor(8))
+        self.quantized: set[str] = set()
+        self._server = grpc.server(ThreadPoolExecutor(8), interceptors=[self.rules])
         inner = self._server.add_insecure_port("127.0.0.1:0")
         q.add_PointsServicer_to_server(_Points(self), self._server)
         q.add_CollectionsServicer_to_server(_Collections(self), self._server)
+        q.add_QdrantServicer_to_server(wire_rules.Root(), self._server)
         self._server.start()
         self.relay = _Relay(inner)
         self.port = self.relay.port
@@ -67,6 +77,19 @@ class StandIn:
         self.relay.close()
         self._server.stop(None).wait(30)
         self.engine.close()
+
+    def real_name(self, name):
+        """The collection that a name stands for."""
+        return self.engine._client.aliases.get(name, name)
+
+    @contextlib.contextmanager
+    def outage(self):
+        """Nobody listens, and every connection is cut, while the block lasts."""
+        self.relay.close()
+        try:
+            yield
+        finally:
+            self.relay.listen()
 
     def answer(self, method, context, apply, acknowledged=None):
         """Apply a call, or do to it what the next fault for it says."""
@@ -129,6 +152,8 @@ def _filter(request):
 
 
 class _Points(q.PointsServicer):
+    """Facets are not answered: an exact one counts once for each distinct value (1.18.3), so none is asked for."""
+
     def __init__(self, owner):
         self.owner = owner
 
@@ -156,15 +181,6 @@ class _Points(q.PointsServicer):
 
         return self.owner.answer("Count", context, apply)
 
-    def Facet(self, request, context):  # noqa: N802 - the protocol's name
-        def apply():
-            found = self.owner.engine.facet(
-                request.collection_name, request.key, _filter(request), limit=request.limit, exact=request.exact
-            )
-            return q.FacetResponse(hits=[RestToGrpc.convert_facet_value_hit(hit) for hit in found.hits])
-
-        return self.owner.answer("Facet", context, apply)
-
     def Query(self, request, context):  # noqa: N802 - the protocol's name
         def apply():
             found = self.owner.engine.query_points(
@@ -172,9 +188,14 @@ class _Points(q.PointsServicer):
                 query=list(request.query.nearest.dense.data),
                 query_filter=_filter(request),
                 limit=request.limit,
-                score_threshold=request.score_threshold if request.HasField("score_threshold") else None,
+            ).points
+            if request.collection_name in self.owner.quantized and not request.params.quantization.rescore:
+                for point in found:  # an int8 estimate: 0.998 to 1.003 for a vector and itself (1.18.3)
+                    point.score *= 0.998
+            least = request.score_threshold if request.HasField("score_threshold") else float("-inf")
+            return q.QueryResponse(
+                result=[RestToGrpc.convert_scored_point(point) for point in found if point.score > least]
             )
-            return q.QueryResponse(result=[RestToGrpc.convert_scored_point(point) for point in found.points])
 
         return self.owner.answer("Query", context, apply)
 
@@ -185,7 +206,7 @@ class _Points(q.PointsServicer):
                 _filter(request),
                 limit=request.limit,
                 offset=GrpcToRest.convert_point_id(request.offset) if request.HasField("offset") else None,
-                with_payload=request.with_payload.enable,
+                with_payload=GrpcToRest.convert_with_payload_selector(request.with_payload),
                 with_vectors=request.with_vectors.enable,
             )
             for record in records:
@@ -215,6 +236,9 @@ class _Collections(q.CollectionsServicer):
     def __init__(self, owner):
         self.owner = owner
 
+    def CollectionClusterInfo(self, request, context):  # noqa: ARG002, N802 - the protocol's
+        return self.owner.answer("CollectionClusterInfo", context, wire_rules.cluster_info)
+
     def CollectionExists(self, request, context):  # noqa: N802 - the protocol's name
         def apply():
             exists = self.owner.engine.collection_exists(request.collection_name)
@@ -229,6 +253,8 @@ class _Collections(q.CollectionsServicer):
                 GrpcToRest.convert_vectors_config(request.vectors_config),
                 metadata=GrpcToRest.convert_payload(request.metadata),
             )
+            if request.vectors_config.params.HasField("quantization_config"):
+                self.owner.quantized.add(request.collection_name)
             return q.CollectionOperationResponse(result=True)
 
         return self.owner.answer("Create", context, apply)
@@ -274,16 +300,7 @@ class _Collections(q.CollectionsServicer):
 
     def UpdateAliases(self, request, context):  # noqa: N802 - the protocol's name
         def apply():
-            operations = [GrpcToRest.convert_alias_operations(action) for action in request.actions]
-            for operation in operations:
-                # A server refuses this; the local engine does not notice.
-                create = getattr(operation, "create_alias", None)
-                if create is not None and self.owner.engine.collection_exists(create.alias_name):
-                    existing = {item.name for item in self.owner.engine.get_collections().collections}
-                    if create.alias_name in existing:
-                        message = f"collection {create.alias_name} already exists"
-                        raise ValueError(message)
-            return q.CollectionOperationResponse(result=self.owner.engine.update_collection_aliases(operations))
+            return self.owner.rules.update_aliases(request)
 
         return self.owner.answer("UpdateAliases", context, apply)
 
@@ -294,14 +311,18 @@ class _Relay:
     def __init__(self, target):
         self._target = target
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
+        self.port = 0
+        self.listen()
 
-    def _accept(self):
+    def listen(self):
+        self._listener = socket.create_server(("127.0.0.1", self.port))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+
+    def _accept(self, listener):
         with contextlib.suppress(OSError):
             while True:
-                outer, _ = self._listener.accept()
+                outer, _ = listener.accept()
                 inner = socket.create_connection(("127.0.0.1", self._target))
                 self._pairs.append((outer, inner))
                 threading.Thread(target=self._copy, args=(outer, inner), daemon=True).start()

@@ -4,13 +4,16 @@ import pickle
 import random
 
 import grpc
+import numpy as np
 import pytest
+from qdrant_client import grpc as q  # noqa: TID253 - what a server answers
 from qdrant_client import models  # noqa: TID253 - what another program makes
 
 from extraction_dagster.errors.index import CollectionNameTakenError, StoreRefusedError, StoreUnavailableError
 from extraction_dagster.records import VideoRow
 from extraction_dagster.settings import Settings
-from extraction_dagster.stages.index.points import build_points
+from extraction_dagster.stages.index.points import PointFilter, build_points, point_id
+from extraction_dagster.stages.index.protocol import CollectionSpec
 from extraction_dagster.stages.index.server.retry import RetryPolicy, may_pass
 from extraction_dagster.stages.index.server.store import ServerStore
 from extraction_dagster.stages.index.stage import replace_records
@@ -72,6 +75,44 @@ def test_a_write_that_is_only_acknowledged_is_asked_for_again(  # noqa: PLR0913,
     assert stand_in.faults == []
 
 
+def test_points_of_older_servers_and_with_numbers_for_ids_are_read(wire_store, spec):
+    wire_store.ensure_collection(spec)
+    halves = [0.5, -0.5, 0.25, 0.0, 0.0, 0.0, 0.0, 1.0]
+    old, new = (q.RetrievedPoint(id=q.PointId(num=7), payload={}) for _ in range(2))
+    old.vectors.vector.data.extend(halves)
+    new.vectors.vector.dense.data.extend(halves)
+    assert wire_store._vectors([old, new]).tolist() == [halves, halves]
+    assert (wire_store._ids([old]), list(wire_store._payloads([old]))) == (["7"], [{}])
+
+
+def test_a_reading_call_tells_the_server_its_time_limit(stand_in, spec, tmp_path, monkeypatch):
+    settings = Settings(
+        home=tmp_path, qdrant_url=stand_in.url, qdrant_grpc_port=stand_in.port, qdrant_timeout_seconds=90.5
+    )
+    with ServerStore.connect(settings) as store:
+        store.ensure_collection(spec)
+        seen = []
+        for method in ("Scroll", "Count", "Query"):
+            make = getattr(store._client.grpc_points, method)
+            monkeypatch.setattr(
+                store._client.grpc_points,
+                method,
+                lambda request, *, make=make, **options: seen.append(request.timeout) or make(request, **options),
+            )
+        store.count()
+        store.count_by_record()
+        store.search(np.eye(8)[0], limit=1)
+    assert seen == [91, 91, 91]
+
+
+def test_a_quantized_collection_gives_cosines_and_cuts_by_them(wire_store, spec, replace):
+    wire_store.ensure_collection(CollectionSpec(spec.name, 8, "abc123", quantization="scalar"))
+    replace(wire_store)
+    (batch,) = wire_store.read(PointFilter(point_ids=(point_id(7, 0),)))
+    hits = wire_store.search(batch.vectors[0], limit=1, score_threshold=0.999)
+    assert [(hit.record_id, hit.score) for hit in hits] == [(7, pytest.approx(1, abs=1e-3))]
+
+
 def test_without_metadata_only_a_whole_fingerprint_after_the_name_makes_a_collection_its_own(wire_store, stand_in):
     vectors = models.VectorParams(size=8, distance=models.Distance.COSINE)
     for suffix in ("0123456789abcdef", "staging", "staging-0123456789abcdef", "0123456789ABCDEF", "0123456789abcde"):
@@ -102,7 +143,8 @@ def test_a_server_that_never_completes_is_named_and_nothing_is_removed(opened_wi
     stand_in.calls.clear()
     fault("Upsert", "acknowledged", times=5)
     with pytest.raises(
-        StoreUnavailableError, match=r"write points at http://127.0.0.1:1 in 5 tries; .* 'acknowledged', expected 'comp"
+        StoreUnavailableError,
+        match=r"write points at 127.0.0.1:\d+ \(gRPC\) in 5 tries; .* 'acknowledged', expected 'comp",
     ):
         replace(opened_wire)
     assert stand_in.calls == ["Upsert"] * 5
@@ -233,6 +275,8 @@ class _Failure(grpc.RpcError):
         ("RESOURCE_EXHAUSTED", True),
         ("INTERNAL", True),
         ("ABORTED", True),
+        ("CANCELLED", True),
+        ("UNKNOWN", True),
         ("UNAUTHENTICATED", False),
         ("PERMISSION_DENIED", False),
         ("NOT_FOUND", False),
@@ -267,7 +311,7 @@ def _waits(errors):
         raise next(left)
 
     with pytest.raises(StoreUnavailableError, match=r"Could not count points"):
-        RetryPolicy(attempts=len(errors), sleep=waits.append).call("count points", "url", fail)
+        RetryPolicy(9999, attempts=len(errors), sleep=waits.append).call("count points", "url", fail)
     return waits
 
 
@@ -276,8 +320,11 @@ def test_waits_follow_the_server_up_to_a_cap_and_else_full_jitter(monkeypatch):
     assert _waits([_answer(429, retry_after="86400")] * 2) == [60.0]
     bounds = []
     monkeypatch.setattr(random, "uniform", lambda low, high: bounds.append((low, high)) or 0.25)
-    assert _waits([_Failure("UNAVAILABLE")] * 9) == [0.25] * 8
-    assert bounds[:8] == [(0, 0.5), (0, 1), (0, 2), (0, 4), (0, 8), (0, 16), (0, 30), (0, 30)]
+    assert _waits([_Failure("INTERNAL")] * 9) == [0.25] * 8
+    assert bounds == [(0, 0.5), (0, 1), (0, 2), (0, 4), (0, 8), (0, 16), (0, 30), (0, 30), (0, 30)]
+    bounds.clear()
+    assert _waits([_Failure("UNAVAILABLE")] * 5) == [0.25] * 4  # it may be back any moment
+    assert bounds == [(0, 0.5), (0, 1), (0, 2), (0, 2), (0, 2)]
 
 
 def test_a_bug_of_ours_is_neither_repeated_nor_renamed():
