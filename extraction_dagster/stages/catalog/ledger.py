@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 State = Literal["todo", "extracted", "embedded", "done", "failed", "parked"]
 _LONGEST_DELAY_SECONDS = 86_400.0
-_ENTRY = [column for column in LEDGER_TABLE.c if column.name != "updated_at"]
+_ENTRY = [column for column in LEDGER_TABLE.c if column.name != "updated_at"]  # in the order of LedgerEntry
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,9 @@ class Ledger:
         """The entries of a range, by record."""
         query = sa.select(*_ENTRY).where(_within(id_range))
         with reading(self.engine, what="read the ledger") as connection:
-            return {row["record_id"]: LedgerEntry(**row) for row in connection.execute(query).mappings()}
+            return {
+                row[0]: LedgerEntry(*row) for row in connection.execute(query)
+            }  # a range is read several times a run
 
     def claims(self, record_ids: Sequence[int]) -> dict[int, int]:
         """The present claims of those of these records that the ledger knows."""

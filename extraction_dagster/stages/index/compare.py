@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from extraction_dagster.stages.index.protocol import PointStore
 
 WHOLE = IdRange(-(2**63), 2**63 - 1)
-_RECORDS_PER_CALL = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +88,14 @@ def compare_points(store: PointStore | None, expected: Mapping[int, ExpectedPoin
     Args:
         store: With its collection open; None when there is no collection, so that every expected point is lost.
         expected: Every record of the range that should have points.
-        within: The range; points of records in it that are not expected are gone.
+        within: The range, in which every expected record lies; points of others in it are gone.
     """
-    held = store.count_by_record(PointFilter(record_id_range=within)) if store is not None else {}
-    current = _count_current(store, expected) if store is not None else {}
+    by_generation = store.count_by_generation(PointFilter(record_id_range=within)) if store is not None else {}
+    held, current = defaultdict[int, int](int), dict[int, int]()
+    for (record_id, generation), number in by_generation.items():
+        held[record_id] += number
+        if record_id in expected and generation == expected[record_id].generation:
+            current[record_id] = number
     lost = {record_id: want.num_points - current.get(record_id, 0) for record_id, want in expected.items()}
     # What a record holds beyond its expected points of the right generation.
     stale = {
@@ -148,12 +152,3 @@ def expected_points(entry: LedgerEntry) -> ExpectedPoints:
         content_version=entry.content_version,
     )
     return ExpectedPoints(entry.num_points or 0, made_from)
-
-
-def _count_current(store: PointStore, expected: Mapping[int, ExpectedPoints]) -> dict[int, int]:
-    counts: dict[int, int] = {}
-    records = list(expected.items())
-    for start in range(0, len(records), _RECORDS_PER_CALL):
-        generations = {record_id: want.generation for record_id, want in records[start : start + _RECORDS_PER_CALL]}
-        counts |= store.count_by_record(PointFilter(generations=generations))
-    return counts

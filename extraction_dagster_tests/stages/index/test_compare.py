@@ -1,9 +1,12 @@
-"""Points that are lost, stale or gone are found."""
+"""Points that are lost, stale or gone are found, at the cost of reading the range once."""
+
+from types import SimpleNamespace
 
 import pytest
 
 from extraction_dagster.records import IdRange
 from extraction_dagster.stages.index.compare import Differences, ExpectedPoints, compare_points
+from extraction_dagster.stages.index.edge.store import EdgeStore
 from extraction_dagster.stages.index.points import PointFilter, point_id
 from extraction_dagster.stages.index.stage import replace_records
 
@@ -48,3 +51,34 @@ def test_more_points_than_were_verified_are_stale(filled):
     wanted = {**EXPECTED, 7: ExpectedPoints(2, "a")}
     found = compare_points(filled, wanted, within=RANGE)
     assert found == Differences(RANGE, compared=3, held=5, stale={7: 1})
+
+
+MANY = {key: ExpectedPoints(2, f"g{key}") for key in range(1, 41)}
+
+
+def fill_many(store, embeddings, rows):
+    """40 records of two points, each with a generation of its own, as a version column gives them."""
+    generations = {key: want.generation for key, want in MANY.items()}
+    replace_records(store, embeddings({key: [0, 30] for key in MANY}), rows=rows(*MANY), generations=generations)
+
+
+def test_records_with_generations_of_their_own_are_read_and_never_counted_one_by_one(
+    wire_store, spec, stand_in, embeddings, rows
+):
+    wire_store.ensure_collection(spec)
+    fill_many(wire_store, embeddings, rows)
+    stand_in.calls.clear()
+    assert compare_points(wire_store, MANY, within=IdRange(1, 100)) == Differences(IdRange(1, 100), 40, 80)
+    assert stand_in.calls == ["Scroll"]
+
+
+def test_the_embedded_engine_is_only_asked_for_pages(tmp_path, spec, embeddings, rows):
+    with EdgeStore(tmp_path / "qdrant") as store:
+        store.ensure_collection(spec)
+        fill_many(store, embeddings, rows)
+        store._engine = SimpleNamespace(scroll=store._engine.scroll, close=store._engine.close)
+        within = IdRange(1, 100)
+        assert compare_points(store, MANY, within=within) == Differences(within, compared=40, held=80)
+        swapped = {**MANY, 1: MANY[2], 2: MANY[1]}  # every number agrees
+        found = compare_points(store, swapped, within=within)
+        assert (found.lost, found.stale) == ({1: 2, 2: 2}, {1: 2, 2: 2})

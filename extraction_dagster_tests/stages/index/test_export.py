@@ -93,6 +93,15 @@ def test_a_copy_holds_the_same_points(many, spec, tmp_path):
         }
 
 
+def test_a_copy_is_verified_by_reading_and_not_by_a_count_of_each_record(wire_store, spec, stand_in, tmp_path):
+    wire_store.ensure_collection(spec)
+    stand_in.calls.clear()
+    with EdgeStore(tmp_path / "copy") as target:
+        target.ensure_collection(spec)
+        assert copy_points(wire_store, target) == 0
+    assert stand_in.calls == ["Scroll", "Scroll"]
+
+
 def test_a_copy_that_lacks_points_is_refused(many, spec, tmp_path, monkeypatch):
     with EdgeStore(tmp_path / "copy") as target:
         target.ensure_collection(spec)

@@ -64,6 +64,23 @@ def test_what_is_written_is_read_back(opened, load):
     }
 
 
+def test_values_of_every_kind_are_read_back(opened):
+    payload = {
+        "none": None,
+        "yes": True,
+        "text": "\u00e9",
+        "int": 2**53 + 1,
+        "float": 0.1,
+        "list": [1, {"a": [None, "b"]}],
+    }
+    vector = np.eye(1, 8, dtype=np.float32)
+    opened.upsert(PointBatch((point_id(7, 0),), vector, ({"record_id": 7, **payload},)))
+    (read,) = opened.read()
+    assert (read.ids, read.payloads) == ((point_id(7, 0),), ({"record_id": 7, **payload},))
+    assert (read.vectors.tolist(), read.vectors.dtype) == (vector.tolist(), np.float32)
+    read.vectors[0, 0] = 0.5  # its own memory
+
+
 def test_writing_twice_leaves_one_point_a_frame(opened, load):
     load({7: [0, 30]}, generation="a")
     load({7: [0, 30]}, generation="b", seed=1)
@@ -108,8 +125,12 @@ def test_a_filter_selects_exactly_its_points(opened, load, filters, expected):
 def test_records_are_counted_beyond_one_page_of_the_engine(opened, load, monkeypatch):
     load({record_id: [0, 1] for record_id in range(1, 21)})
     monkeypatch.setattr(protocol, "_PAGE", 2)
-    assert opened.count_by_record() == dict.fromkeys(range(1, 21), 2)
-    assert len(opened.point_ids()) == 40
+    load({20: [2]}, generation="b")
+    assert opened.count_by_record() == {**dict.fromkeys(range(1, 20), 2), 20: 3}
+    by_generation = {**{(record_id, "a"): 2 for record_id in range(1, 21)}, (20, "b"): 1}
+    assert opened.count_by_generation() == by_generation
+    assert opened.count_by_generation(PointFilter(record_ids=(20, 99))) == {(20, "a"): 2, (20, "b"): 1}
+    assert len(opened.point_ids()) == 41
 
 
 def test_removing_takes_exactly_the_named_points(opened, load):

@@ -24,7 +24,7 @@ from extraction_dagster.stages.index.points import Dialect
 from extraction_dagster.stages.index.protocol import PAYLOAD_INDEXES, CollectionSpec, PointStore
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     import qdrant_edge
@@ -215,13 +215,6 @@ class EdgeStore(PointStore):
         with self._engine_errors("count points"):
             return engine.count(edge.CountRequest(exact=True, filter=condition))
 
-    def _count_by_record(self, condition: Any, limit: int) -> list[Any]:  # noqa: ANN401
-        import qdrant_edge as edge
-
-        _, _, engine = self._open("count points")
-        with self._engine_errors("count points"):
-            return engine.facet(edge.FacetRequest("record_id", limit=limit, exact=True, filter=condition)).hits
-
     def _nearest(self, vector: list[float], limit: int, condition: Any, score_threshold: float | None) -> list[Any]:  # noqa: ANN401
         import qdrant_edge as edge
 
@@ -232,16 +225,26 @@ class EdgeStore(PointStore):
             filter=condition,
             score_threshold=score_threshold,
             with_payload=True,
+            params=edge.SearchParams(quantization=edge.QuantizationSearchParams(rescore=True)),
         )
         with self._engine_errors("search"):
             return engine.query(request)
 
-    def _page(self, condition: Any, size: int, offset: Any, *, content: bool) -> tuple[list[Any], Any]:  # noqa: ANN401
+    def _page(
+        self,
+        condition: Any,  # noqa: ANN401 - the engine's own filter
+        size: int,
+        offset: Any,  # noqa: ANN401 - the engine's own point id
+        *,
+        payload: bool | Sequence[str],
+        vectors: bool,
+    ) -> tuple[Sequence[Any], Any]:
         import qdrant_edge as edge
 
         _, _, engine = self._open("read points")
+        fields = payload if isinstance(payload, bool) else edge.PayloadSelector.Include(list(payload))
         request = edge.ScrollRequest(
-            offset=offset, limit=size, filter=condition, with_payload=content, with_vector=content
+            offset=offset, limit=size, filter=condition, with_payload=fields, with_vector=vectors
         )
         with self._engine_errors("read points"):
             return engine.scroll(request)

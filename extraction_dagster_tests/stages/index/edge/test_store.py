@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
 
 from extraction_dagster.errors.index import (
@@ -17,7 +18,7 @@ from extraction_dagster.errors.index import (
     StoreUnreadableError,
 )
 from extraction_dagster.stages.index.edge.store import EdgeStore
-from extraction_dagster.stages.index.points import build_points, point_id
+from extraction_dagster.stages.index.points import PointBatch, build_points, point_id
 from extraction_dagster.stages.index.protocol import CollectionSpec
 
 SPEC = CollectionSpec("frames", dim=8, fingerprint="abc123")
@@ -168,3 +169,25 @@ def test_a_broken_write_names_the_operation(home):
         store._engine.close()
         with pytest.raises(StoreEngineError, match="Could not count points in"):
             store.count()
+
+
+def test_a_quantized_collection_gives_cosines_and_cuts_by_them(home):
+    """1,500 vectors are enough to be quantized, where they are this long."""
+    count, dim = 1500, 4000
+    vectors = np.random.default_rng(0).standard_normal((count, dim), np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    payload = {"frame_number": 0, "frame_second": 0.0, "platform": None, "video_code": None, "path": ""}
+    ids, payloads = zip(*((point_id(key, 0), {**payload, "record_id": key}) for key in range(count)), strict=True)
+    with EdgeStore(home) as store:
+        store.ensure_collection(CollectionSpec("frames", dim, "abc123", quantization="scalar"))
+        store.upsert(PointBatch(ids, vectors, payloads))
+        store.optimize()
+        found = {key: store.search(vectors[key], limit=1, score_threshold=0.999) for key in range(0, count, 30)}
+        assert [(hit.record_id, hit.score) for hits in found.values() for hit in hits] == [
+            (key, pytest.approx(1, abs=1e-3)) for key in found
+        ]
+        near = vectors[7] + 0.5 * vectors[9]
+        near /= np.linalg.norm(near)
+        cosine = float(near @ vectors[7])
+        assert [hit.record_id for hit in store.search(near, limit=9, score_threshold=cosine - 1e-3)] == [7]
+        assert store.search(near, limit=9, score_threshold=cosine + 1e-3) == []

@@ -4,13 +4,16 @@ import pickle
 import random
 
 import grpc
+import numpy as np
 import pytest
+from qdrant_client import grpc as q  # noqa: TID253 - what a server answers
 from qdrant_client import models  # noqa: TID253 - what another program makes
 
 from extraction_dagster.errors.index import CollectionNameTakenError, StoreRefusedError, StoreUnavailableError
 from extraction_dagster.records import VideoRow
 from extraction_dagster.settings import Settings
-from extraction_dagster.stages.index.points import build_points
+from extraction_dagster.stages.index.points import PointFilter, build_points, point_id
+from extraction_dagster.stages.index.protocol import CollectionSpec
 from extraction_dagster.stages.index.server.retry import RetryPolicy, may_pass
 from extraction_dagster.stages.index.server.store import ServerStore
 from extraction_dagster.stages.index.stage import replace_records
@@ -70,6 +73,44 @@ def test_a_write_that_is_only_acknowledged_is_asked_for_again(  # noqa: PLR0913,
     wire_store.ensure_collection(spec)
     assert replace(wire_store) == {7: 2, 8: 3}
     assert stand_in.faults == []
+
+
+def test_points_of_older_servers_and_with_numbers_for_ids_are_read(wire_store, spec):
+    wire_store.ensure_collection(spec)
+    halves = [0.5, -0.5, 0.25, 0.0, 0.0, 0.0, 0.0, 1.0]
+    old, new = (q.RetrievedPoint(id=q.PointId(num=7), payload={}) for _ in range(2))
+    old.vectors.vector.data.extend(halves)
+    new.vectors.vector.dense.data.extend(halves)
+    assert wire_store._vectors([old, new]).tolist() == [halves, halves]
+    assert (wire_store._ids([old]), list(wire_store._payloads([old]))) == (["7"], [{}])
+
+
+def test_a_reading_call_tells_the_server_its_time_limit(stand_in, spec, tmp_path, monkeypatch):
+    settings = Settings(
+        home=tmp_path, qdrant_url=stand_in.url, qdrant_grpc_port=stand_in.port, qdrant_timeout_seconds=90.5
+    )
+    with ServerStore.connect(settings) as store:
+        store.ensure_collection(spec)
+        seen = []
+        for method in ("Scroll", "Count", "Query"):
+            make = getattr(store._client.grpc_points, method)
+            monkeypatch.setattr(
+                store._client.grpc_points,
+                method,
+                lambda request, *, make=make, **options: seen.append(request.timeout) or make(request, **options),
+            )
+        store.count()
+        store.count_by_record()
+        store.search(np.eye(8)[0], limit=1)
+    assert seen == [91, 91, 91]
+
+
+def test_a_quantized_collection_gives_cosines_and_cuts_by_them(wire_store, spec, replace):
+    wire_store.ensure_collection(CollectionSpec(spec.name, 8, "abc123", quantization="scalar"))
+    replace(wire_store)
+    (batch,) = wire_store.read(PointFilter(point_ids=(point_id(7, 0),)))
+    hits = wire_store.search(batch.vectors[0], limit=1, score_threshold=0.999)
+    assert [(hit.record_id, hit.score) for hit in hits] == [(7, pytest.approx(1, abs=1e-3))]
 
 
 def test_without_metadata_only_a_whole_fingerprint_after_the_name_makes_a_collection_its_own(wire_store, stand_in):
