@@ -13,7 +13,9 @@ Prints CPU seconds (user and system, this process), for:
   and rescored out of twice as many: cost, the range of a stored vector's score for itself, and how many of the ten
   nearest are found. Random vectors have no neighbours to speak of: the worst case.
 - `change`: one changed row in a range of 10 done ones and in one of 1,000, ten points each: every step but the work of
-  decoding it, and comparing alone.
+  decoding it.
+
+Long because its parts share what they load, and the process that answers.
 """
 
 from __future__ import annotations

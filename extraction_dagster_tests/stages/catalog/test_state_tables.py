@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 import sqlalchemy as sa
@@ -12,8 +13,9 @@ from alembic.migration import MigrationContext
 from extraction_dagster import __version__
 from extraction_dagster.errors.catalog import SourceUnreachableError, StateError
 from extraction_dagster.stages.catalog import state_tables
+from extraction_dagster.stages.catalog.ledger import LedgerEntry
 from extraction_dagster.stages.catalog.source_table import SourceTable
-from extraction_dagster.stages.catalog.state_tables import METADATA, STEPS, newest_version, prepare
+from extraction_dagster.stages.catalog.state_tables import LEDGER_TABLE, METADATA, STEPS, newest_version, prepare
 from extraction_dagster.ticks.cursor import OperatorRequest, Requests
 
 # The tables as release 0.1.0 made them at commit 7d6dea2, before versions were written down; never to be changed.
@@ -320,3 +322,9 @@ def test_a_process_killed_in_the_middle_leaves_the_old_version_and_the_next_one_
     assert (meta(database), shape(database)) == ({}, before)
     database.catalog().close()
     assert (meta(database)["state_version"], has_waiting_index(database)) == ("3", True)
+
+
+def test_the_ledgers_columns_stand_in_the_order_of_its_entries():
+    """An entry is made of a row's values as they come."""
+    columns = [column.name for column in LEDGER_TABLE.c if column.name != "updated_at"]
+    assert columns == [field.name for field in fields(LedgerEntry)]
