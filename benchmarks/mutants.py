@@ -62,8 +62,8 @@ MUTANTS = (
     ),
     mutant(
         "a record that is brought back stays done",
-        'return replace(entry, state="todo", attempts=0, not_before=None, claim=entry.claim + 1)',
-        'return replace(entry, state="done", attempts=0, not_before=None, claim=entry.claim + 1)',
+        'return replace(entry, state="todo", attempts=0, not_before=None, claim=entry.claim + 1, claimed_by=None)',
+        'return replace(entry, state="done", attempts=0, not_before=None, claim=entry.claim + 1, claimed_by=None)',
         "test_lost_points_are_found_and_their_records_alone",
     ),
     mutant(
@@ -108,14 +108,20 @@ MUTANTS = (
     ),
     mutant(
         "a run that begins claims nothing that the ledger knows",
-        "taken = replace(before, claim=before.claim + 1)",
+        "taken = replace(before, claim=before.claim + 1, claimed_by=run_id or None)",
         "taken = before",
         "test_a_run_that_begins_claims_what_it_will_do",
         "test_an_older_version_does_not_come_over_a_newer_one",
     ),
     mutant(
+        "the later steps of a run take rows that another has claimed",
+        "planned.entry.claimed_by in {None, self.run_id}",
+        "planned.entry.claimed_by != self",
+        "test_the_later_steps_of_a_run_leave_rows_alone",
+    ),
+    mutant(
         "a retry is undone by the run in flight",
-        "connection.execute(update.values(claim=table.claim + 1, **change))",
+        "connection.execute(update.values(claim=table.claim + 1, claimed_by=None, **change))",
         "connection.execute(update.values(**change))",
         "test_a_run_in_flight_can_not_undo_a_command",
     ),
@@ -127,7 +133,7 @@ MUTANTS = (
     ),
     mutant(
         "a repair is undone by the run in flight",
-        "not_before=None, claim=entry.claim + 1)",
+        "not_before=None, claim=entry.claim + 1, claimed_by=None)",
         "not_before=None)",
         "test_a_run_in_flight_can_not_undo_a_command",
     ),

@@ -142,7 +142,7 @@ def test_encoded_frames_print_no_bytes():
     assert shown == (
         "EncodedFrames(record_id: 7, content_version: 'v1', jpegs: 2 JPEGs, pts_seconds: float64 (2,), "
         "target_seconds: float64 (2,), frame_number: int64 (2,), width_px: 398, height_px: 224, "
-        "duration_seconds: None, partial: 'cut')"
+        "duration_seconds: None, partial: 'cut', address: '', claim: 0)"
     )
 
 

@@ -1,4 +1,7 @@
-"""What is to do in a range of ids, and how it is marked once it is done: the source table and the ledger together."""
+"""What is to do in a range of ids, and how it is marked once it is done: the source table and the ledger together.
+
+Long because each writer of a row stands beside the others: they lock in one order, and write under one rule of claims.
+"""
 
 from __future__ import annotations
 
