@@ -85,7 +85,7 @@ def test_a_row_that_is_done_from_vectors_alone_has_as_many_frames_as_points(data
     catalog.close()
 
 
-def test_marking_writes_the_ledger_and_the_marks(database, tmp_path):
+def test_marking_writes_the_ledger_and_the_marks(database):
     database.create(ids=(1, 2, 3))
     catalog = database.catalog()
     plan = catalog.plan(ALL, TODAY)
