@@ -440,18 +440,10 @@ class MemoryPoints(PointStore):
         before("read")
         return len(self._chosen(condition))
 
-    def _count_by_record(self, condition, limit):
-        before("read")
-        counts = {}
-        for key in self._chosen(condition):
-            record_id = self._held.points[key][1]["record_id"]
-            counts[record_id] = counts.get(record_id, 0) + 1
-        return [SimpleNamespace(value=key, count=number) for key, number in counts.items()][:limit]
-
     def _nearest(self, vector, limit, condition, score_threshold):
         raise NotImplementedError
 
-    def _page(self, condition, size, offset, *, content):  # noqa: ARG002 - all of it, always
+    def _page(self, condition, size, offset, *, payload, vectors):  # noqa: ARG002 - all of it, always
         before("read")
         chosen = [key for key in self._chosen(condition) if offset is None or key >= offset]
         page = [

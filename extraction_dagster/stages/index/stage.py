@@ -73,7 +73,7 @@ def require_store(settings: Settings, fingerprint: str) -> None:
         PointStoreError: It won't: the key may not write, its disk is full, it is in recovery mode, or it holds other
             vectors under this name.
     """
-    if settings.qdrant_url is None:
+    if not settings.qdrant_url:
         return
     from extraction_dagster.stages.index.server.store import ServerStore  # noqa: PLC0415 - one engine is loaded
 
