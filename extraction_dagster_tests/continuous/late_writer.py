@@ -9,6 +9,7 @@ import hashlib
 import random
 import sys
 import time
+import uuid
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,11 +80,11 @@ def _picture(frames, n):
 
 
 def process(id_range, *, force):
-    """A run of a range: each step opens it again."""
-    settings = load_settings()
+    """A run of a range: each step opens it again, under the run's own name, as Dagster's runs do."""
+    settings, run_id = load_settings(), uuid.uuid4().hex
     made_with = fingerprints_of(settings)
     for step in (decode_range, embed_range, index_range):
-        options = {"begins": step is decode_range, "force": force, "fingerprints": made_with}
+        options = {"begins": step is decode_range, "force": force, "fingerprints": made_with, "run_id": run_id}
         with open_range(settings, id_range, **options) as work:
             step(work)
 
