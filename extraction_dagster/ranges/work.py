@@ -166,7 +166,8 @@ def open_range(  # noqa: PLR0913 - the range, and what a run may want otherwise,
         force: Do rows again that are done.
         retries: A forced run goes on where an earlier one broke off.
         fingerprints: Those of the settings, where the caller has them already.
-        run_id: Claims the rows, and stands beside each failure in the errors table.
+        run_id: Claims the rows, and stands beside each failure in the errors table. The steps of a run share it; one
+            that has none works on rows whoever has claimed them since.
 
     Raises:
         EmptyRangeError: The first step finds no eligible row.

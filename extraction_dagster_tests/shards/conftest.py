@@ -1,6 +1,9 @@
 """Frames and vectors of a few records, and a place for them on each kind of file system."""
 
+import os
+import signal
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import fsspec
@@ -20,6 +23,18 @@ class RenamingMemory(MemoryFileSystem):
     protocol = "renamingmemory"
     store = {}  # noqa: RUF012 - MemoryFileSystem keeps its files on the class; this one must not share them
     pseudo_dirs = [""]  # noqa: RUF012 - as above
+
+
+def kill_at(owner, name, number):
+    """Let SIGKILL end this process, a test's child, before the call of a function after so many that it survives."""
+    function, calls = getattr(owner, name), count()
+
+    def counted(*arguments, **options):
+        if next(calls) >= number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **options)
+
+    setattr(owner, name, counted)
 
 
 fsspec.register_implementation("renamingmemory", RenamingMemory, clobber=True)

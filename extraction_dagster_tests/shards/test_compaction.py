@@ -185,32 +185,18 @@ def test_two_that_merge_the_same_shards_at_once_write_the_same_file(tmp_path):
 
 
 KILLED = """
-import os, signal, sys
+import os, sys
 from pathlib import Path
 from datetime import timedelta
+sys.path.insert(0, sys.argv[1])
+from conftest import kill_at
 from extraction_dagster.records import IdRange
 from extraction_dagster.stages.catalog.ledger import LedgerEntry
 from extraction_dagster.shards.compaction import CompactionOptions, compact
 from extraction_dagster.shards.frame_store import FrameStore
 
-root, step, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
-left = number
-
-def die_at(function):
-    def counted(*arguments, **options):
-        global left
-        left -= 1
-        if left < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments, **options)
-    return counted
-
-if step == "fsync":
-    os.fsync = die_at(os.fsync)
-if step == "replace":
-    Path.replace = die_at(Path.replace)
-if step == "remove":
-    FrameStore.remove = die_at(FrameStore.remove)
+root, step, number = sys.argv[2:5]
+kill_at({"fsync": os, "replace": Path, "remove": FrameStore}[step], step, int(number))
 entries = {n: LedgerEntry(n, "done", content_version="v1") for n in range(1, 100)}
 compact(FrameStore(root, "f1"), IdRange(1, 1000), CompactionOptions(8, 2, timedelta()), entries=entries)
 """
@@ -227,7 +213,7 @@ def test_a_kill_at_any_moment_loses_nothing_and_the_next_one_ends_it(step, numbe
     for record_id in range(3, 8):
         write(store, video(record_id))
     before = newest(store)
-    killed = commands.run([sys.executable, "-c", KILLED, str(tmp_path), step, str(number)])
+    killed = commands.run([sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path), step, str(number)])
     assert killed.returncode == -9
     assert newest(FrameStore(str(tmp_path), "f1")) == before
     compact(store, RANGE, AT_ONCE, entries=done(*range(1, 8)))

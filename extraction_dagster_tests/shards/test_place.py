@@ -159,28 +159,18 @@ def test_the_settings_name_the_source_for_those_who_only_read(tmp_path):
 
 
 KILLED = """
-import os, signal, sys
+import os, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from conftest import KINDS
+from conftest import KINDS, kill_at
 from extraction_dagster.records import IdRange
 from extraction_dagster.shards.place import Source
 
 root, name, step, number = sys.argv[2:6]
-left = int(number)
-
-def die_at(function):
-    def counted(*arguments, **options):
-        global left
-        left -= 1
-        if left < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments, **options)
-    return counted
 
 owner, _, call = step.partition(".")
 owner = {"os": os, "Path": Path}[owner]
-setattr(owner, call, die_at(getattr(owner, call)))
+kill_at(owner, call, int(number))
 kind = KINDS[name]
 store = kind.open(root, source=Source("0" * 15 + "1", "public.videos"))
 first = kind.write(store, 1, claim=7, address="a" * 16)

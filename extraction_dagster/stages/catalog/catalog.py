@@ -145,7 +145,7 @@ class Catalog:
             for key in sorted(wanted):
                 planned, before = wanted[key], there.get(key)
                 if planned.entry is None or before is None:
-                    fresh = replace(fresh_entry(planned, claim=base + 1), claimed_by=run_id or None)
+                    fresh = fresh_entry(planned, claim=base + 1, claimed_by=run_id or None)
                     added[key] = revised(planned, fresh) if force and revises else fresh
                 elif before.claim == planned.entry.claim:
                     taken = replace(before, claim=before.claim + 1, claimed_by=run_id or None)

@@ -117,11 +117,18 @@ def revised(planned: PlannedRow, entry: LedgerEntry) -> LedgerEntry:
     )
 
 
-def fresh_entry(planned: PlannedRow, *, claim: int) -> LedgerEntry:
+def fresh_entry(planned: PlannedRow, *, claim: int, claimed_by: str | None) -> LedgerEntry:
     """The entry of a row that the ledger does not know yet."""
     video = planned.row.video
     version = video.content_version
-    return LedgerEntry(video.record_id, "todo", source_version=version, content_version=version, claim=claim)
+    return LedgerEntry(
+        video.record_id,
+        "todo",
+        source_version=version,
+        content_version=version,
+        claim=claim,
+        claimed_by=claimed_by,
+    )
 
 
 def made_pending(entry: LedgerEntry) -> LedgerEntry:

@@ -56,8 +56,8 @@ class ServerLimits:
     @classmethod
     def of(cls, config: Any) -> Self:  # noqa: ANN401 - the client's own record
         """Read a collection's configuration."""
-        strict = getattr(config, "strict_mode_config", None)
-        if strict is None or not strict.enabled:
+        strict = _strict_mode(config)
+        if strict is None:
             return cls()
         writes = (strict.upsert_max_batchsize, strict.write_rate_limit)  # a larger one would be refused for ever
         return cls(
@@ -96,11 +96,16 @@ def halves(filters: PointFilter | None) -> list[PointFilter | None]:
 
 def shown(config: Any) -> str:  # noqa: ANN401 - the client's own record
     """The limits that concern us, by the server's names."""
-    strict = getattr(config, "strict_mode_config", None)
-    if strict is None or not strict.enabled:
+    strict = _strict_mode(config)
+    if strict is None:
         return "no strict mode"
     found = ((name, getattr(strict, name, None)) for name in sorted(_SHOWN))
     return "strict mode: " + (", ".join(f"{name} {value}" for name, value in found if value is not None) or "no limit")
+
+
+def _strict_mode(config: Any) -> Any | None:  # noqa: ANN401 - the client's own records
+    strict = getattr(config, "strict_mode_config", None)
+    return strict if strict is not None and strict.enabled else None
 
 
 def _cut(filters: PointFilter, size: int | None) -> list[PointFilter | None]:
