@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -25,6 +27,7 @@ from extraction_dagster.errors.decode import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from fractions import Fraction
     from pathlib import Path
 
     from av.container import InputContainer
@@ -44,6 +47,7 @@ _CARRIED = frozenset({"h264", "hevc", "mpeg4"})
 _MOST_STREAMS = 16  # whose packets are not decoded while the file is opened without a probe
 _MICROSECONDS = 1_000_000
 _MAX_ASPECT = 8.0
+_STREAM = re.compile(r"^ *Stream #\d+:(\d+)", re.MULTILINE)
 
 
 class ProbeNeededError(Exception):
@@ -161,9 +165,13 @@ class OpenVideo:
     @property
     def sample_aspect(self) -> float:
         """Width of a pixel over its height, as shown, once a frame was decoded; 1 when it is unset or nonsense."""
-        ratio = self.stream.sample_aspect_ratio or self.stream.codec_context.sample_aspect_ratio
-        aspect = float(ratio) if ratio else 1.0
-        return aspect if 1 / _MAX_ASPECT <= aspect <= _MAX_ASPECT else 1.0
+        return sound_aspect(self.stream.sample_aspect_ratio or self.stream.codec_context.sample_aspect_ratio)
+
+
+def sound_aspect(ratio: Fraction | None) -> float:
+    """An aspect, or 1 when it is unset or nonsense."""
+    aspect = float(ratio) if ratio else 1.0
+    return aspect if 1 / _MAX_ASPECT <= aspect <= _MAX_ASPECT else 1.0
 
 
 def may_do_without_probe(file: VideoFile) -> bool:
@@ -188,6 +196,8 @@ def open_video(file: VideoFile, limits: DecodeLimits, *, probe: bool = True) -> 
         VideoEncryptedError: They are encrypted.
         VideoTooLargeError: They have too many pixels.
     """
+    from av.codec.context import Flags
+
     path = file.path
     container = _open_container(file, limits, probe=probe)
     with container:
@@ -198,6 +208,7 @@ def open_video(file: VideoFile, limits: DecodeLimits, *, probe: bool = True) -> 
         _check_stream(path, stream, limits)
         context = stream.codec_context
         context.thread_count = 1
+        context.flags |= Flags.unaligned  # else left edges are cropped to a multiple of 32 pixels only
         context.options = {"max_pixels": str(limits.max_pixels)}
         yield OpenVideo(file, container, stream, _claimed_seconds(container, stream))
 
@@ -219,6 +230,40 @@ def _open_container(file: VideoFile, limits: DecodeLimits, *, probe: bool) -> In
         if probe:
             raise
         raise ProbeNeededError from error
+
+
+_errors_are_written = threading.Event()
+
+
+def write_errors() -> None:
+    """Have the library write its errors to stderr from now on; by default they are dropped."""
+    import av.logging
+
+    _errors_are_written.set()
+    av.logging.restore_default_callback()
+    av.logging.set_libav_level(av.logging.ERROR)
+
+
+def described(video: OpenVideo) -> str:
+    """What libavformat knows of the stream, in its own words; the binding hands out no side data of streams."""
+    import av.logging
+
+    av.logging.set_level(av.logging.INFO)
+    try:
+        words: str = video.container.dumps_format()  # type: ignore[attr-defined] # its stub lacks it
+    finally:
+        av.logging.set_level(None)
+        if _errors_are_written.is_set():
+            write_errors()
+    parts = _STREAM.split(words)
+    return dict(zip(parts[1::2], parts[2::2], strict=True)).get(str(video.stream.index), "")
+
+
+@contextmanager
+def as_stated(video: OpenVideo, limits: DecodeLimits) -> Iterator[VideoStream]:
+    """The stream once more, as the container alone describes it."""
+    with _open_container(video.file, limits, probe=False) as container:
+        yield container.streams[video.stream.index]  # type: ignore[misc] # a video stream, as before
 
 
 def packets_of(video: OpenVideo) -> Iterator[Packet[VideoStream]]:

@@ -15,7 +15,7 @@ import numpy as np
 from extraction_dagster.errors.decode import VideoDecodeError, VideoTooLongError
 from extraction_dagster.stages.decode.decoders.container import open_video, packets_of, raise_out_of_memory
 from extraction_dagster.stages.decode.decoders.decoder import DecodedVideo, DecodeLimits, shortfall
-from extraction_dagster.stages.decode.decoders.geometry import Geometry
+from extraction_dagster.stages.decode.decoders.pictures import Pictures
 from extraction_dagster.stages.decode.sampling import Sampling, Selection, select_frames
 
 if TYPE_CHECKING:
@@ -49,7 +49,9 @@ class _Tally:
     last_words: str = ""
 
 
-def decode_sequentially(file: VideoFile, sampling: Sampling, short_side_px: int, limits: DecodeLimits) -> DecodedVideo:
+def decode_sequentially(
+    file: VideoFile, sampling: Sampling, short_side_px: int, limits: DecodeLimits, *, tone_map: bool = True
+) -> DecodedVideo:
     """Decode every frame and keep the sampled ones; see `Decoder`."""
     path, tally = file.path, _Tally()
     with open_video(file, limits) as video:
@@ -69,11 +71,13 @@ def decode_sequentially(file: VideoFile, sampling: Sampling, short_side_px: int,
         raise VideoTooLongError(str(path), seconds=float(seconds[-1]), max_seconds=limits.max_duration_seconds)
     selection = select_frames(seconds, sampling, keyframe[order])
     with open_video(file, limits) as video:
-        frames, damaged = _keep(video, order, seconds, selection, short_side_px=short_side_px, limits=limits)
+        painter = Pictures(video, short_side_px=short_side_px, limits=limits, tone_map=tone_map)
+        frames, damaged = _keep(video, order, seconds, selection, painter)
     complete = tally.errors == 0 and 0 < listed <= tally.packets
     covered = float((ticks[-1] + gap) * base)
     short = None if complete else shortfall(covered_seconds=covered, claimed_seconds=claimed)
-    return DecodedVideo(frames, claimed, _partial(tally, short, damaged=damaged, num_frames=len(frames)))
+    partial = _partial(tally, short, damaged=damaged, num_frames=len(frames))
+    return DecodedVideo(frames, claimed, partial, tuple(painter.notes))
 
 
 def display_times(times: list[int | None], *, gap_ticks: int, new_clock_ticks: int) -> tuple[np.ndarray, np.ndarray]:
@@ -137,33 +141,21 @@ def _decode_all(video: OpenVideo, tally: _Tally) -> Iterator[VideoFrame]:
         yield from frames
 
 
-def _keep(  # noqa: PLR0913 - the second pass needs all that the first found
-    video: OpenVideo,
-    order: np.ndarray,
-    seconds: np.ndarray,
-    selection: Selection,
-    *,
-    short_side_px: int,
-    limits: DecodeLimits,
+def _keep(
+    video: OpenVideo, order: np.ndarray, seconds: np.ndarray, selection: Selection, painter: Pictures
 ) -> tuple[FrameBatch, int]:
     """The selected frames, and how many of them are damaged."""
-    from av.video.reformatter import VideoReformatter
-
     place = {int(order[frame]): number for number, frame in enumerate(selection.frame_number)}
     pictures: dict[int, np.ndarray] = {}
-    reformatter, geometry, damaged = VideoReformatter(), None, 0
+    damaged = 0
     for number, frame in enumerate(_decode_all(video, _Tally())):
         if number not in place:
             continue
-        if geometry is None:
-            geometry = Geometry.of(frame, sample_aspect=video.sample_aspect, short_side_px=short_side_px)
-            width, height = geometry.shown_size
-            limits.check_batch(video.path, num_frames=len(place), width_px=width, height_px=height)
-        pictures[place[number]] = geometry.show(frame, reformatter)
+        pictures[place[number]] = painter.show(frame, num_frames=len(place))
         damaged += frame.is_corrupt
         if len(pictures) == len(place):
             break
-    data = np.stack([pictures[number] for number in range(len(place))])
+    data = painter.together([pictures[number] for number in range(len(place))])
     return selection.batch(data, seconds), damaged
 
 
