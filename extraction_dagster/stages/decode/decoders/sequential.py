@@ -149,6 +149,7 @@ def _keep(
     pictures: dict[int, np.ndarray] = {}
     damaged = 0
     for number, frame in enumerate(_decode_all(video, _Tally())):
+        painter.watch(frame)
         if number not in place:
             continue
         pictures[place[number]] = painter.show(frame, num_frames=len(place))
