@@ -38,7 +38,6 @@ TO_ICTCP = {
     16: ((0.5, 0.5, 0), (6610 / 4096, -13613 / 4096, 7003 / 4096), (17933 / 4096, -17390 / 4096, -543 / 4096)),
     18: ((0.5, 0.5, 0), (3625 / 4096, -7465 / 4096, 3840 / 4096), (9500 / 4096, -9212 / 4096, -288 / 4096)),
 }  # fmt: skip
-Q = ("qp", "4")
 CODECS: dict[str, tuple[str, dict[str, str]]] = {
     "h264": ("libx264", {"qp": "4"}),
     "hevc": ("libx265", {"x265-params": "log-level=none:qp=4:pools=none:frame-threads=1"}),
@@ -57,18 +56,21 @@ class Drawn:
     Attributes:
         planes: The matrix of its planes, whatever is said about it; likewise `full`.
         said: Matrix, primaries, transfer and range that its encoder is told.
+        rewrite: A filter of packets that changes what the stream says, but not what the container does.
     """
 
     codec: str = "h264"
     name: str = "drawn.mp4"
-    size: tuple[int, int] = (320, 240)
+    size: tuple[int, int] = (192, 144)
     pix_fmt: str = "yuv420p"
     planes: int = 1
     full: bool = False
     hdr: int | None = None
     wide: bool = False
     said: tuple[int, int, int, int] = (2, 2, 2, 0)
-    frames: int = 6
+    frames: int = 4
+    first: int = 0
+    rewrite: str = ""
     options: dict[str, str] = field(default_factory=dict)
     container: dict[str, str] = field(default_factory=dict)
 
@@ -207,6 +209,7 @@ def drawn_frame(number: int, drawn: Drawn) -> Any:
 def render_drawn(path: Path, drawn: Drawn) -> Path:
     """Encode it, ten frames a second."""
     import av
+    from av.bitstream import BitStreamFilterContext
 
     codec, options = CODECS[drawn.codec]
     with av.open(str(path), "w", options=drawn.container) as container:
@@ -218,11 +221,16 @@ def render_drawn(path: Path, drawn: Drawn) -> Path:
         context.colorspace, context.color_primaries, context.color_trc, context.color_range = drawn.said
         container.start_encoding()
         take_ordinary_priority()
-        for number in range(drawn.frames):
-            frame = drawn_frame(number, drawn)
-            frame.pts, frame.time_base = number, Fraction(1, 10)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+        rewriter = BitStreamFilterContext(drawn.rewrite or "null", in_stream=stream)
+        for number in [*range(drawn.frames), None]:
+            frame = None
+            if number is not None:
+                frame = drawn_frame(number, drawn)
+                frame.pts, frame.time_base = number + drawn.first, Fraction(1, 10)
+            for packet in stream.encode(frame):
+                for rewritten in rewriter.filter(packet):
+                    rewritten.stream = stream
+                    container.mux(rewritten)
     return path
 
 
