@@ -76,7 +76,7 @@ _LMS_TO_2020 = {
 }
 _CONSTANT_LUMINANCE = frozenset({BT2020_CONSTANT, DERIVED_CONSTANT})
 _NUMERIC = frozenset({YCGCO, DERIVED, ICTCP, IPT_C2, YCGCO_EVEN, YCGCO_ODD}) | _CONSTANT_LUMINANCE
-_MATRICES = frozenset(_SWSCALE) | _NUMERIC
+MATRICES = frozenset(_SWSCALE) | _NUMERIC
 _TRANSFERS = frozenset(range(1, 19)) - {UNSAID, 3}
 _RANGES = {LIMITED: False, FULL: True}
 _NAMES: dict[str, dict[int, str]] = {
@@ -120,7 +120,7 @@ class Colours:
         own = Said(frame.colorspace, frame.color_primaries, frame.color_trc, frame.color_range)
         # Reserved codes say nothing either, nor does "these planes are R, G and B" about planes that are not.
         matrices, primaries, transfers, ranges = zip(own, opened, strict=True)
-        matrix = _first(matrices, _MATRICES)
+        matrix = _first(matrices, MATRICES)
         primary, transfer = _first(primaries, _PRIMARIES), _first(transfers, _TRANSFERS)
         said_range = _first(ranges, _RANGES)
         full_range = True if frame.format.name.startswith("yuvj") else _RANGES.get(said_range)

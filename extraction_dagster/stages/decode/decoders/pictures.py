@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from extraction_dagster.errors.decode import DolbyVisionError
-from extraction_dagster.stages.decode.decoders.colours import Colours, Said
+from extraction_dagster.stages.decode.decoders.colours import MATRICES, RGB, UNSAID, Colours, Said
 from extraction_dagster.stages.decode.decoders.container import sound_aspect
 from extraction_dagster.stages.decode.decoders.geometry import Geometry, in_one_size
 from extraction_dagster.stages.decode.decoders.library_log import described
@@ -32,6 +32,7 @@ _CROPPING = re.compile(r"^ +Frame Cropping: (\d+)/(\d+)/(\d+)/(\d+)$", re.MULTIL
 _DOLBY_VISION = re.compile(r"^ +DOVI configuration record: .*profile: (\d+),.*compatibility id: (\d+)", re.MULTILINE)
 # Their base layer means nothing without Dolby's metadata; of the others it is HDR10, HLG or SDR.
 _DOLBY_ALONE, _DOLBY_ALONE_IF_INCOMPATIBLE = 5, frozenset({10, 20})
+_NO_SURPRISE = MATRICES | {RGB, UNSAID}
 _BOTTOM_FIRST = frozenset({3, 4})  # of libavcodec's field orders: bottom shown first, coded first or not
 
 
@@ -73,6 +74,8 @@ class Pictures:
             FramesTooManyError: `num_frames` of its size don't fit the memory.
         """
         colours = Colours.of(frame, self._opened)
+        if colours.matrix != RGB and frame.colorspace not in _NO_SURPRISE:
+            self.notes[f"matrix {frame.colorspace} is not known"] = None
         self.notes[f"colours: {colours}" + (", shown as SDR" if colours.is_hdr and self._tone_map else "")] = None
         shown, size = self._shown_part(frame, colours)
         geometry = Geometry.of(frame, sample_aspect=self._aspect(), short_side_px=self._short_side_px, size=size)

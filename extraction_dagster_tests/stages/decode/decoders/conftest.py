@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -29,11 +30,7 @@ PATCHES = (
 WEIGHTS = {1: (0.2126, 0.0722), 4: (0.30, 0.11), 5: (0.299, 0.114), 6: (0.299, 0.114), 7: (0.212, 0.087)}
 WEIGHTS |= {9: (0.2627, 0.0593), 10: (0.2627, 0.0593), 12: (0.2126, 0.0722)}
 TO_2020 = ((0.6274, 0.3293, 0.0433), (0.0691, 0.9195, 0.0114), (0.0164, 0.0880, 0.8956))  # linear, from BT.709
-TO_LMS = (
-    (1688 / 4096, 2146 / 4096, 262 / 4096),
-    (683 / 4096, 2951 / 4096, 462 / 4096),
-    (99 / 4096, 309 / 4096, 3688 / 4096),
-)
+TO_LMS = np.array(((1688, 2146, 262), (683, 2951, 462), (99, 309, 3688))) / 4096
 TO_ICTCP = {
     16: ((0.5, 0.5, 0), (6610 / 4096, -13613 / 4096, 7003 / 4096), (17933 / 4096, -17390 / 4096, -543 / 4096)),
     18: ((0.5, 0.5, 0), (3625 / 4096, -7465 / 4096, 3840 / 4096), (9500 / 4096, -9212 / 4096, -288 / 4096)),
@@ -91,22 +88,15 @@ def chart(number: int, size: tuple[int, int]) -> np.ndarray:
 
 def patches_in(picture: np.ndarray) -> list[list[tuple[int, ...]]]:
     """The means of the middles of the twelve patches."""
-    height, width = picture.shape[:2]
-    rows = height * 3 / 4
-    return [
-        [
-            tuple(
-                picture[int((row + 0.3) * rows / 3) : int((row + 0.7) * rows / 3), int((column + 0.3) * width / 4) : int((column + 0.7) * width / 4)]
-                .reshape(-1, 3)
-                .mean(axis=0)
-                .round()
-                .astype(int)
-                .tolist()
-            )
-            for column in range(4)
-        ]
-        for row in range(3)
-    ]  # fmt: skip
+    height, width = picture.shape[0] * 3 / 4 / 3, picture.shape[1] / 4
+
+    def mean(row: int, column: int) -> tuple[int, ...]:
+        down, across = (
+            slice(int((at + 0.3) * size), int((at + 0.7) * size)) for at, size in ((row, height), (column, width))
+        )
+        return tuple(picture[down, across].reshape(-1, 3).mean(axis=0).round().astype(int).tolist())
+
+    return [[mean(row, column) for column in range(4)] for row in range(3)]
 
 
 def number_of(picture: np.ndarray) -> int:
@@ -154,7 +144,7 @@ def luma_and_differences(image: np.ndarray, drawn: Drawn) -> np.ndarray:
     """Luma, 0 to 1, and two differences, -0.5 to 0.5, by the formulas of H.273 and BT.2100."""
     curve = {16: pq, 18: hlg}.get(drawn.hdr or 0)
     if drawn.planes == 14:
-        lms = light_in_2020(image, drawn.hdr or 16) @ np.array(TO_LMS).T
+        lms = light_in_2020(image, drawn.hdr or 16) @ TO_LMS.T
         return curve(lms) @ np.array(TO_ICTCP[drawn.hdr or 16]).T
     if curve is not None:
         image = curve(light_in_2020(image, drawn.hdr or 16))
@@ -171,10 +161,9 @@ def luma_and_differences(image: np.ndarray, drawn: Drawn) -> np.ndarray:
     if drawn.planes == 10:
         luma = oetf(oetf_light(image) @ weights)
         first, second = blue - luma, red - luma
-        return np.stack(
-            [luma, first / np.where(first <= 0, 2 * 0.9702, 2 * 0.7910), second / np.where(second <= 0, 2 * 0.8591, 2 * 0.4969)],
-            -1,
-        )  # fmt: skip
+        blue_scale = np.where(first <= 0, 2 * 0.9702, 2 * 0.7910)
+        red_scale = np.where(second <= 0, 2 * 0.8591, 2 * 0.4969)
+        return np.stack([luma, first / blue_scale, second / red_scale], -1)
     luma = image @ weights
     return np.stack([luma, (blue - luma) / (2 * (1 - weight_blue)), (red - luma) / (2 * (1 - weight_red))], -1)
 
@@ -189,9 +178,7 @@ def drawn_frame(number: int, drawn: Drawn) -> Any:
     top, step = (1 << bits) - 1, 1 << (bits - 8)
     for place in range(3):
         plane = planes[..., place]
-        if drawn.planes == 0:
-            coded = plane * top if drawn.full else (plane * 219 + 16) * step
-        elif place == 0:
+        if drawn.planes == 0 or place == 0:
             coded = plane * top if drawn.full else (plane * 219 + 16) * step
         else:
             coded = plane * top + (1 << (bits - 1)) if drawn.full else (plane * 224 + 128) * step
@@ -277,3 +264,129 @@ def patches() -> Callable[[np.ndarray], list[list[tuple[int, ...]]]]:
 def drawn_number() -> Callable[[np.ndarray], int]:
     """Reads the number under the patches."""
     return number_of
+
+
+def encode(  # noqa: PLR0913 - fixtures
+    path, images, *, codec="libx264", pix_fmt="yuv420p", rate=10, first=0, options=None, of_context=None, source="rgb24"
+):
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, options={"qp": "10"} if options is None else options)
+        stream.height, stream.width = images[0].shape[:2]
+        stream.pix_fmt = pix_fmt
+        stream.codec_context.thread_count = 1
+        for name, value in (of_context or {}).items():
+            setattr(stream.codec_context, name, value)
+        for number, image in enumerate(images):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format=source)
+            frame.pts, frame.time_base = number + first, Fraction(1, rate)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def insert_box(path, entry, box):
+    """Put a box at the end of an mp4's sample entry, and lengthen every box around it; the index comes last."""
+    data = bytearray(path.read_bytes())
+    start, end = 0, len(data)
+    boxes = ((b"moov", 8), (b"trak", 8), (b"mdia", 8), (b"minf", 8), (b"stbl", 8), (b"stsd", 16), (entry, 86))
+    for name, head in boxes:
+        at = start
+        while data[at + 4 : at + 8] != name:
+            at += struct.unpack_from(">I", data, at)[0]
+        size = struct.unpack_from(">I", data, at)[0]
+        struct.pack_into(">I", data, at, size + len(box))
+        start, end = at + head, at + size
+    data[end:end] = box
+    path.write_bytes(data)
+    return path
+
+
+def clean_aperture(width, height, right, down):
+    """A clap box: width and height, and how far its middle lies off the picture's, each as a fraction."""
+    return struct.pack(">I4s8i", 40, b"clap", width, 1, height, 1, right, 2, down, 2)
+
+
+def fields(count):
+    """Pictures of single moments, a bright bar moving by 12 pixels from each to the next."""
+    images = []
+    for number in range(count):
+        image = np.full((288, 360, 3), 40, np.uint8)
+        image[60:230, 12 * number : 12 * number + 24] = 230
+        images.append(image)
+    return images
+
+
+def woven(first, second, *, top_first):
+    frame = first.copy()
+    frame[1 if top_first else 0 :: 2] = second[1 if top_first else 0 :: 2]
+    return frame
+
+
+def half_transparent():
+    """Opaque, half transparent, and white under full transparency."""
+    image = np.zeros((64, 96, 4), np.uint8)
+    image[:, :32] = (200, 100, 50, 255)
+    image[:, 32:64] = (200, 100, 50, 128)
+    image[:, 64:] = (255, 255, 255, 0)
+    return image
+
+
+@pytest.fixture(scope="session")
+def encoded() -> Callable[..., Path]:
+    """Encodes pictures as they are: `encoded(path, images, codec=…)`."""
+    return encode
+
+
+@pytest.fixture(scope="session")
+def box_inserted() -> Callable[[Path, bytes, bytes], Path]:
+    """Puts a box at the end of an mp4's sample entry."""
+    return insert_box
+
+
+@pytest.fixture(scope="session")
+def aperture() -> Callable[[int, int, int, int], bytes]:
+    """Makes a clap box."""
+    return clean_aperture
+
+
+@pytest.fixture(scope="session")
+def moments() -> list[np.ndarray]:
+    """Pictures of single moments, two a frame of interlaced video."""
+    return fields(24)
+
+
+@pytest.fixture(scope="session")
+def weave() -> Callable[..., np.ndarray]:
+    """Makes a frame of two moments."""
+    return woven
+
+
+@pytest.fixture
+def clean_aperture_clip(tmp_path) -> Path:
+    """Of 320x240 the middle 240x160 is to be shown."""
+    path = encode(tmp_path / "clap.mp4", [np.full((240, 320, 3), 90, np.uint8)] * 3)
+    return insert_box(path, b"avc1", clean_aperture(240, 160, 0, 0))
+
+
+@pytest.fixture
+def interlaced_clip(tmp_path) -> Path:
+    """A bar that moves by 12 pixels from field to field."""
+    single = fields(24)
+    images = [woven(first, second, top_first=True) for first, second in zip(single[::2], single[1::2], strict=True)]
+    return encode(tmp_path / "interlaced.mp4", images, rate=25, options={"qp": "4", "x264-params": "tff=1"})
+
+
+@pytest.fixture
+def transparent_image() -> np.ndarray:
+    """Opaque, half transparent, and white under full transparency; RGBA."""
+    return half_transparent()
+
+
+@pytest.fixture
+def transparent_clip(tmp_path) -> Path:
+    """Three such pictures."""
+    return encode(
+        tmp_path / "alpha.mov", [half_transparent()] * 3, codec="qtrle", pix_fmt="argb", options={}, source="rgba"
+    )

@@ -38,10 +38,11 @@ MATRICES = {
 TRANSFERS = (1, 4, 5, 6, 7, 13, 14, 15)
 NEVER_FULL = {"mpeg2", "prores"}
 HDR = {"h264": "yuv420p10le", "hevc": "yuv420p10le", "av1": "yuv420p10le", "prores": "yuv422p10le"}
+SILENT_HEVC = "log-level=none:qp=4:pools=none:frame-threads=1:colormatrix=unknown:colorprim=unknown:transfer=unknown"
 UNSAID_BY_THE_STREAM = {
-    "hevc": {"x265-params": "log-level=none:qp=4:pools=none:frame-threads=1:colormatrix=unknown:colorprim=unknown:transfer=unknown"},
+    "hevc": {"x265-params": SILENT_HEVC},
     "h264": {"x264-params": "colormatrix=undef:colorprim=undef:transfer=undef"},
-}  # fmt: skip
+}
 REWRITTEN = {
     "av1": "av1_metadata=color_primaries=2:transfer_characteristics=2:matrix_coefficients=2",
     "vp9": "vp9_metadata=color_space=unknown",
@@ -95,8 +96,8 @@ def look_at_hdr(way, draw, decode, patches, drawn_number):
     )
     video = decode(path)
     assert [drawn_number(picture) for picture in video.frames.data] == [0, 1, 2, 3]
-    red, green, blue, yellow, cyan, magenta, white, black, grey, skin, leaf, sea = sum(
-        patches(video.frames.data[1]), []
+    red, green, blue, yellow, cyan, magenta, white, black, grey, skin, leaf, sea = itertools.chain(
+        *patches(video.frames.data[1])
     )
     assert white == pytest.approx((249, 249, 249), abs=2)
     assert (black, grey) == (pytest.approx((0, 0, 0), abs=3), pytest.approx((128, 128, 128), abs=3))
@@ -179,7 +180,7 @@ def test_what_the_container_alone_says_counts(codec, container, draw, decode, fa
         ("prores", "mkv", "yuv422p10le"),
     ],
 )
-def test_what_the_container_alone_says_counts_where_the_stream_was_rewritten(
+def test_what_the_container_alone_says_counts_where_the_stream_was_rewritten(  # noqa: PLR0913, PLR0917 - fixtures
     codec, container, pixels, draw, decode, farthest
 ):
     import av
