@@ -22,9 +22,9 @@ from extraction_dagster.stages.decode.decoders.container import (
     open_video,
     raise_out_of_memory,
 )
-from extraction_dagster.stages.decode.decoders.decoder import DecodedVideo, DecodeLimits, shortfall
+from extraction_dagster.stages.decode.decoders.decoder import DecodedVideo, DecodeLimits
 from extraction_dagster.stages.decode.decoders.geometry import Geometry
-from extraction_dagster.stages.decode.decoders.packets import PacketIndex, Run, fed_packets, read_packets
+from extraction_dagster.stages.decode.decoders.packets import PacketIndex, Run, fed_packets, missing, read_packets
 from extraction_dagster.stages.decode.decoders.sequential import decode_sequentially
 from extraction_dagster.stages.decode.sampling import Sampling, select_frames
 
@@ -65,7 +65,8 @@ def _decode_planned(
     with open_video(file, limits, probe=probe) as video:
         index = read_packets(video, limits)
         if len(index) == 0:
-            raise VideoDecodeError(str(file.path), listed_frames=video.stream.frames, why=index.stopped or "no packet")
+            why = file.saying_what(index.stopped or "no packet")
+            raise VideoDecodeError(str(file.path), listed_frames=video.stream.frames, why=why)
         if index.irregular is not None:
             raise UnplannedError(index.irregular)
         if sampling.needs_keyframes and not index.clean:
@@ -78,9 +79,10 @@ def _decode_planned(
         targets = display[selection.frame_number]
         pictures = _decode_targets(video, index, targets, short_side_px, limits)
         partial = _missing(
-            video, index, covered_seconds=float(_seconds(ticks[-1:] - ticks[0] + index.last_duration, video)[0])
+            video, index, limits, covered_seconds=float(_seconds(ticks[-1:] - ticks[0] + index.last_duration, video)[0])
         )
-    return DecodedVideo(selection.batch(np.stack(pictures), seconds), video.claimed_seconds, partial)
+        frames = selection.batch(np.stack(pictures), seconds, start_seconds=video.late_seconds(int(ticks[0])))
+    return DecodedVideo(frames, video.claimed_seconds, partial)
 
 
 def _seconds(ticks: np.ndarray, video: OpenVideo) -> np.ndarray:
@@ -197,9 +199,11 @@ def _checked(frames: Sequence[VideoFrame], check: _Check | None) -> Sequence[Vid
     return frames
 
 
-def _missing(video: OpenVideo, index: PacketIndex, *, covered_seconds: float) -> str | None:
+def _missing(
+    video: OpenVideo, index: PacketIndex, limits: DecodeLimits, *, covered_seconds: float
+) -> str | None:
     """Why the video is incomplete; None when every packet was read that the container's index lists."""
     if 0 < video.stream.frames <= len(index):
         return None
-    short = shortfall(covered_seconds=covered_seconds, claimed_seconds=video.claimed_seconds)
+    short = missing(video, limits, covered_seconds=covered_seconds)
     return f"{short}; reading stopped: {index.stopped}" if short and index.stopped else short
