@@ -69,9 +69,7 @@ def _jump(known: Sequence[int] | np.ndarray, jump_ticks: float) -> float:
     return max(jump_ticks, _LONG_GAPS * float(np.median(steps))) if len(steps) > 1 else jump_ticks
 
 
-def _walk(
-    times: Sequence[int | None], latest: float, gap_ticks: float, jump_ticks: float
-) -> tuple[list[float], bool]:
+def _walk(times: Sequence[int | None], latest: float, gap_ticks: float, jump_ticks: float) -> tuple[list[float], bool]:
     """Each frame's tick on the clock of the first, and whether the second frame goes on with that clock."""
     shown: list[float] = []
     offset, first_stands = 0.0, True

@@ -9,7 +9,6 @@ make the library read other files or open sockets. What a file is beside a conta
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import stat
 from contextlib import contextmanager
@@ -71,15 +70,16 @@ class VideoFile:
     """
 
     def __init__(self, path: Path, descriptor: int) -> None:
-        self.path, self._descriptor, self._start = path, descriptor, 0
-        motion_part = kinds.motion_part(self.reading())
-        if motion_part is not None:
-            self._start = motion_part
+        self.path, self._descriptor = path, descriptor
+        self._start, self._end = 0, os.fstat(descriptor).st_size
+        self._start = kinds.motion_part(self.reading()) or 0
         self.kind = kinds.kind_of(self.reading())
+        if self.kind is not None and self.kind.num_bytes is not None:
+            self._end = self.kind.num_bytes
 
     def reading(self) -> Reading:
         """A reading from the beginning, independent of the others; of a motion photo, its video."""
-        return Reading(self._descriptor, f"file:{self.path}", start=self._start)
+        return Reading(self._descriptor, f"file:{self.path}", start=self._start, end=self._end)
 
     def saying_what(self, why: str) -> str:
         """Why it gives no picture, with what it is, where that is known."""
@@ -99,20 +99,19 @@ class Reading:
         name: The file's name; its ending helps to tell containers apart.
     """
 
-    def __init__(self, descriptor: int, name: str, *, start: int = 0) -> None:
+    def __init__(self, descriptor: int, name: str, *, start: int, end: int) -> None:
         self.name = name
-        self._descriptor, self._start, self._at = descriptor, start, 0
+        self._descriptor, self._start, self._size, self._at = descriptor, start, end - start, 0
 
     def read(self, size: int) -> bytes:
         """The next bytes, `size` at most; none at the end."""
-        found = os.pread(self._descriptor, size, self._start + self._at)
+        found = os.pread(self._descriptor, max(0, min(size, self._size - self._at)), self._start + self._at)
         self._at += len(found)
         return found
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Go to a place, and say where that is."""
-        size = os.fstat(self._descriptor).st_size - self._start
-        bases = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: size}
+        bases = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}
         self._at = max(0, bases[whence] + offset)
         return self._at
 
@@ -167,20 +166,41 @@ class OpenVideo:
         file: The file.
         container: The open container.
         stream: The chosen stream; its codec context is set to one thread.
-        claimed_seconds: The duration that the container claims for the stream; None when it claims nothing.
-        claim_is_shared: It is claimed for all streams together: sound may be what lasts so long.
+        first_sound_seconds: When sound begins, where the streams' own word for it is a guess; None where it is none.
     """
 
     file: VideoFile
     container: InputContainer
     stream: VideoStream
-    claimed_seconds: float | None
-    claim_is_shared: bool = False
+    first_sound_seconds: Fraction | None = None
 
     @property
     def path(self) -> Path:
         """The file's name."""
         return self.file.path
+
+    @property
+    def claim_is_shared(self) -> bool:
+        """Whether the container claims a duration for all streams together: sound may be what lasts so long."""
+        return _own_seconds(self.stream) is None
+
+    def claimed_seconds(self, first_tick: float | None = None) -> float | None:
+        """How long the container claims that the pictures last; None when it claims nothing.
+
+        Args:
+            first_tick: Where the first picture stands on the stream's clock; without it, where the stream says so.
+        """
+        if self.file.kind is not None and self.file.kind.is_photo:
+            return None
+        own = _own_seconds(self.stream)
+        claimed = (self.container.duration or 0) / _MICROSECONDS if own is None else own
+        first = (self.stream.start_time or 0) if first_tick is None else first_tick
+        start = max(0.0, float(Fraction(first) * (self.stream.time_base or 0)))
+        if "matroska" in self.container.format.name:  # counts from zero, not from the start
+            claimed -= start
+        elif "mp4" in self.container.format.name and self.stream.frames == 0 and start > _REORDERING_SECONDS:
+            claimed -= start  # of fragments, it is where the last one ends
+        return claimed if claimed > 0 else None
 
     @property
     def guesses_times(self) -> bool:
@@ -200,8 +220,11 @@ class OpenVideo:
         own = Fraction(tick) * (self.stream.time_base or 0)
         if self.guesses_times:
             own = Fraction(self.stream.start_time or 0) * (self.stream.time_base or 0)
-        heard = [s.start_time * s.time_base for s in self.container.streams if _is_played(s)]
-        late = float(own - min([own, *heard]))
+        others = (stream for stream in self.container.streams if stream.index != self.stream.index)
+        starts = [stream.start_time * stream.time_base for stream in others if _is_played(stream)]
+        if self.first_sound_seconds is not None:
+            starts.append(self.first_sound_seconds)
+        late = float(own - min([own, *starts]))
         return late if late <= max(JUMP_SECONDS, self.sound_seconds) else 0.0  # else one of the clocks is wrong
 
     @property
@@ -244,7 +267,9 @@ def open_video(file: VideoFile, limits: DecodeLimits, *, probe: bool = True) -> 
         context = stream.codec_context
         context.thread_count = 1
         context.options = {"max_pixels": str(limits.max_pixels)}
-        yield OpenVideo(file, container, stream, *_claimed_seconds(container, stream, file))
+        # Only packets tell when a fragment's sound begins, and none was looked at.
+        guessed = not probe and stream.frames == 0 and len(container.streams.audio) > 0
+        yield OpenVideo(file, container, stream, _first_sound_seconds(file, limits) if guessed else None)
 
 
 def _open_container(file: VideoFile, limits: DecodeLimits, *, probe: bool) -> InputContainer:
@@ -269,6 +294,18 @@ def _open_container(file: VideoFile, limits: DecodeLimits, *, probe: bool) -> In
         raise ProbeNeededError from error
 
 
+def _first_sound_seconds(file: VideoFile, limits: DecodeLimits) -> Fraction | None:
+    import av
+
+    with _open_container(file, limits, probe=False) as again:
+        try:
+            packet = next(again.demux(*again.streams.audio), None)
+        except av.error.FFmpegError as error:
+            raise_out_of_memory(error)
+            return None
+        return None if packet is None or packet.pts is None else packet.pts * packet.time_base
+
+
 def _refusal(file: VideoFile, error: OSError) -> ExtractionError:
     """The error of a file that does not open: by what it is, where that can be told."""
     if file.kind is not None:
@@ -285,10 +322,8 @@ def packets_of(video: OpenVideo) -> Iterator[Packet[VideoStream]]:
     Raises:
         av.error.FFmpegError: The file can't be read on.
     """
-    packets = (packet for packet in video.container.demux(video.stream) if packet.size)
-    kind = video.file.kind
     try:
-        yield from itertools.islice(packets, 1 if kind is not None and kind.is_photo else None)
+        yield from (packet for packet in video.container.demux(video.stream) if packet.size)
     except IndexError:  # PyAV 18, at the end, where a stream turned up in mid-file: nothing is left to read
         return
 
@@ -363,22 +398,6 @@ def _is_played(stream: Stream) -> bool:
 
     known = stream.start_time is not None and stream.time_base is not None
     return known and stream.type in {"audio", "video"} and not stream.disposition & Disposition.attached_pic
-
-
-def _claimed_seconds(
-    container: InputContainer, stream: VideoStream, file: VideoFile
-) -> tuple[float | None, bool]:
-    """The stream's own duration, else the container's, and whether it is the container's, which sound may stretch."""
-    if file.kind is not None and file.kind.is_photo:
-        return None, False
-    own = _own_seconds(stream)
-    claimed = (container.duration or 0) / _MICROSECONDS if own is None else own
-    start = max(0.0, float(stream.start_time * stream.time_base)) if stream.start_time and stream.time_base else 0.0
-    if "matroska" in container.format.name:  # counts from zero, not from the start
-        claimed -= start
-    elif "mp4" in container.format.name and stream.frames == 0 and start > _REORDERING_SECONDS:
-        claimed -= start  # of fragments, it is where the last one ends
-    return (claimed if claimed > 0 else None), own is None
 
 
 def _own_seconds(stream: Stream) -> float | None:

@@ -41,7 +41,7 @@ def _decode(
     limits: DecodeLimits,
 ) -> DecodedVideo:
     with open_video(file, limits) as opened:
-        claimed, late = opened.claimed_seconds, opened.late_seconds(opened.stream.start_time or 0)
+        claimed, late = opened.claimed_seconds(), opened.late_seconds(opened.stream.start_time or 0)
         width, height = _shown_size(opened, short_side_px)
     try:
         reader = decord.VideoReader(

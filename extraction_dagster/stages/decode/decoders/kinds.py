@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -39,21 +39,26 @@ class Kind:
         format: The library's name for a format that must be named to it; None for those that it finds out.
         is_photo: Its first picture is all that it shows.
         is_foreign: No picture can ever be in it.
+        is_cut: Its end is missing.
+        num_bytes: What belongs to it; None for all of the file.
     """
 
     words: str
     format: str | None = None
     is_photo: bool = False
     is_foreign: bool = False
+    is_cut: bool = False
+    num_bytes: int | None = None
 
 
+_PNG = b"\x89PNG\r\n\x1a\n"
 JPEG = Kind("a JPEG", "jpeg_pipe", is_photo=True)
 MOTION_JPEG = Kind("a motion JPEG stream", "jpeg_pipe")
 ANIMATED_WEBP = Kind("an animated WebP")
 # Each beginning, and where it stands.
 _MAGIC: tuple[tuple[int, bytes, Kind], ...] = (
     (0, b"\xff\xd8\xff", JPEG),
-    (0, b"\x89PNG\r\n\x1a\n", Kind("a PNG", "png_pipe", is_photo=True)),
+    (0, _PNG, Kind("a PNG", "png_pipe", is_photo=True)),
     (8, b"WEBP", Kind("a WebP", "webp_pipe", is_photo=True)),
     (0, b"YUV4MPEG2 ", Kind("a y4m stream", "yuv4mpegpipe")),
     (0, b"DKIF", Kind("an IVF stream", "ivf")),
@@ -83,12 +88,16 @@ _MAGIC: tuple[tuple[int, bytes, Kind], ...] = (
     (0, b".RMF", Kind("a RealMedia file", is_foreign=True)),
     (0, b"SQLite format 3", Kind("an SQLite database", is_foreign=True)),
 )
+_PROLOGUE = rb"(<\?xml.{0,200}?\?>\s*)?(<!--.{0,1000}?-->\s*)?"
 # Texts, by how they begin once white space and a byte order mark are gone.
 _TEXTS: tuple[tuple[re.Pattern[bytes], Kind], ...] = tuple(
     (re.compile(pattern, re.IGNORECASE | re.DOTALL), kind)
     for pattern, kind in (
         (rb"#EXTM3U", Kind("a playlist (HLS)", is_foreign=True)),
-        (rb"(<\?xml.{0,200}?\?>\s*)?(<!--.{0,1000}?-->\s*)?<MPD\b", Kind("a playlist (DASH manifest)", is_foreign=True)),
+        (
+            rb"(<\?xml.{0,200}?\?>\s*)?(<!--.{0,1000}?-->\s*)?<MPD\b",
+            Kind("a playlist (DASH manifest)", is_foreign=True),
+        ),
         (rb"(<\?xml.{0,200}?\?>\s*)?(<!--.{0,1000}?-->\s*)?<svg\b", Kind("an SVG drawing", is_foreign=True)),
         (rb"(<\?xml.{0,200}?\?>\s*)?(<!--.{0,1000}?-->\s*)?(<!doctype html|<html|<head|<body)", Kind("a web page")),
         (rb"<\?xml|<Error>", Kind("an XML document")),
@@ -125,7 +134,7 @@ def kind_of(reading: Reading) -> Kind | None:
         return _jpeg(reading)
     for at, magic, kind in _MAGIC:
         if head[at : at + len(magic)] == magic:
-            return _animated(head, kind)
+            return _looked_into(reading, head, kind)
     return _raw_stream(head) or _text(head)
 
 
@@ -135,11 +144,17 @@ def shown(head: bytes) -> str:
     return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
 
 
-def _animated(head: bytes, kind: Kind) -> Kind:
-    if kind.format == "png_pipe" and b"acTL" in head[: head.find(b"IDAT") if b"IDAT" in head else None]:
-        return Kind("an animated PNG", "apng")
-    if kind.format == "webp_pipe" and head[12:16] == b"VP8X" and head[20] & 0x02:
-        return ANIMATED_WEBP
+def _looked_into(reading: Reading, head: bytes, kind: Kind) -> Kind:
+    """Whether a picture moves, and whether its end is there."""
+    size = reading.seek(0, 2)
+    if kind.format == "png_pipe":
+        if b"acTL" in head[: head.find(b"IDAT") if b"IDAT" in head else None]:
+            return Kind("an animated PNG", "apng")
+        return replace(kind, is_cut=find(reading, b"IEND", len(_PNG)) is None)
+    if kind.format == "webp_pipe":
+        if head[12:16] == b"VP8X" and head[20] & 0x02:
+            return ANIMATED_WEBP
+        return replace(kind, is_cut=size < _BOX_BYTES + int.from_bytes(head[4:8], "little"))
     return kind
 
 
@@ -170,10 +185,11 @@ def _text(head: bytes) -> Kind | None:
 def _jpeg(reading: Reading) -> Kind:
     """A photo; a stream of them where another begins at once, which no photo's own second picture announces."""
     end, announces_more = jpeg_end(reading)
-    if end is None or announces_more:
-        return JPEG
-    reading.seek(end)
-    return MOTION_JPEG if reading.read(3) == b"\xff\xd8\xff" else JPEG
+    if end is not None and not announces_more:
+        reading.seek(end)
+        if reading.read(3) == b"\xff\xd8\xff":
+            return MOTION_JPEG
+    return replace(JPEG, is_cut=end is None, num_bytes=end)
 
 
 def jpeg_end(reading: Reading) -> tuple[int | None, bool]:

@@ -164,12 +164,17 @@ def sound_lasts(video: OpenVideo, limits: DecodeLimits) -> float:
     return float(end - min(start or 0, 0)) if end is not None else 0.0
 
 
-def missing(video: OpenVideo, limits: DecodeLimits, *, covered_seconds: float) -> str | None:
+def missing(
+    video: OpenVideo, limits: DecodeLimits, *, covered_seconds: float, claimed_seconds: float | None
+) -> str | None:
     """How much of the claimed duration has no pictures; None where nothing is missing, or sound alone goes on."""
-    short = shortfall(covered_seconds=covered_seconds, claimed_seconds=video.claimed_seconds)
+    kind = video.file.kind
+    if kind is not None and kind.is_cut:
+        return f"{kind.words} whose end is missing"
+    short = shortfall(covered_seconds=covered_seconds, claimed_seconds=claimed_seconds)
     if short is None or not video.claim_is_shared:
         return short
-    return shortfall(covered_seconds=sound_lasts(video, limits), claimed_seconds=video.claimed_seconds) and short
+    return shortfall(covered_seconds=sound_lasts(video, limits), claimed_seconds=claimed_seconds) and short
 
 
 def fed_packets(video: OpenVideo, index: PacketIndex, limits: DecodeLimits) -> Iterator[Packet[VideoStream]]:
@@ -252,7 +257,7 @@ class _Builder:
             return "the clock jumps"
         if len(pts) and np.ptp(pts - np.array(self._dts, np.int64)) > self._late_ticks:
             return "a pts far from its packet's turn"
-        if self._codec in _REORDERED and self._video.guesses_times and self._pts != self._dts:
+        if self._codec in _REORDERED and self._video.guesses_times and self._video.stream.codec_context.has_b_frames:
             return "a container without times of presentation"
         return None
 

@@ -78,11 +78,11 @@ def _decode_planned(
         selection = select_frames(seconds, sampling, index.keyframe[display])
         targets = display[selection.frame_number]
         pictures = _decode_targets(video, index, targets, short_side_px, limits)
-        partial = _missing(
-            video, index, limits, covered_seconds=float(_seconds(ticks[-1:] - ticks[0] + index.last_duration, video)[0])
-        )
+        claimed = video.claimed_seconds(int(ticks[0]))
+        covered = float(_seconds(ticks[-1:] - ticks[0] + index.last_duration, video)[0])
+        partial = _missing(video, index, limits, covered_seconds=covered, claimed_seconds=claimed)
         frames = selection.batch(np.stack(pictures), seconds, start_seconds=video.late_seconds(int(ticks[0])))
-    return DecodedVideo(frames, video.claimed_seconds, partial)
+    return DecodedVideo(frames, claimed, partial)
 
 
 def _seconds(ticks: np.ndarray, video: OpenVideo) -> np.ndarray:
@@ -141,7 +141,7 @@ def _decode_runs(
     skips = targets is not None and context.name in _SKIPS_NONREF
     packets = enumerate(fed_packets(video, index, limits))
     for run in runs:
-        check = _Check(index, run) if targets is not None else None
+        check = _Check(index, run, guessed=video.guesses_times) if targets is not None else None
         try:
             for number, packet in packets:
                 if number >= run.first:
@@ -161,7 +161,9 @@ def _decode_runs(
 class _Check:
     """Whether a run's frames come out as its packets promised."""
 
-    def __init__(self, index: PacketIndex, run: Run) -> None:
+    def __init__(self, index: PacketIndex, run: Run, *, guessed: bool) -> None:
+        self._guessed = guessed
+        self._latest: int | None = None
         fed = slice(run.first, run.last + 1)
         self._promised = set(index.pts[fed][index.shown[fed]].tolist())
         self._first = int(index.pts[run.first])
@@ -179,6 +181,9 @@ class _Check:
             raise UnplannedError(f"a damaged frame at {frame.pts}")
         if self._clean and frame.pts == self._first and not frame.key_frame:
             raise UnplannedError(f"the frame at {frame.pts} is no keyframe, against what the container says")
+        if self._guessed and self._latest is not None and frame.pts < self._latest:
+            raise UnplannedError(f"a frame at {frame.pts} after one at {self._latest}, by made-up times")
+        self._latest = frame.pts
         if not self._clean:
             self._promised.remove(frame.pts)
 
@@ -200,10 +205,10 @@ def _checked(frames: Sequence[VideoFrame], check: _Check | None) -> Sequence[Vid
 
 
 def _missing(
-    video: OpenVideo, index: PacketIndex, limits: DecodeLimits, *, covered_seconds: float
+    video: OpenVideo, index: PacketIndex, limits: DecodeLimits, *, covered_seconds: float, claimed_seconds: float | None
 ) -> str | None:
     """Why the video is incomplete; None when every packet was read that the container's index lists."""
     if 0 < video.stream.frames <= len(index):
         return None
-    short = missing(video, limits, covered_seconds=covered_seconds)
+    short = missing(video, limits, covered_seconds=covered_seconds, claimed_seconds=claimed_seconds)
     return f"{short}; reading stopped: {index.stopped}" if short and index.stopped else short

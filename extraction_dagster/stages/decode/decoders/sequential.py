@@ -68,10 +68,13 @@ def decode_sequentially(file: VideoFile, sampling: Sampling, short_side_px: int,
         seconds = ticks * base.numerator / base.denominator
         if seconds[-1] > limits.max_duration_seconds:
             raise VideoTooLongError(str(path), seconds=float(seconds[-1]), max_seconds=limits.max_duration_seconds)
-        late, claimed = video.late_seconds(first), video.claimed_seconds
+        late, claimed = video.late_seconds(first), video.claimed_seconds(first)
         # Where a jump was closed, the container's claim is as wrong as its stamps.
-        is_complete = (tally.errors == 0 and 0 < video.stream.frames <= tally.packets) or _span(times) - ticks[-1] > jump
-        short = None if is_complete else missing(video, limits, covered_seconds=float((ticks[-1] + gap) * base))
+        is_complete = (tally.errors == 0 and 0 < video.stream.frames <= tally.packets) or _span(times) - ticks[
+            -1
+        ] > jump
+        covered = float((ticks[-1] + gap) * base)
+        short = None if is_complete else missing(video, limits, covered_seconds=covered, claimed_seconds=claimed)
     selection = select_frames(seconds, sampling, keyframe)
     with open_video(file, limits) as video:
         pictures, damaged = _keep(video, selection, short_side_px=short_side_px, limits=limits)
@@ -81,9 +84,10 @@ def decode_sequentially(file: VideoFile, sampling: Sampling, short_side_px: int,
 
 def _gap(video: OpenVideo, tally: _Tally, base: Fraction) -> int:
     """How long a frame is shown where the stream does not say, in ticks."""
-    if tally.durations:
+    rate = video.stream.average_rate
+    if tally.durations and (video.guesses_times or not rate):  # then that rate is a guess as well
         return max(1, round(float(np.median(tally.durations))))
-    return max(1, round(1 / ((video.stream.average_rate or _DEFAULT_RATE) * base)))
+    return max(1, round(1 / ((rate or _DEFAULT_RATE) * base)))
 
 
 def _span(times: list[int | None]) -> int:
