@@ -194,9 +194,13 @@ def test_a_script_named_as_a_video_never_reads_another_file(decoder, script, cli
 
 
 def test_a_recognised_format_off_the_list_is_refused_for_good(decoder, tmp_path):
-    (tmp_path / "words.mp4").write_text("1\n00:00:01,000 --> 00:00:02,000\nHello\n\n2\n00:00:03,000 --> 00:00:04,000\nYou\n")
+    (tmp_path / "words.mp4").write_text(
+        "1\n00:00:01,000 --> 00:00:02,000\nHello\n\n2\n00:00:03,000 --> 00:00:04,000\nYou\n"
+    )
     (tmp_path / "film.mp4").write_bytes(b".RMF\0\0\0\x12\0\0" + bytes(100))
-    with pytest.raises(VideoFormatError, match=r"film\.mp4' is refused: it is a RealMedia file. Its content is not") as raised:
+    with pytest.raises(
+        VideoFormatError, match=r"film\.mp4' is refused: it is a RealMedia file. Its content is not"
+    ) as raised:
         decoder(tmp_path / "film.mp4", sampling=Sampling(), short_side_px=224, limits=DecodeLimits())
     assert raised.value.permanent
 
