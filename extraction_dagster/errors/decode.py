@@ -37,6 +37,15 @@ class VideoEncryptedError(PermanentError):
             decrypted file.""")
 
 
+class DolbyVisionError(PermanentError):
+    """A video is Dolby Vision without a layer that other decoders can show."""
+
+    def __init__(self, video: str, profile: int) -> None:
+        super().__init__(f"""Video {video!r} is Dolby Vision profile {profile} without a compatible base layer: its
+            colours can't be read by anything but Dolby's own decoders, expected HDR10, HLG, SDR or a profile with one
+            of them as its base (7, 8.1, 8.4). {SKIPPED} Convert it to one of these.""")
+
+
 class VideoTooLargeError(PermanentError):
     """A video's pictures have more pixels than allowed."""
 

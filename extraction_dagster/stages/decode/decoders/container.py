@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -55,6 +57,7 @@ _LEAST_SIDE_PX = 32  # of a track that somebody is meant to see
 _STILLS = frozenset({"mjpeg", "png", "webp", "bmp", "tiff", "gif"})  # codecs of pictures
 _LONGEST_NUMBER = 18  # digits of a number that a tag may state
 _REORDERING_SECONDS = 0.5  # by which the first picture of a fragmented MP4 may follow what is decoded first
+_STREAM = re.compile(r"^ *Stream #\d+:(\d+)", re.MULTILINE)
 
 
 class ProbeNeededError(Exception):
@@ -80,6 +83,11 @@ class VideoFile:
     def reading(self) -> Reading:
         """A reading from the beginning, independent of the others; of a motion photo, its video."""
         return Reading(self._descriptor, f"file:{self.path}", start=self._start, end=self._end)
+
+    @property
+    def is_motion_photo(self) -> bool:
+        """Whether it is a photo, of which the video behind it is read."""
+        return self._start > 0
 
     def saying_what(self, why: str) -> str:
         """Why it gives no picture, with what it is, where that is known."""
@@ -227,12 +235,34 @@ class OpenVideo:
         late = float(own - min([own, *starts]))
         return late if late <= max(JUMP_SECONDS, self.sound_seconds) else 0.0  # else one of the clocks is wrong
 
+    def notes(self, late_seconds: float, *, mended: int = 0) -> tuple[str, ...]:
+        """What it is and how its clock was understood, in words.
+
+        Args:
+            late_seconds: As `late_seconds` gives it.
+            mended: Frames whose stamps were missing or wrong.
+        """
+        context, kind = self.stream.codec_context, self.file.kind
+        what = kind.words if kind is not None else self.container.format.name.partition(",")[0]
+        what = f"the video of a motion photo ({what})" if self.file.is_motion_photo else what
+        found = [f"{what}: {context.codec.canonical_name}, {context.width}x{context.height}"]
+        others = len(self.container.streams.video) - 1
+        found += [f"stream {self.stream.index}, one of {others + 1} of pictures"] if others else []
+        found += [f"pictures start {late_seconds:.3f} s after the file"] if late_seconds else []
+        if self.guesses_times:
+            return (*found, "the container has no times: frames in the order of decoding")
+        return (*found, *([f"clock: {mended} frames with a missing or wrong time"] if mended else []))
+
     @property
     def sample_aspect(self) -> float:
         """Width of a pixel over its height, as shown, once a frame was decoded; 1 when it is unset or nonsense."""
-        ratio = self.stream.sample_aspect_ratio or self.stream.codec_context.sample_aspect_ratio
-        aspect = float(ratio) if ratio else 1.0
-        return aspect if 1 / _MAX_ASPECT <= aspect <= _MAX_ASPECT else 1.0
+        return sound_aspect(self.stream.sample_aspect_ratio or self.stream.codec_context.sample_aspect_ratio)
+
+
+def sound_aspect(ratio: Fraction | None) -> float:
+    """An aspect, or 1 when it is unset or nonsense."""
+    aspect = float(ratio) if ratio else 1.0
+    return aspect if 1 / _MAX_ASPECT <= aspect <= _MAX_ASPECT else 1.0
 
 
 def may_do_without_probe(file: VideoFile) -> bool:
@@ -257,6 +287,8 @@ def open_video(file: VideoFile, limits: DecodeLimits, *, probe: bool = True) -> 
         VideoEncryptedError: They are encrypted.
         VideoTooLargeError: They have too many pixels.
     """
+    from av.codec.context import Flags
+
     container = _open_container(file, limits, probe=probe)
     with container:
         codecs = [stream.codec_context and stream.codec_context.name for stream in container.streams.video]
@@ -266,6 +298,7 @@ def open_video(file: VideoFile, limits: DecodeLimits, *, probe: bool = True) -> 
         _check_stream(file, stream, limits)
         context = stream.codec_context
         context.thread_count = 1
+        context.flags |= Flags.unaligned  # else left edges are cropped to a multiple of 32 pixels only
         context.options = {"max_pixels": str(limits.max_pixels)}
         # Only packets tell when a fragment's sound begins, and none was looked at.
         guessed = not probe and stream.frames == 0 and len(container.streams.audio) > 0
@@ -314,6 +347,40 @@ def _refusal(file: VideoFile, error: OSError) -> ExtractionError:
     if fault is None and error.errno == errno.EINVAL:
         return VideoFormatError(str(file.path), CONTAINERS)
     return VideoOpenError(str(file.path), f"it is {fault}" if fault else error.strerror or type(error).__name__)
+
+
+_errors_are_written = threading.Event()
+
+
+def write_errors() -> None:
+    """Have the library write its errors to stderr from now on; by default they are dropped."""
+    import av.logging
+
+    _errors_are_written.set()
+    av.logging.restore_default_callback()
+    av.logging.set_libav_level(av.logging.ERROR)
+
+
+def described(video: OpenVideo) -> str:
+    """What libavformat knows of the stream, in its own words; the binding hands out no side data of streams."""
+    import av.logging
+
+    av.logging.set_level(av.logging.INFO)
+    try:
+        words: str = video.container.dumps_format()  # type: ignore[attr-defined] # its stub lacks it
+    finally:
+        av.logging.set_level(None)
+        if _errors_are_written.is_set():
+            write_errors()
+    parts = _STREAM.split(words)
+    return dict(zip(parts[1::2], parts[2::2], strict=True)).get(str(video.stream.index), "")
+
+
+@contextmanager
+def as_stated(video: OpenVideo, limits: DecodeLimits) -> Iterator[VideoStream]:
+    """The stream once more, as the container alone describes it."""
+    with _open_container(video.file, limits, probe=False) as container:
+        yield container.streams[video.stream.index]  # type: ignore[misc] # a video stream, as before
 
 
 def packets_of(video: OpenVideo) -> Iterator[Packet[VideoStream]]:

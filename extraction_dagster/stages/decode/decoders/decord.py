@@ -26,7 +26,14 @@ if TYPE_CHECKING:
 _SOURCE_LINE = re.compile(r"^(\[[0-9:]+\] \S+: )+")
 
 
-def decode_with_decord(video: Path, *, sampling: Sampling, short_side_px: int, limits: DecodeLimits) -> DecodedVideo:
+def decode_with_decord(
+    video: Path,
+    *,
+    sampling: Sampling,
+    short_side_px: int,
+    limits: DecodeLimits,
+    tone_map: bool = True,  # noqa: ARG001 - decord converts colours by itself
+) -> DecodedVideo:
     """Decode the frames that decord takes for those shown at the sampled times; see `Decoder`."""
     decord = _import_decord()
     with open_file(video) as file:

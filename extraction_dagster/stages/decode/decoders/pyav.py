@@ -23,8 +23,8 @@ from extraction_dagster.stages.decode.decoders.container import (
     raise_out_of_memory,
 )
 from extraction_dagster.stages.decode.decoders.decoder import DecodedVideo, DecodeLimits
-from extraction_dagster.stages.decode.decoders.geometry import Geometry
 from extraction_dagster.stages.decode.decoders.packets import PacketIndex, Run, fed_packets, missing, read_packets
+from extraction_dagster.stages.decode.decoders.pictures import Pictures
 from extraction_dagster.stages.decode.decoders.sequential import decode_sequentially
 from extraction_dagster.stages.decode.sampling import Sampling, select_frames
 
@@ -46,23 +46,26 @@ class UnplannedError(Exception):
     """The stream does not decode as its packets promised; caught here, never seen outside."""
 
 
-def decode_with_pyav(video: Path, *, sampling: Sampling, short_side_px: int, limits: DecodeLimits) -> DecodedVideo:
+def decode_with_pyav(
+    video: Path, *, sampling: Sampling, short_side_px: int, limits: DecodeLimits, tone_map: bool = True
+) -> DecodedVideo:
     """Decode the frames shown at the sampled times, by libavcodec through PyAV; see `Decoder`."""
     with open_file(video) as file:
         if may_do_without_probe(file):
             with suppress(UnplannedError, ProbeNeededError, ExtractionError):  # the next attempt finds it as well
-                return _decode_planned(file, sampling, short_side_px, limits, probe=False)
+                return _decode_planned(file, sampling, short_side_px, limits, probe=False, tone_map=tone_map)
         try:
-            return _decode_planned(file, sampling, short_side_px, limits, probe=True)
+            return _decode_planned(file, sampling, short_side_px, limits, probe=True, tone_map=tone_map)
         except UnplannedError as unplanned:
             logger.debug("Decoding %r from its beginning: %s.", str(video), unplanned)
-            return decode_sequentially(file, sampling, short_side_px, limits)
+            return decode_sequentially(file, sampling, short_side_px, limits, tone_map=tone_map)
 
 
-def _decode_planned(
-    file: VideoFile, sampling: Sampling, short_side_px: int, limits: DecodeLimits, *, probe: bool
+def _decode_planned(  # noqa: PLR0913 - the decoder's arguments, and how to open
+    file: VideoFile, sampling: Sampling, short_side_px: int, limits: DecodeLimits, *, probe: bool, tone_map: bool
 ) -> DecodedVideo:
     with open_video(file, limits, probe=probe) as video:
+        painter = Pictures(video, short_side_px=short_side_px, limits=limits, tone_map=tone_map)
         index = read_packets(video, limits)
         if len(index) == 0:
             why = file.saying_what(index.stopped or "no packet")
@@ -77,12 +80,13 @@ def _decode_planned(
         seconds = _seconds(ticks - ticks[0], video)
         selection = select_frames(seconds, sampling, index.keyframe[display])
         targets = display[selection.frame_number]
-        pictures = _decode_targets(video, index, targets, short_side_px, limits)
+        pictures = _decode_targets(video, index, targets, painter, limits)
         claimed = video.claimed_seconds(int(ticks[0]))
         covered = float(_seconds(ticks[-1:] - ticks[0] + index.last_duration, video)[0])
         partial = _missing(video, index, limits, covered_seconds=covered, claimed_seconds=claimed)
-        frames = selection.batch(np.stack(pictures), seconds, start_seconds=video.late_seconds(int(ticks[0])))
-    return DecodedVideo(frames, claimed, partial)
+        late = video.late_seconds(int(ticks[0]))
+        frames = selection.batch(painter.together(pictures), seconds, start_seconds=late)
+        return DecodedVideo(frames, claimed, partial, (*video.notes(late), *painter.notes))
 
 
 def _seconds(ticks: np.ndarray, video: OpenVideo) -> np.ndarray:
@@ -108,23 +112,15 @@ def _display_order(video: OpenVideo, index: PacketIndex, limits: DecodeLimits) -
 
 
 def _decode_targets(
-    video: OpenVideo, index: PacketIndex, targets: np.ndarray, short_side_px: int, limits: DecodeLimits
+    video: OpenVideo, index: PacketIndex, targets: np.ndarray, painter: Pictures, limits: DecodeLimits
 ) -> list[np.ndarray]:
     """The pictures of the packets at `targets`, in the order of `targets`."""
-    from av.video.reformatter import VideoReformatter
-
     place = {int(index.pts[target]): number for number, target in enumerate(targets)}
     pictures: list[np.ndarray | None] = [None] * len(targets)
-    reformatter, geometry = VideoReformatter(), None
     for frame in _decode_runs(video, index, index.runs(targets.tolist()), limits, targets=set(targets.tolist())):
         number = place.get(frame.pts if frame.pts is not None else -1)
-        if number is None:
-            continue
-        if geometry is None:
-            geometry = Geometry.of(frame, sample_aspect=video.sample_aspect, short_side_px=short_side_px)
-            width, height = geometry.shown_size
-            limits.check_batch(video.path, num_frames=len(targets), width_px=width, height_px=height)
-        pictures[number] = geometry.show(frame, reformatter)
+        if number is not None:
+            pictures[number] = painter.show(frame, num_frames=len(targets))
     found = [picture for picture in pictures if picture is not None]
     if len(found) < len(pictures):
         raise UnplannedError(f"{len(pictures) - len(found)} targets did not decode")

@@ -16,8 +16,8 @@ from extraction_dagster.errors.decode import VideoDecodeError, VideoTooLongError
 from extraction_dagster.stages.decode.decoders.clock import JUMP_SECONDS, display_times
 from extraction_dagster.stages.decode.decoders.container import open_video, packets_of, raise_out_of_memory
 from extraction_dagster.stages.decode.decoders.decoder import DecodedVideo, DecodeLimits
-from extraction_dagster.stages.decode.decoders.geometry import Geometry
 from extraction_dagster.stages.decode.decoders.packets import missing
+from extraction_dagster.stages.decode.decoders.pictures import Pictures
 from extraction_dagster.stages.decode.sampling import Sampling, Selection, select_frames
 
 if TYPE_CHECKING:
@@ -50,36 +50,65 @@ class _Tally:
     last_words: str = ""
 
 
-def decode_sequentially(file: VideoFile, sampling: Sampling, short_side_px: int, limits: DecodeLimits) -> DecodedVideo:
+def decode_sequentially(
+    file: VideoFile, sampling: Sampling, short_side_px: int, limits: DecodeLimits, *, tone_map: bool = True
+) -> DecodedVideo:
     """Decode every frame and keep the sampled ones; see `Decoder`."""
-    path, tally = file.path, _Tally()
+    tally = _Tally()
     with open_video(file, limits) as video:
-        seen = [
-            (frame.pts if frame.pts is not None else frame.dts, frame.key_frame) for frame in _decode_all(video, tally)
-        ]
-        if not seen:
-            why = file.saying_what(tally.last_words or f"{tally.packets} packets gave no frame")
-            raise VideoDecodeError(str(path), listed_frames=video.stream.frames, why=why)
-        base = video.stream.time_base or _DEFAULT_TIME_BASE
-        gap = _gap(video, tally, base)
-        jump = max(JUMP_SECONDS, video.sound_seconds) / base
-        times, keyframe = [time for time, _ in seen], np.array([key for _, key in seen], bool)
-        ticks, first = display_times(times, gap_ticks=gap, jump_ticks=float(jump), guessed=video.guesses_times)
-        seconds = ticks * base.numerator / base.denominator
-        if seconds[-1] > limits.max_duration_seconds:
-            raise VideoTooLongError(str(path), seconds=float(seconds[-1]), max_seconds=limits.max_duration_seconds)
-        late, claimed = video.late_seconds(first), video.claimed_seconds(first)
-        # Where a jump was closed, the container's claim is as wrong as its stamps.
-        is_complete = (tally.errors == 0 and 0 < video.stream.frames <= tally.packets) or _span(times) - ticks[
-            -1
-        ] > jump
-        covered = float((ticks[-1] + gap) * base)
-        short = None if is_complete else missing(video, limits, covered_seconds=covered, claimed_seconds=claimed)
-    selection = select_frames(seconds, sampling, keyframe)
+        found = _look(video, tally, limits)
+    selection = select_frames(found.seconds, sampling, found.keyframe)
     with open_video(file, limits) as video:
-        pictures, damaged = _keep(video, selection, short_side_px=short_side_px, limits=limits)
-    frames = selection.batch(pictures, seconds, start_seconds=late)
-    return DecodedVideo(frames, claimed, _partial(tally, short, damaged=damaged, num_frames=len(frames)))
+        painter = Pictures(video, short_side_px=short_side_px, limits=limits, tone_map=tone_map)
+        pictures, damaged = _keep(video, selection, painter)
+    frames = selection.batch(pictures, found.seconds, start_seconds=found.late_seconds)
+    partial = _partial(tally, found.short, damaged=damaged, num_frames=len(frames))
+    return DecodedVideo(frames, found.claimed_seconds, partial, (*found.notes, *painter.notes))
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What the first pass found: when each frame is shown, and what the container claims.
+
+    Attributes:
+        seconds: float64, shape (M,), from the first frame on.
+        keyframe: bool, shape (M,).
+        late_seconds: How long after the file's start the first frame is shown.
+        claimed_seconds: How long the pictures should last; None where the container claims nothing.
+        short: What is missing of that, or None.
+        notes: In words.
+    """
+
+    seconds: np.ndarray
+    keyframe: np.ndarray
+    late_seconds: float
+    claimed_seconds: float | None
+    short: str | None
+    notes: tuple[str, ...]
+
+
+def _look(video: OpenVideo, tally: _Tally, limits: DecodeLimits) -> _Found:
+    seen = [(frame.pts if frame.pts is not None else frame.dts, frame.key_frame) for frame in _decode_all(video, tally)]
+    if not seen:
+        why = video.file.saying_what(tally.last_words or f"{tally.packets} packets gave no frame")
+        raise VideoDecodeError(str(video.path), listed_frames=video.stream.frames, why=why)
+    base = video.stream.time_base or _DEFAULT_TIME_BASE
+    gap, jump = _gap(video, tally, base), float(max(JUMP_SECONDS, video.sound_seconds) / base)
+    times = [time for time, _ in seen]
+    ticks, first = display_times(times, gap_ticks=gap, jump_ticks=jump, guessed=video.guesses_times)
+    seconds = ticks * base.numerator / base.denominator
+    if seconds[-1] > limits.max_duration_seconds:
+        raise VideoTooLongError(str(video.path), seconds=float(seconds[-1]), max_seconds=limits.max_duration_seconds)
+    late, claimed = video.late_seconds(first), video.claimed_seconds(first)
+    is_whole = tally.errors == 0 and 0 < video.stream.frames <= tally.packets
+    # Where a jump was closed, the container's claim is as wrong as its stamps.
+    known = [time for time in times if time is not None]
+    is_whole = is_whole or (len(known) > 0 and max(known) - min(known) - ticks[-1] > jump)
+    covered = float((ticks[-1] + gap) * base)
+    short = None if is_whole else missing(video, limits, covered_seconds=covered, claimed_seconds=claimed)
+    mended = sum(time is None or abs(tick + first - time) >= gap / 2 for tick, time in zip(ticks, times, strict=True))
+    keyframe = np.array([key for _, key in seen], bool)
+    return _Found(seconds, keyframe, late, claimed, short, video.notes(late, mended=mended))
 
 
 def _gap(video: OpenVideo, tally: _Tally, base: Fraction) -> int:
@@ -88,11 +117,6 @@ def _gap(video: OpenVideo, tally: _Tally, base: Fraction) -> int:
     if tally.durations and (video.guesses_times or not rate):  # then that rate is a guess as well
         return max(1, round(float(np.median(tally.durations))))
     return max(1, round(1 / ((rate or _DEFAULT_RATE) * base)))
-
-
-def _span(times: list[int | None]) -> int:
-    known = [time for time in times if time is not None]
-    return max(known) - min(known) if known else 0
 
 
 def _decode_all(video: OpenVideo, tally: _Tally) -> Iterator[VideoFrame]:
@@ -123,27 +147,19 @@ def _decode_all(video: OpenVideo, tally: _Tally) -> Iterator[VideoFrame]:
         yield from frames
 
 
-def _keep(
-    video: OpenVideo, selection: Selection, *, short_side_px: int, limits: DecodeLimits
-) -> tuple[np.ndarray, int]:
+def _keep(video: OpenVideo, selection: Selection, painter: Pictures) -> tuple[np.ndarray, int]:
     """The selected frames' pictures, and how many of them are damaged."""
-    from av.video.reformatter import VideoReformatter
-
     place = {int(frame): number for number, frame in enumerate(selection.frame_number)}
     pictures: dict[int, np.ndarray] = {}
-    reformatter, geometry, damaged = VideoReformatter(), None, 0
+    damaged = 0
     for number, frame in enumerate(_decode_all(video, _Tally())):
         if number not in place:
             continue
-        if geometry is None:
-            geometry = Geometry.of(frame, sample_aspect=video.sample_aspect, short_side_px=short_side_px)
-            width, height = geometry.shown_size
-            limits.check_batch(video.path, num_frames=len(place), width_px=width, height_px=height)
-        pictures[place[number]] = geometry.show(frame, reformatter)
+        pictures[place[number]] = painter.show(frame, num_frames=len(place))
         damaged += frame.is_corrupt
         if len(pictures) == len(place):
             break
-    return np.stack([pictures[number] for number in range(len(place))]), damaged
+    return painter.together([pictures[number] for number in range(len(place))]), damaged
 
 
 def _partial(tally: _Tally, short: str | None, *, damaged: int, num_frames: int) -> str | None:
