@@ -129,6 +129,13 @@ class FramesRejectedError(PermanentError):
             EXTRACTION_REJECT_SOLID=false.""")
 
 
+class PreviewError(ExtractionError):
+    """There is nothing to show of a record or a file."""
+
+    def __init__(self, what: str, why: str) -> None:
+        super().__init__(f"No preview of {what}: {why} Nothing was written anywhere.")
+
+
 class StoredFrameError(ExtractionError):
     """A frame in the frame store is no readable JPEG."""
 

@@ -56,6 +56,7 @@ _NO_TIMES = frozenset({"avi", "h264", "hevc", "mpegvideo"})
 _LEAST_SIDE_PX = 32  # of a track that somebody is meant to see
 _STILLS = frozenset({"mjpeg", "png", "webp", "bmp", "tiff", "gif"})  # codecs of pictures
 _LONGEST_NUMBER = 18  # digits of a number that a tag may state
+_SAME_SECONDS = 0.001
 _REORDERING_SECONDS = 0.5  # by which the first picture of a fragmented MP4 may follow what is decoded first
 _STREAM = re.compile(r"^ *Stream #\d+:(\d+)", re.MULTILINE)
 
@@ -233,7 +234,8 @@ class OpenVideo:
         if self.first_sound_seconds is not None:
             starts.append(self.first_sound_seconds)
         late = float(own - min([own, *starts]))
-        return late if late <= max(JUMP_SECONDS, self.sound_seconds) else 0.0  # else one of the clocks is wrong
+        # Less is a rounding of clocks, and more is a clock that is wrong.
+        return late if _SAME_SECONDS <= late <= max(JUMP_SECONDS, self.sound_seconds) else 0.0
 
     def notes(self, late_seconds: float, *, mended: int = 0) -> tuple[str, ...]:
         """What it is and how its clock was understood, in words.

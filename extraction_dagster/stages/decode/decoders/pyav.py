@@ -23,9 +23,11 @@ from extraction_dagster.stages.decode.decoders.container import (
     raise_out_of_memory,
 )
 from extraction_dagster.stages.decode.decoders.decoder import DecodedVideo, DecodeLimits
+from extraction_dagster.stages.decode.decoders.kinds import ANIMATED_WEBP
 from extraction_dagster.stages.decode.decoders.packets import PacketIndex, Run, fed_packets, missing, read_packets
 from extraction_dagster.stages.decode.decoders.pictures import Pictures
 from extraction_dagster.stages.decode.decoders.sequential import decode_sequentially
+from extraction_dagster.stages.decode.decoders.webp import decode_webp
 from extraction_dagster.stages.decode.sampling import Sampling, select_frames
 
 if TYPE_CHECKING:
@@ -51,6 +53,8 @@ def decode_with_pyav(
 ) -> DecodedVideo:
     """Decode the frames shown at the sampled times, by libavcodec through PyAV; see `Decoder`."""
     with open_file(video) as file:
+        if file.kind == ANIMATED_WEBP:
+            return decode_webp(file, sampling, short_side_px, limits)
         if may_do_without_probe(file):
             with suppress(UnplannedError, ProbeNeededError, ExtractionError):  # the next attempt finds it as well
                 return _decode_planned(file, sampling, short_side_px, limits, probe=False, tone_map=tone_map)
