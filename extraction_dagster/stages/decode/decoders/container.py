@@ -193,11 +193,12 @@ class OpenVideo:
         """Whether the container claims a duration for all streams together: sound may be what lasts so long."""
         return _own_seconds(self.stream) is None
 
-    def claimed_seconds(self, first_tick: float | None = None) -> float | None:
+    def claimed_seconds(self, first_tick: float | None = None, *, covered_seconds: float = 0.0) -> float | None:
         """How long the container claims that the pictures last; None when it claims nothing.
 
         Args:
             first_tick: Where the first picture stands on the stream's clock; without it, where the stream says so.
+            covered_seconds: How long they do last, which tells a length from an end where either may be meant.
         """
         if self.file.kind is not None and self.file.kind.is_photo:
             return None
@@ -208,7 +209,8 @@ class OpenVideo:
         if "matroska" in self.container.format.name:  # counts from zero, not from the start
             claimed -= start
         elif "mp4" in self.container.format.name and self.stream.frames == 0 and start > _REORDERING_SECONDS:
-            claimed -= start  # of fragments, it is where the last one ends
+            # Of fragments it is their length, or where the last one ends.
+            claimed = min(claimed, abs(claimed - start), key=lambda seconds: abs(seconds - covered_seconds))
         return claimed if claimed > 0 else None
 
     @property
@@ -338,7 +340,8 @@ def _first_sound_seconds(file: VideoFile, limits: DecodeLimits) -> Fraction | No
         except av.error.FFmpegError as error:
             raise_out_of_memory(error)
             return None
-        return None if packet is None or packet.pts is None else packet.pts * packet.time_base
+        # What comes before zero primes the codec and is not heard.
+        return None if packet is None or packet.pts is None else max(0, packet.pts) * packet.time_base
 
 
 def _refusal(file: VideoFile, error: OSError) -> ExtractionError:
@@ -420,7 +423,10 @@ def _choose_stream(file: VideoFile, container: InputContainer) -> VideoStream:
     filled = [s for s in playable if s.frames != 0] or playable
     if not filled:
         codes = kinds.codes_in_index(file.reading())
+        tiles = [stream for stream in container.streams.video if stream.disposition & Disposition.dependent]
         found = ", ".join(_describe(stream, codes) for stream in container.streams) or "no stream at all"
+        if len(tiles) > 1 and len(tiles) == len(container.streams):
+            found = f"a photo in {len(tiles)} tiles (HEIC or AVIF), which are not put together"
         raise NoVideoStreamError(str(file.path), found)
 
     def rank(stream: VideoStream) -> tuple[object, ...]:

@@ -85,8 +85,8 @@ def _decode_planned(  # noqa: PLR0913 - the decoder's arguments, and how to open
         selection = select_frames(seconds, sampling, index.keyframe[display])
         targets = display[selection.frame_number]
         pictures = _decode_targets(video, index, targets, painter, limits)
-        claimed = video.claimed_seconds(int(ticks[0]))
         covered = float(_seconds(ticks[-1:] - ticks[0] + index.last_duration, video)[0])
+        claimed = video.claimed_seconds(int(ticks[0]), covered_seconds=covered)
         partial = _missing(video, index, limits, covered_seconds=covered, claimed_seconds=claimed)
         late = video.late_seconds(int(ticks[0]))
         frames = selection.batch(painter.together(pictures), seconds, start_seconds=late)

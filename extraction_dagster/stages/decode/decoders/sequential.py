@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from extraction_dagster.stages.decode.decoders.container import OpenVideo, VideoFile
 
 _DEFAULT_RATE = Fraction(25)
+_FAR = 2
 _DEFAULT_TIME_BASE = Fraction(1, 1000)
 
 
@@ -93,30 +94,35 @@ def _look(video: OpenVideo, tally: _Tally, limits: DecodeLimits) -> _Found:
         why = video.file.saying_what(tally.last_words or f"{tally.packets} packets gave no frame")
         raise VideoDecodeError(str(video.path), listed_frames=video.stream.frames, why=why)
     base = video.stream.time_base or _DEFAULT_TIME_BASE
-    gap, jump = _gap(video, tally, base), float(max(JUMP_SECONDS, video.sound_seconds) / base)
     times = [time for time, _ in seen]
+    gap, jump = _gap(video, tally, times, base), float(max(JUMP_SECONDS, video.sound_seconds) / base)
     ticks, first = display_times(times, gap_ticks=gap, jump_ticks=jump, guessed=video.guesses_times)
     seconds = ticks * base.numerator / base.denominator
     if seconds[-1] > limits.max_duration_seconds:
         raise VideoTooLongError(str(video.path), seconds=float(seconds[-1]), max_seconds=limits.max_duration_seconds)
-    late, claimed = video.late_seconds(first), video.claimed_seconds(first)
+    covered = float((ticks[-1] + gap) * base)
+    late, claimed = video.late_seconds(first), video.claimed_seconds(first, covered_seconds=covered)
     is_whole = tally.errors == 0 and 0 < video.stream.frames <= tally.packets
     # Where a jump was closed, the container's claim is as wrong as its stamps.
     known = [time for time in times if time is not None]
     is_whole = is_whole or (len(known) > 0 and max(known) - min(known) - ticks[-1] > jump)
-    covered = float((ticks[-1] + gap) * base)
     short = None if is_whole else missing(video, limits, covered_seconds=covered, claimed_seconds=claimed)
     mended = sum(time is None or abs(tick + first - time) >= gap / 2 for tick, time in zip(ticks, times, strict=True))
     keyframe = np.array([key for _, key in seen], bool)
     return _Found(seconds, keyframe, late, claimed, short, video.notes(late, mended=mended))
 
 
-def _gap(video: OpenVideo, tally: _Tally, base: Fraction) -> int:
-    """How long a frame is shown where the stream does not say, in ticks."""
+def _gap(video: OpenVideo, tally: _Tally, times: list[int | None], base: Fraction) -> int:
+    """How long a frame is shown where the stream does not say, in ticks.
+
+    By the stream's rate; where that is far from what packets or most stamps say, it was spoilt by a wrong stamp.
+    """
+    steps = tally.durations or [step for step in np.diff([time for time in times if time is not None]) if step > 0]
+    usual = float(np.median(steps)) if steps else 0.0
     rate = video.stream.average_rate
-    if tally.durations and (video.guesses_times or not rate):  # then that rate is a guess as well
-        return max(1, round(float(np.median(tally.durations))))
-    return max(1, round(1 / ((rate or _DEFAULT_RATE) * base)))
+    by_rate = float(1 / (rate * base)) if rate else usual or float(1 / (_DEFAULT_RATE * base))
+    is_spoilt = usual > 0 and not 1 / _FAR <= by_rate / usual <= _FAR
+    return max(1, round(usual if is_spoilt or (usual and video.guesses_times) else by_rate))
 
 
 def _decode_all(video: OpenVideo, tally: _Tally) -> Iterator[VideoFrame]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _HEAD_BYTES, _CHUNK_HEAD_BYTES = 12, 8
 _SIZE_AT, _DURATION_AT = 4, 12  # in a VP8X and in an ANMF chunk, 3 bytes each
 _CHANNELS = 4
+_UNSAID_MS = 100  # how long browsers show a frame that says 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,8 @@ def _header(content: bytes) -> _Header:
                 int.from_bytes(content[at + n : at + n + 3], "little") + 1 for n in (_SIZE_AT, _SIZE_AT + 3)
             )
         elif name == b"ANMF":
-            durations.append(int.from_bytes(content[at + _DURATION_AT : at + _DURATION_AT + 3], "little"))
+            duration = int.from_bytes(content[at + _DURATION_AT : at + _DURATION_AT + 3], "little")
+            durations.append(duration or _UNSAID_MS)
     return _Header(width, height, tuple(durations))
 
 
