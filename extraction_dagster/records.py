@@ -165,6 +165,7 @@ class EncodedFrames(_Arrays):
         partial: Why the video is incomplete (a flagged partial), or None.
         address: 16 hex digits of the file's resolved address; empty when it is not known.
         claim: The number under which the row was planned.
+        notes: How the file was understood, in words, for a person who looks; not stored.
     """
 
     record_id: int
@@ -179,6 +180,7 @@ class EncodedFrames(_Arrays):
     partial: str | None = None
     address: str = ""
     claim: int = 0
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse a video without frames, and mismatched lengths."""

@@ -12,12 +12,12 @@ class VideoOpenError(ExtractionError):
 
 
 class VideoFormatError(PermanentError):
-    """A file's format is one that is never opened: a playlist, a script, a picture."""
+    """A file's format is one that is never opened: a playlist, a script, an archive."""
 
-    def __init__(self, video: str, allowed: str) -> None:
-        super().__init__(f"""Video {video!r} is refused: its content is not one of the containers that are opened
-            ({allowed}). Playlists, scripts and pictures are never followed, whatever their name. Convert the file to
-            mp4.""")
+    def __init__(self, video: str, allowed: str, found: str = "") -> None:
+        it_is = f"it is {found}. Its" if found else "its"
+        super().__init__(f"""Video {video!r} is refused: {it_is} content is not one of the containers that are opened
+            ({allowed}). Playlists and scripts are never followed, whatever their name. Convert the file to mp4.""")
 
 
 class NoVideoStreamError(PermanentError):
@@ -31,8 +31,9 @@ class NoVideoStreamError(PermanentError):
 class VideoEncryptedError(PermanentError):
     """A video is encrypted; its frames would be noise."""
 
-    def __init__(self, video: str) -> None:
-        super().__init__(f"""Video {video!r} is encrypted: its frames would be noise. {SKIPPED} Replace it by a
+    def __init__(self, video: str, scheme: str | None = None) -> None:
+        how = f"encrypted ({scheme})" if scheme else "encrypted"
+        super().__init__(f"""Video {video!r} is {how}: its frames would be noise. {SKIPPED} Replace it by a
             decrypted file.""")
 
 
@@ -126,6 +127,13 @@ class FramesRejectedError(PermanentError):
         super().__init__(f"""Video {path!r} kept 0 of {num_frames} sampled frames, expected at least 1: all are of a
             single colour. {SKIPPED} Set EXTRACTION_MIN_FRAMES=1 to keep one of them, or
             EXTRACTION_REJECT_SOLID=false.""")
+
+
+class PreviewError(ExtractionError):
+    """There is nothing to show of a record or a file."""
+
+    def __init__(self, what: str, why: str) -> None:
+        super().__init__(f"No preview of {what}: {why} Nothing was written anywhere.")
 
 
 class StoredFrameError(ExtractionError):

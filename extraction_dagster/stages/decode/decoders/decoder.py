@@ -62,7 +62,7 @@ class DecodedVideo:
     """A video's sampled frames.
 
     Attributes:
-        frames: The frames; `pts_seconds` counts from the first frame shown.
+        frames: The frames; `pts_seconds` counts from the file's start, as a player's clock does.
         duration_seconds: What the container claims; None when it claims nothing.
         partial: Why the video is incomplete, or None.
         notes: What was done to its pictures beside scaling, and how its colours were understood, in words.

@@ -48,7 +48,7 @@ def _decode(
     limits: DecodeLimits,
 ) -> DecodedVideo:
     with open_video(file, limits) as opened:
-        claimed = opened.claimed_seconds
+        claimed, late = opened.claimed_seconds(), opened.late_seconds(opened.stream.start_time or 0)
         width, height = _shown_size(opened, short_side_px)
     try:
         reader = decord.VideoReader(
@@ -64,7 +64,7 @@ def _decode(
     except (decord.DECORDError, RuntimeError, AssertionError) as error:
         raise VideoDecodeError(str(file.path), listed_frames=0, why=_first_line(error)) from error
     covered = float(spans[:, 1].max() - spans[0, 0])
-    frames = selection.batch(data, pts_seconds)
+    frames = selection.batch(data, pts_seconds, start_seconds=late)
     return DecodedVideo(frames, claimed, shortfall(covered_seconds=covered, claimed_seconds=claimed))
 
 
