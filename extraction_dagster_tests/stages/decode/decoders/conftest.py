@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
+import cv2  # noqa: TID253 - draws
 import numpy as np
 import pytest
 
@@ -53,6 +54,7 @@ class Drawn:
     Attributes:
         planes: The matrix of its planes, whatever is said about it; likewise `full`.
         said: Matrix, primaries, transfer and range that its encoder is told.
+        scene: Draw soft colours and shapes in place of patches.
         rewrite: A filter of packets that changes what the stream says, but not what the container does.
     """
 
@@ -68,6 +70,7 @@ class Drawn:
     frames: int = 4
     first: int = 0
     rewrite: str = ""
+    scene: bool = False
     options: dict[str, str] = field(default_factory=dict)
     container: dict[str, str] = field(default_factory=dict)
 
@@ -84,6 +87,16 @@ def chart(number: int, size: tuple[int, int]) -> np.ndarray:
     for bit in range(8):
         image[rows:, bit * width // 8 : (bit + 1) * width // 8] = number >> bit & 1
     return image
+
+
+def scene(number: int, size: tuple[int, int]) -> np.ndarray:
+    """Soft colours, of other places for each number, and a bright and a dark shape: float64, 0 to 1."""
+    width, height = size
+    coarse = np.random.default_rng(number).random((5, 7, 3)).astype(np.float32)
+    image = cv2.resize(coarse, size, interpolation=cv2.INTER_LINEAR).astype(np.float64)
+    cv2.circle(image, (width // 3, height // 2), height // 4, (0.95, 0.9, 0.4), -1, cv2.LINE_AA)
+    cv2.rectangle(image, (width * 3 // 5, height // 3), (width * 4 // 5, height * 4 // 5), (0.05, 0.1, 0.2), -1)
+    return np.clip(image, 0, 1)
 
 
 def patches_in(picture: np.ndarray) -> list[list[tuple[int, ...]]]:
@@ -172,7 +185,8 @@ def drawn_frame(number: int, drawn: Drawn) -> Any:
     """A frame whose planes hold the chart."""
     import av
 
-    planes = luma_and_differences(chart(number, drawn.size), drawn)
+    image = scene(number, drawn.size) if drawn.scene else chart(number, drawn.size)
+    planes = luma_and_differences(image, drawn)
     frame = av.VideoFrame(*drawn.size, drawn.pix_fmt)
     bits = frame.format.components[0].bits
     top, step = (1 << bits) - 1, 1 << (bits - 8)

@@ -6,7 +6,10 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from extraction_dagster.settings import Settings
 from extraction_dagster.stages.decode.decoders.colours import Colours, Said, _ease, _light, _srgb
+from extraction_dagster.stages.embed.models.registry import load_model
+from extraction_dagster.stages.embed.passes import normalise
 
 CONTAINERS = {
     "h264": ("mp4", "mkv", "ts", "mov", "avi", "flv"),
@@ -235,6 +238,23 @@ def test_without_tone_mapping_the_signal_is_taken_as_it_is(draw, decode, patches
     assert patches(decode(path, tone_map=False).frames.data[0])[1][2] == pytest.approx((148, 148, 148), abs=2)
     path = draw(codec="hevc", pix_fmt="yuv420p10le", planes=9, hdr=18, said=(9, 9, 18, 1))
     assert patches(decode(path, tone_map=False).frames.data[0])[1][2] == pytest.approx((191, 191, 191), abs=2)
+
+
+@pytest.mark.parametrize(("transfer", "without"), [(16, 0.95), (18, 0.98)], ids=["HDR10", "HLG"])
+def test_a_frame_of_the_sdr_master_finds_its_hdr_version(transfer, without, draw, decode):
+    model = load_model(Settings(device="cpu", embed_threads=1))
+    ways = {
+        "sdr": ({"planes": 1, "said": (1, 1, 1, 1)}, True),
+        "hdr": ({"planes": 9, "hdr": transfer, "said": (9, 9, transfer, 1)}, True),
+        "as it is": ({"planes": 9, "hdr": transfer, "said": (9, 9, transfer, 1)}, False),
+    }
+    vectors = {}
+    for name, (fields, tone_map) in ways.items():
+        path = draw(codec="hevc", size=(640, 360), pix_fmt="yuv420p10le", scene=True, **fields)
+        vectors[name], faults = normalise(model.embed_images(decode(path, tone_map=tone_map).frames.data))
+        assert not any(faults)
+    assert (vectors["sdr"] * vectors["hdr"]).sum(axis=1).min() >= 0.98
+    assert (vectors["sdr"] * vectors["as it is"]).sum(axis=1).min() < without
 
 
 # ---- the curves
