@@ -39,9 +39,10 @@ _SWSCALE = {BT709: 1, 4: 4, 5: 5, BT601: 5, 7: 7, BT2020: 9}  # the matrices tha
 _SWSCALE_BY_ITSELF = _SWSCALE | {UNSAID: _SWSCALE[BT601]}
 _HD_WIDTH, _HD_OVER_HEIGHT = 1280, 576
 _WHITE_CD_M2, _HLG_PEAK_CD_M2, _HLG_GAMMA = 203.0, 1000.0, 1.2
-_KNEE, _PEAK = 0.9, _HLG_PEAK_CD_M2 / _WHITE_CD_M2  # of SDR white
+_KNEE, _PEAK, _MOST = 0.9, _HLG_PEAK_CD_M2 / _WHITE_CD_M2, 10_000 / _WHITE_CD_M2  # of SDR white
 _SRGB_LINEAR, _CAMERA_LINEAR = 0.0031308, 0.018053969  # where the curves' linear parts end, in light
 _SIGNAL_STEPS, _LIGHT_STEPS = 4095, 16_383
+_AT_ONCE = 2**15  # pixels: what is computed of them stays in the cache
 _BLUE_2020 = (0.2627, 0.6780, 0.0593)
 # White point and red, green, blue, as x and y.
 _D65 = (0.3127, 0.3290)
@@ -166,9 +167,12 @@ def picture_of(
     wide = colours.primaries in _WIDE and not colours.is_hdr
     limited_rgb = colours.matrix == RGB and frame.color_range == LIMITED
     if mapped or wide or limited_rgb or colours.matrix in _NUMERIC:
-        planes = _planes(frame, size, reformatter)
-        signal = _signal(planes, colours, bits=frame.format.components[0].bits)
-        return _sdr(signal, colours, mapped=mapped, wide=wide).reshape(3, *size[::-1]).transpose(1, 2, 0)
+        planes, bits = _planes(frame, size, reformatter), frame.format.components[0].bits
+        made = np.empty(planes.shape, np.uint8)
+        for start in range(0, planes.shape[1], _AT_ONCE):
+            part = slice(start, start + _AT_ONCE)
+            made[:, part] = _sdr(_signal(planes[:, part], colours, bits=bits), colours, mapped=mapped, wide=wide)
+        return made.reshape(3, *size[::-1]).transpose(1, 2, 0)
     arguments: dict[str, int] = {}
     wanted = _SWSCALE.get(colours.matrix)
     if wanted is not None and wanted != _SWSCALE_BY_ITSELF.get(frame.colorspace):
@@ -301,15 +305,17 @@ def _ease(light: np.ndarray) -> None:
     Up to 0.9 nothing changes; 203 cd/m2 end at 0.95, which is 249 of 255, and 1000 cd/m2 at 1.
     """
     brightest = light.max(axis=0)
-    if brightest.max() <= _KNEE:
-        return
-    above, peak = (brightest - _KNEE) / (1 - _KNEE), (_PEAK - _KNEE) / (1 - _KNEE)
-    np.maximum(above, 0, out=above)
-    eased = above * (1 + above / peak**2) / (1 + above)
-    eased *= 1 - _KNEE
-    eased += _KNEE
-    np.minimum(eased, 1, out=eased)
-    light *= np.where(brightest > _KNEE, eased / np.maximum(brightest, _KNEE), 1)
+    if brightest.max() > _KNEE:
+        light *= _look_up(_easing(), brightest / np.float32(_MOST))
+
+
+@cache
+def _easing() -> np.ndarray:
+    """What to multiply a pixel with, of each step of its brightest channel: float32, shape (16384,)."""
+    brightest = np.linspace(0, _MOST, _LIGHT_STEPS + 1)
+    above, peak = np.maximum(brightest - _KNEE, 0) / (1 - _KNEE), (_PEAK - _KNEE) / (1 - _KNEE)
+    eased = np.minimum(_KNEE + (1 - _KNEE) * above * (1 + above / peak**2) / (1 + above), 1)
+    return (eased / np.maximum(brightest, _KNEE)).astype(np.float32)
 
 
 def _system_gain(luminance: np.ndarray) -> np.ndarray:
