@@ -440,7 +440,9 @@ def _choose_stream(file: VideoFile, container: InputContainer) -> VideoStream:
 
 def _is_still(stream: VideoStream) -> bool:
     """Whether it is one picture: an item of an AVIF or HEIC, which has no duration, or one of a picture's codecs."""
-    return stream.frames == 1 and (not stream.duration or stream.codec_context.name in _STILLS)
+    if stream.codec_context.name in _STILLS and _num_frames(stream) <= 1:  # or nobody knows how many
+        return True
+    return stream.frames == 1 and not stream.duration
 
 
 def _num_frames(stream: VideoStream) -> int:
