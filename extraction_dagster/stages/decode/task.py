@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from extraction_dagster.errors import SettingsError
 from extraction_dagster.records import EncodedFrames, VideoRow, fingerprint
 from extraction_dagster.shards.frame_store import FORMAT
-from extraction_dagster.stages.decode.decoders.container import write_errors
 from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits, Decoder
 from extraction_dagster.stages.decode.decoders.decord import decode_with_decord
 from extraction_dagster.stages.decode.decoders.geometry import SCALING
+from extraction_dagster.stages.decode.decoders.library_log import write_errors
 from extraction_dagster.stages.decode.decoders.pyav import decode_with_pyav
 from extraction_dagster.stages.decode.jpeg import SUBSAMPLING, encode_frames
 from extraction_dagster.stages.decode.quality import Quality, refine

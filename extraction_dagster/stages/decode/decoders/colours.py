@@ -1,8 +1,8 @@
 """What a video's numbers mean as colours, and how they become SDR: BT.709 primaries, the sRGB curve, full range.
 
-A frame says its matrix, range, transfer and primaries, or the stream as it was opened does, or the container alone, or
-the size decides the matrix, as in players. What libswscale converts right it converts, while it scales. The rest is
-converted here, on the small picture: matrices that it refuses, HDR, wide primaries, RGB of limited range.
+A frame says its matrix, range, transfer and primaries, or the stream as it was opened does, which is what the container
+says, or the size decides the matrix, as in players. What libswscale converts right it converts, while it scales. The
+rest is converted here, on the small picture: matrices that it refuses, HDR, wide primaries, RGB of limited range.
 
     signal    matrix and range        R'G'B', 0 to 1
     light     table of the transfer   1 is SDR white: 203 cd/m2 of PQ and HLG (BT.2408)
@@ -76,7 +76,7 @@ _LMS_TO_2020 = {
 }
 _CONSTANT_LUMINANCE = frozenset({BT2020_CONSTANT, DERIVED_CONSTANT})
 _NUMERIC = frozenset({YCGCO, DERIVED, ICTCP, IPT_C2, YCGCO_EVEN, YCGCO_ODD}) | _CONSTANT_LUMINANCE
-_MATRICES = frozenset(_SWSCALE) | _NUMERIC
+MATRICES = frozenset(_SWSCALE) | _NUMERIC
 _TRANSFERS = frozenset(range(1, 19)) - {UNSAID, 3}
 _RANGES = {LIMITED: False, FULL: True}
 _NAMES: dict[str, dict[int, str]] = {
@@ -115,12 +115,12 @@ class Colours:
     full_range: bool | None = None
 
     @classmethod
-    def of(cls, frame: VideoFrame, elsewhere: Sequence[Said]) -> Colours:
-        """Understand a frame: what it does not say the other places do, the first of them first, or its size."""
+    def of(cls, frame: VideoFrame, opened: Said) -> Colours:
+        """Understand a frame: what it does not say the stream as it was opened does, else its size."""
         own = Said(frame.colorspace, frame.color_primaries, frame.color_trc, frame.color_range)
         # Reserved codes say nothing either, nor does "these planes are R, G and B" about planes that are not.
-        matrices, primaries, transfers, ranges = zip(own, *elsewhere, strict=True)
-        matrix = _first(matrices, _MATRICES)
+        matrices, primaries, transfers, ranges = zip(own, opened, strict=True)
+        matrix = _first(matrices, MATRICES)
         primary, transfer = _first(primaries, _PRIMARIES), _first(transfers, _TRANSFERS)
         said_range = _first(ranges, _RANGES)
         full_range = True if frame.format.name.startswith("yuvj") else _RANGES.get(said_range)
@@ -351,12 +351,14 @@ def _srgb() -> np.ndarray:
 def _oetf(light: np.ndarray) -> np.ndarray:
     """BT.709's and BT.2020's signal of light."""
     above: np.ndarray = 1.099297 * np.maximum(light, 0) ** 0.45 - 0.099297
-    return np.where(light < _CAMERA_LINEAR, 4.5 * light, above)
+    signal: np.ndarray = np.where(light < _CAMERA_LINEAR, 4.5 * light, above)
+    return signal
 
 
 def _light_of_oetf(signal: np.ndarray) -> np.ndarray:
     above: np.ndarray = ((np.maximum(signal, 0) + 0.099297) / 1.099297) ** (1 / 0.45)
-    return np.where(signal < 4.5 * _CAMERA_LINEAR, signal / 4.5, above)
+    light: np.ndarray = np.where(signal < 4.5 * _CAMERA_LINEAR, signal / 4.5, above)
+    return light
 
 
 @cache

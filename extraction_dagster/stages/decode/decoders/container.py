@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import stat
-import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -58,7 +56,6 @@ _STILLS = frozenset({"mjpeg", "png", "webp", "bmp", "tiff", "gif"})  # codecs of
 _LONGEST_NUMBER = 18  # digits of a number that a tag may state
 _SAME_SECONDS = 0.001
 _REORDERING_SECONDS = 0.5  # by which the first picture of a fragmented MP4 may follow what is decoded first
-_STREAM = re.compile(r"^ *Stream #\d+:(\d+)", re.MULTILINE)
 
 
 class ProbeNeededError(Exception):
@@ -352,40 +349,6 @@ def _refusal(file: VideoFile, error: OSError) -> ExtractionError:
     if fault is None and error.errno == errno.EINVAL:
         return VideoFormatError(str(file.path), CONTAINERS)
     return VideoOpenError(str(file.path), f"it is {fault}" if fault else error.strerror or type(error).__name__)
-
-
-_errors_are_written = threading.Event()
-
-
-def write_errors() -> None:
-    """Have the library write its errors to stderr from now on; by default they are dropped."""
-    import av.logging
-
-    _errors_are_written.set()
-    av.logging.restore_default_callback()
-    av.logging.set_libav_level(av.logging.ERROR)
-
-
-def described(video: OpenVideo) -> str:
-    """What libavformat knows of the stream, in its own words; the binding hands out no side data of streams."""
-    import av.logging
-
-    av.logging.set_level(av.logging.INFO)
-    try:
-        words: str = video.container.dumps_format()  # type: ignore[attr-defined] # its stub lacks it
-    finally:
-        av.logging.set_level(None)
-        if _errors_are_written.is_set():
-            write_errors()
-    parts = _STREAM.split(words)
-    return dict(zip(parts[1::2], parts[2::2], strict=True)).get(str(video.stream.index), "")
-
-
-@contextmanager
-def as_stated(video: OpenVideo, limits: DecodeLimits) -> Iterator[VideoStream]:
-    """The stream once more, as the container alone describes it."""
-    with _open_container(video.file, limits, probe=False) as container:
-        yield container.streams[video.stream.index]  # type: ignore[misc] # a video stream, as before
 
 
 def packets_of(video: OpenVideo) -> Iterator[Packet[VideoStream]]:

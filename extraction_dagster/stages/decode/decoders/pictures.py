@@ -7,17 +7,16 @@ is shown, colours and size at once, turning. Frames of several sizes are fitted 
 from __future__ import annotations
 
 import re
-from contextlib import suppress
 from fractions import Fraction
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
-from extraction_dagster.errors import ExtractionError
 from extraction_dagster.errors.decode import DolbyVisionError
-from extraction_dagster.stages.decode.decoders.colours import UNSAID, Colours, Said
-from extraction_dagster.stages.decode.decoders.container import ProbeNeededError, as_stated, described, sound_aspect
+from extraction_dagster.stages.decode.decoders.colours import MATRICES, RGB, UNSAID, Colours, Said
+from extraction_dagster.stages.decode.decoders.container import sound_aspect
 from extraction_dagster.stages.decode.decoders.geometry import Geometry, in_one_size
+from extraction_dagster.stages.decode.decoders.library_log import described
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -33,8 +32,8 @@ _CROPPING = re.compile(r"^ +Frame Cropping: (\d+)/(\d+)/(\d+)/(\d+)$", re.MULTIL
 _DOLBY_VISION = re.compile(r"^ +DOVI configuration record: .*profile: (\d+),.*compatibility id: (\d+)", re.MULTILINE)
 # Their base layer means nothing without Dolby's metadata; of the others it is HDR10, HLG or SDR.
 _DOLBY_ALONE, _DOLBY_ALONE_IF_INCOMPATIBLE = 5, frozenset({10, 20})
+_NO_SURPRISE = MATRICES | {RGB, UNSAID}
 _BOTTOM_FIRST = frozenset({3, 4})  # of libavcodec's field orders: bottom shown first, coded first or not
-_COLOURS_OF_ITS_OWN = ("matroska", "mov")  # containers that state colours
 
 
 class Pictures:
@@ -58,13 +57,12 @@ class Pictures:
 
         context = video.stream.codec_context
         self._video, self._short_side_px, self._limits, self._tone_map = video, short_side_px, limits, tone_map
-        self._opened = [_said(context)]
-        self._asked_container = False
+        # Before a codec has looked at its own headers: some forget what only the container says.
+        self._opened = Said(context.colorspace, context.color_primaries, context.color_trc, context.color_range)
         said = described(video)
         self._size, self._crop = (context.width, context.height), _cropping(said, context)
-        if (dolby := _DOLBY_VISION.search(said)) is not None:
-            _refuse_incompatible(video, *map(int, dolby.groups()))
-        self._first_aspect: Fraction | None = None
+        _refuse_dolby_alone(video, _dolby_vision(said))
+        self._aspects: tuple[Fraction | None, Fraction | None] | None = None  # the codec's first one, and today's
         self._graphs: dict[tuple[object, ...], tuple[Graph, FilterContext, FilterContext]] = {}
         self._reformatter = VideoReformatter()
         self.notes: dict[str, None] = {}
@@ -75,7 +73,10 @@ class Pictures:
         Raises:
             FramesTooManyError: `num_frames` of its size don't fit the memory.
         """
-        colours = self._colours(frame)
+        colours = Colours.of(frame, self._opened)
+        if colours.matrix != RGB and frame.colorspace not in _NO_SURPRISE:
+            self.notes[f"matrix {frame.colorspace} is not known"] = None
+        self.notes[f"colours: {colours}" + (", shown as SDR" if colours.is_hdr and self._tone_map else "")] = None
         shown, size = self._shown_part(frame, colours)
         geometry = Geometry.of(frame, sample_aspect=self._aspect(), short_side_px=self._short_side_px, size=size)
         width, height = geometry.shown_size
@@ -89,28 +90,18 @@ class Pictures:
             self.notes[f"size or turning changes: {', '.join(sizes)} fitted into one"] = None
         return in_one_size(pictures, self._reformatter)
 
-    def _colours(self, frame: VideoFrame) -> Colours:
-        colours = Colours.of(frame, self._opened)
-        if not self._asked_container and UNSAID == frame.colorspace == self._opened[0].matrix:
-            self._asked_container = True
-            self._opened.append(self._container_said())
-            colours = Colours.of(frame, self._opened)
-        self.notes[f"colours: {colours}" + (", shown as SDR" if colours.is_hdr and self._tone_map else "")] = None
-        return colours
-
-    def _container_said(self) -> Said:
-        """What the container alone says, where finding out about the stream has covered it up."""
-        if self._video.container.format.name.startswith(_COLOURS_OF_ITS_OWN):
-            with suppress(ExtractionError, ProbeNeededError), as_stated(self._video, self._limits) as stream:
-                return _said(stream.codec_context)
-        return Said()
+    def watch(self, frame: VideoFrame) -> None:
+        """Look at every frame that is decoded, shown or not: a codec says a new aspect a few frames too early."""
+        now = self._video.stream.codec_context.sample_aspect_ratio
+        if self._aspects is None:
+            self._aspects = now, now
+        elif now != self._aspects[1] and frame.key_frame:
+            self._aspects = self._aspects[0], now
 
     def _aspect(self) -> float:
-        """Width of a pixel over its height: the container's, or the codec's once that changes in mid-file."""
-        now = self._video.stream.codec_context.sample_aspect_ratio or Fraction(1)
-        if self._first_aspect is None:
-            self._first_aspect = now
-        return self._video.sample_aspect if now == self._first_aspect else sound_aspect(now)
+        """Width of a pixel over its height: the container's, or the codec's once that has changed in mid-file."""
+        first, now = self._aspects or (None, None)
+        return self._video.sample_aspect if now == first else sound_aspect(now)
 
     def _shown_part(self, frame: VideoFrame, colours: Colours) -> tuple[VideoFrame, tuple[int, int]]:
         """The part of a frame that is shown, and its size, to which a field counts as whole."""
@@ -140,10 +131,6 @@ class Pictures:
         return sink.pull()  # type: ignore[return-value] # a video's graph
 
 
-def _said(context: VideoCodecContext) -> Said:
-    return Said(context.colorspace, context.color_primaries, context.color_trc, context.color_range)
-
-
 def _cropping(said: str, context: VideoCodecContext) -> tuple[int, int, int, int] | None:
     """Left, top, width and height of the part that the container says is shown; None for the whole or for nonsense."""
     found = _CROPPING.search(said)
@@ -152,9 +139,15 @@ def _cropping(said: str, context: VideoCodecContext) -> tuple[int, int, int, int
     return (left, top, width, height) if (left or right or top or bottom) and width > 0 and height > 0 else None
 
 
-def _refuse_incompatible(video: OpenVideo, profile: int, compatibility: int) -> None:
-    if profile == _DOLBY_ALONE or (profile in _DOLBY_ALONE_IF_INCOMPATIBLE and compatibility == 0):
-        raise DolbyVisionError(str(video.path), profile)
+def _dolby_vision(said: str) -> tuple[int, int] | None:
+    """Profile, and which other system its base layer is compatible with: 0 none, 1 HDR10, 2 SDR, 4 HLG, 6 Blu-ray."""
+    found = _DOLBY_VISION.search(said)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def _refuse_dolby_alone(video: OpenVideo, dolby: tuple[int, int] | None) -> None:
+    if dolby is not None and (dolby[0] == _DOLBY_ALONE or (dolby[0] in _DOLBY_ALONE_IF_INCOMPATIBLE and dolby[1] == 0)):
+        raise DolbyVisionError(str(video.path), dolby[0])
 
 
 def _is_transparent(frame: VideoFrame) -> bool:

@@ -122,6 +122,7 @@ def _decode_targets(
     place = {int(index.pts[target]): number for number, target in enumerate(targets)}
     pictures: list[np.ndarray | None] = [None] * len(targets)
     for frame in _decode_runs(video, index, index.runs(targets.tolist()), limits, targets=set(targets.tolist())):
+        painter.watch(frame)
         number = place.get(frame.pts if frame.pts is not None else -1)
         if number is not None:
             pictures[number] = painter.show(frame, num_frames=len(targets))

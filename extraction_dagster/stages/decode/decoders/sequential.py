@@ -159,6 +159,7 @@ def _keep(video: OpenVideo, selection: Selection, painter: Pictures) -> tuple[np
     pictures: dict[int, np.ndarray] = {}
     damaged = 0
     for number, frame in enumerate(_decode_all(video, _Tally())):
+        painter.watch(frame)
         if number not in place:
             continue
         pictures[place[number]] = painter.show(frame, num_frames=len(place))
