@@ -14,8 +14,9 @@ import hypothesis
 import numpy as np
 import pytest
 
+from extraction_dagster.stages.decode.decoders.container import open_file, open_video
 from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits
-from extraction_dagster.stages.decode.decoders.geometry import Geometry
+from extraction_dagster.stages.decode.decoders.pictures import Pictures
 from extraction_dagster.stages.decode.decoders.pyav import decode_with_pyav
 from extraction_dagster.stages.decode.sampling import Sampling
 from extraction_dagster.stages.decode.task import DecodeJob
@@ -130,7 +131,6 @@ def test_pixels_and_times_equal_those_of_a_full_decode():
 def compare(path):
     """Whether the sampled frames are those of a full decode; None when the file's own times contradict each other."""
     import av
-    from av.video.reformatter import VideoReformatter
 
     sampling = Sampling("uniform", num_frames=12)
     video = decode_with_pyav(path, sampling=sampling, short_side_px=96, limits=DecodeLimits())
@@ -148,15 +148,16 @@ def compare(path):
         return False
     if not late and video.frames.pts_seconds.tolist() != seconds[expected].tolist():
         return False
-    scaler, geometry = VideoReformatter(), None
     wanted = {number: place for place, number in enumerate(expected)}
-    for number, (_, frame) in enumerate(everything(path)):
-        if number in wanted:
-            with av.open(str(path)) as container:
-                aspect = float(largest(container).sample_aspect_ratio or 1)
-            geometry = geometry or Geometry.of(frame, sample_aspect=aspect, short_side_px=96)
-            if not np.array_equal(geometry.show(frame, scaler), video.frames.data[wanted[number]]):
-                return False
+    with open_file(path) as file, open_video(file, DecodeLimits()) as opened:
+        painter = Pictures(opened, short_side_px=96, limits=DecodeLimits(), tone_map=True)
+        for number, (_, frame) in enumerate(everything(path)):
+            if number in wanted:
+                shown = painter.together([painter.show(frame, num_frames=12)])[0]
+                if shown.shape == video.frames.data.shape[1:] and not np.array_equal(
+                    shown, video.frames.data[wanted[number]]
+                ):
+                    return False
     return True
 
 
@@ -167,11 +168,10 @@ def largest(container):
 
 
 def start_of_sound(container):
-    """Where sound begins on the file's clock, by its first packet that is heard; None without sound."""
-    for packet in container.demux(*container.streams.audio) if container.streams.audio else ():
-        if packet.pts is not None and packet.pts >= 0:
-            return packet.pts * packet.time_base
-    return None
+    """Where sound begins on the file's clock, by its first packet; None without sound. Before zero none is heard."""
+    packets = container.demux(*container.streams.audio) if container.streams.audio else ()
+    known = (max(0, packet.pts) * packet.time_base for packet in packets if packet.pts is not None)
+    return next(known, None)
 
 
 def everything(path):
