@@ -17,7 +17,6 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from extraction_dagster.errors.decode import (
-    NoVideoStreamError,
     VideoEncryptedError,
     VideoFormatError,
     VideoOpenError,
@@ -25,6 +24,7 @@ from extraction_dagster.errors.decode import (
 )
 from extraction_dagster.stages.decode.decoders import kinds
 from extraction_dagster.stages.decode.decoders.clock import JUMP_SECONDS
+from extraction_dagster.stages.decode.decoders.streams import choose_stream
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -51,9 +51,6 @@ _MICROSECONDS = 1_000_000
 _MAX_ASPECT = 8.0
 # Containers without times of presentation: the library makes some up from the order of decoding.
 _NO_TIMES = frozenset({"avi", "h264", "hevc", "mpegvideo"})
-_LEAST_SIDE_PX = 32  # of a track that somebody is meant to see
-_STILLS = frozenset({"mjpeg", "png", "webp", "bmp", "tiff", "gif"})  # codecs of pictures
-_LONGEST_NUMBER = 18  # digits of a number that a tag may state
 _SAME_SECONDS = 0.001
 _REORDERING_SECONDS = 0.5  # by which the first picture of a fragmented MP4 may follow what is decoded first
 
@@ -78,9 +75,9 @@ class VideoFile:
         if self.kind is not None and self.kind.num_bytes is not None:
             self._end = self.kind.num_bytes
 
-    def reading(self) -> Reading:
+    def reading(self) -> kinds.Reading:
         """A reading from the beginning, independent of the others; of a motion photo, its video."""
-        return Reading(self._descriptor, f"file:{self.path}", start=self._start, end=self._end)
+        return kinds.Reading(self._descriptor, f"file:{self.path}", start=self._start, end=self._end)
 
     @property
     def is_motion_photo(self) -> bool:
@@ -96,34 +93,6 @@ class VideoFile:
         """A path of this very file, for a library that takes only paths; on Linux it stays valid without the name."""
         alias = f"/proc/self/fd/{self._descriptor}"
         return alias if os.path.exists(alias) else str(self.path)  # noqa: PTH110 - a string for a library
-
-
-class Reading:
-    """A reading of a file from its beginning, with what a library that reads through Python asks for.
-
-    Attributes:
-        name: The file's name; its ending helps to tell containers apart.
-    """
-
-    def __init__(self, descriptor: int, name: str, *, start: int, end: int) -> None:
-        self.name = name
-        self._descriptor, self._start, self._size, self._at = descriptor, start, end - start, 0
-
-    def read(self, size: int) -> bytes:
-        """The next bytes, `size` at most; none at the end."""
-        found = os.pread(self._descriptor, max(0, min(size, self._size - self._at)), self._start + self._at)
-        self._at += len(found)
-        return found
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Go to a place, and say where that is."""
-        bases = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}
-        self._at = max(0, bases[whence] + offset)
-        return self._at
-
-    def tell(self) -> int:
-        """Where the reading is."""
-        return self._at
 
 
 @contextmanager
@@ -295,7 +264,7 @@ def open_video(file: VideoFile, limits: DecodeLimits, *, probe: bool = True) -> 
         codecs = [stream.codec_context and stream.codec_context.name for stream in container.streams.video]
         if not probe and (len(codecs) != 1 or codecs[0] not in _CARRIED):
             raise ProbeNeededError
-        stream = _choose_stream(file, container)
+        stream = choose_stream(str(file.path), container, file.reading())
         _check_stream(file, stream, limits)
         context = stream.codec_context
         context.thread_count = 1
@@ -371,54 +340,6 @@ def raise_out_of_memory(error: Exception) -> None:
     """
     if getattr(error, "errno", None) == errno.ENOMEM:
         raise MemoryError from error
-
-
-def _choose_stream(file: VideoFile, container: InputContainer) -> VideoStream:
-    """The moving pictures that a player shows: enabled, else with the most frames, else the largest, else the first.
-
-    Cover art, timed thumbnails, stills and what only accompanies others are marked as such, or can be told: a still
-    beside a track, as in animated AVIF, and a track too small for anybody to see.
-    """
-    from av.stream import Disposition
-
-    aside = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image | Disposition.dependent
-    playable = [s for s in container.streams.video if s.codec_context is not None and not s.disposition & aside]
-    filled = [s for s in playable if s.frames != 0] or playable
-    if not filled:
-        codes = kinds.codes_in_index(file.reading())
-        tiles = [stream for stream in container.streams.video if stream.disposition & Disposition.dependent]
-        found = ", ".join(_describe(stream, codes) for stream in container.streams) or "no stream at all"
-        if len(tiles) > 1 and len(tiles) == len(container.streams):
-            found = f"a photo in {len(tiles)} tiles (HEIC or AVIF), which are not put together"
-        raise NoVideoStreamError(str(file.path), found)
-
-    def rank(stream: VideoStream) -> tuple[object, ...]:
-        width, height = stream.codec_context.width, stream.codec_context.height
-        is_enabled = bool(stream.disposition & Disposition.default)
-        seen = min(width, height) >= _LEAST_SIDE_PX
-        return seen, not _is_still(stream), is_enabled, _num_frames(stream), width * height, -stream.index
-
-    return max(filled, key=rank)
-
-
-def _is_still(stream: VideoStream) -> bool:
-    """Whether it is one picture: an item of an AVIF or HEIC, which has no duration, or one of a picture's codecs."""
-    return stream.frames == 1 and (not stream.duration or stream.codec_context.name in _STILLS)
-
-
-def _num_frames(stream: VideoStream) -> int:
-    """How many frames the container lists; 0 when it does not say."""
-    tags = {name.upper(): value for name, value in stream.metadata.items()}
-    tag = next((value for name, value in tags.items() if name.startswith("NUMBER_OF_FRAMES")), "")
-    return stream.frames or (int(tag) if tag.isascii() and tag.isdigit() and len(tag) < _LONGEST_NUMBER else 0)
-
-
-def _describe(stream: Stream, codes: list[str]) -> str:
-    name = getattr(stream.codec_context, "name", None)
-    if name is None:
-        code = codes[stream.index] if stream.index < len(codes) else ""
-        name = f"codec {kinds.named_codec(code)}: no decoder" if code else "unknown codec"
-    return f"{stream.type} ({name})"
 
 
 def _check_stream(file: VideoFile, stream: VideoStream, limits: DecodeLimits) -> None:

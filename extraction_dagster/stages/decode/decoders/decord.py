@@ -48,8 +48,8 @@ def _decode(
     limits: DecodeLimits,
 ) -> DecodedVideo:
     with open_video(file, limits) as opened:
-        claimed, late = opened.claimed_seconds(), opened.late_seconds(opened.stream.start_time or 0)
-        width, height = _shown_size(opened, short_side_px)
+        (width, height), first = _first_frame(opened, short_side_px)
+        claimed, late, notes = opened.claimed_seconds(first), opened.late_seconds(first), opened.notes(0.0)
     try:
         reader = decord.VideoReader(
             file.alias, ctx=decord.cpu(0), width=width, height=height, num_threads=1, fault_tol=-1
@@ -65,7 +65,7 @@ def _decode(
         raise VideoDecodeError(str(file.path), listed_frames=0, why=_first_line(error)) from error
     covered = float(spans[:, 1].max() - spans[0, 0])
     frames = selection.batch(data, pts_seconds, start_seconds=late)
-    return DecodedVideo(frames, claimed, shortfall(covered_seconds=covered, claimed_seconds=claimed))
+    return DecodedVideo(frames, claimed, shortfall(covered_seconds=covered, claimed_seconds=claimed), notes)
 
 
 def _import_decord() -> Any:  # noqa: ANN401 - decord has no types
@@ -77,15 +77,15 @@ def _import_decord() -> Any:  # noqa: ANN401 - decord has no types
     return decord
 
 
-def _shown_size(video: OpenVideo, short_side_px: int) -> tuple[int, int]:
-    """Width and height of the frames as shown; decord wants them before it has seen one."""
+def _first_frame(video: OpenVideo, short_side_px: int) -> tuple[tuple[int, int], int]:
+    """Width and height of the frames as shown, which decord wants before it has seen one, and the first one's tick."""
     import av
 
     try:
         decode = video.stream.codec_context.decode
         for frame in itertools.chain.from_iterable(map(decode, itertools.chain(packets_of(video), [None]))):
             geometry = Geometry.of(frame, sample_aspect=video.sample_aspect, short_side_px=short_side_px)
-            return geometry.shown_size
+            return geometry.shown_size, frame.pts if frame.pts is not None else video.stream.start_time or 0
         why = "no packet gave a frame"
     except av.error.FFmpegError as error:
         raise_out_of_memory(error)

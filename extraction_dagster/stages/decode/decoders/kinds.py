@@ -6,6 +6,7 @@ videos is left to the library, which looks closer.
 
 from __future__ import annotations
 
+import os
 import re
 import struct
 from dataclasses import dataclass, replace
@@ -13,8 +14,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from extraction_dagster.stages.decode.decoders.container import Reading
 
 _HEAD_BYTES = 4096
 _SHOWN_BYTES = 60
@@ -117,6 +116,34 @@ _CODECS = {
     "cav3": "AVS3",
     "rv60": "RealVideo",
 }
+
+
+class Reading:
+    """A reading of a file from its beginning, with what a library that reads through Python asks for.
+
+    Attributes:
+        name: The file's name; its ending helps to tell containers apart.
+    """
+
+    def __init__(self, descriptor: int, name: str, *, start: int, end: int) -> None:
+        self.name = name
+        self._descriptor, self._start, self._size, self._at = descriptor, start, end - start, 0
+
+    def read(self, size: int) -> bytes:
+        """The next bytes, `size` at most; none at the end."""
+        found = os.pread(self._descriptor, max(0, min(size, self._size - self._at)), self._start + self._at)
+        self._at += len(found)
+        return found
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to a place, and say where that is."""
+        bases = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}
+        self._at = max(0, bases[whence] + offset)
+        return self._at
+
+    def tell(self) -> int:
+        """Where the reading is."""
+        return self._at
 
 
 def kind_of(reading: Reading) -> Kind | None:

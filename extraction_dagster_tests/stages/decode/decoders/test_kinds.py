@@ -16,6 +16,7 @@ from extraction_dagster.errors.decode import (
 )
 from extraction_dagster.stages.decode.decoders.container import open_file
 from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits
+from extraction_dagster.stages.decode.decoders.decord import decode_with_decord
 from extraction_dagster.stages.decode.decoders.pyav import decode_with_pyav
 from extraction_dagster.stages.decode.sampling import Sampling
 
@@ -328,3 +329,29 @@ def test_a_file_of_which_nothing_is_known_is_left_to_the_library(clip_path, tmp_
     for path in (clip_path("h264"), clip_path("h264 open GOP in TS"), clip_path("vp9"), tmp_path / "zeros"):
         with open_file(path) as file:
             assert (file.kind, file.is_motion_photo) == (None, False)
+
+
+DECORD_IS_WRONG = {
+    ".jpg": "decord needs a duration",
+    ".png": "decord needs a duration",
+    "motion": "decord is given the whole file, and sees the photo",
+    "moving.png": "decord needs a duration",
+    "moving.webp": "libavcodec decodes no animated WebP",
+}
+
+
+@pytest.mark.parametrize("what", DECORD_IS_WRONG)
+@pytest.mark.parametrize("decoder", [decode_with_pyav, decode_with_decord], ids=["pyav", "decord"])
+def test_photos_are_opened_by_the_default_decoder_alone(  # noqa: PLR0913, PLR0917 - fixtures
+    decoder, what, photo, clip_path, tmp_path, request
+):
+    if decoder is decode_with_decord:
+        request.applymarker(pytest.mark.xfail(reason=DECORD_IS_WRONG[what], strict=True))
+    path = tmp_path / what
+    if what == "motion":
+        path.write_bytes(photo(".jpg") + clip_path("h264").read_bytes())
+    elif what.startswith("moving"):
+        animation(path, [np.full((48, 64, 4), 255, np.uint8), np.zeros((48, 64, 4), np.uint8)], [100, 100])
+    else:
+        path.write_bytes(photo(what))
+    assert len(decoder(path, sampling=Sampling(), short_side_px=112, limits=DecodeLimits()).frames) >= 1
