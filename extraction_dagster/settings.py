@@ -302,6 +302,12 @@ class Settings(BaseSettings):
     )
     max_duration_seconds: float = Field(6 * 3600.0, gt=0, description="Longest video that is decoded.")
 
+    tone_map: Literal["on", "off"] = Field(
+        "on",
+        description="on: HDR (PQ, HLG) is shown as SDR, white at 203 cd/m2, saturation kept; off: its signal is stored "
+        "as it is, and looks pale. SDR is the same with both.",
+    )
+
     # Stored frames
     short_side_px: int = Field(224, ge=16, le=4320, description="Short side of a stored frame; never scaled up.")
     jpeg_quality: int = Field(95, ge=30, le=100, description="Quality of a stored frame's JPEG.")

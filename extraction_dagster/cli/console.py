@@ -60,6 +60,11 @@ class Answer:
             print_json(document)
 
 
+def printable(text: str) -> str:
+    """A text that a terminal shows and does not obey: control characters become replacements."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
 def print_values(values: Iterable[tuple[str, object]], *, title: str | None = None) -> None:
     """Print names and values as a table; a dash where there is none."""
     table = Table(title=title, show_header=False, title_justify="left")

@@ -12,7 +12,18 @@ import typer
 from typer.core import TyperGroup
 
 from extraction_dagster import __version__
-from extraction_dagster.cli import checkpoint, collection, console, demo, frames, operations, records, runs, search
+from extraction_dagster.cli import (
+    checkpoint,
+    collection,
+    console,
+    demo,
+    frames,
+    operations,
+    preview,
+    records,
+    runs,
+    search,
+)
 from extraction_dagster.errors import ExtractionError
 from extraction_dagster.interrupts import redeliver_dropped_interrupts
 
@@ -54,6 +65,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 for name, command in COMMANDS.items():
     app.command(name)(command)
 app.command("backfill", cls=runs.TakesNegativeIds)(runs.backfill)
+app.command("preview", cls=runs.TakesNegativeIds)(preview.preview)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(collection.app, name="collection")
 app.add_typer(frames.app, name="frames")

@@ -12,12 +12,12 @@ class VideoOpenError(ExtractionError):
 
 
 class VideoFormatError(PermanentError):
-    """A file's format is one that is never opened: a playlist, a script, a picture."""
+    """A file's format is one that is never opened: a playlist, a script, an archive."""
 
-    def __init__(self, video: str, allowed: str) -> None:
-        super().__init__(f"""Video {video!r} is refused: its content is not one of the containers that are opened
-            ({allowed}). Playlists, scripts and pictures are never followed, whatever their name. Convert the file to
-            mp4.""")
+    def __init__(self, video: str, allowed: str, found: str = "") -> None:
+        it_is = f"it is {found}. Its" if found else "its"
+        super().__init__(f"""Video {video!r} is refused: {it_is} content is not one of the containers that are opened
+            ({allowed}). Playlists and scripts are never followed, whatever their name. Convert the file to mp4.""")
 
 
 class NoVideoStreamError(PermanentError):
@@ -31,9 +31,19 @@ class NoVideoStreamError(PermanentError):
 class VideoEncryptedError(PermanentError):
     """A video is encrypted; its frames would be noise."""
 
-    def __init__(self, video: str) -> None:
-        super().__init__(f"""Video {video!r} is encrypted: its frames would be noise. {SKIPPED} Replace it by a
+    def __init__(self, video: str, scheme: str | None = None) -> None:
+        how = f"encrypted ({scheme})" if scheme else "encrypted"
+        super().__init__(f"""Video {video!r} is {how}: its frames would be noise. {SKIPPED} Replace it by a
             decrypted file.""")
+
+
+class DolbyVisionError(PermanentError):
+    """A video is Dolby Vision without a layer that other decoders can show."""
+
+    def __init__(self, video: str, profile: int) -> None:
+        super().__init__(f"""Video {video!r} is Dolby Vision profile {profile} without a compatible base layer: its
+            colours can't be read by anything but Dolby's own decoders, expected HDR10, HLG, SDR or a profile with one
+            of them as its base (7, 8.1, 8.4). {SKIPPED} Convert it to one of these.""")
 
 
 class VideoTooLargeError(PermanentError):
@@ -117,6 +127,13 @@ class FramesRejectedError(PermanentError):
         super().__init__(f"""Video {path!r} kept 0 of {num_frames} sampled frames, expected at least 1: all are of a
             single colour. {SKIPPED} Set EXTRACTION_MIN_FRAMES=1 to keep one of them, or
             EXTRACTION_REJECT_SOLID=false.""")
+
+
+class PreviewError(ExtractionError):
+    """There is nothing to show of a record or a file."""
+
+    def __init__(self, what: str, why: str) -> None:
+        super().__init__(f"No preview of {what}: {why} Nothing was written anywhere.")
 
 
 class StoredFrameError(ExtractionError):
