@@ -83,6 +83,8 @@ def _load(library: str) -> None:
     """Import a library and, where it would import parts of itself only when they are needed, these as well."""
     with contextlib.suppress(ImportError):  # the decoder says so, of each video
         loaded = importlib.import_module(library)
+        if library == "cv2":  # it looks for other thread pools when one is first asked for
+            loaded.setNumThreads(1)
         if library == "av":  # it imports parts of itself once they are needed
             for part in pkgutil.walk_packages(loaded.__path__, "av."):
                 if not part.name.endswith("__main__"):

@@ -42,10 +42,10 @@ REFUSED = {
     "signal itself": "done",
     "read a module": "done",
 }
-# Of each try, what strace has to show of it; {parent} and {folder} are filled in. Where strace is an ordinary user's, it
-# can't read a name out of the worker's memory, for the worker is not dumpable: it shows where the name is.
+# What strace has to show of each try; {parent} and {folder} are filled in. An ordinary user's strace can't read a
+# name out of the worker's memory, for the worker is not dumpable: it shows where the name is.
 SEEN = {
-    "read the parent's environment": r'openat\(AT_FDCWD, ("/proc/{parent}/environ"|0x\w+), O_RDONLY\S*\) += -1 EACCES',
+    "read the parent's environment": r'openat\(AT_FDCWD, ("/proc/{parent}/environ"|0x\w+), O_RD\S*\) += -1 EACCES',
     "write a file": r'openat\(AT_FDCWD, ("{folder}/written"|0x\w+), O_WRONLY\|O_CREAT\S*, 0777\) += -1 EACCES',
     "open another file": r'openat\(AT_FDCWD, ("{folder}/other"|0x\w+), O_RDONLY\S*\) += -1 EACCES',
     "fork": r"clone\(child_stack=NULL, flags=[^)]*SIGCHLD[^)]*\) += -1 EACCES",
