@@ -21,6 +21,7 @@ from extraction_dagster.addresses import address_hash
 from extraction_dagster.errors.catalog import UnreadableRowError
 from extraction_dagster.records import IdRange, VideoRow
 from extraction_dagster.stages.catalog.database import chunks, fetch_all, is_text, reading, storable
+from extraction_dagster.stages.catalog.lengths import OVERLONG_LABEL, BoundedColumns, Cap, size_bytes
 from extraction_dagster.stages.catalog.source_columns import SourceColumns, build_predicate
 
 if TYPE_CHECKING:
@@ -84,8 +85,6 @@ class SourceRows:
             columns.find(name, "EXTRACTION_SOURCE_PAYLOAD_COLUMNS") for name in settings.source_payload_columns
         ]
         version = columns.find_optional(settings.source_version_column, "EXTRACTION_SOURCE_VERSION_COLUMN")
-        # As text, made by the database: one form for reading and for comparing.
-        self._version = None if version is None else sa.func.coalesce(sa.cast(version, sa.Text), "")
         self._extracted = columns.find_mark(settings.source_extracted_column, "EXTRACTION_SOURCE_EXTRACTED_COLUMN")
         self._embedded = columns.find_mark(settings.source_embedded_column, "EXTRACTION_SOURCE_EMBEDDED_COLUMN")
         self._marks = [column for column in (self._extracted, self._embedded) if column is not None]
@@ -93,11 +92,27 @@ class SourceRows:
         optional = [column for column in (self._platform, self._code) if column is not None]
         checked = {column.name: column for column in (*self._payload, *self._uri_columns, *optional)}
         self._checked = list(checked.items())
+        self._set_caps(settings, optional)
+        # As text, made by the database: one form for reading and for comparing.
+        text = None if version is None else sa.func.coalesce(sa.cast(version, sa.Text), "")
+        self._version = None if text is None else self._bounded.version(text, self._label_cap)
         # As it is configured: a folder that moves with all that lies in it makes no file another.
         self._first_root = settings.allowed_roots[0] if settings.allowed_roots else "videos"
         self.eligible: sa.ColumnElement[bool] = (
             build_predicate(settings.source_predicate, self.table) if settings.source_predicate else sa.true()
         )
+
+    def _set_caps(self, settings: Settings, labels: Sequence[sa.Column[Any]]) -> None:
+        """How long each column may be; one that is part of an address and a label, as long as a label."""
+        self._label_cap = Cap(settings.max_label_bytes, "EXTRACTION_MAX_LABEL_BYTES")
+        self._payload_cap = Cap(settings.max_payload_bytes, "EXTRACTION_MAX_PAYLOAD_BYTES")
+        self._uri_cap = Cap(settings.max_address_bytes, "EXTRACTION_MAX_ADDRESS_BYTES")
+        self._caps = {
+            **{column.name: self._payload_cap for column in self._payload},
+            **{column.name: self._uri_cap for column in self._uri_columns},
+            **{column.name: self._label_cap for column in (*labels, *self._marks)},
+        }
+        self._bounded = BoundedColumns(self._engine, self._caps)
 
     def rows(self, id_range: IdRange) -> Iterator[SourceRow]:
         """Every eligible row of the range, in ascending order of ids; one that can't be read says so."""
@@ -135,7 +150,8 @@ class SourceRows:
 
     def addresses_of(self, record_ids: Sequence[int]) -> dict[int, str]:
         """The addresses of those of these rows that have one which can be read."""
-        query = sa.select(*{column.name: column for column in (self.id, *self._uri_columns)}.values())
+        uri_columns = [self._bounded.select(column) for column in self._uri_columns if column.name != self.id.name]
+        query = sa.select(self.id, *uri_columns)
         found: dict[int, str] = {}
         for chunk in chunks(record_ids):
             try:
@@ -185,6 +201,7 @@ class SourceRows:
                 return
             values[column.name] = found[0][0]
         values[_VERSION_LABEL] = values[_VERSION_LABEL] or ""
+        values[OVERLONG_LABEL] = values.get(OVERLONG_LABEL)
         try:
             row = self._source_row(values)
         except _UNREADABLE as error:  # each value can be read, and not be used
@@ -203,10 +220,12 @@ class SourceRows:
     def _select(self) -> sa.Select[*tuple[Any, ...]]:
         """What a `SourceRow` needs of the eligible rows."""
         optional = (self._platform, self._code, self._extracted, self._embedded)
-        columns = [self.id, *self._uri_columns, *self._payload, *(column for column in optional if column is not None)]
+        columns = [*self._uri_columns, *self._payload, *(column for column in optional if column is not None)]
         version = sa.literal("") if self._version is None else self._version
-        once = {column.name: column for column in columns}
-        return sa.select(*once.values(), version.label(_VERSION_LABEL)).where(self.eligible)
+        once = {column.name: column for column in columns if column.name != self.id.name}
+        read = [self._bounded.select(column) for column in once.values()]
+        overlong = self._bounded.overlong(once.values())
+        return sa.select(self.id, *read, version.label(_VERSION_LABEL), overlong).where(self.eligible)
 
     def _source_row(self, row: Mapping[Any, Any]) -> SourceRow:
         uri = self._uri(row)
@@ -223,7 +242,7 @@ class SourceRows:
             video=video,
             extracted=None if self._extracted is None else bool(row[self._extracted.name]),
             embedded=None if self._embedded is None else bool(row[self._embedded.name]),
-            problem=self._problem_of(video.record_id, row),
+            problem=self._problem_of(video.record_id, row) or self._problem_with_lengths(video, row),
         )
 
     def _problem_of(self, record_id: int, row: Mapping[Any, Any]) -> UnreadableRowError | None:
@@ -239,6 +258,30 @@ class SourceRows:
             if isinstance(value, bytes | memoryview) and column not in self._payload:
                 return self._unreadable(record_id, column, "it is binary")
         return None
+
+    def _problem_with_lengths(self, video: VideoRow, row: Mapping[Any, Any]) -> UnreadableRowError | None:
+        """What is longer than it may be: first what was not even read, then what was, then what is made of it."""
+        name, _, length = (row[OVERLONG_LABEL] or "").rpartition(":")
+        if name:
+            return self._too_long(video.record_id, name, length, self._caps[name])
+        for name, _ in self._checked:
+            value = row[name]
+            if value is not None and type(value) is not int and size_bytes(value) > self._caps[name].num_bytes:
+                return self._too_long(video.record_id, name, size_bytes(value), self._caps[name])
+        version = row[_VERSION_LABEL]
+        if len(version) > self._label_cap.num_bytes // 4 and size_bytes(version) > self._label_cap.num_bytes:
+            return self._too_long(video.record_id, _VERSION_LABEL, size_bytes(version), self._label_cap)
+        if version.startswith("too long: "):
+            return self._too_long(video.record_id, _VERSION_LABEL, version.removeprefix("too long: "), self._label_cap)
+        if size_bytes(video.uri) > self._uri_cap.num_bytes:
+            return self._too_long(video.record_id, self._uri_names[0], size_bytes(video.uri), self._uri_cap)
+        if video.payload and (size := size_bytes(dict(video.payload))) > self._payload_cap.num_bytes:
+            return self._too_long(video.record_id, ", ".join(video.payload), size, self._payload_cap)
+        return None
+
+    def _too_long(self, record_id: int, name: str, length: object, cap: Cap) -> UnreadableRowError:
+        label = (self._settings.source_version_column or name) if name == _VERSION_LABEL else name
+        return UnreadableRowError(self.name, record_id, label, f"it has {length} bytes", expected=cap.expected)
 
     def _uri(self, row: Mapping[Any, Any]) -> str:
         """Where the file lies; empty when a column that it needs is NULL (fetching then says so)."""

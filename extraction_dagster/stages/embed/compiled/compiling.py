@@ -34,6 +34,7 @@ from filelock import FileLock, Timeout
 
 from extraction_dagster.errors.embed import ArtifactFolderError, CompiledNetworkError, CompileError
 from extraction_dagster.files import publish
+from extraction_dagster.permissions import make_private_folder
 from extraction_dagster.records import fingerprint
 from extraction_dagster.stages.embed.compiled.network import open_passes
 
@@ -74,8 +75,7 @@ class ArtifactFolder:
             ArtifactFolderError: The folder, or a file in it, could have been written by somebody else.
         """
         try:
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-            self.folder.mkdir(mode=0o700, exist_ok=True)
+            make_private_folder(self.folder)
         except OSError as error:
             raise ArtifactFolderError(str(self.folder), error.strerror or str(error)) from error
         self._check(self.folder, self.folder.lstat(), stat.S_ISDIR, "a folder")
