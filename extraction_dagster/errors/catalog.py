@@ -114,8 +114,8 @@ class FileEncodedError(PermanentError):
     """A server packed a file although it was asked not to; unpacking could fill any disk."""
 
     def __init__(self, uri: str, encoding: str) -> None:
-        super().__init__(f"""File {brief_address(uri)!r} comes with Content-Encoding {one_line(encoding, 100)!r}, expected the file as
-            it is: packed answers are never unpacked. {SKIPPED} Correct the server.""")
+        super().__init__(f"""File {brief_address(uri)!r} comes with Content-Encoding {one_line(encoding, 100)!r},
+            expected the file as it is: packed answers are never unpacked. {SKIPPED} Correct the server.""")
 
 
 class DownloadTimeoutError(ExtractionError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +15,14 @@ if TYPE_CHECKING:
 
 _Item = TypeVar("_Item")
 _CHUNK = 500
+_TLS = {
+    "disable": "never encrypted",
+    "allow": "encrypted only if the server insists",
+    "prefer": "encrypted if the server can, with whatever certificate",
+    "require": "encrypted, with whatever certificate",
+    "verify-ca": "encrypted, the certificate's issuer checked",
+    "verify-full": "encrypted, the certificate and its host checked",
+}
 
 
 def parse_url(url: str, *, setting: str) -> sa.URL:
@@ -129,6 +138,15 @@ def describe(url: sa.URL) -> str:
     """The database as it may be printed: no user, no password, no query string."""
     bare = sa.URL.create(url.drivername, host=url.host, port=url.port, database=url.database)
     return bare.render_as_string(hide_password=True)
+
+
+def describe_tls(url: str) -> str:
+    """How a connection to PostgreSQL is encrypted, by its sslmode; empty for other databases."""
+    parsed = sa.make_url(url)
+    if not parsed.drivername.startswith("postgres"):
+        return ""
+    mode = str(parsed.query.get("sslmode") or os.environ.get("PGSSLMODE") or "prefer")
+    return f"sslmode {mode}, {_TLS.get(mode, 'which is unknown')}"
 
 
 def chunks(items: Sequence[_Item], size: int = _CHUNK) -> Iterable[Sequence[_Item]]:

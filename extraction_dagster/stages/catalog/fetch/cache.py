@@ -5,10 +5,10 @@
     <key>.….part      what has arrived so far; nobody can foresee its name, which the note above says
     <key>.video.mp4   all of it
 
-A download reserves its room before its first byte, so that the folder never exceeds its limit; where the server does not
-say how much will come, it reserves some, and twice as much each time that this is full. Room is made by removing
-the entries that were unused for longest; an entry in use is locked and stays. A process that dies here leaves nothing
-worse than a part to go on from, and its locks end with it.
+A download reserves its room before its first byte, so that the folder never exceeds its limit; where the server does
+not say how much will come, it reserves some, and twice as much each time that this is full. Room is made by removing the
+entries that were unused for longest; an entry in use is locked and stays. A process that dies here leaves nothing worse
+than a part to go on from, and its locks end with it.
 """
 
 from __future__ import annotations
