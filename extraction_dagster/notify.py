@@ -129,6 +129,8 @@ def redact(text: str, settings: Settings) -> str:
 def _without(text: str, secret: str) -> str:
     """A text without a secret, and without the beginning of it where the text was cut."""
     text = text.replace(secret, _HIDDEN)
+    if not text.endswith("…"):
+        return text
     body = text.rstrip("….")
     half = next((size for size in range(len(secret) - 1, _SHORTEST_SECRET - 1, -1) if body.endswith(secret[:size])), 0)
     return f"{body[: len(body) - half]}{_HIDDEN}" if half else text

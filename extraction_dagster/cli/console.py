@@ -39,7 +39,7 @@ _WIDE = 200  # columns of a pipe or a file, where a table must not be cut to a t
 class _PlainConsole(Console):
     """A console on which no text of others moves the cursor, changes a colour or hides what stands before it."""
 
-    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]  # noqa: ANN401 - rich's own
+    def render_str(self, text: str, **options: Any) -> Text:  # noqa: ANN401 - rich's own
         """Show control characters and other letters without a shape by their numbers."""
         return super().render_str(plain(text), **options)
 

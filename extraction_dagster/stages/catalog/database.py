@@ -112,13 +112,14 @@ def fetch_all(connection: sa.Connection, query: sa.Select[*tuple[Any, ...]]) -> 
     try:
         return connection.execute(query).all()
     except sa.exc.OperationalError as error:
-        if not _is_undecodable(error):
+        if not is_undecodable(error):
             raise
     connection.connection.driver_connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")  # type: ignore[union-attr]  # SQLite's own
     return connection.execute(query).all()
 
 
-def _is_undecodable(error: sa.exc.DBAPIError) -> bool:
+def is_undecodable(error: sa.exc.DBAPIError) -> bool:
+    """Whether a text in SQLite has bytes that are no UTF-8."""
     return "Could not decode to UTF-8" in str(error.orig)
 
 
@@ -129,7 +130,7 @@ def _translated(engine: sa.Engine, what: str) -> Iterator[None]:
     except (sa.exc.IntegrityError, sa.exc.DataError):
         raise  # the database works: what it was given is wrong
     except (sa.exc.DatabaseError, sa.exc.InterfaceError) as error:
-        if _is_undecodable(error):
+        if is_undecodable(error):
             raise UnicodeError(" ".join(str(error.orig).split())) from error
         raise SourceUnreachableError(what, describe(engine.url), str(error.orig)) from error
 

@@ -56,7 +56,7 @@ class BoundedColumns:
             return column
         return sa.case((length <= self._most(column), column), else_=sa.null()).label(column.name)
 
-    def overlong(self, columns: Iterable[sa.Column[Any]]) -> sa.ColumnElement[str | None]:
+    def overlong(self, columns: Iterable[sa.Column[Any]]) -> sa.ColumnElement[Any]:
         """`name:length` of the first column that is far too long to be read; NULL for none."""
         found = [(column, length) for column in columns if (length := self._length(column)) is not None]
         if not found:

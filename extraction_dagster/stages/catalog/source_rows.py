@@ -1,16 +1,17 @@
 """Rows of the source table as they are read: a value that can't be read or used fails its row, and no other.
 
-A page is read at once. Where that fails, its halves are read by themselves, down to the row that is to blame, and of
+A page is read at once. Where that fails, its eighths are read by themselves, down to the row that is to blame, and of
 that row one column after the other:
 
-    rows 1 ─────────────── 1000     year 10000 is out of range
-    rows 1 ── 500                   read
-               rows 501 ── 1000     … down to row 743
-    row 743    path, code, …        read; uploaded_at can't be: the row comes with that, and without the value
+    rows 1 ─────────────── 500      year 10000 is out of range
+    rows 1 ── 63                    read
+               rows 64 ── 126       … down to row 73
+    row 73     path, code, …        read; uploaded_at can't be: the row comes with that, and without the value
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ import sqlalchemy as sa
 from extraction_dagster.addresses import address_hash
 from extraction_dagster.errors.catalog import UnreadableRowError
 from extraction_dagster.records import IdRange, VideoRow
-from extraction_dagster.stages.catalog.database import chunks, fetch_all, is_text, reading, storable
+from extraction_dagster.stages.catalog.database import chunks, fetch_all, is_text, is_undecodable, reading, storable
 from extraction_dagster.stages.catalog.lengths import OVERLONG_LABEL, BoundedColumns, Cap, size_bytes
 from extraction_dagster.stages.catalog.source_columns import SourceColumns, build_predicate
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 _VERSION_LABEL = "extraction_version"
 _PAGE = 1000
+_PARTS = 8
 _DEEPEST = 32  # levels of JSON; each takes three of the 100 that a message to Qdrant may have
 # What drivers and types raise for a value that they can't read; a database that fails raises something else.
 _UNREADABLE = (ValueError, TypeError, ArithmeticError, LookupError, RecursionError, sa.exc.DataError)
@@ -118,7 +120,7 @@ class SourceRows:
         """Every eligible row of the range, in ascending order of ids; one that can't be read says so."""
         first = id_range.first_id
         while True:
-            query = self._select().where(self.id.between(first, id_range.last_id)).order_by(self.id)
+            query = self._query.where(self.id.between(first, id_range.last_id)).order_by(self.id)
             try:
                 with reading(self._engine, what=f"read source table {self.name!r}") as connection:
                     for row in connection.execution_options(yield_per=_PAGE).execute(query).mappings():
@@ -131,7 +133,7 @@ class SourceRows:
                 return
             within = self.id.between(first, id_range.last_id)
             page = self._ids(sa.select(self.id).where(self.eligible, within), _PAGE)
-            yield from self._halved(page)
+            yield from (row for chunk in chunks(page) for row in self._in_parts(chunk))
             if len(page) < _PAGE or page[-1] >= id_range.last_id:
                 return
             first = page[-1] + 1
@@ -139,7 +141,7 @@ class SourceRows:
     def rows_of(self, record_ids: Iterable[int]) -> Iterator[SourceRow]:
         """The eligible ones of these rows, in ascending order of ids."""
         for chunk in chunks(sorted(record_ids)):
-            yield from self._halved(chunk)
+            yield from self._in_parts(chunk)
 
     def next_ids(self, after_id: int | None, most: int, *, up_to_id: int | None = None) -> list[int]:
         """The ids of the next eligible rows above an id, at most `most`."""
@@ -159,49 +161,46 @@ class SourceRows:
                     for row in connection.execute(query.where(self.id.in_(chunk))).mappings():
                         found[int(row[self.id.name])] = address_hash(self._uri(row), self._first_root)
             except _UNREADABLE:
-                found |= {row.video.record_id: row.video.address for row in self._halved(chunk)}
+                found |= {row.video.record_id: row.video.address for row in self._in_parts(chunk)}
         return found
 
     def _ids(self, query: sa.Select[int], most: int) -> list[int]:
         with reading(self._engine, what=f"read source table {self.name!r}") as connection:
             return [int(key) for key in connection.execute(query.order_by(self.id).limit(most)).scalars()]
 
-    def _halved(self, record_ids: Sequence[int]) -> Iterator[SourceRow]:
-        """The eligible ones of these rows; where one of them can't be read, each half by itself, down to that row."""
-        if not record_ids:
-            return
-        query = self._select().where(self.id.in_(record_ids)).order_by(self.id)
-        try:
-            with reading(self._engine, what=f"read source table {self.name!r}") as connection:
-                found = [self._source_row(row) for row in connection.execute(query).mappings()]
-        except _UNREADABLE:
-            if len(record_ids) == 1:
-                yield from self._by_columns(record_ids[0])
-                return
-            middle = len(record_ids) // 2
-            yield from self._halved(record_ids[:middle])
-            yield from self._halved(record_ids[middle:])
-            return
-        yield from found
+    def _in_parts(self, record_ids: Sequence[int]) -> list[SourceRow]:
+        """The eligible ones of these rows; where one of them can't be read, part by part, down to that row."""
+        with reading(self._engine, what=f"read source table {self.name!r}") as connection:
+            return self._part(connection, record_ids)
 
-    def _by_columns(self, record_id: int) -> Iterator[SourceRow]:
+    def _part(self, connection: sa.Connection, record_ids: Sequence[int]) -> list[SourceRow]:
+        query = self._query.where(self.id.in_(record_ids)).order_by(self.id)
+        try:
+            return [self._source_row(row) for row in _mappings(connection, query)]
+        except _UNREADABLE:
+            connection.rollback()  # one that failed in the database takes no further question
+        if len(record_ids) == 1:
+            return self._by_columns(connection, record_ids[0])
+        size = -(-len(record_ids) // _PARTS)
+        return [row for part in chunks(record_ids, size) for row in self._part(connection, part)]
+
+    def _by_columns(self, connection: sa.Connection, record_id: int) -> list[SourceRow]:
         """A row that can't be read as a whole: without the values that can't be read, and with what is wrong."""
         values: dict[str, Any] = {}
         problem: UnreadableRowError | None = None
-        for column in self._select().selected_columns:
+        for column in self._query.selected_columns:
             query = sa.select(column).where(self.id == record_id, self.eligible)
             try:
-                with reading(self._engine, what=f"read source table {self.name!r}") as connection:
-                    found = fetch_all(connection, query)
+                found = fetch_all(connection, query)
             except _UNREADABLE as error:
+                connection.rollback()
                 values[column.name] = None
                 problem = problem or self._unreadable(record_id, column, f"{type(error).__name__}: {error}")
                 continue
             if not found:  # it is gone since
-                return
+                return []
             values[column.name] = found[0][0]
         values[_VERSION_LABEL] = values[_VERSION_LABEL] or ""
-        values[OVERLONG_LABEL] = values.get(OVERLONG_LABEL)
         try:
             row = self._source_row(values)
         except _UNREADABLE as error:  # each value can be read, and not be used
@@ -209,7 +208,7 @@ class SourceRows:
             blank = values | {column.name: None for column in self._uri_columns}
             row = self._source_row(blank)
             problem = problem or self._unreadable(record_id, self._uri_columns[0], why)
-        yield replace(row, problem=problem or row.problem)
+        return [replace(row, problem=problem or row.problem)]
 
     def _unreadable(self, record_id: int, column: sa.ColumnElement[Any], why: str) -> UnreadableRowError:
         name = column.name
@@ -217,7 +216,8 @@ class SourceRows:
         kind = "text" if name == _VERSION_LABEL else str(column.type)
         return UnreadableRowError(self.name, record_id, label, why, expected=kind)
 
-    def _select(self) -> sa.Select[*tuple[Any, ...]]:
+    @functools.cached_property
+    def _query(self) -> sa.Select[*tuple[Any, ...]]:
         """What a `SourceRow` needs of the eligible rows."""
         optional = (self._platform, self._code, self._extracted, self._embedded)
         columns = [*self._uri_columns, *self._payload, *(column for column in optional if column is not None)]
@@ -289,6 +289,15 @@ class SourceRows:
         if None in values.values():
             return ""
         return self._uri_template.format_map(values) if self._uri_template else str(row[self._uri_names[0]])
+
+
+def _mappings(connection: sa.Connection, query: sa.Select[*tuple[Any, ...]]) -> Sequence[sa.RowMapping]:
+    try:
+        return connection.execute(query).mappings().all()
+    except sa.exc.OperationalError as error:
+        if is_undecodable(error):
+            raise UnicodeError(" ".join(str(error.orig).split())) from error
+        raise
 
 
 def _text(value: object) -> str | None:

@@ -5,10 +5,9 @@
     <key>.….part      what has arrived so far; nobody can foresee its name, which the note above says
     <key>.video.mp4   all of it
 
-A download reserves its room before its first byte, so that the folder never exceeds its limit; where the server does
-not say how much will come, it reserves some, and twice as much each time that this is full. Room is made by removing the
-entries that were unused for longest; an entry in use is locked and stays. A process that dies here leaves nothing worse
-than a part to go on from, and its locks end with it.
+A download reserves its room before its first byte, so that the folder never exceeds its limit; where nobody says how
+much will come, some, and twice as much each time that this is full. Room is made by removing the entries that were
+unused for longest; an entry in use is locked and stays. What a killed process leaves is a part to go on from.
 """
 
 from __future__ import annotations
@@ -42,7 +41,6 @@ _TURN_SECONDS = 0.005
 _PART_SECONDS = 10.0  # for which a part may wait for room: several could wait for each other's room for ever
 _FLAGS = os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 _FIRST_ROOM_BYTES = 2**26  # of a download whose size nobody says
-_MOST_ENTRIES = 10_000
 _PART = re.compile(r"[^/]+\.[0-9a-f]{16}\.part")
 # What an entry needs beside the file itself, and the file of reservations.
 OVERHEAD_BYTES = 16_384
@@ -141,7 +139,7 @@ class DownloadCache:
         max_bytes: int,
         max_idle_seconds: float,
         patience_seconds: float,
-        max_entries: int = _MOST_ENTRIES,
+        max_entries: int = 10_000,
     ) -> None:
         self.folder, self._max_entries = folder, max_entries
         self._max_bytes, self._max_idle_seconds, self._patience = max_bytes, max_idle_seconds, patience_seconds
@@ -347,11 +345,8 @@ class CacheEntry:
 class _Receiver:
     """An open part, and how much room it has."""
 
-    def __init__(
-        self, cache: DownloadCache, part: int, num_bytes: int, room: int, reserve: Callable[[int], int]
-    ) -> None:
-        self._cache, self._part, self.num_bytes = cache, part, num_bytes
-        self._room, self._reserve = room, reserve
+    def __init__(self, cache: DownloadCache, part: int, held: int, room: int, reserve: Callable[[int], int]) -> None:
+        self._cache, self._part, self.num_bytes, self._room, self._reserve = cache, part, held, room, reserve
 
     def append(self, chunk: bytes) -> None:
         """Keep the next bytes."""
