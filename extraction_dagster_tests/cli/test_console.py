@@ -27,7 +27,7 @@ def printed():
 
 def test_a_text_is_shown_letter_for_letter(printed):
     assert printed(f"error: {HOSTILE}", markup=False) == f"error: {SHOWN}\n"
-    assert printed("two\nlines and a\ttab", markup=False) == "two\nlines and a       tab\n"
+    assert printed("two\nlines and a\ttab", markup=False) == "two\nlines and a     tab\n"
 
 
 def test_a_cell_and_a_title_are_too(printed):

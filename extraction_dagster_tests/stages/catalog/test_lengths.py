@@ -168,7 +168,7 @@ LONG = {name: BAD[name] for name in ("an address", "a code", "a version", "a cap
 def memory_mib(database, url, home, *, rows, long_bytes):
     """The memory that a process needs more, in MiB, to read a table of rows that are far too long."""
     make_table(database, rows)
-    bad = spoil(database, LONG, first=1, number=2 * rows, long_bytes=long_bytes)
+    bad = spoil(database, LONG, first=1, number=rows, long_bytes=long_bytes)
     run = [sys.executable, "-c", textwrap.dedent(MEMORY), str(home), url]
     done = subprocess.run(run, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
