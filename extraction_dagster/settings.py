@@ -335,6 +335,11 @@ class Settings(BaseSettings):
     decode_memory_bytes: int = Field(
         4 * 2**30, ge=2**28, description="Address space that a decoding process may use beyond its own start."
     )
+    require_confinement: bool = Field(
+        default=False,
+        description="Decode nothing unless the kernel confines a decoding process in every way that docs/security.md "
+        "lists; otherwise what it lacks is logged, and the rest holds.",
+    )
     max_pixels: int = Field(
         8192 * 4320, ge=1, description="Most pixels of one source frame; a larger video is refused before decoding."
     )

@@ -181,6 +181,7 @@ def test_the_doctor_lists_every_setting_and_checks_what_a_run_needs(demo, run):
     assert [line.split(":")[0] for line in printed.splitlines() if line.startswith("ok ")] == [
         "ok      source table and state",
         "ok      Dagster's instance",
+        "ok      decoding workers",
         "ok      embedding model",
         "ok      frames and vectors",
         "ok      Qdrant",

@@ -78,6 +78,7 @@ def doctor() -> None:
     checks = {
         "source table and state": _catalog,
         "Dagster's instance": _instance,
+        "decoding workers": _workers,
         "embedding model": _model,
         "frames and vectors": _shards,
         "Qdrant": _store,
@@ -116,6 +117,12 @@ def _instance(settings: Settings) -> str:
 
     with open_instance(settings) as instance:
         return f"{len(active_runs(instance))} active runs"
+
+
+def _workers(settings: Settings) -> str:
+    from extraction_dagster.stages.decode.workers.pool import PoolOptions, look_at_confinement
+
+    return f"confined by {look_at_confinement(PoolOptions.from_settings(settings))}"
 
 
 def _model(settings: Settings) -> str:

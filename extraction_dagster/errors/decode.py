@@ -4,9 +4,14 @@ from extraction_dagster.errors import SKIPPED, ExtractionError, PermanentError
 
 
 class VideoOpenError(ExtractionError):
-    """A file can't be opened as a video."""
+    """A file can't be opened as a video.
+
+    Attributes:
+        why: What was found.
+    """
 
     def __init__(self, video: str, why: str) -> None:
+        self.why = why
         super().__init__(f"""Video {video!r} can't be opened: {why}. Expected a complete file in a known container (mp4,
             webm, ts). {SKIPPED} Fetch the file again, then retry the record.""")
 
@@ -116,6 +121,15 @@ class DecodeWorkerStartError(ExtractionError):
     def __init__(self, how: str, said: str) -> None:
         super().__init__(f"""A decoding worker did not start ({how}). No record is to blame; finished shards are kept.
             Its last words: {said or "none"}.""")
+
+
+class DecodeConfinementError(ExtractionError):
+    """A decoding process can't be confined as the settings insist: no video is to blame."""
+
+    def __init__(self, lacking: str) -> None:
+        super().__init__(f"""Decoding workers can't be confined as EXTRACTION_REQUIRE_CONFINEMENT insists: this machine
+            lacks {lacking}. No video was decoded and no record is to blame; finished shards are kept. Run where the
+            kernel has it (docs/security.md says which), or unset EXTRACTION_REQUIRE_CONFINEMENT and do without.""")
 
 
 class FramesRejectedError(PermanentError):

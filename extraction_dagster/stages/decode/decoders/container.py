@@ -74,8 +74,8 @@ class VideoFile:
         path: Where it was opened.
     """
 
-    def __init__(self, path: Path, descriptor: int) -> None:
-        self.path, self._descriptor = path, descriptor
+    def __init__(self, path: Path, descriptor: int, *, handed_over: bool = False) -> None:
+        self.path, self._descriptor, self._handed_over = path, descriptor, handed_over
 
     def reading(self) -> Reading:
         """A reading from the beginning, independent of the others."""
@@ -83,7 +83,14 @@ class VideoFile:
 
     @property
     def alias(self) -> str:
-        """A path of this very file, for a library that takes only paths; on Linux it stays valid without the name."""
+        """A path of this very file, for a library that takes only paths; on Linux it stays valid without the name.
+
+        In a worker, which can open no path, it is FFmpeg's name for descriptor 0, and that is the file from here on.
+        """
+        if self._handed_over:
+            os.dup2(self._descriptor, 0)
+            os.lseek(0, 0, os.SEEK_SET)
+            return "fd:"
         alias = f"/proc/self/fd/{self._descriptor}"
         return alias if os.path.exists(alias) else str(self.path)  # noqa: PTH110 - a string for a library
 
@@ -116,6 +123,18 @@ class Reading:
         return self._at
 
 
+# What a worker's parent opened for it, or why it could not; a worker can open nothing by itself.
+_handed_over: list[int | str] = []
+
+
+def hand_over(opened: int | str | None) -> None:
+    """Let the next `open_file` in this process give this descriptor, or fail for this reason; None takes it back."""
+    for descriptor in _handed_over:
+        if isinstance(descriptor, int):
+            os.close(descriptor)
+    _handed_over[:] = [] if opened is None else [opened]
+
+
 @contextmanager
 def open_file(path: Path) -> Iterator[VideoFile]:
     """Open a regular file, without following links.
@@ -126,7 +145,23 @@ def open_file(path: Path) -> Iterator[VideoFile]:
     Raises:
         VideoOpenError: It is gone, no regular file, or a link leads to it.
     """
-    path = path.absolute()
+    given = _handed_over.pop() if _handed_over else None
+    if isinstance(given, str):
+        raise VideoOpenError(str(path), given)
+    path = path if given is not None else path.absolute()
+    descriptor = open_descriptor(path) if given is None else given
+    try:
+        yield VideoFile(path, descriptor, handed_over=given is not None)
+    finally:
+        os.close(descriptor)
+
+
+def open_descriptor(path: Path) -> int:
+    """Open a regular file for reading, without following links.
+
+    Raises:
+        VideoOpenError: It is gone, no regular file, or a link leads to it.
+    """
     try:
         descriptor = _open_without_links(path)
     except OSError as error:
@@ -134,12 +169,10 @@ def open_file(path: Path) -> Iterator[VideoFile]:
         raise VideoOpenError(str(path), why or type(error).__name__) from error
     except ValueError as error:  # a NUL byte
         raise VideoOpenError(str(path), str(error)) from error
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise VideoOpenError(str(path), "it is no regular file")
-        yield VideoFile(path, descriptor)
-    finally:
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
+        raise VideoOpenError(str(path), "it is no regular file")
+    return descriptor
 
 
 def _open_without_links(path: Path) -> int:
