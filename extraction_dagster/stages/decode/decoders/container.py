@@ -258,7 +258,7 @@ def _open_container(file: VideoFile, limits: DecodeLimits, *, probe: bool) -> In
 
     # The pixel limit reaches the codecs too, which are run to find out a stream's parameters.
     options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS, "max_pixels": str(limits.max_pixels)}
-    options["codec_whitelist"] = ",".join((*limits.codecs, *_SOUND))  # of those that find out a stream's parameters
+    options["codec_whitelist"] = ",".join((limits.codecs, *_SOUND))  # of those that find out a stream's parameters
     unprobed = {"options": options | {"probesize": "32"}, "stream_options": [{"skip_frame": "all"}] * _MOST_STREAMS}
     try:
         return av.open(file.reading(), "r", metadata_errors="replace", **({"options": options} if probe else unprobed))
@@ -319,7 +319,7 @@ def _describe(stream: object) -> str:
 
 def _check_stream(path: Path, stream: VideoStream, limits: DecodeLimits) -> None:
     context = stream.codec_context
-    if context.name not in limits.codecs:
+    if context.name not in limits.codecs.split(","):
         raise VideoCodecError(str(path), context.name)
     if "enc_key_id" in stream.metadata or context.codec_tag == "encv":
         raise VideoEncryptedError(str(path))
