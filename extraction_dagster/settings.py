@@ -35,9 +35,10 @@ from pydantic_settings import (
 )
 
 from extraction_dagster.errors import SettingsError
+from extraction_dagster.permissions import dotenv_warning, home_warning
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from pydantic.fields import FieldInfo
 
@@ -71,11 +72,17 @@ RETIRED: Final = {
     "shard_seconds": "a frame shard is written after 5 s of decoding",
     "vector_dtype": "a new collection keeps vectors as float16, as the embedding shards do; one that exists is kept",
 }
+# What players and cameras write today, and what archives are full of.
+COMMON_CODECS = (
+    *("h264", "hevc", "libdav1d", "av1", "vp8", "vp9", "mpeg4", "mpeg2video", "mpeg1video", "mpegvideo", "h263"),
+    *("mjpeg", "msmpeg4v1", "msmpeg4v2", "msmpeg4", "wmv1", "wmv2", "wmv3", "vc1", "flv", "theora", "prores", "dnxhd"),
+    *("dvvideo", "ffv1", "rawvideo", "gif", "png"),
+)
 _warned: set[str] = set()
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?"
 # A host or an IPv6 address in brackets; after '*.' at least two labels; a port if it is not the scheme's own.
 _HOST = re.compile(rf"(?:\*\.{_LABEL}\.)?{_LABEL}(?:\.{_LABEL})*(?::\d{{1,5}})?|\[[0-9A-Fa-f:]+\](?::\d{{1,5}})?")
-_BUCKET = re.compile(r"(?:s3|gs)://[A-Za-z0-9][A-Za-z0-9._-]{1,221}")
+_BUCKET = re.compile(r"(?:s3|gs)://[A-Za-z0-9][A-Za-z0-9._-]{1,221}(?:/[^\s,]*)?")
 _SHORTEST_PREFIX = 8
 _NOTIFIERS = ("none", "log", "webhook", "slack")
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
@@ -103,7 +110,7 @@ Hosts = Annotated[
     _each(_HOST, "hosts such as media.example.com, *.cdn.example.com or media.example.com:8443"),
     AfterValidator(lambda hosts: tuple(host.lower() for host in hosts)),
 ]
-Buckets = Annotated[Names, _each(_BUCKET, "buckets such as s3://videos or gs://videos")]
+Buckets = Annotated[Names, _each(_BUCKET, "buckets such as s3://videos, s3://videos/2026 or gs://videos")]
 Owners = Annotated[Names, _each(_OWNER, "owners such as team:video or someone@example.com")]
 
 
@@ -177,6 +184,24 @@ class Settings(BaseSettings):
         "column, template or first root): process decodes it again, report leaves it and lets reconcile name it. "
         "Failed records are tried at once either way.",
     )
+    max_label_bytes: int = Field(
+        1024,
+        ge=16,
+        le=2**20,
+        description="Longest platform, code and version of a row, in bytes of UTF-8; a record with a longer one fails.",
+    )
+    max_payload_bytes: int = Field(
+        16 * 1024,
+        ge=256,
+        le=2**20,
+        description="Most bytes of a record's further payload columns, together and as JSON; a record with more fails.",
+    )
+    max_address_bytes: int = Field(
+        8 * 1024,
+        ge=64,
+        le=2**20,
+        description="Longest address of a file, in bytes of UTF-8; a record with a longer one fails.",
+    )
     source_read_only: bool = Field(
         default=False, description="Never write to the source table: the ledger alone says what is done."
     )
@@ -184,6 +209,13 @@ class Settings(BaseSettings):
     # Ranges and retries
     batch_size: int = Field(1000, ge=1, le=100_000, description="Records per ID range, hence per run.")
     max_attempts: int = Field(3, ge=1, le=100, description="Tries of a failing record before it is parked.")
+    keep_errors_days: int = Field(
+        90,
+        ge=1,
+        le=36_500,
+        description="Days for which the errors table keeps what is over; the last error of a record that is failed or "
+        "parked stays.",
+    )
     retry_delay_seconds: float = Field(
         60.0, ge=0, le=86_400, description="Wait before a failed record's second try; doubles at each further try."
     )
@@ -223,13 +255,14 @@ class Settings(BaseSettings):
     )
     allowed_buckets: Buckets = Field(
         (),
-        description="Buckets from which files may be read, separated by commas: s3://videos,gs://videos; none when "
-        "unset.",
+        description="Buckets from which files may be read, separated by commas, each with the folder that all of its "
+        "files lie in, if they do: s3://videos,gs://videos/2026; none when unset.",
     )
     allowed_networks: Names = Field(
         (),
-        description="Private networks in which an allowed host may lie, separated by commas: 10.1.0.0/16; without "
-        "them only public addresses are connected to.",
+        description="Private networks in which an allowed host may lie, separated by commas: "
+        "media.example.com=10.1.0.0/16 for one host, 10.1.0.0/16 for every one; without them only public addresses are "
+        "connected to.",
     )
     allow_http: bool = Field(default=False, description="Read http:// addresses of allowed hosts too, unencrypted.")
     max_file_bytes: int = Field(4 * 2**30, ge=1, description="Largest file that is downloaded.")
@@ -290,6 +323,11 @@ class Settings(BaseSettings):
 
     # Decoding
     decoder: Literal["pyav", "decord"] = Field("pyav", description="Decoder: pyav (exact, faster) or decord.")
+    video_codecs: Names = Field(
+        COMMON_CODECS,
+        description="Decoders of FFmpeg, by its names, that may be opened, separated by commas. The rare ones, which "
+        "fewer eyes have looked at, are not among them: add those that your videos need.",
+    )
     decode_workers: int = Field(
         default_factory=lambda: os.cpu_count() or 1, ge=1, le=256, description="Decoding processes; the cores if unset."
     )
@@ -387,6 +425,9 @@ class Settings(BaseSettings):
     qdrant_url: str | None = Field(None, description="Qdrant server; the embedded engine under home when unset.")
     qdrant_grpc_port: int = Field(6334, ge=1, le=65535, description="The Qdrant server's gRPC port.")
     qdrant_api_key: SecretStr | None = Field(None, description="API key of the Qdrant server.")
+    qdrant_allow_http: bool = Field(
+        default=False, description="Send the key unencrypted, to http:// addresses of other machines too."
+    )
     qdrant_timeout_seconds: float = Field(60.0, gt=0, le=3600, description="Limit for one call to the Qdrant server.")
     qdrant_retry_seconds: float = Field(
         300.0,
@@ -498,12 +539,24 @@ class Settings(BaseSettings):
     @classmethod
     def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for text in value:
+            host, equals, named = text.rpartition("=")
             try:
-                network = ipaddress.ip_network(text)
+                network = ipaddress.ip_network(named)
             except ValueError:
                 network = None
-            if network is None or network.prefixlen < _SHORTEST_PREFIX:
-                message = f"networks such as 10.1.0.0/16 or fd00:1::/64, none larger than a /8 (refused: {text})"
+            is_host = not equals or (_HOST.fullmatch(host) is not None and "[" not in host)
+            if network is None or network.prefixlen < _SHORTEST_PREFIX or not is_host:
+                examples = "10.1.0.0/16, fd00:1::/64 or media.example.com=10.1.0.0/16"
+                raise ValueError(f"networks such as {examples}, none larger than a /8 (refused: {text})")
+        return tuple(text.lower() for text in value)
+
+    @field_validator("frames_uri", "embeddings_uri", mode="after")
+    @classmethod
+    def _no_password(cls, value: str | None) -> str | None:
+        for part in (value or "").split("://")[1:]:
+            user, at, _ = part.partition("/")[0].rpartition("@")
+            if at and ":" in user:
+                message = "an address without a password: it belongs into the store's own configuration (AWS_…, say)"
                 raise ValueError(message)
         return value
 
@@ -546,6 +599,16 @@ class Settings(BaseSettings):
             raise ValueError(message)
         if self.min_frames > self.max_frames:
             raise ValueError(f"min_frames ({self.min_frames}) must not be greater than max_frames ({self.max_frames})")
+        return self
+
+    @model_validator(mode="after")
+    def _key_is_encrypted(self) -> Self:
+        if self.qdrant_api_key is None or self.qdrant_url is None or self.qdrant_allow_http:
+            return self
+        parts = urllib.parse.urlsplit(self.qdrant_url)
+        if parts.scheme == "http" and not _is_this_machine(parts.hostname or ""):
+            message = "qdrant_url must be https where there is a qdrant_api_key, unless it leads to this machine or "
+            raise ValueError(f"{message}qdrant_allow_http is true: the key would be sent unencrypted")
         return self
 
     @model_validator(mode="after")
@@ -656,7 +719,8 @@ def load_settings() -> Settings:
             slip would otherwise be ignored in silence).
     """
     known = {PREFIX + name.upper() for name in Settings.model_fields}
-    for variable in (*os.environ, *_dotenv_variables()):
+    in_file = _dotenv_variables()
+    for variable in (*os.environ, *in_file):
         if not variable.startswith(PREFIX) or variable.startswith(_TEST_PREFIX):
             continue
         if (name := variable.removeprefix(PREFIX).lower()) in RETIRED:
@@ -665,13 +729,35 @@ def load_settings() -> Settings:
             close = difflib.get_close_matches(variable, known, n=1)
             raise SettingsError(variable, "unknown", f"{close[0]}, perhaps" if close else "a known setting")
     try:
-        return Settings()
+        settings = Settings()
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
         name = str(first["loc"][0]) if first["loc"] else ""
         raise SettingsError(
             PREFIX + name.upper() if name else "combination", _shown(name), first["msg"].removeprefix("Value error, ")
         ) from None
+    for warning in permission_warnings(settings, in_file):
+        if warning not in _warned:
+            _warned.add(warning)
+            _log.warning("%s.", warning)
+    return settings
+
+
+def permission_warnings(settings: Settings, in_file: Iterable[str] | None = None) -> list[str]:
+    """Who else may read or change the data folder and `.env`.
+
+    Args:
+        settings: Say which folder.
+        in_file: The variables that `.env` sets; it is read when None.
+    """
+    secret = {PREFIX + name.upper() for name in Settings.model_fields if _is_secret(name)}
+    variables = set(_dotenv_variables() if in_file is None else in_file)
+    dotenv = dotenv_warning(Path(".env"), holds_secrets=not secret.isdisjoint(variables))
+    return [warning for warning in (home_warning(settings.home), dotenv) if warning]
+
+
+def _is_secret(name: str) -> bool:
+    return "SecretStr" in str(Settings.model_fields[name].annotation)
 
 
 def _warn_of_retired(retired: str) -> None:
@@ -702,8 +788,8 @@ def _shown(name: str) -> str:
     """The value as it may be printed: never a secret's."""
     if not name:
         return "not consistent"
-    if "SecretStr" in str(Settings.model_fields[name].annotation):
+    if _is_secret(name):
         return "not usable (hidden)"
     value = os.environ.get(PREFIX + name.upper(), "what .env says")
-    may_hold_a_secret = name.endswith("url") and any(mark in value for mark in "@?#")
+    may_hold_a_secret = name.endswith(("url", "uri")) and any(mark in value for mark in "@?#")
     return "not usable (hidden)" if may_hold_a_secret else repr(value)

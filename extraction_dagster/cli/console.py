@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from extraction_dagster import step_progress
 from extraction_dagster.records import IdRange
@@ -34,8 +35,37 @@ AnyRange = Annotated[
 
 _WIDE = 200  # columns of a pipe or a file, where a table must not be cut to a terminal's width
 
-out = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else _WIDE)
-err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+class _PlainConsole(Console):
+    """A console on which no text of others moves the cursor, changes a colour or hides what stands before it."""
+
+    def render_str(self, text: str, **options: Any) -> Text:  # noqa: ANN401 - rich's own
+        """Show control characters and other letters without a shape by their numbers."""
+        return super().render_str(plain(text), **options)
+
+
+def plain(text: str) -> str:
+    """A text without control characters, but for the ends of lines and tabs."""
+    return text if text.isprintable() else "".join(map(_plain_letter, text))
+
+
+def _plain_letter(letter: str) -> str:
+    return letter if letter.isprintable() or letter in "\n\t" else ascii(letter)[1:-1]
+
+
+class _PlainFormatter(logging.Formatter):
+    """Lines of the log: what is said in one of them stays in that line."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
+        record.message = plain(record.message).replace("\n", "\\n")
+        return super().formatMessage(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        return plain(super().format(record))
+
+
+out = _PlainConsole(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else _WIDE)
+err = _PlainConsole(stderr=True, soft_wrap=True, highlight=False)
 
 
 def print_json(document: Any) -> None:  # noqa: ANN401 - any JSON document
@@ -109,7 +139,7 @@ def _logged(handler: logging.Handler, level: int) -> Iterator[None]:
 
 def _log_lines() -> logging.Handler:
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(_PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
     return handler
 
 
@@ -124,6 +154,7 @@ def long_work() -> Iterator[None]:
             yield
         return
     lines = RichHandler(console=err, show_path=False, show_time=False)
+    lines.setFormatter(_PlainFormatter("%(message)s"))
     with _logged(lines, logging.WARNING), _bars() as bars, step_progress.listening(_Bars(bars)):
         yield
 

@@ -10,13 +10,15 @@ import typer
 from pydantic import SecretStr
 from rich.table import Table
 
+from extraction_dagster.addresses import shown_address
 from extraction_dagster.cli import console
 from extraction_dagster.errors import ExtractionError, SettingsError
 from extraction_dagster.errors.index import CollectionMissingError
 from extraction_dagster.errors.runs import MetricsFileError
 from extraction_dagster.files import write_atomically
-from extraction_dagster.settings import PREFIX, Settings, load_settings
+from extraction_dagster.settings import PREFIX, Settings, load_settings, permission_warnings
 from extraction_dagster.stages.catalog.catalog import Catalog, open_catalog
+from extraction_dagster.stages.catalog.database import describe_tls
 from extraction_dagster.stages.catalog.pending import make_pending_index
 from extraction_dagster.stages.catalog.state_tables import newest_version
 from extraction_dagster.stages.index.stage import open_point_store
@@ -71,6 +73,8 @@ def doctor() -> None:
         value, default = getattr(settings, name), field.get_default(call_default_factory=True, validated_data={})
         table.add_row(PREFIX + name.upper(), _shown(value), "" if value == default else _shown(default))
     console.out.print(table)
+    for warning in permission_warnings(settings):
+        console.out.print(f"WARNING {warning}", markup=False)
     checks = {
         "source table and state": _catalog,
         "Dagster's instance": _instance,
@@ -88,7 +92,7 @@ def doctor() -> None:
 def _shown(value: object) -> str:
     if value is None or value == ():
         return "-"
-    return "(hidden)" if isinstance(value, SecretStr) else str(value)
+    return "(hidden)" if isinstance(value, SecretStr) else shown_address(str(value))
 
 
 def _passes(name: str, check: Callable[[Settings], str], settings: Settings) -> bool:
@@ -102,7 +106,9 @@ def _passes(name: str, check: Callable[[Settings], str], settings: Settings) -> 
 
 def _catalog(settings: Settings) -> str:
     with open_catalog(settings) as catalog:
-        return f"{catalog.source.name}, {catalog.source.count()} eligible rows"
+        urls = {"source": settings.resolved_source_url, "state": settings.resolved_state_url}
+        tls = [f"{name}: {said}" for name, url in urls.items() if (said := describe_tls(url))]
+        return ", ".join([catalog.source.name, f"{catalog.source.count()} eligible rows", *tls])
 
 
 def _instance(settings: Settings) -> str:

@@ -33,6 +33,14 @@ class NoVideoStreamError(PermanentError):
             one. Cover art does not count. {SKIPPED} Replace the file.""")
 
 
+class VideoCodecError(PermanentError):
+    """A video's codec is one that is not opened."""
+
+    def __init__(self, video: str, codec: str) -> None:
+        super().__init__(f"""Video {video!r} is refused: its codec {codec!r} is not one of EXTRACTION_VIDEO_CODECS.
+            {SKIPPED} Convert it, or add {codec} there and run 'extraction retry' for the record.""")
+
+
 class VideoEncryptedError(PermanentError):
     """A video is encrypted; its frames would be noise."""
 

@@ -18,6 +18,7 @@ from extraction_dagster.defs.instance.runs import PARTITION_TAG, attended_runs, 
 from extraction_dagster.defs.partitions import FLOOR_TAG, add_ranges, process_tags
 from extraction_dagster.defs.storage import ExtractionComputeLogManager
 from extraction_dagster.errors.runs import InstanceError, RangeBusyError
+from extraction_dagster.permissions import make_private_folder
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import Settings
 
@@ -53,7 +54,7 @@ def open_instance(settings: Settings) -> Iterator[dg.DagsterInstance]:
     """
     if not os.environ.get("DAGSTER_HOME"):
         folder = settings.home / "dagster"
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private_folder(folder)
         (folder / "dagster.yaml").write_text(template("dagster.yaml"))
         os.environ["DAGSTER_HOME"] = str(folder)
     home = os.environ["DAGSTER_HOME"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +15,14 @@ if TYPE_CHECKING:
 
 _Item = TypeVar("_Item")
 _CHUNK = 500
+_TLS = {
+    "disable": "never encrypted",
+    "allow": "encrypted only if the server insists",
+    "prefer": "encrypted if the server can, with whatever certificate",
+    "require": "encrypted, with whatever certificate",
+    "verify-ca": "encrypted, the certificate's issuer checked",
+    "verify-full": "encrypted, the certificate and its host checked",
+}
 
 
 def parse_url(url: str, *, setting: str) -> sa.URL:
@@ -103,13 +112,14 @@ def fetch_all(connection: sa.Connection, query: sa.Select[*tuple[Any, ...]]) -> 
     try:
         return connection.execute(query).all()
     except sa.exc.OperationalError as error:
-        if not _is_undecodable(error):
+        if not is_undecodable(error):
             raise
     connection.connection.driver_connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")  # type: ignore[union-attr]  # SQLite's own
     return connection.execute(query).all()
 
 
-def _is_undecodable(error: sa.exc.DBAPIError) -> bool:
+def is_undecodable(error: sa.exc.DBAPIError) -> bool:
+    """Whether a text in SQLite has bytes that are no UTF-8."""
     return "Could not decode to UTF-8" in str(error.orig)
 
 
@@ -120,7 +130,7 @@ def _translated(engine: sa.Engine, what: str) -> Iterator[None]:
     except (sa.exc.IntegrityError, sa.exc.DataError):
         raise  # the database works: what it was given is wrong
     except (sa.exc.DatabaseError, sa.exc.InterfaceError) as error:
-        if _is_undecodable(error):
+        if is_undecodable(error):
             raise UnicodeError(" ".join(str(error.orig).split())) from error
         raise SourceUnreachableError(what, describe(engine.url), str(error.orig)) from error
 
@@ -129,6 +139,15 @@ def describe(url: sa.URL) -> str:
     """The database as it may be printed: no user, no password, no query string."""
     bare = sa.URL.create(url.drivername, host=url.host, port=url.port, database=url.database)
     return bare.render_as_string(hide_password=True)
+
+
+def describe_tls(url: str) -> str:
+    """How a connection to PostgreSQL is encrypted, by its sslmode; empty for other databases."""
+    parsed = sa.make_url(url)
+    if not parsed.drivername.startswith("postgres"):
+        return ""
+    mode = str(parsed.query.get("sslmode") or os.environ.get("PGSSLMODE") or "prefer")
+    return f"sslmode {mode}, {_TLS.get(mode, 'which is unknown')}"
 
 
 def chunks(items: Sequence[_Item], size: int = _CHUNK) -> Iterable[Sequence[_Item]]:

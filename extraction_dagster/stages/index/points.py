@@ -10,6 +10,7 @@ import json
 import math
 import uuid
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from decimal import Decimal
@@ -207,7 +208,9 @@ def _json_value(value: object, record_id: int, column: str) -> object:  # noqa: 
                 return value
             raise PayloadError(record_id, column, f"{value} does not fit 64 bits")
         case float() | Decimal():
-            return float(value) if math.isfinite(value) else None
+            with suppress(ValueError, OverflowError):  # a signalling NaN
+                return float(value) if math.isfinite(value) else None
+            return None
         case datetime():
             return rfc3339(value)
         case date():

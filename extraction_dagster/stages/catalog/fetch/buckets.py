@@ -63,7 +63,7 @@ class BucketDownload:
     """Downloads from the buckets on the list.
 
     Args:
-        buckets: `s3://name` or `gs://name`.
+        buckets: `s3://name` or `gs://name`; with a folder, `s3://name/folder`, all keys must lie in it.
         max_file_bytes: The largest file that is taken.
         stall_seconds: How long one answer may take.
 
@@ -72,7 +72,12 @@ class BucketDownload:
     """
 
     def __init__(self, buckets: Sequence[str], *, max_file_bytes: int, stall_seconds: float) -> None:
-        self._buckets, self._max_bytes, self._stall_seconds = frozenset(buckets), max_file_bytes, stall_seconds
+        self._max_bytes, self._stall_seconds = max_file_bytes, stall_seconds
+        self._folders = dict[str, list[str]]()
+        for bucket in buckets:
+            scheme, _, path = bucket.partition("://")
+            name, _, folder = path.partition("/")
+            self._folders.setdefault(f"{scheme}://{name}", []).append(folder.strip("/"))
         self._open = dict[str, Any]()
         for scheme in sorted({bucket.partition("://")[0] for bucket in buckets}):
             if importlib.util.find_spec(_PACKAGES[scheme]) is None:
@@ -109,9 +114,12 @@ class BucketDownload:
         scheme, _, path = uri.partition("://")
         scheme = scheme.lower()
         bucket, _, key = path.partition("/")
-        if f"{scheme}://{bucket}" not in self._buckets:
-            fix = "Correct the row, or add the bucket to EXTRACTION_ALLOWED_BUCKETS."
+        fix = "Correct the row, or add the bucket to EXTRACTION_ALLOWED_BUCKETS."
+        folders = self._folders.get(f"{scheme}://{bucket}")
+        if folders is None:
             raise AddressForbiddenError(uri, "its bucket is not an allowed one", fix)
+        if not any(not folder or key.startswith(f"{folder}/") for folder in folders):
+            raise AddressForbiddenError(uri, "it lies in no folder of the bucket that is allowed", fix)
         if not key or any(character < " " for character in key) or not is_text(key):
             raise AddressForbiddenError(uri, "its key is empty or holds a control character", "Correct the row.")
         if not {".", ".."}.isdisjoint(key.split("/")):  # a server or a proxy may take it for a step into another bucket

@@ -17,6 +17,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from extraction_dagster.errors.decode import (
+    VideoCodecError,
     VideoEncryptedError,
     VideoFormatError,
     VideoOpenError,
@@ -46,6 +47,22 @@ _LINKS = frozenset({errno.ELOOP, errno.ENOTDIR})
 CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif,mxf"
 # Codecs whose parameters an MP4 holds outside of its packets: none has to be decoded before the stream is known.
 _CARRIED = frozenset({"h264", "hevc", "mpeg4"})
+# Decoders of sound that the library may open while it finds out what a file holds; none is used after that.
+_SOUND = (
+    "aac",
+    "mp3",
+    "mp3float",
+    "mp2",
+    "mp2float",
+    "opus",
+    "libopus",
+    "vorbis",
+    "ac3",
+    "eac3",
+    "flac",
+    "wmav2",
+    "amrnb",
+)
 _MOST_STREAMS = 16  # whose packets are not decoded while the file is opened without a probe
 _MICROSECONDS = 1_000_000
 _MAX_ASPECT = 8.0
@@ -287,6 +304,7 @@ def open_video(file: VideoFile, limits: DecodeLimits, *, probe: bool = True) -> 
         VideoOpenError: The file is no complete video.
         VideoFormatError: The file's format is one that is never opened.
         NoVideoStreamError: It holds no moving pictures.
+        VideoCodecError: Their codec is one that is not opened.
         VideoEncryptedError: They are encrypted.
         VideoTooLargeError: They have too many pixels.
     """
@@ -317,6 +335,7 @@ def _open_container(file: VideoFile, limits: DecodeLimits, *, probe: bool) -> In
     # The pixel limit reaches the codecs too, which are run to find out a stream's parameters.
     allowed = named or CONTAINERS
     options = {"protocol_whitelist": "file", "format_whitelist": allowed, "max_pixels": str(limits.max_pixels)}
+    options["codec_whitelist"] = ",".join((limits.codecs, *_SOUND))  # of those that find out a stream's parameters
     unprobed = {"options": options | {"probesize": "32"}, "stream_options": [{"skip_frame": "all"}] * _MOST_STREAMS}
     more = {"options": options} if probe else unprobed
     try:
@@ -377,6 +396,8 @@ def raise_out_of_memory(error: Exception) -> None:
 
 def _check_stream(file: VideoFile, stream: VideoStream, limits: DecodeLimits) -> None:
     context = stream.codec_context
+    if context.name not in limits.codecs.split(","):
+        raise VideoCodecError(str(file.path), context.name)
     if "enc_key_id" in stream.metadata or context.codec_tag == "encv":
         raise VideoEncryptedError(str(file.path), kinds.encryption_scheme(file.reading()))
     width, height = (max(context.width, context.coded_width), max(context.height, context.coded_height))

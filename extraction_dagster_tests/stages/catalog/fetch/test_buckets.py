@@ -106,6 +106,18 @@ def test_a_key_that_could_lead_out_of_its_bucket_is_refused_for_good(key, why, s
     assert store.asked == []
 
 
+def test_a_bucket_can_be_allowed_for_one_of_its_folders(s3, make_fetcher, row):
+    allowed = ("s3://videos/2026/", "s3://videos/old")
+    for key in ("2026/a.mp4", "old/b/c.mp4"):
+        s3.pipe_file(f"videos/{key}", b"video")
+        assert make_fetcher(allowed_buckets=allowed).fetch(row(f"s3://videos/{key}")).read_bytes() == b"video"
+    for key in ("a.mp4", "2026", "20261/a.mp4", "older/a.mp4", "2026secret.mp4", "x/2026/a.mp4"):
+        with pytest.raises(AddressForbiddenError, match="it lies in no folder of the bucket that is allowed"):
+            make_fetcher(allowed_buckets=allowed).fetch(row(f"s3://videos/{key}"))
+    with pytest.raises(AddressForbiddenError, match=r"'\.' or '\.\.'"):
+        make_fetcher(allowed_buckets=allowed).fetch(row("s3://videos/2026/../secret.mp4"))
+
+
 def test_a_download_that_fails_in_the_middle_goes_on_there(s3, make_fetcher, row):
     def fail():
         raise OSError(5, "the store coughed")
