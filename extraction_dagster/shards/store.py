@@ -45,6 +45,9 @@ _SUFFIX = ".parquet"
 _TIME, _TICK = "%Y%m%dT%H%M%S%f", timedelta(microseconds=1)
 _MAGIC = b"PAR1"
 _TAIL_BYTES = 64 * 1024
+_MOST_FOOTERS = 256  # remembered; of 50 records each, a few MB
+_STAMPS = ("ino", "mtime", "created", "ETag", "LastModified", "generation", "updated")  # of a listed file
+_footers = dict[tuple[object, ...], Any]()
 _MOST_LISTINGS = 3  # of a range that others merge while it is looked at
 
 
@@ -203,7 +206,7 @@ class ShardStore(Place, ABC, Generic[S]):
                 if entry["type"] == "directory" or _file_name(entry["name"]).startswith("."):
                     continue
                 try:
-                    shard = self._look_at(entry["name"], partition, entry.get("size") or 0)
+                    shard = self._known(entry, partition)
                 except FileNotFoundError:
                     vanished = True
                     continue
@@ -325,6 +328,22 @@ class ShardStore(Place, ABC, Generic[S]):
         self._write_whole(path, content)
         self._latest = max(self._latest, name)
         return path, len(content)
+
+    def _known(self, entry: Mapping[str, Any], partition: IdRange) -> S | None:
+        """The shard of a listed file; one that is still the file whose footer this process has read, from memory.
+
+        A run lists its range in each of its steps, and few of the shards are new.
+        """
+        path, size_bytes = entry["name"], entry.get("size") or 0
+        stamps = [str(entry[name]) for name in _STAMPS if entry.get(name) is not None]
+        key = (type(self), self._root_uri, path, partition, size_bytes, *stamps)
+        found: S | None = _footers.get(key) or self._look_at(path, partition, size_bytes)
+        if found is not None and stamps:
+            _footers.pop(key, None)  # the first are the ones that were not asked for longest
+            _footers[key] = found
+            if len(_footers) > _MOST_FOOTERS:
+                _footers.pop(next(iter(_footers)), None)
+        return found
 
     def _look_at(self, path: str, partition: IdRange, size_bytes: int) -> S | None:
         try:
