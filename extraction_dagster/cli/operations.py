@@ -17,6 +17,7 @@ from extraction_dagster.errors.runs import MetricsFileError
 from extraction_dagster.files import write_atomically
 from extraction_dagster.settings import PREFIX, Settings, load_settings
 from extraction_dagster.stages.catalog.catalog import Catalog, open_catalog
+from extraction_dagster.stages.catalog.changes import growth_of
 from extraction_dagster.stages.catalog.pending import make_pending_index
 from extraction_dagster.stages.catalog.state_tables import newest_version
 from extraction_dagster.stages.index.stage import open_point_store
@@ -101,7 +102,9 @@ def _passes(name: str, check: Callable[[Settings], str], settings: Settings) -> 
 
 def _catalog(settings: Settings) -> str:
     with open_catalog(settings) as catalog:
-        return f"{catalog.source.name}, {catalog.source.count()} eligible rows"
+        growth = growth_of(catalog.source, catalog.source_engine, settings.source_version_grows)
+        told = f"{catalog.source.name}, {catalog.source.count()} eligible rows; {growth.told}"
+        return f"{told}\n  {growth.sql};" if growth.sql else told
 
 
 def _instance(settings: Settings) -> str:

@@ -73,8 +73,9 @@ class NewestLook:
         if not self.is_possible:
             return []
         try:
-            self._prepare()
-            found = [*self._new(whole=whole), *self._once_more(whole=whole)] if self.is_possible else []
+            found = self._new(whole=whole)
+            if self.is_possible and (whole or self._memory.ticks % 2 == 0):  # the round has the other ticks
+                found += self._once_more(whole=whole)
         except (ValueError, TypeError, sa.exc.DataError):  # versions that are none: the round goes on without this
             self.is_possible, self._memory.order = False, Order(self._memory.order.key)
             return []
@@ -84,8 +85,10 @@ class NewestLook:
         """A part of the round that compares each row, as a net beneath the order of versions; returns as `changed`.
 
         Args:
-            seconds: Of a command, how long; a tick looks at a number of rows.
+            seconds: Of a command, how long; every other tick looks at a number of rows.
         """
+        if not seconds and self._memory.ticks % 2 == 0:
+            return []
         order, found, end = self._memory.order, list[int](), time.monotonic() + seconds
         source, size = self._catalog.source, _BUDGET if self._catalog.one_database else _BUDGET_ELSEWHERE
         while True:
@@ -122,17 +125,16 @@ class NewestLook:
         with snapshot(self._catalog) as connection:
             yield connection, Versions(self._catalog, connection, self.growth, now=datetime.now(UTC))
 
-    def _prepare(self) -> None:
+    def _prepare(self, versions: Versions) -> None:
         order = self._memory.order
-        with self._versions() as (_, versions):
-            self.is_possible = versions.is_there()
-            if not self.is_possible:
-                return
-            self._has_nulls = versions.has_nulls()
-            if order.newest is None and (begin := versions.below_newest(_PAGE)) is not None:
-                order.newest = Place(begin)
-            if order.ahead is not None and versions.is_past(order.ahead):
-                order.newest, order.ahead = order.ahead, None
+        self.is_possible = versions.is_there()
+        if not self.is_possible:
+            return
+        self._has_nulls = versions.has_nulls()
+        if order.newest is None and (begin := versions.below_newest(_PAGE)) is not None:
+            order.newest = Place(begin)
+        if order.ahead is not None and versions.is_past(order.ahead):
+            order.newest, order.ahead = order.ahead, None
 
     def _new(self, *, whole: bool) -> list[int]:
         """Look at what is newer than all that was seen; a page at a time, for what is found is written in between."""
@@ -141,6 +143,10 @@ class NewestLook:
         while whole or (left > 0 and time.monotonic() < end):
             past = None
             with self._versions() as (connection, versions):
+                if left == _BUDGET:
+                    self._prepare(versions)
+                    if not self.is_possible:
+                        return []
                 if order.ahead is not None and not is_ahead:
                     past = versions.newest(of_the_past=True)
                 page = versions.page(order.ahead if is_ahead else order.newest, _PAGE, up_to=past)

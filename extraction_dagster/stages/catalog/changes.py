@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from extraction_dagster.stages.catalog.pending import Rows
     from extraction_dagster.stages.catalog.source_table import SourceTable
 
+
 class _Stored(sa.types.UserDefinedType[Any]):
     """A value as SQLite has it, which is not what its column is declared as."""
 

@@ -364,7 +364,7 @@ class _View:
         return dict(sorted({**gone, **dict.fromkeys(forgotten, 0)}.items()))
 
 
-def compare_range(
+def compare_range(  # noqa: PLR0913 - what is compared, and what is known of it
     catalog: Catalog,
     store: PointStore | None,
     *,
@@ -376,9 +376,8 @@ def compare_range(
     """Compare the open collection with what was verified for the records of a range; a difference is seen twice.
 
     Without a store, as when the collection was dropped, all that was verified is lost.
-    Only records that are done, and whose vectors are of this fingerprint, are compared; `gone` stays empty. With `only`,
-    these alone one by one while the number of all points is right; see `compare_points`. With `entries`, the first look
-    reads none.
+    Only records that are done, and whose vectors are of this fingerprint, are compared; `gone` stays empty. `only` is
+    that of `compare_points`; with the range's `entries` the first look reads none.
     """
 
     def look(entries: Mapping[int, LedgerEntry]) -> Differences:
