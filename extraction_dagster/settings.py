@@ -76,7 +76,7 @@ RETIRED: Final = {
 COMMON_CODECS = (
     *("h264", "hevc", "libdav1d", "av1", "vp8", "vp9", "mpeg4", "mpeg2video", "mpeg1video", "mpegvideo", "h263"),
     *("mjpeg", "msmpeg4v1", "msmpeg4v2", "msmpeg4", "wmv1", "wmv2", "wmv3", "vc1", "flv", "theora", "prores", "dnxhd"),
-    *("dvvideo", "ffv1", "rawvideo", "gif", "png"),
+    *("dvvideo", "ffv1", "rawvideo", "gif", "png", "apng", "webp"),
 )
 _warned: set[str] = set()
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?"
@@ -171,6 +171,18 @@ class Settings(BaseSettings):
     )
     source_version_column: str | None = Field(
         None, description="Column whose value changes whenever the file changes (updated_at, an etag)."
+    )
+    source_version_grows: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Whether a changed row's version is greater than all before it, so that changes are found at once: "
+        "auto (it is a time or a number, and an index begins with it), on, off. 'extraction doctor' says what holds.",
+    )
+    source_version_overlap_seconds: float = Field(
+        600.0,
+        ge=0,
+        le=7 * 86_400,
+        description="How much older than the newest version, a time, that of a row may be that commits later, and is "
+        "found before the round comes to it; where versions are numbers, the newest 10,000 rows are looked at again.",
     )
     source_extracted_column: str | None = Field(
         "is_extracted", description="Boolean column set once a record's frames are stored; empty for none."

@@ -18,6 +18,7 @@ from extraction_dagster.errors.runs import MetricsFileError
 from extraction_dagster.files import write_atomically
 from extraction_dagster.settings import PREFIX, Settings, load_settings, permission_warnings
 from extraction_dagster.stages.catalog.catalog import Catalog, open_catalog
+from extraction_dagster.stages.catalog.changes import growth_of
 from extraction_dagster.stages.catalog.database import describe_tls
 from extraction_dagster.stages.catalog.pending import make_pending_index
 from extraction_dagster.stages.catalog.state_tables import newest_version
@@ -108,7 +109,9 @@ def _catalog(settings: Settings) -> str:
     with open_catalog(settings) as catalog:
         urls = {"source": settings.resolved_source_url, "state": settings.resolved_state_url}
         tls = [f"{name}: {said}" for name, url in urls.items() if (said := describe_tls(url))]
-        return ", ".join([catalog.source.name, f"{catalog.source.count()} eligible rows", *tls])
+        growth = growth_of(catalog.source, catalog.source_engine, settings.source_version_grows)
+        told = ", ".join([catalog.source.name, f"{catalog.source.count()} eligible rows", *tls]) + f"; {growth.told}"
+        return f"{told}\n  {growth.sql};" if growth.sql else told
 
 
 def _instance(settings: Settings) -> str:

@@ -302,6 +302,21 @@ class Catalog:
             claims = {key: after[key].claim if key in after else base + 1 for key in record_ids}
             self._touch_source_elsewhere(claims, self.source.unmark)
 
+    def make_changed_pending(self, record_ids: Collection[int]) -> set[int]:
+        """Clear a mark of those of these rows whose version is not the ledger's, so that every look finds them.
+
+        Their claims stay: a run that has them in the present version already goes on and marks them.
+
+        Returns:
+            The rows that have another version.
+        """
+        with writing(self.state_engine, what="write the ledger") as ledger:
+            known = {key: entry.source_version for key, entry in self.ledger.lock(ledger, record_ids).items()}
+            if self.one_database:
+                return self.source.unmark_others(ledger, known)
+            with writing(self.source_engine, what=f"mark rows of {self.source.name!r}") as source:
+                return self.source.unmark_others(source, known)
+
     def forget(self, record_ids: Sequence[int], *, purged_at: datetime | None = None) -> None:
         """Forget records that were deleted; with the moment of it, rows that come back marked are found later."""
         with writing(self.state_engine, what="write the ledger") as connection:

@@ -5,7 +5,7 @@ A pending row is eligible, above the operator's floor, and neither done, nor par
 
 A tick asks for windows, never for the whole table at once. With mark columns the answer comes from a partial index
 over the rows that are not done, so that it costs the same whatever the table's size. Without, the window's rows are
-compared with the ledger.
+compared with the ledger, by the database where it has both.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def scan(  # noqa: PLR0913 - the window, and how to look through it
     if low > high:
         return Scan((), None, None)
     source, now = catalog.source, datetime.now(UTC)
-    with _snapshot(catalog) as connection:
+    with snapshot(catalog) as connection:
         heads, reached = _heads(catalog, connection, low, high, budget, every_row=every_row)
         unfinished = tuple(_classify(catalog, connection, heads, now))
         if reached is not None and not unfinished:
@@ -192,6 +192,8 @@ def _heads(  # noqa: PLR0913 - the window, and how to look through it
     """The rows of a window that may be unfinished, in ascending order of ids, and where the budget ended the look."""
     source = catalog.source
     condition = None if every_row else source.unmarked
+    if condition is None and catalog.one_database:
+        return _compared(source, connection, low, high, budget)
     query = source.heads(only=condition).where(source.id.between(low, high)).limit(budget)
     heads = _read(connection, source, query)
     reached = max(heads) if len(heads) >= budget else None
@@ -205,6 +207,52 @@ def _heads(  # noqa: PLR0913 - the window, and how to look through it
         keys = keys[:budget]
         reached = keys[-1]
     return [(key, *heads[key]) for key in keys], reached
+
+
+def _compared(
+    source: SourceTable, connection: sa.Connection, low: int, high: int, budget: int
+) -> tuple[list[_Head], int | None]:
+    """The rows of a window that the database does not find done in its ledger; ends as `_heads` does."""
+    ids = sa.select(source.id.label("id")).where(source.eligible, source.id.between(low, high))
+    page = ids.order_by(source.id).limit(budget).subquery()
+    number, last = connection.execute(sa.select(sa.func.count(), sa.func.max(page.c.id))).one()
+    if not number:
+        return [], None
+    heads = _read(connection, source, not_done(source, connection, low, int(last)))
+    return [(key, *heads[key]) for key in sorted(heads)], int(last) if number >= budget else None
+
+
+def not_done(
+    source: SourceTable, connection: sa.Connection, low: int = _MIN_ID, high: int = _MAX_ID
+) -> sa.Select[int, str, bool | None]:
+    """A query of the heads of rows that may be unfinished, where the ledger is beside them."""
+    entries = LEDGER_TABLE.c
+    entry = sa.and_(entries.record_id == source.id, entries.record_id.between(low, high))
+    is_new = entries.record_id.is_(None) if source.unmarked is None else source.unmarked
+    both = sa.outerjoin(source.table, LEDGER_TABLE, entry)
+    query = source.heads(only=sa.or_(is_new, entries.state != "done", is_other_version(source, connection)))
+    return query.select_from(both).where(source.id.between(low, high))
+
+
+def is_other_version(source: SourceTable, connection: sa.Connection) -> sa.ColumnElement[bool]:
+    """That a row's version is another than its entry's, byte for byte."""
+    present, known = source.version_text, LEDGER_TABLE.c.source_version
+    if connection.dialect.name != "postgresql":
+        return present != known
+    return present.collate("C") != known.collate("C")  # a column's own collation may call different texts equal
+
+
+def pending_among(
+    catalog: Rows, connection: sa.Connection, condition: sa.ColumnElement[bool], *, floor_id: int | None
+) -> list[int]:
+    """The pending ones of some rows, above the operator's floor."""
+    source, now = catalog.source, datetime.now(UTC)
+    query = not_done(source, connection) if catalog.one_database else source.heads()
+    if floor_id is not None:
+        query = query.where(source.id > floor_id)
+    heads = _read(connection, source, query.where(condition))
+    found = _classify(catalog, connection, [(key, *heads[key]) for key in sorted(heads)], now)
+    return [row.record_id for row in found if row.pending]
 
 
 def _read(
@@ -294,7 +342,7 @@ def _entries(catalog: Rows, connection: sa.Connection, ids: Sequence[int]) -> di
 
 
 @contextmanager
-def _snapshot(catalog: Rows) -> Iterator[sa.Connection]:
+def snapshot(catalog: Rows) -> Iterator[sa.Connection]:
     """A connection whose statements all see the source as it was at one moment.
 
     Otherwise a row that commits between two statements could be taken for finished, and the watermark would pass it.

@@ -87,10 +87,11 @@ class SourceRows:
             columns.find(name, "EXTRACTION_SOURCE_PAYLOAD_COLUMNS") for name in settings.source_payload_columns
         ]
         version = columns.find_optional(settings.source_version_column, "EXTRACTION_SOURCE_VERSION_COLUMN")
+        self.version_column = version
         self._extracted = columns.find_mark(settings.source_extracted_column, "EXTRACTION_SOURCE_EXTRACTED_COLUMN")
         self._embedded = columns.find_mark(settings.source_embedded_column, "EXTRACTION_SOURCE_EMBEDDED_COLUMN")
         self._marks = [column for column in (self._extracted, self._embedded) if column is not None]
-        self._is_view = columns.is_view
+        self.is_view = columns.is_view
         optional = [column for column in (self._platform, self._code) if column is not None]
         checked = {column.name: column for column in (*self._payload, *self._uri_columns, *optional)}
         self._checked = list(checked.items())

@@ -51,7 +51,7 @@ class SourceTable(SourceRows):
     def __init__(self, engine: sa.Engine, settings: Settings) -> None:
         super().__init__(engine, settings)
         # Rows of a table can be locked by PostgreSQL; those of a view may be of many tables, or of none.
-        self._locks = engine.dialect.name == "postgresql" and not self._is_view
+        self._locks = engine.dialect.name == "postgresql" and not self.is_view
         self._lock_key: sa.Column[int] = sa.alias(self.table).c[self.id.name] if self._locks else self.id
         self._stays_as_read = self._locks or engine.dialect.name == "sqlite"  # within the transaction that writes
 
@@ -67,9 +67,13 @@ class SourceTable(SourceRows):
     def heads(self, *, only: sa.ColumnElement[bool] | None = None) -> sa.Select[int, str, bool | None]:
         """A query of (id, version, marked done) of the eligible rows, in ascending order of ids."""
         done = sa.and_(*(column.is_(sa.true()) for column in self._marks)) if self._marks else sa.null()
-        version = sa.literal("") if self._version is None else self._version
-        query = sa.select(self.id, version.label("version"), done.label("done")).where(self.eligible)
+        query = sa.select(self.id, self.version_text.label("version"), done.label("done")).where(self.eligible)
         return (query if only is None else query.where(only)).order_by(self.id)
+
+    @property
+    def version_text(self) -> sa.ColumnElement[str]:
+        """The version as the ledger has it, but for bytes that no database takes; empty where there is no column."""
+        return sa.literal("") if self._version is None else self._version
 
     @property
     def has_version(self) -> bool:
@@ -187,6 +191,12 @@ class SourceTable(SourceRows):
         if not self._marks:
             return {}
         return self._write_marks(connection, {self._marks[-1].name: False}, sorted(record_ids), None)
+
+    def unmark_others(self, connection: sa.Connection, versions: Mapping[int, str]) -> set[int]:
+        """Clear the last mark of rows that have another version than this one; returns them."""
+        now = self._read_versions(connection, sorted(versions))
+        others = {key: version for key, version in now.items() if version != versions[key]}
+        return set(self._write_marks(connection, {self._marks[-1].name: False}, sorted(others), others))
 
     def _write_marks(
         self,

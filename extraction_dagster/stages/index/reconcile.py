@@ -36,7 +36,7 @@ from extraction_dagster.stages.index.purge import Brake, decide, find_returned, 
 from extraction_dagster.stages.index.stage import delete_records
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     from extraction_dagster.records import IdRange
     from extraction_dagster.stages.catalog.catalog import Catalog
@@ -364,24 +364,32 @@ class _View:
         return dict(sorted({**gone, **dict.fromkeys(forgotten, 0)}.items()))
 
 
-def compare_range(catalog: Catalog, store: PointStore | None, *, within: IdRange, fingerprint: str) -> Differences:
+def compare_range(  # noqa: PLR0913 - what is compared, and what is known of it
+    catalog: Catalog,
+    store: PointStore | None,
+    *,
+    within: IdRange,
+    fingerprint: str,
+    only: Collection[int] | None = None,
+    entries: Mapping[int, LedgerEntry] | None = None,
+) -> Differences:
     """Compare the open collection with what was verified for the records of a range; a difference is seen twice.
 
     Without a store, as when the collection was dropped, all that was verified is lost.
-    Only records that are done, and whose vectors are of this fingerprint, are compared; `gone` stays empty.
+    Only records that are done, and whose vectors are of this fingerprint, are compared; `gone` stays empty. `only` is
+    that of `compare_points`; with the range's `entries` the first look reads none.
     """
 
-    def look() -> Differences:
-        entries = catalog.ledger.entries(within)
+    def look(entries: Mapping[int, LedgerEntry]) -> Differences:
         expected = {
             key: expected_points(entry)
             for key, entry in entries.items()
             if entry.state == "done" and entry.embedding_fingerprint == fingerprint
         }
-        return replace(compare_points(store, expected, within=within), gone={})
+        return replace(compare_points(store, expected, within=within, only=only), gone={})
 
-    found = look()
-    return found if found.agrees else found.seen_again(look())
+    found = look(catalog.ledger.entries(within) if entries is None else entries)
+    return found if found.agrees else found.seen_again(look(catalog.ledger.entries(within)))
 
 
 def _make_pending(catalog: Catalog, found: Differences, *, with_moved: bool) -> None:
