@@ -59,7 +59,7 @@ def _document(settings: Settings, catalog: Catalog, stored: str | None) -> dict[
     return document
 
 
-@app.command("set")
+@app.command("set", cls=console.TakesNegativeIds)
 def set_(
     last_processed_id: Annotated[int, typer.Argument(metavar="ID", min=-(2**63), max=2**63 - 1)],
     *,

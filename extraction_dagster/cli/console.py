@@ -5,6 +5,7 @@ Tables and bars on a terminal, plain lines elsewhere; with --json one document a
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from typer.core import TyperCommand
 
 from extraction_dagster import step_progress
 from extraction_dagster.records import IdRange
@@ -32,6 +34,7 @@ AnyRange = Annotated[
     ),
 ]
 
+_NEGATIVE = re.compile(r"-\d.*")
 _WIDE = 200  # columns of a pipe or a file, where a table must not be cut to a terminal's width
 
 out = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else _WIDE)
@@ -143,3 +146,13 @@ def counting(what: str) -> Iterator[Callable[..., None]]:
             bars.update(task, completed=number, total=total, description=f"{what} {more}".strip())
 
         yield show
+
+
+class TakesNegativeIds(TyperCommand):
+    """A command whose argument may begin with a minus: no option of it begins with a digit."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]  # Typer's own click
+        """Put `-5--1` behind `--`, so that it is not taken for an option."""
+        spans = [] if "--" in args else [argument for argument in args if _NEGATIVE.fullmatch(argument)]
+        rest = [argument for argument in args if argument not in spans]
+        return super().parse_args(ctx, [*rest, "--", *spans] if spans else rest)

@@ -43,6 +43,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "run": runs.run,
     "status": records.status,
     "launch": runs.launch,
+    "backfill": runs.backfill,
     "errors": records.errors,
     "retry": records.retry,
     "reconcile": collection.reconcile,
@@ -51,9 +52,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "notify": operations.notify,
     "doctor": operations.doctor,
 }
+_TAKE_IDS = ("launch", "retry", "reconcile", "backfill")
 for name, command in COMMANDS.items():
-    app.command(name)(command)
-app.command("backfill", cls=runs.TakesNegativeIds)(runs.backfill)
+    app.command(name, cls=console.TakesNegativeIds if name in _TAKE_IDS else None)(command)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(collection.app, name="collection")
 app.add_typer(frames.app, name="frames")
@@ -86,6 +87,20 @@ def run_app() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
+    except OSError as error:  # a folder that can't be made, a disk that is full
+        console.err.print(f"error: {_told(error)}", style="red", markup=False)
+        sys.exit(1)
+
+
+def _told(error: OSError) -> str:
+    """A fault of the file system in one line: which file, and what is wrong with it."""
+    why = error.strerror or type(error).__name__
+    if not error.filename:
+        return f"{why}. What was finished is kept: mend the cause, then run the same command again."
+    return (
+        f"{error.filename}: {why}. What was finished is kept. Make room there or permit writing, or set "
+        "EXTRACTION_HOME to another folder, then run the same command again."
+    )
 
 
 def _interrupt(_number: int, _frame: object) -> None:

@@ -1,13 +1,11 @@
 """The commands that process rows: `run` what is due, `launch` one range, `backfill` a span of ranges."""
 
 import logging
-import re
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from extraction_dagster.cli import console
 from extraction_dagster.errors import PartitionKeyError
@@ -16,6 +14,7 @@ from extraction_dagster.errors.runs import BackfillFailedError, DaemonMissingErr
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import Settings, load_settings
 from extraction_dagster.stages.catalog.catalog import open_catalog
+from extraction_dagster.stages.catalog.rights import require_rights
 
 if TYPE_CHECKING:
     from extraction_dagster.defs.instance.backfills import BackfillPlan, BackfillProgress, Backfills
@@ -27,7 +26,6 @@ _NO_DAEMON = (
     "No Dagster daemon is running, which would start the runs: backfills wait for one. Start it in the folder of "
     "workspace.yaml with 'dagster dev -w workspace.yaml', or process the ranges in this process with --here."
 )
-_NEGATIVE = re.compile(r"-\d.*")
 
 
 def run(
@@ -42,6 +40,7 @@ def run(
     from extraction_dagster.defs.instance.launching import open_instance
 
     settings = load_settings()
+    require_rights(settings)
     with open_catalog(settings):
         pass  # refuses a table that can't be used before anything is started
     with open_instance(settings) as instance, console.long_work():
@@ -62,6 +61,7 @@ def launch(wanted: console.Range) -> None:
     from extraction_dagster.defs.instance.launching import open_instance
 
     settings = load_settings()
+    require_rights(settings)
     with open_catalog(settings) as catalog:  # refuses a table that can't be used before a run is made of it
         if not catalog.source.count(wanted):
             raise EmptyRangeError(wanted.partition_key, catalog.source.name, catalog.source.extent())
@@ -72,16 +72,6 @@ def launch(wanted: console.Range) -> None:
     with open_catalog(settings) as catalog:
         states = catalog.summary(wanted)
     console.out.print(f"Range {wanted} (run {done.run_id}): {states}")
-
-
-class TakesNegativeIds(TyperCommand):
-    """A command whose argument may begin with a minus: no option of it begins with a digit."""
-
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]  # Typer's own click
-        """Put `-5--1` behind `--`, so that it is not taken for an option."""
-        spans = [] if "--" in args else [argument for argument in args if _NEGATIVE.fullmatch(argument)]
-        rest = [argument for argument in args if argument not in spans]
-        return super().parse_args(ctx, [*rest, "--", *spans] if spans else rest)
 
 
 def backfill(  # noqa: PLR0913 - each is an option that a person may type

@@ -22,7 +22,7 @@ from extraction_dagster.shards.compaction import CompactionOptions, compact
 from extraction_dagster.shards.frame_store import FrameStore
 from extraction_dagster.shards.place import Source, _Watched
 from extraction_dagster.shards.store import by_shard, newest_copies
-from extraction_dagster.stages.catalog.source_table import source_identity
+from extraction_dagster.stages.catalog.identity import source_identity
 
 RANGE = IdRange(1, 1000)
 OURS, THEIRS = Source("0" * 15 + "1", "public.videos"), Source("0" * 15 + "2", "other.clips")

@@ -11,7 +11,7 @@ import dagster as dg
 
 from extraction_dagster.defs.instance.cursor_store import CursorStore
 from extraction_dagster.defs.instance.launching import launch
-from extraction_dagster.defs.instance.runs import InstanceRuns
+from extraction_dagster.defs.instance.runs import InstanceRuns, range_of, silent_runs
 from extraction_dagster.defs.progress import report_progress
 from extraction_dagster.errors.runs import RangeBusyError, RunFailedError, SensorBusyError
 from extraction_dagster.records import IdRange
@@ -23,6 +23,7 @@ from extraction_dagster.ticks.memory import recall, remember
 from extraction_dagster.ticks.tick import Ticked, tick
 
 _log = logging.getLogger(__name__)
+_PAUSE_SECONDS = 5.0
 _GIVE_UP_AFTER = 3  # ranges that fail one after the other: a store is down, say, and the rest would fail as well
 
 
@@ -71,14 +72,43 @@ def drain(instance: dg.DagsterInstance, settings: Settings, *, follow: bool) -> 
             report_progress(instance, settings)
         elif follow:
             time.sleep(settings.sensor_interval_seconds)
-        elif ticks.whole is None:
-            ticks.begin_whole()  # from here on ticks look at every row below the watermark as well
-        elif ticks.whole.is_over:
+        elif not ticks.goes_on(others=ticked.num_active > 0):
             break
     if ticks.failed:
         raise next(iter(ticks.failed.values()))
     report_progress(instance, settings, at_once=True)
     return Drained(processed, ticked.num_waiting, ticked.num_active)
+
+
+class _Waits:
+    """Waits for runs of other machines and containers until each gives a sign of life, or is taken for dead."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._dead_after, self._seen, self._alive = settings.dead_after_seconds, dict[str, float](), set[str]()
+
+    def for_the_dead(self, instance: dg.DagsterInstance) -> bool:
+        """Wait a moment if a run has given no sign since it was first seen here; returns whether one has not."""
+        doubtful = False
+        for run, seconds in silent_runs(instance):
+            before = self._seen.setdefault(run.run_id, seconds)
+            if seconds < before:
+                self._alive.add(run.run_id)
+            if run.run_id in self._alive:
+                continue
+            doubtful = True
+            if seconds == before:
+                _log.warning(
+                    "Run %s of range %s works on another machine or in another container, and gave no sign of life for "
+                    "%d s: waiting until it does, or is taken for dead after %d s (EXTRACTION_DEAD_AFTER_SECONDS)",
+                    run.run_id,
+                    range_of(run),
+                    seconds,
+                    self._dead_after,
+                )
+            self._seen[run.run_id] = max(before, seconds)
+        if doubtful:
+            time.sleep(_PAUSE_SECONDS)
+        return doubtful
 
 
 class _RunsBeside(InstanceRuns):
@@ -99,10 +129,20 @@ class _Ticks:
     def __init__(self, instance: dg.DagsterInstance, settings: Settings, *, follow: bool) -> None:
         self.store, self.failed = CursorStore(instance), dict[IdRange, RunFailedError]()
         self.whole: Round | None = None
+        self._waits = _Waits(settings)
         self._instance, self._settings, self._follow = instance, settings, follow
         with open_catalog(settings) as catalog:
             self._memory = recall(catalog.state_engine)
         _say_where(self.store, settings)
+
+    def goes_on(self, *, others: bool) -> bool:
+        """Whether to tick once more although nothing is due: the whole was not looked at, or others may be dead."""
+        if self.whole is not None and not self.whole.is_over:
+            return True
+        if self.whole is not None and not (others and self._waits.for_the_dead(self._instance)):
+            return False
+        self.begin_whole()  # from here on ticks look at every row below the watermark as well
+        return True
 
     def begin_whole(self) -> None:
         """From here on, look at the whole table; from where the last command came to in this, if it was stopped."""

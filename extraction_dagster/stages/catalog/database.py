@@ -3,36 +3,51 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import sqlalchemy as sa
 
-from extraction_dagster.errors.catalog import DatabaseUrlError, SourceUnreachableError
+from extraction_dagster.errors import one_line
+from extraction_dagster.errors.catalog import DatabaseUrlError, RightsError, SourceUnreachableError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
 _Item = TypeVar("_Item")
 _CHUNK = 500
+_HIGHEST_PORT = 65535
+# The schema that the state tables name; what it is called in a database is decided where the engine is made.
+STATE_SCHEMA = "extraction_state"
 
 
 def parse_url(url: str, *, setting: str) -> sa.URL:
     """Parse a database URL; a bare `postgresql://` means psycopg2, whatever SQLAlchemy's default is.
 
     Raises:
-        DatabaseUrlError: The text is no SQLAlchemy URL. The message never holds the text.
+        DatabaseUrlError: The text is no SQLAlchemy URL, or part of its password would be read as the host, the port
+            or the database's name, and so be shown. The message never holds the text.
     """
     try:
         parsed = sa.make_url(url)
-    except sa.exc.ArgumentError:
+    except (sa.exc.ArgumentError, ValueError):  # ValueError: of a port that is no number; it quotes what it was
         raise DatabaseUrlError(setting) from None
+    if parsed.get_backend_name() != "sqlite" and url.partition("?")[0].count("@") > 1:
+        raise DatabaseUrlError(setting, odd="holds '@' more than once: write '@' in a user or password as %40")
+    if parsed.port is not None and not 0 < parsed.port <= _HIGHEST_PORT:
+        raise DatabaseUrlError(setting, odd=f"names port {parsed.port}, expected 1 to {_HIGHEST_PORT}")
     if parsed.drivername in {"postgres", "postgresql"}:
         parsed = parsed.set(drivername="postgresql+psycopg2")
     return parsed
 
 
-def make_engine(url: str, *, setting: str) -> sa.Engine:
+def make_engine(url: str, *, setting: str, state_schema: str | None = None) -> sa.Engine:
     """Build an engine: parameters hidden from errors, SQLite with real transactions and patience for other writers.
+
+    Args:
+        url: A SQLAlchemy URL.
+        setting: Where it comes from, for errors.
+        state_schema: The schema in which the state tables lie; the database's default for None.
 
     Raises:
         DatabaseUrlError: The URL is malformed, or names a database whose driver is not installed.
@@ -42,7 +57,8 @@ def make_engine(url: str, *, setting: str) -> sa.Engine:
     # SQLite connections are cheap and must not outlive a fork; a server's are kept and tested before use.
     options: dict[str, Any] = {"poolclass": sa.NullPool} if sqlite else {"pool_pre_ping": True}
     try:
-        engine = sa.create_engine(parsed, hide_parameters=True, **options)
+        schemas = {"schema_translate_map": {STATE_SCHEMA: state_schema}}
+        engine = sa.create_engine(parsed, hide_parameters=True, execution_options=schemas, **options)
     except (ModuleNotFoundError, sa.exc.NoSuchModuleError) as error:
         raise DatabaseUrlError(setting, driver=parsed.drivername) from error
     if sqlite:
@@ -122,6 +138,10 @@ def _translated(engine: sa.Engine, what: str) -> Iterator[None]:
     except (sa.exc.DatabaseError, sa.exc.InterfaceError) as error:
         if _is_undecodable(error):
             raise UnicodeError(" ".join(str(error.orig).split())) from error
+        if "permission denied" in str(error.orig) or "read-only transaction" in str(error.orig):
+            raise RightsError(
+                what, describe(engine.url), one_line(str(error.orig).strip().partition("\n")[0])
+            ) from error
         raise SourceUnreachableError(what, describe(engine.url), str(error.orig)) from error
 
 
@@ -129,6 +149,12 @@ def describe(url: sa.URL) -> str:
     """The database as it may be printed: no user, no password, no query string."""
     bare = sa.URL.create(url.drivername, host=url.host, port=url.port, database=url.database)
     return bare.render_as_string(hide_password=True)
+
+
+def file_is_there(url: sa.URL) -> bool:
+    """Whether a database that is a file is there: SQLite would make one that is only looked at. Servers always are."""
+    is_file = url.get_backend_name() == "sqlite" and url.database and not url.database.startswith((":", "file:"))
+    return not is_file or Path(str(url.database)).exists()
 
 
 def chunks(items: Sequence[_Item], size: int = _CHUNK) -> Iterable[Sequence[_Item]]:

@@ -124,6 +124,12 @@ class Ledger:
                 row[0]: LedgerEntry(*row) for row in connection.execute(query)
             }  # a range is read several times a run
 
+    def first_ids(self, most: int) -> list[int]:
+        """The least ids that the ledger knows."""
+        query = sa.select(LEDGER_TABLE.c.record_id).order_by(LEDGER_TABLE.c.record_id).limit(most)
+        with reading(self.engine, what="read the ledger") as connection:
+            return [int(key) for key in connection.execute(query).scalars()]
+
     def claims(self, record_ids: Sequence[int]) -> dict[int, int]:
         """The present claims of those of these records that the ledger knows."""
         found: dict[int, int] = {}

@@ -341,7 +341,7 @@ def make_pending_index(source: SourceTable, engine: sa.Engine) -> PendingIndex:
         SourceUnreachableError: The database can't be read.
     """
     index = pending_index(source)
-    if index is None:
+    if index is None or source.kind not in {"table", "partitioned table"}:
         return PendingIndex("not needed", "")
     in_postgresql = engine.dialect.name == "postgresql"
     sql = " ".join(str(CreateIndex(index).compile(dialect=engine.dialect)).split())
@@ -349,22 +349,49 @@ def make_pending_index(source: SourceTable, engine: sa.Engine) -> PendingIndex:
         known = sa.inspect(connection).get_indexes(source.table.name, source.table.schema)
         is_there = any(item["name"] == index.name for item in known)
         is_left_over = is_there and _is_left_over(connection, index)
+        steps = _without_blocking(connection, source, index, sql) if in_postgresql else [sql]
     if is_there and not is_left_over:
         return PendingIndex("there", sql)
-    if in_postgresql:
-        sql = sql.replace("CREATE INDEX", "CREATE INDEX CONCURRENTLY", 1)
+    sql = "; ".join(steps)
     try:
         if in_postgresql:  # not inside a transaction
             with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
                 if is_left_over:
                     connection.execute(DropIndex(index, if_exists=True))
-                connection.exec_driver_sql(sql)
+                for step in steps:
+                    connection.exec_driver_sql(step)
         else:
             with writing(engine, what=f"index source table {source.name!r}") as connection:
                 connection.exec_driver_sql(sql)
-    except (sa.exc.ProgrammingError, sa.exc.OperationalError, SourceUnreachableError):
+    except (sa.exc.DatabaseError, SourceUnreachableError):
         return PendingIndex("refused", sql)
     return PendingIndex("made", sql)
+
+
+def _without_blocking(connection: sa.Connection, source: SourceTable, index: sa.Index, sql: str) -> list[str]:
+    """The statements by which PostgreSQL makes the index while others write: of partitions, one after the other."""
+    if source.kind == "table":
+        return [sql.replace("CREATE INDEX", "CREATE INDEX CONCURRENTLY", 1)]
+    quote, table = connection.dialect.identifier_preparer, source.table
+    parts = connection.execute(
+        sa.text(
+            "SELECT inhrelid::regclass::text, relname, relkind::text FROM pg_inherits JOIN pg_class ON oid = inhrelid"
+            " WHERE inhparent = to_regclass(:name) ORDER BY 1"
+        ),
+        {"name": quote.format_table(table)},
+    ).all()
+    if any(kind != "r" for _, _, kind in parts):  # partitions of partitions: PostgreSQL cascades, and writers wait
+        return [sql]
+    head, _, condition = sql.partition(f" ON {quote.format_table(table)} ")
+    steps = [f"{head} ON ONLY {quote.format_table(table)} {condition}"]
+    own = [part for part in (table.schema, index.name) if part]
+    for part, name, _ in parts:
+        of_part = [part for part in (table.schema, f"extraction_pending_{name}"[:63]) if part]
+        steps.append(f"CREATE INDEX CONCURRENTLY IF NOT EXISTS {quote.quote(of_part[-1])} ON {part} {condition}")
+        steps.append(
+            f"ALTER INDEX {'.'.join(map(quote.quote, own))} ATTACH PARTITION {'.'.join(map(quote.quote, of_part))}"
+        )
+    return steps
 
 
 def _is_left_over(connection: sa.Connection, index: sa.Index) -> bool:

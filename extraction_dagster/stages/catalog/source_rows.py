@@ -21,7 +21,7 @@ from extraction_dagster.addresses import address_hash
 from extraction_dagster.errors.catalog import UnreadableRowError
 from extraction_dagster.records import IdRange, VideoRow
 from extraction_dagster.stages.catalog.database import chunks, fetch_all, is_text, reading, storable
-from extraction_dagster.stages.catalog.source_columns import SourceColumns, build_predicate
+from extraction_dagster.stages.catalog.source_columns import SourceColumns, build_predicate, check_predicate
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -89,15 +89,16 @@ class SourceRows:
         self._extracted = columns.find_mark(settings.source_extracted_column, "EXTRACTION_SOURCE_EXTRACTED_COLUMN")
         self._embedded = columns.find_mark(settings.source_embedded_column, "EXTRACTION_SOURCE_EMBEDDED_COLUMN")
         self._marks = [column for column in (self._extracted, self._embedded) if column is not None]
-        self._is_view = columns.is_view
+        self.kind = columns.kind
         optional = [column for column in (self._platform, self._code) if column is not None]
         checked = {column.name: column for column in (*self._payload, *self._uri_columns, *optional)}
         self._checked = list(checked.items())
         # As it is configured: a folder that moves with all that lies in it makes no file another.
         self._first_root = settings.allowed_roots[0] if settings.allowed_roots else "videos"
-        self.eligible: sa.ColumnElement[bool] = (
-            build_predicate(settings.source_predicate, self.table) if settings.source_predicate else sa.true()
-        )
+        self.eligible: sa.ColumnElement[bool] = sa.true()
+        if text := settings.source_predicate:
+            self.eligible = build_predicate(text, self.table)
+            check_predicate(text, self.table, self.eligible, engine)
 
     def rows(self, id_range: IdRange) -> Iterator[SourceRow]:
         """Every eligible row of the range, in ascending order of ids; one that can't be read says so."""

@@ -281,13 +281,22 @@ class PointStore(abc.ABC):
 
     def _require_own(self, found: CollectionSpec) -> None:
         if self._source and found.source and found.source != self._source:
-            raise ForeignCollectionError(found.name, repr(self), got=found.source, expected=self._source)
+            raise ForeignCollectionError(found.name, repr(self))
+
+    def take_over(self) -> bool:
+        """Let the open collection be of the source's present mark, where it had an earlier one; safe to repeat.
+
+        Returns whether it has it now.
+        """
+        spec: CollectionSpec = self._open("take a collection over")[0]
+        self._require_own(spec)
+        return str(spec.source) == str(self._source) or self._note_source(str(self._source))
 
     def _claim(self) -> None:
         """Note in the open collection that its points are of this source, unless somebody has."""
         spec: CollectionSpec = self._open("claim a collection")[0]
         if self._source and not spec.source and self._note_source(self._source):
-            _log.warning("Collection %r in %r belongs to source table %s from now on", spec.name, self, self._source)
+            _log.warning("Collection %r in %r belongs to this source table from now on", spec.name, self)
 
     def _pages(
         self, filters: PointFilter | None, size: int, *, payload: bool | Sequence[str] = False, vectors: bool = False
