@@ -39,8 +39,8 @@ class MarksRefusedError(PermanentError):
 
     def __init__(self, table: str, record_ids: list[int], column: str) -> None:
         super().__init__(f"""The database took an UPDATE that sets {column!r} of {some(record_ids)} in {table!r}, and
-            did not change them: a row-level security policy, a rule, a trigger or a view's INSTEAD OF trigger keeps this
-            user from marking rows. Nothing more is done, for the rows would be processed for ever. Permit the UPDATE
+            did not change them: a row-level security policy, a rule, a trigger or a view's INSTEAD OF trigger keeps
+            this user from marking rows. Nothing more is done, for the rows would be processed for ever. Permit the UPDATE
             (PostgreSQL: CREATE POLICY … FOR UPDATE), or set EXTRACTION_SOURCE_READ_ONLY=true with
             EXTRACTION_STATE_URL, so that the ledger alone says what is done.""")
 

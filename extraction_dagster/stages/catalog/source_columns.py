@@ -309,7 +309,7 @@ class _Builder:
             return self._value(node.this).is_(self._literal(node.expression))
         if kind == "In" and node.args.get("query") is None:
             return self._value(node.this).in_([self._literal(item) for item in node.expressions])
-        if kind == "Between":
+        if kind == "Between" and not node.args.get("symmetric"):
             low, high = self._literal(node.args["low"]), self._literal(node.args["high"])
             return self._value(node.this).between(low, high)
         raise self._refuse(f"{node.sql()!r} is not allowed in it")
@@ -324,8 +324,11 @@ class _Builder:
         if not isinstance(pattern, str):
             raise self._refuse(f"LIKE takes a text, not {node.expression.sql()}")
         value = self._value(node.this)
+        if not isinstance(value.type, sa.String | sa.types.NullType):
+            raise self._refuse(f"LIKE is for texts, and {node.this.sql()} is of type {value.type}")
         ignores_case = type(node).__name__ == "ILike"
-        return value.ilike(pattern, escape=escape) if ignores_case else value.like(pattern, escape=escape)
+        found = value.ilike(pattern, escape=escape) if ignores_case else value.like(pattern, escape=escape)
+        return sa.not_(found) if node.args.get("negate") else found
 
     def _value(self, node: exp.Expression) -> sa.ColumnElement[Any]:
         if type(node).__name__ != "Column":
