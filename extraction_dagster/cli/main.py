@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 from extraction_dagster import __version__
 from extraction_dagster.cli import checkpoint, collection, console, demo, frames, operations, records, runs, search
 from extraction_dagster.errors import ExtractionError
-from extraction_dagster.interrupts import redeliver_dropped_interrupts
+from extraction_dagster.interrupts import ignore_more_interrupts, redeliver_dropped_interrupts
 
 
 class _Interruptible(TyperGroup):
@@ -25,6 +25,7 @@ class _Interruptible(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
+            ignore_more_interrupts()
             console.err.print("Interrupted. What was finished is kept: run the same command again to go on.")
             raise typer.Exit(130) from None
 
@@ -81,6 +82,8 @@ def run_app() -> None:
     try:
         with redeliver_dropped_interrupts(KeyboardInterrupt):
             app()
+    except KeyboardInterrupt:  # a second one, while the first was told of
+        sys.exit(130)
     except ExtractionError as error:
         console.err.print(f"error: {error}", style="red", markup=False)
         sys.exit(1)

@@ -14,6 +14,7 @@ from extraction_dagster.defs.instance.launching import launch
 from extraction_dagster.defs.instance.runs import InstanceRuns, range_of, silent_runs
 from extraction_dagster.defs.progress import report_progress
 from extraction_dagster.errors.runs import RangeBusyError, RunFailedError, SensorBusyError
+from extraction_dagster.interrupts import check_interrupts
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import Settings
 from extraction_dagster.stages.catalog.catalog import open_catalog
@@ -55,6 +56,7 @@ def drain(instance: dg.DagsterInstance, settings: Settings, *, follow: bool) -> 
     ticks = _Ticks(instance, settings, follow=follow)
     processed, in_a_row = 0, 0
     while True:
+        check_interrupts()
         if ticks.store.is_ticking():  # with `follow`, a daemon may be started days later
             raise SensorBusyError
         ticked = ticks.tick()

@@ -20,7 +20,7 @@ from extraction_dagster.stages.index.staging import stage_collection
 OURS, THEIRS = "0123456789abcdef", "fedcba9876543210"
 SPEC, NEXT = CollectionSpec("frames", 8, "abc123"), CollectionSpec("frames", 8, "next")
 QUICK = RetryPolicy(attempts=2, base_seconds=0.05)
-CLAIMED = "belongs to source table"
+CLAIMED = "belongs to this source table"
 
 
 @pytest.fixture(params=["edge", "wire"])
