@@ -293,7 +293,8 @@ def _from_table(engines: Sequence[sa.Engine]) -> LegacyCheckpoint:
             if column is None:
                 found = ", ".join(table.c.keys())
                 raise LegacyCheckpointError(where, f"it has none of {', '.join(_LEGACY_NAMES)} (it has: {found})")
-            query = sa.select(table).where(column.is_not(None)).order_by(column.desc()).limit(_MOST_ROWS)
+            shown = [item if item is column else sa.cast(item, sa.Text).label(item.name) for item in table.c]
+            query = sa.select(*shown).where(column.is_not(None)).order_by(column.desc()).limit(_MOST_ROWS)
             rows = connection.execute(query).mappings().all()
         return _chosen(where, table, column, [dict(row) for row in rows])
     names = dict.fromkeys(f"table {_NAME} at {describe(engine.url)}" for engine in engines)
