@@ -46,10 +46,27 @@ def run(
     with open_instance(settings) as instance, console.long_work():
         drained = drain(instance, settings, follow=follow)
     console.out.print(f"Processed {drained.num_processed} records; no row is due.")
+    if drained.num_processed or drained.num_waiting:
+        console.out.print(f"{drained.num_done} done, {drained.num_waiting} failed, {drained.num_parked} parked.")
     if drained.num_waiting:
-        console.out.print(f"{drained.num_waiting} failed records wait for their next try.")
+        _tell_waiting(settings, drained.num_waiting)
     if drained.num_active:
         console.out.print(f"On {drained.num_active} ranges other runs are working.")
+
+
+def _tell_waiting(settings: Settings, number: int) -> None:
+    """Say which failed records wait until when."""
+    with open_catalog(settings) as catalog:
+        waiting = catalog.ledger.waiting(_MOST_SHOWN)
+    console.out.print(f"{number} failed records wait for their next try:")
+    for entry in waiting:
+        when = f"{entry.not_before:%Y-%m-%d %H:%M:%S} UTC" if entry.not_before else "now"
+        kind = (entry.last_error or "").partition(":")[0]
+        console.out.print(
+            f"  record {entry.record_id} until {when}, after {entry.attempts} tries ({kind})", markup=False
+        )
+    if number > len(waiting):
+        console.out.print(f"  and {number - len(waiting)} more: 'extraction errors' lists them")
 
 
 def launch(wanted: console.Range) -> None:

@@ -222,8 +222,7 @@ def test_a_link_or_a_folder_in_the_files_place_is_a_warning_and_stays(tmp_path):
     for name, reason in (("folder", "no regular file"), ("link", "symbolic links")):
         (notice,) = follow(JsonMirror(tmp_path / name), 5, now=NOW)
         assert (notice.level, reason in notice.text) == ("warning", True)
-        with pytest.raises(MirrorError, match=reason):
-            adopt(JsonMirror(tmp_path / name))
+        assert adopt(JsonMirror(tmp_path / name)) is None
     assert not (tmp_path / "elsewhere").exists()
 
 
@@ -240,7 +239,7 @@ def test_a_table_of_somebody_else_is_a_warning_and_stays(database):
     database.execute("CREATE TABLE extraction_checkpoint (name TEXT)")
     database.execute("INSERT INTO extraction_checkpoint VALUES ('theirs')")
     (notice,) = follow(TableMirror(database.engine), 5, now=NOW)
-    assert (notice.level, "can't be read" in notice.text) == ("warning", True)
+    assert (notice.level, "can't be used: it is not ours" in notice.text) == ("warning", True)
     assert database.rows("SELECT name FROM extraction_checkpoint") == [("theirs",)]
 
 
@@ -305,7 +304,9 @@ def test_the_settings_choose_the_mirror(settings, tmp_path, sqlite_database):
 )
 def test_a_file_holds_a_number_or_an_object_with_one(tmp_path, sqlite_database, content, last_processed_id):
     (tmp_path / ".checkpoint").write_text(content)
-    assert read_legacy_checkpoint(tmp_path / ".checkpoint", sqlite_database.engine).last_processed_id == last_processed_id
+    assert (
+        read_legacy_checkpoint(tmp_path / ".checkpoint", sqlite_database.engine).last_processed_id == last_processed_id
+    )
 
 
 @pytest.mark.parametrize(
@@ -388,8 +389,16 @@ def test_the_column_that_holds_the_watermark_is_read_and_named_with_its_row(data
 @pytest.mark.parametrize(
     ("columns", "rows", "why"),
     [
-        ("id INTEGER PRIMARY KEY, last_processed_id BIGINT", "(1, 5), (2, 6)", "say different values of last_proc.*6, 5"),
-        ("id INTEGER PRIMARY KEY, worker TEXT, last_id BIGINT", "(1, 'a', 5), (2, 'b', 6)", "different values of last_id"),
+        (
+            "id INTEGER PRIMARY KEY, last_processed_id BIGINT",
+            "(1, 5), (2, 6)",
+            "say different values of last_proc.*6, 5",
+        ),
+        (
+            "id INTEGER PRIMARY KEY, worker TEXT, last_id BIGINT",
+            "(1, 'a', 5), (2, 'b', 6)",
+            "different values of last_id",
+        ),
         ("id INTEGER PRIMARY KEY, worker TEXT", "(1, 'a'), (2, 'b')", "its column id may number its rows"),
         ("name TEXT, value BIGINT", "('a', 5)", "it has none of last_processed_id, last_id, id .it has: name, value"),
         ("id INTEGER PRIMARY KEY, last_processed_id BIGINT", "(1, NULL)", "it has no row"),

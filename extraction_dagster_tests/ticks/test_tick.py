@@ -324,7 +324,7 @@ def test_a_mirror_that_can_not_be_written_never_stops_a_tick(start, tmp_path):
     assert asked(ticked) == ["1-3"]
     for _ in range(2):
         assert isinstance(ticked.notices[0], Notice)
-        assert (ticked.notices[0].level, "can't be read" in ticked.notices[0].text) == ("warning", True)
+        assert (ticked.notices[0].level, "Checkpoint mirror" in ticked.notices[0].text) == ("warning", True)
         ticked = sensor.tick()
 
 
@@ -390,9 +390,11 @@ def test_a_lost_cursor_and_a_corrupt_mirror_start_nothing(start, tmp_path):
 
 def test_a_cursor_that_can_not_be_used_starts_nothing(start):
     sensor = start(1, 2, 3)
-    sensor.stored = CursorState("f" * 16).to_json()
-    with pytest.raises(CursorError, match="it belongs to source 'ffffffffffffffff'"):
+    sensor.stored = CursorState("f" * 16, last_processed_id=2).to_json()
+    with pytest.raises(CursorError, match="it belongs to another source table"):
         sensor.tick()
+    sensor.stored = CursorState("f" * 16).to_json()  # of a trial that never moved
+    assert asked(sensor.tick()) == ["1-3"]
 
 
 def test_an_operators_request_replaces_a_cursor_that_can_not_be_used(start):

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -30,17 +31,24 @@ _GIVE_UP_AFTER = 3  # ranges that fail one after the other: a store is down, say
 
 @dataclass(frozen=True, slots=True)
 class Drained:
-    """What is left when no row is due.
+    """What was done, and what is left, when no row is due.
 
     Attributes:
-        num_processed: Records that are done or parked now and were not before.
+        num_done: Records that were done, once more those that were done before among them.
+        num_parked: Records that were given up.
         num_waiting: Failed records that wait for their next try.
         num_active: Ranges on which runs of others are working.
     """
 
-    num_processed: int
+    num_done: int
+    num_parked: int
     num_waiting: int
     num_active: int
+
+    @property
+    def num_processed(self) -> int:
+        """Records that this command finished, one way or the other."""
+        return self.num_done + self.num_parked
 
 
 def drain(instance: dg.DagsterInstance, settings: Settings, *, follow: bool) -> Drained:
@@ -54,7 +62,7 @@ def drain(instance: dg.DagsterInstance, settings: Settings, *, follow: bool) -> 
         KeyboardInterrupt: Ctrl+C; finished shards are kept.
     """
     ticks = _Ticks(instance, settings, follow=follow)
-    processed, in_a_row = 0, 0
+    finished, in_a_row = Counter[str](), 0
     while True:
         check_interrupts()
         if ticks.store.is_ticking():  # with `follow`, a daemon may be started days later
@@ -62,15 +70,14 @@ def drain(instance: dg.DagsterInstance, settings: Settings, *, follow: bool) -> 
         ticked = ticks.tick()
         if ticked.requests:
             id_range = ticked.requests[0].id_range
-            before = _num_finished(settings, id_range)
-            error = _process(instance, id_range, ticked.cursor.floor_id)
-            processed += _num_finished(settings, id_range) - before
+            error, states = _process(instance, settings, id_range, ticked.cursor.floor_id)
+            finished.update(states)
             in_a_row = 0 if error is None else in_a_row + 1
             if error is not None and not follow:
                 ticks.failed[id_range] = error
                 if in_a_row == _GIVE_UP_AFTER:
                     break
-            _log.info("Total records processed so far: %d", processed)
+            _log.info("Total records processed so far: %d", finished["done"] + finished["parked"])
             report_progress(instance, settings)
         elif follow:
             time.sleep(settings.sensor_interval_seconds)
@@ -79,7 +86,7 @@ def drain(instance: dg.DagsterInstance, settings: Settings, *, follow: bool) -> 
     if ticks.failed:
         raise next(iter(ticks.failed.values()))
     report_progress(instance, settings, at_once=True)
-    return Drained(processed, ticked.num_waiting, ticked.num_active)
+    return Drained(finished["done"], finished["parked"], ticked.num_waiting, ticked.num_active)
 
 
 class _Waits:
@@ -173,24 +180,22 @@ class _Ticks:
         return ticked
 
 
-def _process(instance: dg.DagsterInstance, id_range: IdRange, floor_id: int | None) -> RunFailedError | None:
-    """Run a range; the error when it failed."""
+def _process(
+    instance: dg.DagsterInstance, settings: Settings, id_range: IdRange, floor_id: int | None
+) -> tuple[RunFailedError | None, dict[str, int]]:
+    """Run a range; the error when it failed, and how many records it left in which state."""
     try:
         run = launch(instance, id_range, floor_id=floor_id)
     except RangeBusyError as busy:  # somebody else launched it a moment ago: the next tick sees that
         _log.warning("%s", busy)
-        return None
+        return None, {}
+    with open_catalog(settings) as catalog:
+        states = catalog.ledger.counts_of_run(run.run_id, id_range)
     if run.success:
-        return None
+        return None, states
     error = RunFailedError(id_range.partition_key, run.run_id, run.error)
     _log.error("%s", error)
-    return error
-
-
-def _num_finished(settings: Settings, id_range: IdRange) -> int:
-    with open_catalog(settings) as catalog:
-        counts = catalog.ledger.counts(id_range)
-    return counts.get("done", 0) + counts.get("parked", 0)
+    return error, states
 
 
 def _say_where(store: CursorStore, settings: Settings) -> None:

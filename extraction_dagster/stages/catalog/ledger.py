@@ -97,7 +97,7 @@ class LedgerEntry:
 
 @dataclass(frozen=True, slots=True)
 class ErrorRow:
-    """A row of the errors table, with the record's present state."""
+    """A row of the errors table, with the record's present state, its tries, and when it is tried again."""
 
     record_id: int
     stage: str
@@ -107,6 +107,8 @@ class ErrorRow:
     occurred_at: datetime
     run_id: str
     state: str
+    attempts: int | None = None
+    not_before: datetime | None = None
 
 
 class Ledger:
@@ -241,6 +243,17 @@ class Ledger:
         """The number of records by state, of all or of a range."""
         return self._by_state(_within(id_range))
 
+    def counts_of_run(self, run_id: str, id_range: IdRange) -> dict[str, int]:
+        """The number of records of a range that a run was the last to claim, by state."""
+        return self._by_state(sa.and_(_within(id_range), LEDGER_TABLE.c.claimed_by == run_id))
+
+    def waiting(self, most: int) -> list[LedgerEntry]:
+        """Failed records that wait for their next try, the soonest first."""
+        table = LEDGER_TABLE.c
+        query = sa.select(*_ENTRY).where(FAILED_OR_PARKED, table.not_before.is_not(None)).order_by(table.not_before)
+        with reading(self.engine, what="read the ledger") as connection:
+            return [LedgerEntry(*row) for row in connection.execute(query.limit(most))]
+
     def count_failed_and_parked(self) -> dict[str, int]:
         """The number of failed and of parked records, through the index over them."""
         return {"failed": 0, "parked": 0} | self._by_state(FAILED_OR_PARKED)
@@ -370,7 +383,10 @@ class Ledger:
         table, state = ERRORS_TABLE.c, LEDGER_TABLE.c.state
         query = (
             sa.select(
-                *(column for column in table if column.name != "id"), sa.func.coalesce(state, "gone").label("state")
+                *(column for column in table if column.name != "id"),
+                sa.func.coalesce(state, "gone").label("state"),
+                LEDGER_TABLE.c.attempts,
+                LEDGER_TABLE.c.not_before,
             )
             .join_from(ERRORS_TABLE, LEDGER_TABLE, table.record_id == LEDGER_TABLE.c.record_id, isouter=True)
             .order_by(table.id.desc())

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from extraction_dagster.addresses import address_hash
+from extraction_dagster.addresses import address_hash, shown_address
+from extraction_dagster.errors import one_line
 from extraction_dagster.errors.catalog import UnreadableRowError
 from extraction_dagster.records import IdRange, VideoRow
 from extraction_dagster.stages.catalog.database import chunks, fetch_all, is_text, reading, storable
@@ -146,6 +147,10 @@ class SourceRows:
             except _UNREADABLE:
                 found |= {row.video.record_id: row.video.address for row in self._halved(chunk)}
         return found
+
+    def shown_addresses(self, record_ids: Iterable[int]) -> dict[int, str]:
+        """The addresses of those of these rows that are there, as they may be shown."""
+        return {row.video.record_id: one_line(shown_address(row.video.uri)) for row in self.rows_of(set(record_ids))}
 
     def _ids(self, query: sa.Select[int], most: int) -> list[int]:
         with reading(self._engine, what=f"read source table {self.name!r}") as connection:

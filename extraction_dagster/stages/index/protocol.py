@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from extraction_dagster.settings import Settings
     from extraction_dagster.stages.index.points import Dialect, PointFilter
 
+_A_LITTLE = 1e-5  # of a cosine: more than the rounding of single precision
 _log = logging.getLogger(__name__)
 VectorDtype = Literal["float16", "float32"]
 Quantization = Literal["none", "scalar"]
@@ -245,7 +246,12 @@ class PointStore(abc.ABC):
         """The points nearest to a vector by cosine, best first; equal scores by record, then frame."""
         self._open("search")
         query = vector.astype(np.float32).tolist()
-        found = self._nearest(query, limit, translate(filters, self._dialect), score_threshold)
+        # The engines' threshold is "more than", and by single precision.
+        least = None if score_threshold is None else score_threshold - _A_LITTLE
+        found = self._nearest(query, limit, translate(filters, self._dialect), least)
+        if score_threshold is not None:
+            wanted = np.float32(score_threshold)
+            found = [point for point in found if np.float32(point.score) >= wanted]
         return sorted((Hit.from_payload(hit.payload or {}, hit.score) for hit in found), key=lambda hit: hit.order)
 
     def point_ids(self, filters: PointFilter | None = None) -> set[str]:

@@ -55,9 +55,7 @@ def test_a_table_partitioned_by_id_gets_its_index_part_by_part(database):
 
 def test_partitions_of_partitions_get_their_index_too(database):
     database.execute(f"CREATE TABLE insta_content ({COLUMNS}, PRIMARY KEY (id)) PARTITION BY RANGE (id)")
-    database.execute(
-        "CREATE TABLE low PARTITION OF insta_content FOR VALUES FROM (0) TO (100) PARTITION BY RANGE (id)"
-    )
+    database.execute("CREATE TABLE low PARTITION OF insta_content FOR VALUES FROM (0) TO (100) PARTITION BY RANGE (id)")
     database.execute("CREATE TABLE lowest PARTITION OF low FOR VALUES FROM (0) TO (50)")
     catalog = database.catalog()
     assert make_pending_index(catalog.source, catalog.source_engine).state == "made"

@@ -111,7 +111,10 @@ def test_an_index_that_the_user_may_not_make_is_told_with_its_statement(owner, w
 
 
 SILENT = {
-    "policy": ("ALTER TABLE insta_content ENABLE ROW LEVEL SECURITY", "CREATE POLICY sees ON insta_content FOR SELECT USING (true)"),
+    "policy": (
+        "ALTER TABLE insta_content ENABLE ROW LEVEL SECURITY",
+        "CREATE POLICY sees ON insta_content FOR SELECT USING (true)",
+    ),
     "rule": ("CREATE RULE keep AS ON UPDATE TO insta_content DO INSTEAD NOTHING",),
     "trigger": (
         "CREATE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'",

@@ -7,7 +7,9 @@ from extraction_dagster.stages.catalog.signs import forget_sign, give_sign, sign
 
 def age(database, run_id, seconds):
     moment = f"CAST(value AS BIGINT) - {seconds}"
-    database.execute(f"UPDATE extraction_meta SET value = CAST({moment} AS TEXT) WHERE key = :key", key=f"alive:{run_id}")
+    database.execute(
+        f"UPDATE extraction_meta SET value = CAST({moment} AS TEXT) WHERE key = :key", key=f"alive:{run_id}"
+    )
 
 
 def test_silence_is_counted_from_the_last_sign(database):

@@ -158,7 +158,9 @@ def test_a_missing_object_may_still_arrive_as_a_missing_file_may(s3, make_fetche
 def versions(s3):
     """The bucket with two versions of `a?b.mp4`; their ids, the older one first."""
     s3.call_s3("put_bucket_versioning", Bucket="videos", VersioningConfiguration={"Status": "Enabled"})
-    return [s3.call_s3("put_object", Bucket="videos", Key="a?b.mp4", Body=body)["VersionId"] for body in (b"old", b"new")]
+    return [
+        s3.call_s3("put_object", Bucket="videos", Key="a?b.mp4", Body=body)["VersionId"] for body in (b"old", b"new")
+    ]
 
 
 def test_a_version_that_is_named_is_read_and_no_other(versions, make_fetcher, row):
