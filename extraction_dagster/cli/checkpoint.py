@@ -66,7 +66,7 @@ def _document(settings: Settings, catalog: Catalog, stored: str | None) -> dict[
 
 @app.command("set", cls=console.TakesNegativeIds)
 def set_(
-    last_processed_id: Annotated[int, typer.Argument(metavar="ID", min=-(2**63), max=2**63 - 1)],
+    last_processed_id: Annotated[int, typer.Argument(metavar="ID", parser=console.parse_id)],
     *,
     reprocess: Annotated[bool, typer.Option("--reprocess", help="Rows above ID that are done become pending.")] = False,
 ) -> None:

@@ -34,11 +34,28 @@ AnyRange = Annotated[
     ),
 ]
 
+_MIN_ID = -(2**63)
 _NEGATIVE = re.compile(r"-\d.*")
 _WIDE = 200  # columns of a pipe or a file, where a table must not be cut to a terminal's width
 
 out = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else _WIDE)
 err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+def parse_id(text: str) -> int:
+    """An id that was typed: an integer that fits BIGINT."""
+    try:
+        record_id = int(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no id: expected an integer such as 12345") from None
+    if not _MIN_ID <= record_id < -_MIN_ID:
+        raise typer.BadParameter(f"{text} is no id: it does not fit BIGINT")
+    return record_id
+
+
+def plain(value: object) -> object:
+    """A value of a row as a JSON document may hold it."""
+    return value if value is None or isinstance(value, bool | int | float | str | list | dict) else str(value)
 
 
 def print_json(document: Any) -> None:  # noqa: ANN401 - any JSON document

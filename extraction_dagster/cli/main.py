@@ -12,7 +12,18 @@ import typer
 from typer.core import TyperGroup
 
 from extraction_dagster import __version__
-from extraction_dagster.cli import checkpoint, collection, console, demo, frames, operations, records, runs, search
+from extraction_dagster.cli import (
+    checkpoint,
+    collection,
+    console,
+    demo,
+    frames,
+    operations,
+    records,
+    runs,
+    search,
+    show,
+)
 from extraction_dagster.errors import ExtractionError
 from extraction_dagster.interrupts import ignore_more_interrupts, redeliver_dropped_interrupts
 
@@ -35,7 +46,7 @@ app = typer.Typer(
     cls=_Interruptible,
     help="Keep a Qdrant collection of video frames in step with a growing table of videos.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -46,6 +57,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "launch": runs.launch,
     "backfill": runs.backfill,
     "errors": records.errors,
+    "show": show.command,
     "retry": records.retry,
     "reconcile": collection.reconcile,
     "search": search.command,
@@ -53,7 +65,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "notify": operations.notify,
     "doctor": operations.doctor,
 }
-_TAKE_IDS = ("launch", "retry", "reconcile", "backfill")
+_TAKE_IDS = ("launch", "retry", "reconcile", "backfill", "show")
 for name, command in COMMANDS.items():
     app.command(name, cls=console.TakesNegativeIds if name in _TAKE_IDS else None)(command)
 app.add_typer(checkpoint.app, name="checkpoint")

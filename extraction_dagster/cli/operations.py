@@ -39,13 +39,26 @@ def init(
             help="The database moved: what was made of it at its earlier address goes on as it is.",
         ),
     ] = False,
+    propose: Annotated[
+        str | None,
+        typer.Option(
+            "--propose",
+            metavar="URL",
+            help="Look at the tables of this database, print the settings for the likeliest one, and do nothing.",
+        ),
+    ] = None,
 ) -> None:
     """Prepare everything that a run needs; safe to repeat.
 
     Asks whether the database's user has the rights, writes workspace.yaml and dagster.yaml into this folder unless they
     are there, creates Dagster's storage, checks the source table, creates or migrates the state tables, and creates
     the partial index that finds pending rows.
+
+    For example: extraction init --propose postgresql://me@db/media > .env, then extraction init
     """
+    if propose is not None:
+        _print_proposal(propose)
+        return
     from extraction_dagster.defs.instance.launching import open_instance, template
     from extraction_dagster.defs.instance.private_api import retry_only_new_failures
 
@@ -67,6 +80,15 @@ def init(
     with open_instance(settings) as instance:
         retry_only_new_failures(instance)
         console.out.print(f"Dagster's storage is ready under {settings.home / 'dagster'}")
+
+
+def _print_proposal(url: str) -> None:
+    from extraction_dagster.stages.catalog.proposing import propose
+
+    found = propose(url)
+    console.err.print(f"Likeliest table: {found.table} ({found.why})", markup=False)
+    for line in found.lines:
+        console.out.print(line, markup=False)
 
 
 def _rehearse(catalog: Catalog) -> None:

@@ -117,16 +117,26 @@ def _plain(row: ErrorRow, addresses: Mapping[int, str]) -> dict[str, Any]:
 
 def retry(
     *,
-    record_ids: Annotated[list[int] | None, typer.Argument(metavar="[ID]...", help="These records.")] = None,
+    record_ids: Annotated[
+        list[int] | None, typer.Argument(metavar="[ID]...", parser=console.parse_id, help="These records.")
+    ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Every failed or parked record.")] = False,
     error_type: Annotated[str | None, typer.Option("--error", help="Those whose last error is of this type.")] = None,
+    as_json: console.AsJson = False,
 ) -> None:
-    """Make failed and parked records pending at once: the next tick, run or launch takes them."""
+    """Make failed and parked records pending at once: the next tick, run or launch takes them.
+
+    For example: extraction retry 17 42, or extraction retry --error FileUnavailableError
+    """
     if sum((bool(record_ids), everything, error_type is not None)) != 1:
         raise typer.BadParameter("give record ids, or --all, or --error TYPE: exactly one of them")
     with open_catalog(load_settings()) as catalog:
         brought_back = catalog.ledger.retry(record_ids=record_ids, error_type=error_type)
-    console.out.print(f"{len(brought_back)} records are pending now.")
-    if missed := sorted(set(record_ids or ()) - set(brought_back)):
+    missed = sorted(set(record_ids or ()) - set(brought_back))
+    if as_json:
+        console.print_json({"pending": brought_back, "left": missed})
+    else:
+        console.out.print(f"{len(brought_back)} records are pending now.")
+    if missed:
         console.err.print(f"Not failed or parked, left as they are: {', '.join(map(str, missed))}")
         raise typer.Exit(1)

@@ -31,10 +31,13 @@ _NO_DAEMON = (
 def run(
     *,
     follow: Annotated[bool, typer.Option("--follow", help="Wait for new rows instead of ending.")] = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Process every row that is due, range by range, until none is left; Ctrl+C stops, the next call resumes.
 
     The same as the sensor under a daemon, with the same cursor: use one or the other.
+
+    For example: extraction run --follow
     """
     from extraction_dagster.defs.instance.draining import drain
     from extraction_dagster.defs.instance.launching import open_instance
@@ -45,6 +48,10 @@ def run(
         pass  # refuses a table that can't be used before anything is started
     with open_instance(settings) as instance, console.long_work():
         drained = drain(instance, settings, follow=follow)
+    if as_json:
+        waiting = {"failed": drained.num_waiting, "busy_ranges": drained.num_active}
+        console.print_json({"done": drained.num_done, "parked": drained.num_parked, **waiting})
+        return
     console.out.print(f"Processed {drained.num_processed} records; no row is due.")
     if drained.num_processed or drained.num_waiting:
         console.out.print(f"{drained.num_done} done, {drained.num_waiting} failed, {drained.num_parked} parked.")
@@ -69,10 +76,12 @@ def _tell_waiting(settings: Settings, number: int) -> None:
         console.out.print(f"  and {number - len(waiting)} more: 'extraction errors' lists them")
 
 
-def launch(wanted: console.Range) -> None:
+def launch(wanted: console.Range, *, as_json: console.AsJson = False) -> None:
     """Process one range of ids now: video_frames, frame_embeddings, qdrant_points.
 
     The run is in Dagster's run history like any other. Records that are done already are skipped.
+
+    For example: extraction launch 1-1000
     """
     from extraction_dagster.defs.instance.launching import launch as process
     from extraction_dagster.defs.instance.launching import open_instance
@@ -88,6 +97,10 @@ def launch(wanted: console.Range) -> None:
         raise RunFailedError(wanted.partition_key, done.run_id, done.error)
     with open_catalog(settings) as catalog:
         states = catalog.summary(wanted)
+    if as_json:
+        by_state = {name: int(number) for number, name in (part.split() for part in states.split(", "))}
+        console.print_json({"range": str(wanted), "run_id": done.run_id, **by_state})
+        return
     console.out.print(f"Range {wanted} (run {done.run_id}): {states}")
 
 

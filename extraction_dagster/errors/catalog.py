@@ -40,8 +40,8 @@ class MarksRefusedError(PermanentError):
     def __init__(self, table: str, record_ids: list[int], column: str) -> None:
         super().__init__(f"""The database took an UPDATE that sets {column!r} of {some(record_ids)} in {table!r}, and
             did not change them: a row-level security policy, a rule, a trigger or a view's INSTEAD OF trigger keeps
-            this user from marking rows. Nothing more is done, for the rows would be processed for ever. Permit the UPDATE
-            (PostgreSQL: CREATE POLICY … FOR UPDATE), or set EXTRACTION_SOURCE_READ_ONLY=true with
+            this user from marking rows. Nothing more is done, for the rows would be processed for ever. Permit the
+            UPDATE (PostgreSQL: CREATE POLICY … FOR UPDATE), or set EXTRACTION_SOURCE_READ_ONLY=true with
             EXTRACTION_STATE_URL, so that the ledger alone says what is done.""")
 
 
@@ -74,6 +74,15 @@ class EmptyRangeError(ExtractionError):
         rows = f"its eligible rows have ids {extent[0]} to {extent[1]}" if extent else "it has no eligible row at all"
         super().__init__(f"""Range {key} holds no eligible row of {table!r}: {rows}. Nothing was done. Choose a range
             that overlaps the table's ids, or wait until rows arrive.""")
+
+
+class RecordUnknownError(ExtractionError):
+    """Nothing is known of a record that was asked for."""
+
+    def __init__(self, record_id: int, table: str, *, is_there: bool) -> None:
+        why = "is not eligible (EXTRACTION_SOURCE_PREDICATE)" if is_there else "is not there"
+        super().__init__(f"""Record {record_id} of {table!r} {why}, and the ledger never knew it. Nothing was changed.
+            'extraction status' shows the first and the last id.""")
 
 
 class UnreadableRowError(ExtractionError):

@@ -400,6 +400,14 @@ class Ledger:
         with reading(self.engine, what="read the errors") as connection:
             return [ErrorRow(**row) for row in connection.execute(query).mappings()]
 
+    def errors_of(self, record_id: int, *, limit: int) -> list[ErrorRow]:
+        """Every error of a record, newest first."""
+        table, names = ERRORS_TABLE.c, [column for column in ERRORS_TABLE.c if column.name != "id"]
+        query = sa.select(*names, sa.literal("").label("state")).where(table.record_id == record_id)
+        with reading(self.engine, what="read the errors") as connection:
+            rows = connection.execute(query.order_by(table.id.desc()).limit(limit)).mappings()
+            return [ErrorRow(**row) for row in rows]
+
     def retry(self, *, record_ids: Sequence[int] | None, error_type: str | None) -> list[int]:
         """Give failed and parked records their tries back, so that they are pending at once; returns them, ascending.
 

@@ -116,7 +116,7 @@ def test_another_table_is_not_taken_over(sqlite_database, tmp_path):
     catalog.begin(ALL, TODAY)
     catalog.close()
     sqlite_database.execute("UPDATE insta_content SET id = id + 100")
-    with pytest.raises(StateError, match="has none of the first 2.*It is another table: nothing was changed"):
+    with pytest.raises(StateError, match=r"has none of the first 2.*It is another table: nothing was changed"):
         Catalog(moved(sqlite_database, tmp_path), takes_over=True)
 
 
@@ -166,7 +166,7 @@ def test_state_tables_in_a_schema_are_migrated_there(postgres_url, make_database
     database.engine.dispose()
 
 
-def test_what_only_looks_makes_no_file_and_no_table(sqlite_database, settings, tmp_path):
+def test_what_only_looks_makes_no_file_and_no_table(sqlite_database, tmp_path):
     sqlite_database.create(ids=(1,))
     elsewhere = {"state_url": f"sqlite:///{tmp_path}/state.db"}
     Catalog(sqlite_database.settings(**elsewhere), creates=False).close()

@@ -86,7 +86,7 @@ def test_a_view_of_either_kind_is_read_only_where_its_rows_can_not_be_marked(mak
     database.execute("INSERT INTO stored (id, path) VALUES (1, 'a.mp4')")
     database.execute(f"CREATE {make} insta_content AS SELECT * FROM stored")
     if make == "MATERIALIZED VIEW":
-        with pytest.raises(SourceTableError, match="materialized view, whose rows can't be marked.*READ_ONLY=true"):
+        with pytest.raises(SourceTableError, match=r"materialized view, whose rows can't be marked.*READ_ONLY=true"):
             database.catalog()
     elsewhere = {"source_read_only": True, "state_url": f"sqlite:///{tmp_path}/state.db"}
     catalog = database.catalog(**elsewhere)
@@ -108,7 +108,8 @@ def test_a_foreign_table_is_read(database):
     )
     database.execute("CREATE USER MAPPING FOR CURRENT_USER SERVER here OPTIONS (user 'postgres')")
     database.execute(
-        f"CREATE FOREIGN TABLE insta_content ({COLUMNS}) SERVER here OPTIONS (table_name 'stored', schema_name 'public')"
+        f"CREATE FOREIGN TABLE insta_content ({COLUMNS}) SERVER here"
+        " OPTIONS (table_name 'stored', schema_name 'public')"
     )
     catalog = database.catalog()
     process(catalog, 1)

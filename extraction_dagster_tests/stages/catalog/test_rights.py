@@ -54,14 +54,11 @@ def run_grants(owner, message):
 
 def test_each_missing_right_is_told_as_the_grant_that_gives_it(owner, worker, role):
     told = []
-    for _ in range(3):
-        try:
+    for _ in range(2):  # who may not read is not asked for more
+        with pytest.raises(RightsError, match=r"EXTRACTION_STATE_URL.*EXTRACTION_SOURCE_READ_ONLY=true") as refused:
             require_rights(worker.settings())
-        except RightsError as error:
-            assert "\n" not in str(error)
-            assert "EXTRACTION_STATE_URL" in str(error)
-            assert "EXTRACTION_SOURCE_READ_ONLY=true" in str(error)
-            told += run_grants(owner, str(error))
+        assert "\n" not in str(refused.value)
+        told += run_grants(owner, str(refused.value))
     assert told == [
         f"GRANT SELECT ON insta_content TO {role};",
         f"GRANT UPDATE (is_extracted) ON insta_content TO {role};",
@@ -121,8 +118,10 @@ SILENT = {
         "CREATE TRIGGER keep BEFORE UPDATE ON insta_content FOR EACH ROW EXECUTE FUNCTION keep()",
     ),
     "trigger that puts it back": (
-        "CREATE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS"
-        " 'BEGIN NEW.is_extracted = OLD.is_extracted; NEW.is_embedded = OLD.is_embedded; RETURN NEW; END'",
+        (
+            "CREATE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS"
+            " 'BEGIN NEW.is_extracted = OLD.is_extracted; NEW.is_embedded = OLD.is_embedded; RETURN NEW; END'"
+        ),
         "CREATE TRIGGER keep BEFORE UPDATE ON insta_content FOR EACH ROW EXECUTE FUNCTION keep()",
     ),
     "view": (
@@ -187,5 +186,5 @@ def test_a_standby_that_takes_no_writes_is_told_as_a_missing_right(owner, role, 
     owner.execute(f"GRANT CREATE ON SCHEMA public TO {role}")
     owner.execute(f"ALTER ROLE {role} SET default_transaction_read_only = on")
     url = sa.make_url(owner.url).set(username=role).render_as_string(hide_password=False)
-    with pytest.raises(RightsError, match="Cannot create the state tables at .* read-only transaction"):
+    with pytest.raises(RightsError, match=r"Cannot create the state tables at .* read-only transaction"):
         Catalog(make_database(url, settings).settings())
