@@ -78,10 +78,8 @@ _HOST = re.compile(rf"(?:\*\.{_LABEL}\.)?{_LABEL}(?:\.{_LABEL})*(?::\d{{1,5}})?|
 _BUCKET = re.compile(r"(?:s3|gs)://[A-Za-z0-9][A-Za-z0-9._-]{1,221}")
 _SHORTEST_PREFIX = 8
 _NEARLY = 0.8  # of two names that are nearly the same
-_INJECTED = re.compile(
-    r"(EXTRACTION(?:_[A-Z0-9_]+)?)_(?:SERVICE_HOST|SERVICE_PORT(?:_[A-Z0-9_]+)?"
-    r"|PORT(?:_\d+_(?:TCP|UDP|SCTP)(?:_(?:PROTO|PORT|ADDR))?)?)"
-)
+_SERVICE = "_SERVICE_HOST"  # by these variables, a Service of Kubernetes is told from a slip in a setting
+_INJECTED = re.compile(r"SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT(?:_\d+_(?:TCP|UDP|SCTP)(?:_(?:PROTO|PORT|ADDR))?)?")
 _NOTIFIERS = ("none", "log", "webhook", "slack")
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 _OWNER = re.compile(r"team:[A-Za-z0-9_.-]{1,100}|[A-Za-z0-9_.+-]{1,100}@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+")
@@ -694,8 +692,11 @@ def load_settings() -> Settings:
 
 def _is_injected(variable: str) -> bool:
     """Whether Kubernetes made a variable: a Service named extraction-… puts its addresses into every pod."""
-    found = _INJECTED.fullmatch(variable)
-    return found is not None and f"{found[1]}_SERVICE_HOST" in os.environ
+    services = (name.removesuffix(_SERVICE) for name in os.environ if name.endswith(_SERVICE))
+    return any(
+        variable.startswith(f"{service}_") and _INJECTED.fullmatch(variable.removeprefix(f"{service}_"))
+        for service in services
+    )
 
 
 def _refuse_odd_prefix(known: set[str]) -> None:

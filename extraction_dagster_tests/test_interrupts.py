@@ -130,7 +130,7 @@ def test_a_signal_of_before_the_block_or_of_a_forked_child_does_not_interrupt_it
 
 
 # Forks a child for each burst, since starting an interpreter costs a hundred times as much. The child makes garbage
-# whose callbacks and finalizers run Python, so that signals arrive where exceptions are dropped; it asks at every record.
+# whose callbacks and finalizers run Python, so that signals arrive where exceptions are dropped.
 BURSTS = """
 import gc, os, random, signal, sys, time, weakref
 from extraction_dagster.interrupts import check_interrupts, ignore_more_interrupts, redeliver_dropped_interrupts

@@ -9,8 +9,10 @@ class DatabaseUrlError(ExtractionError):
 
     def __init__(self, setting: str, *, driver: str | None = None, odd: str = "") -> None:
         got = f"names the driver {driver!r}, which is not installed" if driver else odd or "is not a database URL"
+        extra = " Install it with pip install 'extraction-dagster[mysql]'." if driver and "pymysql" in driver else ""
         super().__init__(f"""Setting {setting} {got}, expected for example postgresql://USER:PASSWORD@HOST:5432/DATABASE
-            or sqlite:////path/to/file.db (value not shown).""")
+            or sqlite:////path/to/file.db, or for the source alone mysql://USER:PASSWORD@HOST:3306/DATABASE, of MariaDB
+            too (value not shown).{extra}""")
 
 
 class SourceUnreachableError(ExtractionError):

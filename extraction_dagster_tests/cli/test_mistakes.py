@@ -322,7 +322,7 @@ MISTAKES = {
         "--after",
         "not earlier",
     ),
-    "a limit of none": ({}, "errors --limit 0", 2, "--limit", "not in the range"),
+    "a limit of none": ({}, "errors --limit 0", 2, "--limit", "greater than or equal to 1"),
     "force without repair": ({}, "reconcile --force", 2, "--force", "--repair"),
     "a command that is none": ({}, "start", 2, "'start'", "-h' for help"),
     "an option that is none": ({}, "run --fast", 2, "--fast", "-h' for help"),

@@ -17,12 +17,18 @@ if TYPE_CHECKING:
 _Item = TypeVar("_Item")
 _CHUNK = 500
 _HIGHEST_PORT = 65535
+_DRIVERS = {
+    "postgres": "postgresql+psycopg2",
+    "postgresql": "postgresql+psycopg2",
+    "mysql": "mysql+pymysql",
+    "mariadb": "mariadb+pymysql",
+}
 # The schema that the state tables name; what it is called in a database is decided where the engine is made.
 STATE_SCHEMA = "extraction_state"
 
 
 def parse_url(url: str, *, setting: str) -> sa.URL:
-    """Parse a database URL; a bare `postgresql://` means psycopg2, whatever SQLAlchemy's default is.
+    """Parse a database URL; a bare `postgresql://` means psycopg2 and `mysql://` PyMySQL, whatever SQLAlchemy means.
 
     Raises:
         DatabaseUrlError: The text is no SQLAlchemy URL, or part of its password would be read as the host, the port
@@ -36,9 +42,8 @@ def parse_url(url: str, *, setting: str) -> sa.URL:
         raise DatabaseUrlError(setting, odd="holds '@' more than once: write '@' in a user or password as %40")
     if parsed.port is not None and not 0 < parsed.port <= _HIGHEST_PORT:
         raise DatabaseUrlError(setting, odd=f"names port {parsed.port}, expected 1 to {_HIGHEST_PORT}")
-    if parsed.drivername in {"postgres", "postgresql"}:
-        parsed = parsed.set(drivername="postgresql+psycopg2")
-    return parsed
+    driver = _DRIVERS.get(parsed.drivername)
+    return parsed if driver is None else parsed.set(drivername=driver)
 
 
 def make_engine(url: str, *, setting: str, state_schema: str | None = None) -> sa.Engine:

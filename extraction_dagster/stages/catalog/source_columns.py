@@ -71,7 +71,7 @@ class SourceColumns:
             else:
                 self.kind = kind_of(connection, table)
                 for column in table.c:
-                    _look_through_domain(column)
+                    _look_through(column)
                 return table
         raise SourceTableError(self.name, f"there is no such table in {describe(self._engine.url)}", fix)
 
@@ -117,8 +117,6 @@ class SourceColumns:
         if column is not None and self.kind == "materialized view":
             why = "it is a materialized view, whose rows can't be marked"
             raise SourceTableError(self.name, why, _KEPT_ELSEWHERE)
-        if column is not None and _is_small_number(column.type):  # a boolean of MySQL and MariaDB
-            column.type = sa.Boolean()
         if column is not None and not isinstance(column.type, sa.Boolean):
             raise SourceTableError(
                 self.name,
@@ -218,8 +216,10 @@ def _names(inspector: sa.Inspector, schema: str | None) -> list[str]:
     return [name for name in names if not name.startswith(_OWN)]
 
 
-def _look_through_domain(column: sa.Column[Any]) -> None:
-    """Let a column of a domain count as one of the type that the domain is made of."""
+def _look_through(column: sa.Column[Any]) -> None:
+    """Let a column of a domain count as one of the type that the domain is made of, and TINYINT(1) as a boolean."""
+    if _is_small_number(column.type):
+        column.type = sa.Boolean()
     while isinstance(column.type, postgresql.DOMAIN):
         if column.type.not_null:
             column.nullable = False
