@@ -17,7 +17,7 @@ from extraction_dagster.errors.runs import MetricsFileError
 from extraction_dagster.files import write_atomically
 from extraction_dagster.settings import PREFIX, Settings, load_settings
 from extraction_dagster.stages.catalog.catalog import Catalog, open_catalog
-from extraction_dagster.stages.catalog.pending import make_pending_index
+from extraction_dagster.stages.catalog.indexing import make_pending_index
 from extraction_dagster.stages.catalog.rights import require_rights
 from extraction_dagster.stages.catalog.state_tables import newest_version, state_version
 from extraction_dagster.stages.index.stage import open_point_store

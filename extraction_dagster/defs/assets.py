@@ -133,7 +133,6 @@ def _result(
         # Of the whole range, whatever this run did of it: a retry of one row hides nothing of the others.
         "videos_in_range": sum(state in {"extracted", "embedded", "done"} for state in states),
         "frames_in_range": sum(entry.num_frames or 0 for entry in mine if entry.state != "failed"),
-        "points_in_range": sum(entry.num_points or 0 for entry in mine if entry.state == "done"),
     }
     texts = {
         "options": describe_options(options),

@@ -254,6 +254,16 @@ class PointStore(abc.ABC):
             found = [point for point in found if np.float32(point.score) >= wanted]
         return sorted((Hit.from_payload(hit.payload or {}, hit.score) for hit in found), key=lambda hit: hit.order)
 
+    def payloads(self, filters: PointFilter | None, keys: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+        """These keys of the points' payloads, in the order of the points' ids."""
+        for page in self._pages(filters, _PAGE, payload=keys):
+            yield from self._payloads(page)
+
+    def set_payload(self, values: Mapping[str, Any], filters: PointFilter) -> None:
+        """Set keys of the payload of points; other keys, and the vectors, stay as they are."""
+        self._open("set a payload")
+        self._set_payload(dict(values), translate(filters, self._dialect))
+
     def point_ids(self, filters: PointFilter | None = None) -> set[str]:
         """The ids of the points."""
         return {point_id for page in self._pages(filters, _PAGE) for point_id in self._ids(page)}
@@ -337,6 +347,10 @@ class PointStore(abc.ABC):
     @abc.abstractmethod
     def _write(self, batch: PointBatch) -> None:
         """Write as many points as one call takes."""
+
+    @abc.abstractmethod
+    def _set_payload(self, values: dict[str, Any], condition: Any) -> None:  # noqa: ANN401 - as above
+        """Set keys of the payload of the points that meet a condition."""
 
     @abc.abstractmethod
     def _remove(self, condition: Any) -> None:  # noqa: ANN401 - the engine's own filter, here and below

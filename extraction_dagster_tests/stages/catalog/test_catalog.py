@@ -9,8 +9,9 @@ from pydantic import SecretStr
 from extraction_dagster.errors.catalog import StateError
 from extraction_dagster.records import Failure, IdRange, VideoRow
 from extraction_dagster.stages.catalog.catalog import Fingerprints, Moved, status_of
+from extraction_dagster.stages.catalog.indexing import make_pending_index
 from extraction_dagster.stages.catalog.ledger import LedgerEntry
-from extraction_dagster.stages.catalog.pending import make_pending_index, scan
+from extraction_dagster.stages.catalog.pending import scan
 from extraction_dagster.stages.catalog.source_table import SourceRow
 
 TODAY = Fingerprints(frames="f1", embedding="e1")

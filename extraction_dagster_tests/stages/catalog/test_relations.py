@@ -14,7 +14,8 @@ import sqlalchemy as sa
 from extraction_dagster.errors.catalog import PredicateError, SourceTableError
 from extraction_dagster.records import IdRange
 from extraction_dagster.stages.catalog.catalog import Fingerprints
-from extraction_dagster.stages.catalog.pending import make_pending_index, scan
+from extraction_dagster.stages.catalog.indexing import make_pending_index
+from extraction_dagster.stages.catalog.pending import scan
 
 TODAY, ALL = Fingerprints("f1", "e1"), IdRange(1, 99)
 COLUMNS = "id bigint NOT NULL, path text, platform text, code text, is_extracted boolean, is_embedded boolean"

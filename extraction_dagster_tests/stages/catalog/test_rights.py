@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from extraction_dagster.errors.catalog import MarksRefusedError, RightsError
 from extraction_dagster.records import IdRange
 from extraction_dagster.stages.catalog.catalog import Catalog, Fingerprints
-from extraction_dagster.stages.catalog.pending import make_pending_index
+from extraction_dagster.stages.catalog.indexing import make_pending_index
 from extraction_dagster.stages.catalog.rights import require_rights
 
 TODAY, ALL = Fingerprints("f1", "e1"), IdRange(1, 9)
