@@ -254,9 +254,11 @@ def test_state_in_another_database_never_touches_a_read_only_source(database, tm
 
 def test_state_tables_of_another_source_are_refused(database):
     database.create(ids=(1,))
-    database.catalog().close()
+    catalog = database.catalog()
+    catalog.begin(ALL, TODAY)
+    catalog.close()
     database.create(name="other")
-    with pytest.raises(StateError, match=r"belong to another source table.*Set EXTRACTION_STATE_URL"):
+    with pytest.raises(StateError, match=r"belong to table 'insta_content' in .*, not to table 'other' in.*EXTRACTION_"):
         database.catalog(source_table="other")
 
 
