@@ -205,7 +205,7 @@ class OtherSourceError(PermanentError):
     def __init__(self, what: str, address: str, *, whose: str, mine: str, setting: str) -> None:
         super().__init__(f"""The {what} in {address!r} belong to {whose}, not to {mine}. Nothing of them was read or
             written. Set {setting} (or EXTRACTION_HOME) to a place of its own for each source table; if it is the same
-            table at a new address, remove source.json there.""")
+            table at a new address, run 'extraction init --take-over'.""")
 
 
 class ShardStoreError(ExtractionError):
