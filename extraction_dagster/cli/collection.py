@@ -167,6 +167,8 @@ def export(
     """Write every point, its payload and its vector, to one Parquet file."""
     from extraction_dagster.stages.index.export import export_points
 
+    if out.suffix.lower() != ".parquet":
+        raise typer.BadParameter(f"OUT is {str(out)!r}, expected a name that ends in .parquet")
     settings = load_settings()
     with open_point_store(settings) as store, console.counting("points") as count:
         spec = store.open_collection(settings.collection_name)

@@ -88,6 +88,15 @@ def test_filters_and_threshold_combine(scored):
     assert len(search_images(store, QUERY, filters=PointFilter(created_before=datetime(2026, 1, 2, tzinfo=UTC)))) == 4
 
 
+def test_a_hit_of_exactly_the_threshold_is_found(scored):
+    store = scored({(7, 0): 0.5, (8, 30): 0.9, (9, 0): 0.9})
+    for hit in search_images(store, QUERY):
+        at_least = search_images(store, QUERY, score_threshold=hit.score)
+        assert hit in at_least
+        assert min(found.score for found in at_least) == hit.score
+    assert _found(search_images(store, QUERY, score_threshold=0.95)) == []
+
+
 def test_grouping_finds_videos_behind_one_that_fills_every_page(scored):
     crowd = {(1, number): 0.9 - number / 1000 for number in range(200)}
     store = scored({**crowd, (5, 0): 0.3, (5, 1): 0.4, (6, 0): 0.2, (4, 0): 0.1})
