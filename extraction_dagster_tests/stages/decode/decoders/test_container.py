@@ -124,7 +124,7 @@ def test_a_codec_that_is_not_listed_is_not_opened(clip_path):
 def test_the_limits_know_the_codecs_of_the_settings():
     assert DecodeLimits.from_settings(Settings()).codecs.split(",") == [*COMMON_CODECS]
     assert DecodeLimits.from_settings(Settings(video_codecs="h264, cinepak")).codecs == "h264,cinepak"
-    import av  # noqa: PLC0415 - only here
+    import av
 
     assert set(COMMON_CODECS) <= av.codecs_available
 
