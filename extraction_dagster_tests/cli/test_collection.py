@@ -85,8 +85,8 @@ def test_every_command_refuses_the_collection_of_another_source_table(settings, 
 
 def test_the_target_keeps_every_other_setting(settings):
     here = settings(collection_name="clips", qdrant_api_key="k", allowed_roots="/a,/b")
-    there = _aimed_at(here, "http://q:6333", 7000)
-    assert (there.qdrant_url, there.qdrant_grpc_port) == ("http://q:6333", 7000)
+    there = _aimed_at(here, "https://q:6333", 7000)
+    assert (there.qdrant_url, there.qdrant_grpc_port) == ("https://q:6333", 7000)
     assert (there.collection_name, there.home, there.allowed_roots) == ("clips", here.home, ("/a", "/b"))
     assert there.qdrant_api_key.get_secret_value() == "k"
 
