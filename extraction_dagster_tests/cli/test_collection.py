@@ -91,6 +91,13 @@ def test_the_target_keeps_every_other_setting(settings):
     assert there.qdrant_api_key.get_secret_value() == "k"
 
 
+def test_no_key_is_sent_unencrypted_to_another_server(settings):
+    with pytest.raises(
+        typer.BadParameter, match="--to expects qdrant_url must be https where there is a qdrant_api_key"
+    ):
+        _aimed_at(settings(qdrant_api_key="k"), "http://q:6333", None)
+
+
 @pytest.mark.parametrize(
     ("url", "message"),
     [
