@@ -19,6 +19,8 @@ _SCHEME_LETTERS = string.ascii_letters + _NO_LETTERS
 _ADDRESS_END = re.compile(r"[\s'\"<>]")
 _HEAD, _TAIL = 200, 90  # characters of a long address that an error shows
 _FILE = re.compile(r"file://(?:localhost)?(?=/)", re.IGNORECASE)
+_BUCKETS = ("s3://", "gs://")
+_BUCKET_USER = re.compile(r"^[^/@]*@")
 _USER = re.compile(r"(?<=://)[^/?#@]*@")
 # What a signed URL carries and the next one for the same file carries otherwise.
 _SIGNATURE = re.compile(
@@ -31,12 +33,16 @@ _SIGNATURE = re.compile(
 def shown_address(address: str) -> str:
     """An address without user, password, query and fragment; a path or `file://` URI stays as it is.
 
+    A bucket's key is shown whole: in it, `?` and `#` are characters as others.
+
     Examples:
         `https://me:secret@host/a.mp4?sig=x` becomes `https://host/a.mp4?…`.
     """
     scheme = _REMOTE.match(address)
     if scheme is None:
         return address
+    if scheme[1].lower() in _BUCKETS:
+        return f"{scheme[1]}{_BUCKET_USER.sub('', _SIGNATURE.sub('…', address[scheme.end() :]))}"
     rest, *cut = re.split(r"[?#]", address[scheme.end() :], maxsplit=1)
     authority = re.split(r"[/\\]", rest, maxsplit=1)[0]
     # 'me:se/cret@host' has its password across the slash: its first part has a colon, and no port after it.
@@ -101,7 +107,9 @@ def address_hash(address: str, root: str) -> str:
     """
     if not address:
         return ""
-    if _REMOTE.match(address):
+    if address[:5].lower() in _BUCKETS:
+        plain = _USER.sub("", address)  # a key may hold anything
+    elif _REMOTE.match(address):
         plain = _SIGNATURE.sub("", _USER.sub("", address)).rstrip("?&")
     else:
         file = _FILE.match(address)

@@ -114,7 +114,7 @@ class _Arrays:
 
     def __repr__(self) -> str:
         """Dtypes and shapes in place of arrays, the number of JPEGs in place of their bytes."""
-        shown = ", ".join(f"{item.name}: {_shown(getattr(self, item.name))}" for item in fields(self))  # type: ignore[arg-type]  # each is a dataclass
+        shown = ", ".join(f"{item.name}: {_shown(getattr(self, item.name))}" for item in fields(self) if item.repr)  # type: ignore[arg-type]  # each is a dataclass
         return f"{type(self).__name__}({shown})"
 
 
@@ -167,6 +167,7 @@ class EncodedFrames(_Arrays):
         partial: Why the video is incomplete (a flagged partial), or None.
         address: 16 hex digits of the file's resolved address; empty when it is not known.
         claim: The number under which the row was planned.
+        notes: How the file was understood, in words, for a person who looks; not stored.
     """
 
     record_id: int
@@ -181,6 +182,7 @@ class EncodedFrames(_Arrays):
     partial: str | None = None
     address: str = ""
     claim: int = 0
+    notes: tuple[str, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         """Refuse a video without frames, and mismatched lengths."""

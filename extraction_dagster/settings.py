@@ -76,7 +76,7 @@ RETIRED: Final = {
 COMMON_CODECS = (
     *("h264", "hevc", "libdav1d", "av1", "vp8", "vp9", "mpeg4", "mpeg2video", "mpeg1video", "mpegvideo", "h263"),
     *("mjpeg", "msmpeg4v1", "msmpeg4v2", "msmpeg4", "wmv1", "wmv2", "wmv3", "vc1", "flv", "theora", "prores", "dnxhd"),
-    *("dvvideo", "ffv1", "rawvideo", "gif", "png"),
+    *("dvvideo", "ffv1", "rawvideo", "gif", "png", "apng", "webp"),
 )
 _warned: set[str] = set()
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?"
@@ -85,6 +85,9 @@ _HOST = re.compile(rf"(?:\*\.{_LABEL}\.)?{_LABEL}(?:\.{_LABEL})*(?::\d{{1,5}})?|
 _BUCKET = re.compile(r"(?:s3|gs)://[A-Za-z0-9][A-Za-z0-9._-]{1,221}(?:/[^\s,*?]*)?")
 _SHORTEST_PREFIX = 8
 _LONGEST_LINE = 8192
+_NEARLY = 0.8  # of two names that are nearly the same
+_SERVICE = "_SERVICE_HOST"  # by these variables, a Service of Kubernetes is told from a slip in a setting
+_INJECTED = re.compile(r"SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT(?:_\d+_(?:TCP|UDP|SCTP)(?:_(?:PROTO|PORT|ADDR))?)?")
 _NOTIFIERS = ("none", "log", "webhook", "slack")
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 _OWNER = re.compile(r"team:[A-Za-z0-9_.-]{1,100}|[A-Za-z0-9_.+-]{1,100}@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+")
@@ -138,6 +141,12 @@ class Settings(BaseSettings):
     state_url: SecretStr | None = Field(
         None, description="Database of the ledger, errors, requests and checkpoint tables; the source's when unset."
     )
+    state_schema: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,62}$",
+        description="Schema of these tables, on PostgreSQL; one for each source table of a database. The database's "
+        "default when unset; made where it is missing.",
+    )
     frames_uri: str | None = Field(
         None,
         description="Where frame shards are kept: any fsspec path, for example s3://bucket/frames; home/frames when "
@@ -172,6 +181,18 @@ class Settings(BaseSettings):
     )
     source_version_column: str | None = Field(
         None, description="Column whose value changes whenever the file changes (updated_at, an etag)."
+    )
+    source_version_grows: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Whether a changed row's version is greater than all before it, so that changes are found at once: "
+        "auto (it is a time or a number, and an index begins with it), on, off. 'extraction doctor' says what holds.",
+    )
+    source_version_overlap_seconds: float = Field(
+        600.0,
+        ge=0,
+        le=7 * 86_400,
+        description="How much older than the newest version, a time, that of a row may be that commits later, and is "
+        "found before the round comes to it; where versions are numbers, the newest 10,000 rows are looked at again.",
     )
     source_extracted_column: str | None = Field(
         "is_extracted", description="Boolean column set once a record's frames are stored; empty for none."
@@ -236,6 +257,13 @@ class Settings(BaseSettings):
     sensor_interval_seconds: int = Field(10, ge=1, le=3600, description="Time between two ticks of the sensor.")
     sweep_every_ticks: int = Field(
         30, ge=1, le=10_000, description="Each so many ticks, rows below the watermark are looked through as well."
+    )
+    dead_after_seconds: int = Field(
+        300,
+        ge=30,
+        le=86_400,
+        description="A run of another machine or container that gave no sign of life for so long is taken for dead, "
+        "and its range asked for again; one of this machine is seen at once.",
     )
     max_run_seconds: int = Field(
         6 * 3600, ge=10, description="A run that takes longer is ended, so that its range can be asked for again."
@@ -345,6 +373,12 @@ class Settings(BaseSettings):
         8192 * 4320, ge=1, description="Most pixels of one source frame; a larger video is refused before decoding."
     )
     max_duration_seconds: float = Field(6 * 3600.0, gt=0, description="Longest video that is decoded.")
+
+    tone_map: Literal["on", "off"] = Field(
+        "on",
+        description="on: HDR (PQ, HLG) is shown as SDR, white at 203 cd/m2, saturation kept; off: its signal is stored "
+        "as it is, and looks pale. SDR is the same with both.",
+    )
 
     # Stored frames
     short_side_px: int = Field(224, ge=16, le=4320, description="Short side of a stored frame; never scaled up.")
@@ -560,11 +594,18 @@ class Settings(BaseSettings):
     def _plain_server_url(cls, value: str | None) -> str | None:
         if value is None:
             return None
-        parts = urllib.parse.urlsplit(value)
+        try:
+            parts = urllib.parse.urlsplit(value)
+        except ValueError:
+            raise ValueError("an address such as http://localhost:6333") from None
         if "@" in parts.netloc or parts.query or parts.fragment:
             message = "an address without user, password or query: the key belongs into EXTRACTION_QDRANT_API_KEY"
             raise ValueError(message)
-        if parts.scheme not in {"http", "https"} or not parts.hostname:
+        try:
+            is_usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # of a port that is none; the library's words would quote it
+            is_usable = False
+        if not is_usable:
             raise ValueError("an address such as http://localhost:6333 or https://qdrant.example.com:6333")
         return value
 
@@ -680,7 +721,10 @@ class _SetVariables(PydanticBaseSettingsSource):
 
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002
         """The variable's text; None where it is not set."""
-        return self._variables.get(f"{PREFIX}{field_name}".lower()), field_name, False
+        value = self._variables.get(f"{PREFIX}{field_name}".lower())
+        if value is not None and value.startswith("tcp://") and _is_injected(f"{PREFIX}{field_name}".upper()):
+            value = None
+        return value, field_name, False
 
     def __call__(self) -> dict[str, Any]:
         """Each setting whose variable is set."""
@@ -716,13 +760,14 @@ def load_settings() -> Settings:
     known = {PREFIX + name.upper() for name in Settings.model_fields}
     in_file = _dotenv_variables()
     for variable in (*os.environ, *in_file):
-        if not variable.startswith(PREFIX) or variable.startswith(_TEST_PREFIX):
+        if not variable.startswith(PREFIX) or variable.startswith(_TEST_PREFIX) or _is_injected(variable):
             continue
         if (name := variable.removeprefix(PREFIX).lower()) in RETIRED:
             _warn_of_retired(name)
         elif variable not in known:
             close = difflib.get_close_matches(variable, known, n=1)
             raise SettingsError(variable, "unknown", f"{close[0]}, perhaps" if close else "a known setting")
+    _refuse_odd_prefix(known)
     try:
         settings = Settings()
     except ValidationError as error:
@@ -753,6 +798,24 @@ def permission_warnings(settings: Settings, in_file: Iterable[str] | None = None
 
 def _is_secret(name: str) -> bool:
     return "SecretStr" in str(Settings.model_fields[name].annotation)
+
+
+def _is_injected(variable: str) -> bool:
+    """Whether Kubernetes made a variable: a Service named extraction-… puts its addresses into every pod."""
+    services = (name.removesuffix(_SERVICE) for name in os.environ if name.endswith(_SERVICE))
+    return any(
+        variable.startswith(f"{service}_") and _INJECTED.fullmatch(variable.removeprefix(f"{service}_"))
+        for service in services
+    )
+
+
+def _refuse_odd_prefix(known: set[str]) -> None:
+    """Refuse a line of `.env` that is a setting but for a slip in its prefix: it would be ignored in silence."""
+    for variable in _dotenv_variables():
+        prefix, _, name = variable.partition("_")
+        odd = variable not in known and f"{PREFIX}{name}" in known
+        if odd and difflib.SequenceMatcher(None, f"{prefix}_", PREFIX).ratio() > _NEARLY:
+            raise SettingsError(variable, "unknown (in .env)", f"{PREFIX}{name}, perhaps")
 
 
 def _warn_of_retired(retired: str) -> None:

@@ -24,7 +24,10 @@ from extraction_dagster.errors.catalog import FileForbiddenError, FileUnavailabl
         ("https://me:can/ary@host/a.mp4", "https://host/a.mp4"),
         ("https://me:c@nary@host/a.mp4", "https://host/a.mp4"),
         ("HTTPS://me:canary@host\\a.mp4", "HTTPS://host\\a.mp4"),
-        ("s3://bucket/a.mp4?versionId=canary", "s3://bucket/a.mp4?…"),
+        ("s3://bucket/a.mp4?versionId=3HL4", "s3://bucket/a.mp4?versionId=3HL4"),
+        ("gs://bucket/part #1, 50% off?.mp4", "gs://bucket/part #1, 50% off?.mp4"),
+        ("s3://me:canary@bucket/a.mp4", "s3://bucket/a.mp4"),
+        ("s3://bucket/a.mp4?X-Amz-Signature=canary", "s3://bucket/a.mp4?…"),
         ("ftp://me:canary@host/a.mp4", "ftp://host/a.mp4"),
     ],
 )

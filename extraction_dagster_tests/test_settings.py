@@ -302,3 +302,39 @@ def test_a_line_of_the_env_file_takes_no_time_however_long_it_is(tmp_path, shape
         assert time.process_time() - began < 3
     with pytest.raises(SettingsError, match=r"Setting file \.env is with a line of \d+ bytes, expected at most 8192"):
         load_settings()
+
+
+def test_what_kubernetes_puts_into_every_pod_is_no_setting(monkeypatch):
+    for name, value in {
+        "EXTRACTION_QDRANT_SERVICE_HOST": "10.0.0.1",
+        "EXTRACTION_QDRANT_SERVICE_PORT": "6333",
+        "EXTRACTION_QDRANT_SERVICE_PORT_HTTP": "6333",
+        "EXTRACTION_QDRANT_PORT": "tcp://10.0.0.1:6333",
+        "EXTRACTION_QDRANT_PORT_6333_TCP": "tcp://10.0.0.1:6333",
+        "EXTRACTION_QDRANT_PORT_6333_TCP_ADDR": "10.0.0.1",
+        "EXTRACTION_SERVICE_HOST": "10.0.0.2",
+        "EXTRACTION_PORT_3000_TCP_PROTO": "tcp",
+        "EXTRACTION_QDRANT_GRPC_SERVICE_HOST": "10.0.0.3",
+        "EXTRACTION_QDRANT_GRPC_PORT": "tcp://10.0.0.3:6334",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert load_settings().qdrant_grpc_port == 6334
+    monkeypatch.delenv("EXTRACTION_QDRANT_SERVICE_HOST")
+    with pytest.raises(SettingsError, match=r"EXTRACTION_QDRANT_.*is unknown"):
+        load_settings()
+
+
+@pytest.mark.parametrize("name", ["EXTRATION_BATCH_SIZE", "EXTRACTON_SOURCE_URL", "EXTRACTIONS_HOME"])
+def test_a_slip_in_the_prefix_is_named_where_it_stands_in_the_env_file(name, tmp_path):
+    (tmp_path / ".env").write_text(f"{name}=1\nPOSTGRES_HOME=1\nFEATURE_EXTRACTION_URL=2\n")
+    right = f"EXTRACTION_{name.partition('_')[2]}"
+    with pytest.raises(SettingsError, match=rf"{name} is unknown \(in \.env\), expected {right}, perhaps"):
+        load_settings()
+
+
+@pytest.mark.parametrize("url", ["http://q:canary-77/x", "http://u:canary-77/s@q:6333", "http://[canary-77:6333"])
+def test_a_servers_address_with_an_odd_port_is_refused_in_our_own_words(url, monkeypatch):
+    monkeypatch.setenv("EXTRACTION_QDRANT_URL", url)
+    with pytest.raises(SettingsError, match=r"EXTRACTION_QDRANT_URL is .*expected an address such as") as told:
+        load_settings()
+    assert ("canary" in str(told.value)) == ("@" not in url)

@@ -123,7 +123,7 @@ def hits_table(hits: list[Hit] | list[VideoHit]) -> Table:
 
 def _cell(text: str | None) -> Text:
     """A text letter for letter: brackets are no markup, and control characters are shown as replacements."""
-    return Text("".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text or "-"))
+    return Text(console.printable(text or "-"))
 
 
 def _query(settings: Settings, *, image: Path | None, video: Path | None, text: str | None) -> _Query:

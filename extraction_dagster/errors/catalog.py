@@ -1,16 +1,18 @@
 """Errors of the databases, and of getting a row's file: addresses are shown without passwords and signatures."""
 
 from extraction_dagster.addresses import brief_address
-from extraction_dagster.errors import SKIPPED, ExtractionError, PermanentError, one_line
+from extraction_dagster.errors import SKIPPED, ExtractionError, PermanentError, one_line, some
 
 
 class DatabaseUrlError(ExtractionError):
     """A database URL can't be used."""
 
-    def __init__(self, setting: str, *, driver: str | None = None) -> None:
-        got = f"names the driver {driver!r}, which is not installed" if driver else "is not a database URL"
+    def __init__(self, setting: str, *, driver: str | None = None, odd: str = "") -> None:
+        got = f"names the driver {driver!r}, which is not installed" if driver else odd or "is not a database URL"
+        extra = " Install it with pip install 'extraction-dagster[mysql]'." if driver and "pymysql" in driver else ""
         super().__init__(f"""Setting {setting} {got}, expected for example postgresql://USER:PASSWORD@HOST:5432/DATABASE
-            or sqlite:////path/to/file.db (value not shown).""")
+            or sqlite:////path/to/file.db, or for the source alone mysql://USER:PASSWORD@HOST:3306/DATABASE, of MariaDB
+            too (value not shown).{extra}""")
 
 
 class SourceUnreachableError(ExtractionError):
@@ -19,6 +21,30 @@ class SourceUnreachableError(ExtractionError):
     def __init__(self, what: str, url: str, reason: str) -> None:
         super().__init__(f"""Cannot {what} at {url}: {" ".join(reason.split())}. Nothing was changed. Check that the
             database runs and that its user has the rights, then try again.""")
+
+
+class RightsError(SourceUnreachableError):
+    """A database's user may not do what is needed."""
+
+    def __init__(self, what: str, url: str, reason: str, *, grants: str = "") -> None:
+        fix = f"Have somebody who may run: {grants} Or set" if grants else "Have the right granted, or set"
+        ExtractionError.__init__(
+            self,
+            f"""Cannot {what} at {url}: {" ".join(reason.split())}. Nothing was changed. {fix} EXTRACTION_STATE_URL to
+            a database that this user may write, and EXTRACTION_SOURCE_READ_ONLY=true where the source must not be
+            written; 'extraction doctor' checks the rights.""",
+        )
+
+
+class MarksRefusedError(PermanentError):
+    """The database took the UPDATE of a row's mark, and the row is unmarked all the same."""
+
+    def __init__(self, table: str, record_ids: list[int], column: str) -> None:
+        super().__init__(f"""The database took an UPDATE that sets {column!r} of {some(record_ids)} in {table!r}, and
+            did not change them: a row-level security policy, a rule, a trigger or a view's INSTEAD OF trigger keeps
+            this user from marking rows. Nothing more is done, for the rows would be processed for ever. Permit the
+            UPDATE (PostgreSQL: CREATE POLICY … FOR UPDATE), or set EXTRACTION_SOURCE_READ_ONLY=true with
+            EXTRACTION_STATE_URL, so that the ledger alone says what is done.""")
 
 
 class SourceTableError(ExtractionError):
@@ -50,6 +76,15 @@ class EmptyRangeError(ExtractionError):
         rows = f"its eligible rows have ids {extent[0]} to {extent[1]}" if extent else "it has no eligible row at all"
         super().__init__(f"""Range {key} holds no eligible row of {table!r}: {rows}. Nothing was done. Choose a range
             that overlaps the table's ids, or wait until rows arrive.""")
+
+
+class RecordUnknownError(ExtractionError):
+    """Nothing is known of a record that was asked for."""
+
+    def __init__(self, record_id: int, table: str, *, is_there: bool) -> None:
+        why = "is not eligible (EXTRACTION_SOURCE_PREDICATE)" if is_there else "is not there"
+        super().__init__(f"""Record {record_id} of {table!r} {why}, and the ledger never knew it. Nothing was changed.
+            'extraction status' shows the first and the last id.""")
 
 
 class UnreadableRowError(ExtractionError):

@@ -155,11 +155,12 @@ class CollectionMismatchError(PointStoreError):
 class ForeignCollectionError(PointStoreError):
     """A collection holds points of another source table."""
 
-    def __init__(self, name: str, where: str, *, got: str, expected: str) -> None:
-        super().__init__(f"""Collection {name!r} in {where} holds points of another source table (its mark is {got},
-            that of the settings' table is {expected}): their records would be taken for each other's. Nothing was read
-            or changed. Set EXTRACTION_COLLECTION_NAME to a name of its own for each source table, or
-            EXTRACTION_SOURCE_URL and EXTRACTION_SOURCE_TABLE to the table that it belongs to.""")
+    def __init__(self, name: str, where: str) -> None:
+        super().__init__(f"""Collection {name!r} in {where} holds points of another source table, or of this one at
+            another address: their records would be taken for each other's. Nothing was read or changed. If the
+            database moved, run 'extraction init --take-over'. Else set EXTRACTION_COLLECTION_NAME to a name of its own
+            for each source table, or EXTRACTION_SOURCE_URL and EXTRACTION_SOURCE_TABLE to the table that it belongs
+            to.""")
 
 
 class CollectionInUseError(PointStoreError):

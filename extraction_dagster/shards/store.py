@@ -49,6 +49,9 @@ _MOST_FOOTER_BYTES = 2**26
 MOST_BYTES = 2**32  # of a file: a shard is written at 128 MiB, and a single video's frames take at most 2 GiB
 _MIN_INT, _MAX_INT = -(2**63), 2**63 - 1
 _LONGEST_TEXT = 2**16
+_MOST_FOOTERS = 256  # remembered; of 50 records each, a few MB
+_STAMPS = ("ino", "mtime", "created", "ETag", "LastModified", "generation", "updated")  # of a listed file
+_footers = dict[tuple[object, ...], Any]()
 _MOST_LISTINGS = 3  # of a range that others merge while it is looked at
 
 
@@ -211,7 +214,7 @@ class ShardStore(Place, ABC, Generic[S]):
                 if entry["type"] == "directory" or _file_name(entry["name"]).startswith("."):
                     continue
                 try:
-                    shard = self._look_at(entry["name"], partition, entry.get("size") or 0)
+                    shard = self._known(entry, partition)
                 except FileNotFoundError:
                     vanished = True
                     continue
@@ -333,6 +336,22 @@ class ShardStore(Place, ABC, Generic[S]):
         self._write_whole(path, content)
         self._latest = max(self._latest, name)
         return path, len(content)
+
+    def _known(self, entry: Mapping[str, Any], partition: IdRange) -> S | None:
+        """The shard of a listed file; one that is still the file whose footer this process has read, from memory.
+
+        A run lists its range in each of its steps, and few of the shards are new.
+        """
+        path, size_bytes = entry["name"], entry.get("size") or 0
+        stamps = [str(entry[name]) for name in _STAMPS if entry.get(name) is not None]
+        key = (type(self), self._root_uri, path, partition, size_bytes, *stamps)
+        found: S | None = _footers.get(key) or self._look_at(path, partition, size_bytes)
+        if found is not None and stamps:
+            _footers.pop(key, None)  # the first are the ones that were not asked for longest
+            _footers[key] = found
+            if len(_footers) > _MOST_FOOTERS:
+                _footers.pop(next(iter(_footers)), None)
+        return found
 
     def _look_at(self, path: str, partition: IdRange, size_bytes: int) -> S | None:
         try:

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from extraction_dagster.addresses import address_hash
+from extraction_dagster.addresses import address_hash, shown_address
+from extraction_dagster.errors import one_line
 from extraction_dagster.errors.catalog import UnreadableRowError
 from extraction_dagster.records import IdRange, VideoRow
 from extraction_dagster.stages.catalog.database import chunks, fetch_all, is_text, is_undecodable, reading, storable
 from extraction_dagster.stages.catalog.lengths import OVERLONG_LABEL, BoundedColumns, Cap, size_bytes
-from extraction_dagster.stages.catalog.source_columns import SourceColumns, build_predicate
+from extraction_dagster.stages.catalog.source_columns import SourceColumns, build_predicate, check_predicate
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -87,10 +88,11 @@ class SourceRows:
             columns.find(name, "EXTRACTION_SOURCE_PAYLOAD_COLUMNS") for name in settings.source_payload_columns
         ]
         version = columns.find_optional(settings.source_version_column, "EXTRACTION_SOURCE_VERSION_COLUMN")
+        self.version_column = version
         self._extracted = columns.find_mark(settings.source_extracted_column, "EXTRACTION_SOURCE_EXTRACTED_COLUMN")
         self._embedded = columns.find_mark(settings.source_embedded_column, "EXTRACTION_SOURCE_EMBEDDED_COLUMN")
         self._marks = [column for column in (self._extracted, self._embedded) if column is not None]
-        self._is_view = columns.is_view
+        self.kind = columns.kind
         optional = [column for column in (self._platform, self._code) if column is not None]
         checked = {column.name: column for column in (*self._payload, *self._uri_columns, *optional)}
         self._checked = list(checked.items())
@@ -100,9 +102,10 @@ class SourceRows:
         self._version = None if text is None else self._bounded.version(text, self._label_cap)
         # As it is configured: a folder that moves with all that lies in it makes no file another.
         self._first_root = settings.allowed_roots[0] if settings.allowed_roots else "videos"
-        self.eligible: sa.ColumnElement[bool] = (
-            build_predicate(settings.source_predicate, self.table) if settings.source_predicate else sa.true()
-        )
+        self.eligible: sa.ColumnElement[bool] = sa.true()
+        if text := settings.source_predicate:
+            self.eligible = build_predicate(text, self.table)
+            check_predicate(text, self.table, self.eligible, engine)
 
     def _set_caps(self, settings: Settings, labels: Sequence[sa.Column[Any]]) -> None:
         """How long each column may be; one that is part of an address and a label, as long as a label."""
@@ -163,6 +166,10 @@ class SourceRows:
             except _UNREADABLE:
                 found |= {row.video.record_id: row.video.address for row in self._in_parts(chunk)}
         return found
+
+    def shown_addresses(self, record_ids: Iterable[int]) -> dict[int, str]:
+        """The addresses of those of these rows that are there, as they may be shown."""
+        return {row.video.record_id: one_line(shown_address(row.video.uri)) for row in self.rows_of(set(record_ids))}
 
     def _ids(self, query: sa.Select[int], most: int) -> list[int]:
         with reading(self._engine, what=f"read source table {self.name!r}") as connection:

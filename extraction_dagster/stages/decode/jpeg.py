@@ -47,6 +47,7 @@ def encode_frames(video: DecodedVideo, *, record_id: int, content_version: str, 
         height_px=frames.data.shape[1],
         duration_seconds=video.duration_seconds,
         partial=video.partial,
+        notes=video.notes,
     )
 
 

@@ -173,16 +173,19 @@ def _record_payload(
         why = f"record {record_id} needs a row and a generation"
         shapes = f"rows {sorted(rows)}, generations {sorted(generations)}"
         raise RecordShapeError(record="PointBatch", why=why, shapes=shapes)
-    row = rows[record_id]
-    return {
-        **_extra_payload(row),
-        "record_id": record_id,
-        "platform": row.platform,
-        "video_code": row.code,
-        "path": _text(shown_address(row.uri)),
-        "created_at": stamp,
-        "generation": generations[record_id],
-    }
+    own = {"record_id": record_id, "created_at": stamp, "generation": generations[record_id]}
+    return {**row_payload(rows[record_id]), **own}
+
+
+def row_payload(row: VideoRow) -> dict[str, Any]:
+    """What the payload of a record's points says of its row.
+
+    Raises:
+        PayloadError: A payload column's value has no JSON form.
+        SettingsError: A payload column has a reserved name.
+    """
+    path = _text(shown_address(row.uri))
+    return {**_extra_payload(row), "platform": row.platform, "video_code": row.code, "path": path}
 
 
 def _extra_payload(row: VideoRow) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from extraction_dagster.errors.index import (
     VectorNormError,
 )
 from extraction_dagster.records import Failure
-from extraction_dagster.stages.catalog.source_table import source_identity
+from extraction_dagster.stages.catalog.identity import source_identity
 from extraction_dagster.stages.index.points import PointFilter, build_points
 
 if TYPE_CHECKING:
@@ -51,7 +51,9 @@ _NOBODY = str(uuid.UUID(int=0))  # no point has it: ours are of version 5
 _PATIENCE_OF_A_PERSON_SECONDS = 20.0
 
 
-def open_point_store(settings: Settings, *, wait_seconds: float = 0.0, attempts: int | None = None) -> PointStore:
+def open_point_store(
+    settings: Settings, *, wait_seconds: float = 0.0, attempts: int | None = None, source: str | None = None
+) -> PointStore:
     """Open the store that the settings choose: a server when `qdrant_url` is set, else the embedded engine.
 
     Collections of another source table than the settings' are refused when they are opened.
@@ -61,8 +63,10 @@ def open_point_store(settings: Settings, *, wait_seconds: float = 0.0, attempts:
         wait_seconds: How long to wait for another process to release the embedded store; with 0 somebody looks on,
             who is not kept waiting for a server either.
         attempts: Tries of each call to a server; as many as the time allows when None.
+        source: The mark of the source table; that of the settings when None.
     """
-    source = source_identity(settings) if _names_source(settings) else ""
+    if source is None:
+        source = source_identity(settings) if _names_source(settings) else ""
     if settings.qdrant_url is None:
         from extraction_dagster.stages.index.edge.store import EdgeStore  # noqa: PLC0415 - one engine is loaded
 

@@ -66,20 +66,24 @@ class DecodedVideo:
     """A video's sampled frames.
 
     Attributes:
-        frames: The frames; `pts_seconds` counts from the first frame shown.
+        frames: The frames; `pts_seconds` counts from the file's start, as a player's clock does.
         duration_seconds: What the container claims; None when it claims nothing.
         partial: Why the video is incomplete, or None.
+        notes: What was done to its pictures beside scaling, and how its colours were understood, in words.
     """
 
     frames: FrameBatch
     duration_seconds: float | None
     partial: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Decoder(Protocol):
     """A function that decodes the sampled frames of one local file, on one thread."""
 
-    def __call__(self, video: Path, *, sampling: Sampling, short_side_px: int, limits: DecodeLimits) -> DecodedVideo:
+    def __call__(
+        self, video: Path, *, sampling: Sampling, short_side_px: int, limits: DecodeLimits, tone_map: bool = True
+    ) -> DecodedVideo:
         """Decode the frames shown at the sampled times.
 
         Args:
@@ -87,6 +91,7 @@ class Decoder(Protocol):
             sampling: How frames are chosen.
             short_side_px: Short side of the frames; a smaller video is not scaled up.
             limits: What the video may cost.
+            tone_map: Show HDR as SDR; without it its signal is taken as it is, and looks pale.
 
         Returns:
             DecodedVideo: at least one frame, turned as a player shows it.
@@ -96,6 +101,7 @@ class Decoder(Protocol):
             VideoFormatError: The file's format is one that is never opened.
             NoVideoStreamError: It holds no moving pictures.
             VideoEncryptedError: They are encrypted.
+            DolbyVisionError: Their colours mean nothing without Dolby's metadata.
             VideoTooLargeError: They have too many pixels.
             VideoTooLongError: They last too long.
             FramesTooManyError: The sampled frames don't fit the memory.

@@ -201,6 +201,13 @@ class EdgeStore(PointStore):
             ]
             engine.update(edge.UpdateOperation.upsert_points(points))
 
+    def _set_payload(self, values: dict[str, Any], condition: Any) -> None:  # noqa: ANN401 - the engine's own filter
+        import qdrant_edge as edge
+
+        _, _, engine = self._open("set a payload")
+        with self._engine_errors("set a payload"):
+            engine.update(edge.UpdateOperation.set_payload_by_filter(condition, values))
+
     def _remove(self, condition: Any) -> None:  # noqa: ANN401 - the engine's own filter
         import qdrant_edge as edge
 

@@ -285,6 +285,15 @@ class ServerStore(PointStore):
             raise StoreRefusedError("write points", self.where, said, may_be_content=True) from error
         self._call("write points", lambda: require_completed(upsert))
 
+    def _set_payload(self, values: dict[str, Any], condition: Any) -> None:  # noqa: ANN401 - the engine's own filter
+        _, target = self._open("set a payload")
+        seconds = self._server_seconds
+
+        def write() -> models.UpdateResult:
+            return self._client.set_payload(target, payload=values, points=condition, wait=True, timeout=seconds)
+
+        self._call("set a payload", lambda: require_completed(write))
+
     def _remove(self, condition: Any) -> None:  # noqa: ANN401 - the engine's own filter
         _, target = self._open("remove points")
         self._remove_from(target, condition)
