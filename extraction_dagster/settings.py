@@ -82,8 +82,9 @@ _warned: set[str] = set()
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?"
 # A host or an IPv6 address in brackets; after '*.' at least two labels; a port if it is not the scheme's own.
 _HOST = re.compile(rf"(?:\*\.{_LABEL}\.)?{_LABEL}(?:\.{_LABEL})*(?::\d{{1,5}})?|\[[0-9A-Fa-f:]+\](?::\d{{1,5}})?")
-_BUCKET = re.compile(r"(?:s3|gs)://[A-Za-z0-9][A-Za-z0-9._-]{1,221}(?:/[^\s,]*)?")
+_BUCKET = re.compile(r"(?:s3|gs)://[A-Za-z0-9][A-Za-z0-9._-]{1,221}(?:/[^\s,*?]*)?")
 _SHORTEST_PREFIX = 8
+_LONGEST_LINE = 8192
 _NEARLY = 0.8  # of two names that are nearly the same
 _SERVICE = "_SERVICE_HOST"  # by these variables, a Service of Kubernetes is told from a slip in a setting
 _INJECTED = re.compile(r"SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT(?:_\d+_(?:TCP|UDP|SCTP)(?:_(?:PROTO|PORT|ADDR))?)?")
@@ -835,6 +836,10 @@ def _warn_of_retired(retired: str) -> None:
 
 def _dotenv_variables() -> list[str]:
     try:
+        file = Path(".env")  # the library looks through each line in time quadratic in its length
+        longest = max(map(len, file.read_bytes().splitlines()), default=0) if file.is_file() else 0
+        if longest > _LONGEST_LINE:
+            raise SettingsError("file .env", f"with a line of {longest} bytes", f"at most {_LONGEST_LINE} in each")
         return [variable.upper() for variable in DotEnvSettingsSource(Settings).env_vars]
     except (OSError, UnicodeDecodeError) as error:
         got = f"unreadable ({type(error).__name__})"

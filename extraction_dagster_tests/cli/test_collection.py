@@ -87,10 +87,17 @@ def test_every_command_refuses_the_collection_of_another_source_table(settings, 
 
 def test_the_target_keeps_every_other_setting(settings):
     here = settings(collection_name="clips", qdrant_api_key="k", allowed_roots="/a,/b")
-    there = _aimed_at(here, "http://q:6333", 7000)
-    assert (there.qdrant_url, there.qdrant_grpc_port) == ("http://q:6333", 7000)
+    there = _aimed_at(here, "https://q:6333", 7000)
+    assert (there.qdrant_url, there.qdrant_grpc_port) == ("https://q:6333", 7000)
     assert (there.collection_name, there.home, there.allowed_roots) == ("clips", here.home, ("/a", "/b"))
     assert there.qdrant_api_key.get_secret_value() == "k"
+
+
+def test_no_key_is_sent_unencrypted_to_another_server(settings):
+    with pytest.raises(
+        typer.BadParameter, match="--to expects qdrant_url must be https where there is a qdrant_api_key"
+    ):
+        _aimed_at(settings(qdrant_api_key="k"), "http://q:6333", None)
 
 
 @pytest.mark.parametrize(

@@ -169,3 +169,32 @@ def test_old_errors_go_where_new_ones_come_and_are_still_counted(sqlite_database
         assert [error.record_id for error in catalog.ledger.errors(limit=9, current_only=False)] == [3, 1]
         assert removed_errors(engine) == {("fetch", "FileUnavailableError"): 3}
         assert prune_errors(engine, keep_days=30) == 0
+
+
+def test_the_worst_rows_between_good_ones_keep_none_of_them_from_being_done(sqlite_database, make_settings):
+    settings = make_settings(source_payload_columns="code", max_attempts=1)
+    worst = {
+        4: ("code", "x" * 1_000_000),
+        5: ("path", "https://" + "a" * 500_000),
+        6: ("path", "a/" * 4_000),
+        7: ("platform", "://" * 100_000),
+        8: ("code", "\x1b[2J\x00\u202e" * 100),  # odd, and no longer than may be: its file is missing
+        9: ("path", "s3://" + "b" * 8_000),
+        10: ("path", "\x00" * 100),
+        11: ("path", "é" * 4_096),
+    }
+    for key, (column, text) in worst.items():
+        sqlite_database.insert(key, path="/nowhere.mp4")
+        sqlite_database.execute(f"UPDATE insta_content SET {column} = :text WHERE id = {key}", text=text)
+    id_range = IdRange(1, 100)
+    with open_range(settings, id_range, begins=True) as work:
+        decode_range(work)
+    with open_range(settings, id_range) as work:
+        embed_range(work)
+    with open_range(settings, id_range) as work:
+        index_range(work)
+        states = {key: entry.state for key, entry in work.entries().items()}
+        errors = {error.record_id: error for error in work.catalog.ledger.errors(limit=99)}
+    assert states == {1: "done", 2: "done"} | dict.fromkeys((3, *worst), "parked")
+    assert {key for key, error in errors.items() if error.error_type == "UnreadableRowError"} == {4, 5, 7}
+    assert all(len(error.error_message) < 1_500 for error in errors.values())

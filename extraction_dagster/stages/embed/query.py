@@ -157,7 +157,8 @@ def _read(path: Path) -> bytes:
     except ValueError:
         raise QueryImageError(str(path), f"more than {_MAX_BYTES} bytes", f"at most {_MAX_BYTES}") from None
     except OSError as error:
-        raise QueryImageError(str(path), error.strerror or str(error), "a file that can be read") from error
+        said = os.strerror(errno.EISDIR) if path.is_dir() else error.strerror or str(error)
+        raise QueryImageError(str(path), said, "a file that can be read") from error
     if found is None:
         raise QueryImageError(str(path), os.strerror(errno.ENOENT), "a file that can be read")
     return found
