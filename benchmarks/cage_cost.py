@@ -42,6 +42,7 @@ def main() -> None:
             for way in sorted(TASKS, reverse=bool(number % 2)):
                 for name, seconds in _decode(clips, TASKS[way]):
                     costs[name, way].append(seconds)
+            _tell(f"{number + 1}", {way: sum(min(costs[name, way]) for name in CLIPS) for way in TASKS})
     for name in CLIPS:
         _tell(name, {way: min(costs[name, way]) for way in TASKS})
     _tell("all", {way: sum(min(costs[name, way]) for name in CLIPS) for way in TASKS})
@@ -59,7 +60,10 @@ def _decode(clips: list[Path], task: str) -> list[tuple[str, float]]:
 
 def _tell(name: str, seconds: dict[str, float]) -> None:
     ratio = seconds["with"] / seconds["without"]
-    print(f"{name:6} with {1000 * seconds['with']:8.1f} ms  without {1000 * seconds['without']:8.1f} ms  {ratio:.3f}")
+    print(
+        f"{name:6} with {1000 * seconds['with']:8.1f} ms  without {1000 * seconds['without']:8.1f} ms  {ratio:.3f}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
