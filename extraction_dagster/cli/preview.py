@@ -8,7 +8,7 @@ import sys
 import tempfile
 import webbrowser
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -225,7 +225,7 @@ def _strip(frames: EncodedFrames) -> np.ndarray:
     return np.vstack([np.hstack(small[start : start + across]) for start in range(0, len(small), across)])
 
 
-def _picture_protocol():  # noqa: ANN202 - a function from a picture to what a terminal wants
+def _picture_protocol() -> Callable[[np.ndarray], str] | None:
     """How this terminal shows pictures; None where it shows none, or says nothing of it, or is a pipe."""
     if not console.out.is_terminal:
         return None

@@ -1,6 +1,7 @@
 """What we rely on in PyAV, libav and decord: a failure here reads "the dependency changed"."""
 
 import errno
+import struct
 
 import numpy as np
 import pytest
@@ -104,3 +105,53 @@ def test_decord_refuses_some_narrow_frames(clip_path):
             said.append(str(error))
     assert said
     assert all("size must exactly match" in one for one in said)
+
+
+@pytest.mark.parametrize("matrix", range(1, 19))
+def test_libswscale_converts_few_matrices_and_any_where_one_is_named(matrix):
+    import av
+
+    frame = av.VideoFrame(64, 48, "yuv420p")
+    frame.colorspace, frame.color_range = matrix, 1
+    if matrix in {1, 2, 4, 5, 6, 7, 9}:
+        frame.reformat(format="gbrp")
+    else:
+        with pytest.raises(OSError, match="Operation not supported"):
+            frame.reformat(format="gbrp")
+    assert frame.reformat(format="gbrp", src_colorspace=1).format.name == "gbrp"
+
+
+def test_libavformat_tells_of_cropping_in_words_alone(tmp_path, clip_path):
+    import av
+    import av.logging
+
+    content = bytearray(clip_path("h264").read_bytes())
+    box = struct.pack(">I4s8i", 40, b"clap", 100, 1, 80, 1, 20, 2, -8, 2)  # of 160x112: 40 left, 20 right, 12 and 20
+    at, end = 0, len(content)
+    for name, head in (
+        (b"moov", 8),
+        (b"trak", 8),
+        (b"mdia", 8),
+        (b"minf", 8),
+        (b"stbl", 8),
+        (b"stsd", 16),
+        (b"avc1", 86),
+    ):
+        while content[at + 4 : at + 8] != name:
+            at += struct.unpack_from(">I", content, at)[0]
+        size = struct.unpack_from(">I", content, at)[0]
+        struct.pack_into(">I", content, at, size + len(box))
+        at, end = at + head, at + size
+    content[end:end] = box
+    path = tmp_path / "clap.mp4"
+    path.write_bytes(content)
+    av.logging.set_level(av.logging.INFO)
+    try:
+        with av.open(str(path)) as container:
+            words = container.dumps_format()
+            frame = next(container.decode(video=0))
+    finally:
+        av.logging.set_level(None)
+    assert "\n      Frame Cropping: 40/20/12/20\n" in words
+    assert words.count("  Stream #0:0[") == 1
+    assert (frame.width, frame.height) == (160, 112)

@@ -116,4 +116,5 @@ def _spread(shown: np.ndarray, gap_ticks: float) -> np.ndarray:
     until = np.append(values[1:], values[-1] + gap_ticks * counts[-1])
     width = np.minimum(until - values, gap_ticks * counts)
     group = np.repeat(np.arange(len(values)), counts)
-    return values[group] + width[group] * (np.arange(len(shown)) - first[group]) / counts[group]
+    spread: np.ndarray = values[group] + width[group] * (np.arange(len(shown)) - first[group]) / counts[group]
+    return spread

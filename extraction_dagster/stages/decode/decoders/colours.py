@@ -39,7 +39,8 @@ _SWSCALE = {BT709: 1, 4: 4, 5: 5, BT601: 5, 7: 7, BT2020: 9}  # the matrices tha
 _SWSCALE_BY_ITSELF = _SWSCALE | {UNSAID: _SWSCALE[BT601]}
 _HD_WIDTH, _HD_OVER_HEIGHT = 1280, 576
 _WHITE_CD_M2, _HLG_PEAK_CD_M2, _HLG_GAMMA = 203.0, 1000.0, 1.2
-_KNEE, _PEAK, _MOST = 0.9, _HLG_PEAK_CD_M2 / _WHITE_CD_M2, 10_000 / _WHITE_CD_M2  # of SDR white
+# Of SDR white; PQ ends at 10,000 cd/m2, and wide primaries reach beyond that in narrow ones.
+_KNEE, _PEAK, _MOST = 0.9, _HLG_PEAK_CD_M2 / _WHITE_CD_M2, 20_000 / _WHITE_CD_M2
 _SRGB_LINEAR, _CAMERA_LINEAR = 0.0031308, 0.018053969  # where the curves' linear parts end, in light
 _SIGNAL_STEPS, _LIGHT_STEPS = 4095, 16_383
 _AT_ONCE = 2**15  # pixels: what is computed of them stays in the cache
@@ -311,8 +312,8 @@ def _ease(light: np.ndarray) -> None:
 
 @cache
 def _easing() -> np.ndarray:
-    """What to multiply a pixel with, of each step of its brightest channel: float32, shape (16384,)."""
-    brightest = np.linspace(0, _MOST, _LIGHT_STEPS + 1)
+    """What to multiply a pixel with, of each step of its brightest channel: float32, shape (32767,)."""
+    brightest = np.linspace(0, _MOST, 2 * _LIGHT_STEPS + 1)
     above, peak = np.maximum(brightest - _KNEE, 0) / (1 - _KNEE), (_PEAK - _KNEE) / (1 - _KNEE)
     eased = np.minimum(_KNEE + (1 - _KNEE) * above * (1 + above / peak**2) / (1 + above), 1)
     return (eased / np.maximum(brightest, _KNEE)).astype(np.float32)

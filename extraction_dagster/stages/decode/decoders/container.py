@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from av.container import InputContainer
+    from av.error import FFmpegError
     from av.packet import Packet
     from av.stream import Stream
     from av.video.stream import VideoStream
@@ -248,7 +249,7 @@ class OpenVideo:
         if self.guesses_times:
             own = Fraction(self.stream.start_time or 0) * (self.stream.time_base or 0)
         others = (stream for stream in self.container.streams if stream.index != self.stream.index)
-        starts = [stream.start_time * stream.time_base for stream in others if _is_played(stream)]
+        starts = [start for start in map(_start_seconds, others) if start is not None]
         if self.first_sound_seconds is not None:
             starts.append(self.first_sound_seconds)
         late = float(own - min([own, *starts]))
@@ -362,7 +363,7 @@ def _first_sound_seconds(file: VideoFile, limits: DecodeLimits) -> Fraction | No
         return None if packet is None or packet.pts is None else max(0, packet.pts) * packet.time_base
 
 
-def _refusal(file: VideoFile, error: OSError) -> ExtractionError:
+def _refusal(file: VideoFile, error: FFmpegError) -> ExtractionError:
     """The error of a file that does not open: by what it is, where that can be told."""
     if file.kind is not None:
         return VideoOpenError(str(file.path), f"it is {file.kind.words}")
@@ -405,12 +406,14 @@ def _check_stream(file: VideoFile, stream: VideoStream, limits: DecodeLimits) ->
         raise VideoTooLargeError(str(file.path), width_px=width, height_px=height, max_pixels=limits.max_pixels)
 
 
-def _is_played(stream: Stream) -> bool:
-    """Whether a player's clock heeds when the stream begins: sound and moving pictures."""
+def _start_seconds(stream: Stream) -> Fraction | None:
+    """When a stream begins, where a player's clock heeds it: sound and moving pictures."""
     from av.stream import Disposition
 
-    known = stream.start_time is not None and stream.time_base is not None
-    return known and stream.type in {"audio", "video"} and not stream.disposition & Disposition.attached_pic
+    is_played = stream.type in {"audio", "video"} and not stream.disposition & Disposition.attached_pic
+    if not is_played or stream.start_time is None or stream.time_base is None:
+        return None
+    return stream.start_time * stream.time_base
 
 
 def _own_seconds(stream: Stream) -> float | None:

@@ -89,6 +89,7 @@ _MAGIC: tuple[tuple[int, bytes, Kind], ...] = (
 )
 _PROLOGUE = rb"(<\?xml.{0,200}?\?>\s*)?(<!--.{0,1000}?-->\s*)?"
 # Texts, by how they begin once white space and a byte order mark are gone.
+_PRINTABLE = bytes(range(0x20, 0x7F)) + b"\t\n\r"  # ASCII
 _TEXTS: tuple[tuple[re.Pattern[bytes], Kind], ...] = tuple(
     (re.compile(pattern, re.IGNORECASE | re.DOTALL), kind)
     for pattern, kind in (
@@ -205,8 +206,7 @@ def _text(head: bytes) -> Kind | None:
     for pattern, kind in _TEXTS:
         if pattern.match(text):
             return Kind(f"{kind.words} ({shown(text)!r})", is_foreign=kind.is_foreign) if not kind.is_foreign else kind
-    printable = sum(byte in b"\t\n\r" or 0x20 <= byte < 0x7F for byte in head)  # noqa: PLR2004 - ASCII
-    return Kind(f"text ({shown(text)!r})") if printable == len(head) else None
+    return Kind(f"text ({shown(text)!r})") if not head.translate(None, _PRINTABLE) else None
 
 
 def _jpeg(reading: Reading) -> Kind:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 # What a kept packet costs beside its own bytes.
 _PACKET_OVERHEAD_BYTES = 1024
 _BEFORE_ALL = -(2**63)
+_MICROSECONDS = 1_000_000
 # A packet may wait for its turn for some seconds, where pictures stand still; for longer, its pts is looked into.
 _LATEST_SECONDS = 10.0
 _REORDERED = frozenset({"h264", "hevc"})  # of which the library makes up a pts in AVI that is none
@@ -151,17 +152,16 @@ def sound_lasts(video: OpenVideo, limits: DecodeLimits) -> float:
     """
     import av
 
-    end = start = None
+    end = 0.0
     with open_video(video.file, limits) as again:
-        sound = again.container.streams.audio
+        sound, start = again.container.streams.audio, (again.container.start_time or 0) / _MICROSECONDS
         try:
             for packet in again.container.demux(*sound) if sound else ():
                 if packet.pts is not None and packet.time_base:
-                    start = packet.pts * packet.time_base if start is None else start
-                    end = max(end or 0, (packet.pts + (packet.duration or 0)) * packet.time_base)
+                    end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base) - start)
         except (av.error.FFmpegError, IndexError) as error:  # what was read until then counts
             raise_out_of_memory(error)
-    return float(end - min(start or 0, 0)) if end is not None else 0.0
+    return end
 
 
 def missing(

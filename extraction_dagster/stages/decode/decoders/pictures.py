@@ -32,6 +32,9 @@ _CROPPING = re.compile(r"^ +Frame Cropping: (\d+)/(\d+)/(\d+)/(\d+)$", re.MULTIL
 _DOLBY_VISION = re.compile(r"^ +DOVI configuration record: .*profile: (\d+),.*compatibility id: (\d+)", re.MULTILINE)
 # Their base layer means nothing without Dolby's metadata; of the others it is HDR10, HLG or SDR.
 _DOLBY_ALONE, _DOLBY_ALONE_IF_INCOMPATIBLE = 5, frozenset({10, 20})
+_ASPECT_IN_STREAM = frozenset({"h264", "hevc", "vvc", "mpeg1video", "mpeg2video", "mpeg4", "vc1"})
+_SIDE_DATA = ("mov", "matroska", "mpegts")  # containers that crop, or say what Dolby Vision is
+_OPAQUE = 0xFF  # of 8 bits
 _NO_SURPRISE = MATRICES | {RGB, UNSAID}
 _BOTTOM_FIRST = frozenset({3, 4})  # of libavcodec's field orders: bottom shown first, coded first or not
 
@@ -59,12 +62,14 @@ class Pictures:
         self._video, self._short_side_px, self._limits, self._tone_map = video, short_side_px, limits, tone_map
         # Before a codec has looked at its own headers: some forget what only the container says.
         self._opened = Said(context.colorspace, context.color_primaries, context.color_trc, context.color_range)
-        said = described(video)
+        said = described(video) if video.container.format.name.startswith(_SIDE_DATA) else ""
         self._size, self._crop = (context.width, context.height), _cropping(said, context)
         _refuse_dolby_alone(video, _dolby_vision(said))
+        self._may_change_aspect = context.name in _ASPECT_IN_STREAM
         self._aspects: tuple[Fraction | None, Fraction | None] | None = None  # the codec's first one, and today's
         self._graphs: dict[tuple[object, ...], tuple[Graph, FilterContext, FilterContext]] = {}
         self._reformatter = VideoReformatter()
+        self._colours: Colours | None = None  # of the frame before
         self.notes: dict[str, None] = {}
 
     def show(self, frame: VideoFrame, *, num_frames: int) -> np.ndarray:
@@ -74,9 +79,11 @@ class Pictures:
             FramesTooManyError: `num_frames` of its size don't fit the memory.
         """
         colours = Colours.of(frame, self._opened)
-        if colours.matrix != RGB and frame.colorspace not in _NO_SURPRISE:
-            self.notes[f"matrix {frame.colorspace} is not known"] = None
-        self.notes[f"colours: {colours}" + (", shown as SDR" if colours.is_hdr and self._tone_map else "")] = None
+        if colours != self._colours:
+            self._colours = colours
+            if colours.matrix != RGB and frame.colorspace not in _NO_SURPRISE:
+                self.notes[f"matrix {frame.colorspace} is not known"] = None
+            self.notes[f"colours: {colours}" + (", shown as SDR" if colours.is_hdr and self._tone_map else "")] = None
         shown, size = self._shown_part(frame, colours)
         geometry = Geometry.of(frame, sample_aspect=self._aspect(), short_side_px=self._short_side_px, size=size)
         width, height = geometry.shown_size
@@ -92,11 +99,10 @@ class Pictures:
 
     def watch(self, frame: VideoFrame) -> None:
         """Look at every frame that is decoded, shown or not: a codec says a new aspect a few frames too early."""
+        if not self._may_change_aspect or (self._aspects is not None and not frame.key_frame):
+            return
         now = self._video.stream.codec_context.sample_aspect_ratio
-        if self._aspects is None:
-            self._aspects = now, now
-        elif now != self._aspects[1] and frame.key_frame:
-            self._aspects = self._aspects[0], now
+        self._aspects = (now if self._aspects is None else self._aspects[0]), now
 
     def _aspect(self) -> float:
         """Width of a pixel over its height: the container's, or the codec's once that has changed in mid-file."""
@@ -156,10 +162,10 @@ def _is_transparent(frame: VideoFrame) -> bool:
         return False
     if frame.format.name in {"rgba", "bgra", "argb", "abgr"}:
         plane = frame.planes[0]
-        pixels = np.frombuffer(cast("bytes", plane), np.uint8).reshape(frame.height, plane.line_size)[
-            :, : 4 * frame.width
-        ]
-        return bool(pixels[:, 3 if frame.format.name.endswith("a") else 0 :: 4].min() < 255)  # noqa: PLR2004 - opaque
+        pixels = np.frombuffer(cast("bytes", plane), "<u4").reshape(frame.height, -1)[:, : frame.width]
+        if frame.format.name.endswith("a"):
+            return bool(pixels.min() < _OPAQUE << 24)
+        return bool((pixels & _OPAQUE).min() < _OPAQUE)
     return True
 
 

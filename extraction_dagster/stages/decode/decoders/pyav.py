@@ -164,7 +164,7 @@ class _Check:
 
     def __init__(self, index: PacketIndex, run: Run, *, guessed: bool) -> None:
         self._guessed = guessed
-        self._latest: int | None = None
+        self._latest = -(2**63)
         fed = slice(run.first, run.last + 1)
         self._promised = set(index.pts[fed][index.shown[fed]].tolist())
         self._first = int(index.pts[run.first])
@@ -182,9 +182,10 @@ class _Check:
             raise UnplannedError(f"a damaged frame at {frame.pts}")
         if self._clean and frame.pts == self._first and not frame.key_frame:
             raise UnplannedError(f"the frame at {frame.pts} is no keyframe, against what the container says")
-        if self._guessed and self._latest is not None and frame.pts < self._latest:
-            raise UnplannedError(f"a frame at {frame.pts} after one at {self._latest}, by made-up times")
-        self._latest = frame.pts
+        if self._guessed and frame.pts is not None:
+            if frame.pts < self._latest:
+                raise UnplannedError(f"a frame at {frame.pts} after one at {self._latest}, by made-up times")
+            self._latest = frame.pts
         if not self._clean:
             self._promised.remove(frame.pts)
 

@@ -270,6 +270,9 @@ def test_an_encrypted_file_says_how(fragments, clip_path, tmp_path):
         decode(path)
 
 
+WITHOUT_B = "log-level=none:keyint=12:bframes=0:pools=none:frame-threads=1"
+
+
 def grid(tile, property_box, *, tiles):
     """A HEIC whose photo is put together of `tiles` items side by side, as phones write it."""
 
@@ -310,7 +313,7 @@ def grid(tile, property_box, *, tiles):
 def test_a_photo_in_tiles_is_refused_and_never_shown_as_one_of_them(render, tmp_path):
     import av
 
-    source = render(tmp_path / "a.mp4", codec="libx265", frames=1, options={"x265-params": "log-level=none"})
+    source = render(tmp_path / "a.mp4", codec="libx265", frames=12, options={"x265-params": WITHOUT_B})
     content = source.read_bytes()
     at = content.index(b"hvcC") - 4
     with av.open(str(source)) as container:
