@@ -23,6 +23,7 @@ import sqlalchemy as sa
 
 from extraction_dagster.records import fingerprint
 from extraction_dagster.stages.catalog.changes import Growth, Page, Place, Version, Versions, changed, growth_of
+from extraction_dagster.stages.catalog.database import chunks
 from extraction_dagster.stages.catalog.pending import pending_among, snapshot
 from extraction_dagster.ticks.memory import Order
 
@@ -116,9 +117,12 @@ class NewestLook:
         self._memory.order.is_whole, self._memory.order.found_rows = True, False
 
     def _below(self, found: list[int]) -> list[int]:
-        """Those at or below the watermark."""
-        last_id = self._cursor.last_processed_id
-        return sorted({key for key in found if last_id is not None and key <= last_id})
+        """Those at or below the watermark that are eligible; the others need no run."""
+        last_id, source, eligible = self._cursor.last_processed_id, self._catalog.source, list[int]()
+        below = sorted({key for key in found if last_id is not None and key <= last_id})
+        for chunk in chunks(below):
+            eligible += source.eligible_of(chunk)
+        return eligible
 
     @contextmanager
     def _versions(self) -> Iterator[tuple[sa.Connection, Versions]]:
@@ -149,6 +153,7 @@ class NewestLook:
                         return []
                 if order.ahead is not None and not is_ahead:
                     past = versions.newest(of_the_past=True)
+                    is_ahead = past is None
                 page = versions.page(order.ahead if is_ahead else order.newest, _PAGE, up_to=past)
                 rows = [] if page is None else self._rows(connection, page.condition)
                 if page is not None and not page.is_past:
