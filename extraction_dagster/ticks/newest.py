@@ -185,12 +185,12 @@ class NewestLook:
         """Look at rows of a while ago again: one may have committed late, with an older time than its neighbours."""
         order, found = self._memory.order, list[int]()
         end = time.monotonic() + _SECONDS_ONCE_MORE
-        while order.newest is not None:
+        while (newest := order.newest or order.ahead) is not None:
             with self._versions() as (connection, versions):
                 if order.once_more is None:
                     seconds = self._catalog.settings.source_version_overlap_seconds
-                    order.once_more = versions.once_more_from(order.newest, seconds)
-                up_to = order.newest.version if order.ahead is None else None
+                    order.once_more = versions.once_more_from(newest, seconds)
+                up_to = newest.version if order.ahead is None else None
                 page = versions.page(order.once_more, _PAGE_ONCE_MORE, up_to=up_to)
                 rows = [] if page is None else self._rows(connection, page.condition)
             found += self._note(rows)
