@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
 
+from extraction_dagster.addresses import capped
 from extraction_dagster.errors import PartitionKeyError, RecordShapeError
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 Stage = Literal["catalog", "fetch", "decode", "embed", "index"]
 _KEY = re.compile(r"(-?(?:0|[1-9][0-9]{0,18}))-(-?(?:0|[1-9][0-9]{0,18}))")  # BIGINT has up to 19 digits
+_LONGEST_MESSAGE, _LONGEST_DETAILS = 4_000, 16_000
 _MIN_ID, _MAX_ID = -(2**63), 2**63 - 1
 
 
@@ -112,7 +114,7 @@ class _Arrays:
 
     def __repr__(self) -> str:
         """Dtypes and shapes in place of arrays, the number of JPEGs in place of their bytes."""
-        shown = ", ".join(f"{item.name}: {_shown(getattr(self, item.name))}" for item in fields(self))  # type: ignore[arg-type]  # each is a dataclass
+        shown = ", ".join(f"{item.name}: {_shown(getattr(self, item.name))}" for item in fields(self) if item.repr)  # type: ignore[arg-type]  # each is a dataclass
         return f"{type(self).__name__}({shown})"
 
 
@@ -165,6 +167,7 @@ class EncodedFrames(_Arrays):
         partial: Why the video is incomplete (a flagged partial), or None.
         address: 16 hex digits of the file's resolved address; empty when it is not known.
         claim: The number under which the row was planned.
+        notes: How the file was understood, in words, for a person who looks; not stored.
     """
 
     record_id: int
@@ -179,6 +182,7 @@ class EncodedFrames(_Arrays):
     partial: str | None = None
     address: str = ""
     claim: int = 0
+    notes: tuple[str, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         """Refuse a video without frames, and mismatched lengths."""
@@ -272,6 +276,11 @@ class Failure:
     message: str
     permanent: bool = False
     details: str = ""
+
+    def __post_init__(self) -> None:
+        """Cut texts to what is kept of any error, here and nowhere else."""
+        object.__setattr__(self, "message", capped(self.message, _LONGEST_MESSAGE))
+        object.__setattr__(self, "details", capped(self.details, _LONGEST_DETAILS))
 
 
 @dataclass(frozen=True, slots=True)

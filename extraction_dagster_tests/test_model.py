@@ -59,7 +59,7 @@ from extraction_dagster.shards import compaction
 from extraction_dagster.stages.catalog import catalog as catalog_module
 from extraction_dagster.stages.catalog import changes, database
 from extraction_dagster.stages.catalog.fetch.fetching import Fetched
-from extraction_dagster.stages.catalog.source_table import source_identity
+from extraction_dagster.stages.catalog.identity import source_identity
 from extraction_dagster.stages.decode import stage as decode_stage
 from extraction_dagster.stages.decode.workers.pool import Decoded
 from extraction_dagster.stages.embed import stage as embed_stage

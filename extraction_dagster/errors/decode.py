@@ -4,20 +4,25 @@ from extraction_dagster.errors import SKIPPED, ExtractionError, PermanentError
 
 
 class VideoOpenError(ExtractionError):
-    """A file can't be opened as a video."""
+    """A file can't be opened as a video.
+
+    Attributes:
+        why: What was found.
+    """
 
     def __init__(self, video: str, why: str) -> None:
+        self.why = why
         super().__init__(f"""Video {video!r} can't be opened: {why}. Expected a complete file in a known container (mp4,
             webm, ts). {SKIPPED} Fetch the file again, then retry the record.""")
 
 
 class VideoFormatError(PermanentError):
-    """A file's format is one that is never opened: a playlist, a script, a picture."""
+    """A file's format is one that is never opened: a playlist, a script, an archive."""
 
-    def __init__(self, video: str, allowed: str) -> None:
-        super().__init__(f"""Video {video!r} is refused: its content is not one of the containers that are opened
-            ({allowed}). Playlists, scripts and pictures are never followed, whatever their name. Convert the file to
-            mp4.""")
+    def __init__(self, video: str, allowed: str, found: str = "") -> None:
+        it_is = f"it is {found}. Its" if found else "its"
+        super().__init__(f"""Video {video!r} is refused: {it_is} content is not one of the containers that are opened
+            ({allowed}). Playlists and scripts are never followed, whatever their name. Convert the file to mp4.""")
 
 
 class NoVideoStreamError(PermanentError):
@@ -28,12 +33,30 @@ class NoVideoStreamError(PermanentError):
             one. Cover art does not count. {SKIPPED} Replace the file.""")
 
 
+class VideoCodecError(PermanentError):
+    """A video's codec is one that is not opened."""
+
+    def __init__(self, video: str, codec: str) -> None:
+        super().__init__(f"""Video {video!r} is refused: its codec {codec!r} is not one of EXTRACTION_VIDEO_CODECS.
+            {SKIPPED} Convert it, or add {codec} there and run 'extraction retry' for the record.""")
+
+
 class VideoEncryptedError(PermanentError):
     """A video is encrypted; its frames would be noise."""
 
-    def __init__(self, video: str) -> None:
-        super().__init__(f"""Video {video!r} is encrypted: its frames would be noise. {SKIPPED} Replace it by a
+    def __init__(self, video: str, scheme: str | None = None) -> None:
+        how = f"encrypted ({scheme})" if scheme else "encrypted"
+        super().__init__(f"""Video {video!r} is {how}: its frames would be noise. {SKIPPED} Replace it by a
             decrypted file.""")
+
+
+class DolbyVisionError(PermanentError):
+    """A video is Dolby Vision without a layer that other decoders can show."""
+
+    def __init__(self, video: str, profile: int) -> None:
+        super().__init__(f"""Video {video!r} is Dolby Vision profile {profile} without a compatible base layer: its
+            colours can't be read by anything but Dolby's own decoders, expected HDR10, HLG, SDR or a profile with one
+            of them as its base (7, 8.1, 8.4). {SKIPPED} Convert it to one of these.""")
 
 
 class VideoTooLargeError(PermanentError):
@@ -110,6 +133,15 @@ class DecodeWorkerStartError(ExtractionError):
             Its last words: {said or "none"}.""")
 
 
+class DecodeConfinementError(ExtractionError):
+    """A decoding process can't be confined as the settings insist: no video is to blame."""
+
+    def __init__(self, lacking: str) -> None:
+        super().__init__(f"""Decoding workers can't be confined as EXTRACTION_REQUIRE_CONFINEMENT insists: this machine
+            lacks {lacking}. No video was decoded and no record is to blame; finished shards are kept. Run where the
+            kernel has it (docs/security.md says which), or unset EXTRACTION_REQUIRE_CONFINEMENT and do without.""")
+
+
 class FramesRejectedError(PermanentError):
     """The quality steps left nothing of a video."""
 
@@ -117,6 +149,13 @@ class FramesRejectedError(PermanentError):
         super().__init__(f"""Video {path!r} kept 0 of {num_frames} sampled frames, expected at least 1: all are of a
             single colour. {SKIPPED} Set EXTRACTION_MIN_FRAMES=1 to keep one of them, or
             EXTRACTION_REJECT_SOLID=false.""")
+
+
+class PreviewError(ExtractionError):
+    """There is nothing to show of a record or a file."""
+
+    def __init__(self, what: str, why: str) -> None:
+        super().__init__(f"No preview of {what}: {why} Nothing was written anywhere.")
 
 
 class StoredFrameError(ExtractionError):
@@ -166,7 +205,7 @@ class OtherSourceError(PermanentError):
     def __init__(self, what: str, address: str, *, whose: str, mine: str, setting: str) -> None:
         super().__init__(f"""The {what} in {address!r} belong to {whose}, not to {mine}. Nothing of them was read or
             written. Set {setting} (or EXTRACTION_HOME) to a place of its own for each source table; if it is the same
-            table at a new address, remove source.json there.""")
+            table at a new address, run 'extraction init --take-over'.""")
 
 
 class ShardStoreError(ExtractionError):

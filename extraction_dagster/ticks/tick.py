@@ -89,7 +89,6 @@ def tick(  # noqa: PLR0913 - what it sees, and how it is asked
     Raises:
         CursorError: What is stored can't be used, and no operator says where to start.
         LostCursorError: Nothing is stored, and the mirror is corrupt.
-        MirrorError: Nothing is stored, and the mirror can't be reached.
     """
     settings = catalog.settings
     mirror = make_mirror(settings, catalog.state_engine)

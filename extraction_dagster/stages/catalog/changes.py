@@ -113,7 +113,7 @@ def growth_of(source: SourceTable, engine: sa.Engine, setting: Literal["auto", "
     index = _index_led_by(column, source.table)
     if index is None or engine.dialect.name not in {"postgresql", "sqlite"}:
         why = f"no index begins with {column.name}: a changed row is found when its turn comes"
-        sql = None if source.is_view else _index_sql(source, column, engine)
+        sql = None if source.kind not in {"table", "partitioned table"} else _index_sql(source, column, engine)
         return Growth(None, None, is_sure=False, told=f"{why}; this index shows it at once:" if sql else why, sql=sql)
     told = f"a changed {column.name} is found at once, through the index {index}"
     if kind == "number":

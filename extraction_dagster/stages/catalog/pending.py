@@ -19,11 +19,9 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import sqlalchemy as sa
-from sqlalchemy.schema import CreateIndex, DropIndex
 
-from extraction_dagster.errors.catalog import SourceUnreachableError
 from extraction_dagster.records import IdRange
-from extraction_dagster.stages.catalog.database import chunks, fetch_all, reading, storable, writing
+from extraction_dagster.stages.catalog.database import chunks, fetch_all, reading, storable
 from extraction_dagster.stages.catalog.ledger import Fingerprints, Ledger, LedgerEntry
 from extraction_dagster.stages.catalog.state_tables import LEDGER_TABLE, UNFINISHED
 
@@ -365,14 +363,6 @@ def _ledger(catalog: Rows, connection: sa.Connection) -> Iterator[sa.Connection]
         yield ledger
 
 
-@dataclass(frozen=True, slots=True)
-class PendingIndex:
-    """What became of the index, and the statement that makes it."""
-
-    state: Literal["made", "there", "refused", "not needed"]
-    sql: str
-
-
 def pending_index(source: SourceTable) -> sa.Index | None:
     """The index that a table needs; None for a table without mark columns."""
     if source.unmarked is None:
@@ -380,52 +370,3 @@ def pending_index(source: SourceTable) -> sa.Index | None:
     name = f"extraction_pending_{source.table.name}"[:63]
     table = source.table.to_metadata(sa.MetaData())  # an index belongs to a table; the reflected one stays as it is
     return sa.Index(name, table.c[source.id.name], postgresql_where=source.unmarked, sqlite_where=source.unmarked)
-
-
-def make_pending_index(source: SourceTable, engine: sa.Engine) -> PendingIndex:
-    """Create the index unless it is there; PostgreSQL builds it without blocking writers.
-
-    A build that was cut off leaves an index that no query uses: it is replaced.
-
-    Raises:
-        SourceUnreachableError: The database can't be read.
-    """
-    index = pending_index(source)
-    if index is None:
-        return PendingIndex("not needed", "")
-    in_postgresql = engine.dialect.name == "postgresql"
-    sql = " ".join(str(CreateIndex(index).compile(dialect=engine.dialect)).split())
-    with reading(engine, what=f"read source table {source.name!r}") as connection:
-        known = sa.inspect(connection).get_indexes(source.table.name, source.table.schema)
-        is_there = any(item["name"] == index.name for item in known)
-        is_left_over = is_there and _is_left_over(connection, index)
-    if is_there and not is_left_over:
-        return PendingIndex("there", sql)
-    if in_postgresql:
-        sql = sql.replace("CREATE INDEX", "CREATE INDEX CONCURRENTLY", 1)
-    try:
-        if in_postgresql:  # not inside a transaction
-            with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-                if is_left_over:
-                    connection.execute(DropIndex(index, if_exists=True))
-                connection.exec_driver_sql(sql)
-        else:
-            with writing(engine, what=f"index source table {source.name!r}") as connection:
-                connection.exec_driver_sql(sql)
-    except (sa.exc.ProgrammingError, sa.exc.OperationalError, SourceUnreachableError):
-        return PendingIndex("refused", sql)
-    return PendingIndex("made", sql)
-
-
-def _is_left_over(connection: sa.Connection, index: sa.Index) -> bool:
-    """Whether PostgreSQL has marked the index as invalid, and no build of it is running."""
-    if connection.dialect.name != "postgresql" or index.table is None:
-        return False
-    quote = connection.dialect.identifier_preparer.quote
-    name = ".".join(quote(part) for part in (index.table.schema, index.name) if part)
-    statement = sa.text(
-        "SELECT NOT indisvalid AND NOT EXISTS"
-        " (SELECT 1 FROM pg_stat_progress_create_index AS build WHERE build.index_relid = indexrelid)"
-        " FROM pg_index WHERE indexrelid = to_regclass(:name)"
-    )
-    return bool(connection.execute(statement, {"name": name}).scalar())

@@ -94,17 +94,20 @@ def refine(video: DecodedVideo, quality: Quality, *, path: str) -> DecodedVideo:
     """
     if not quality.identity:
         return video
-    frames = video.frames
+    frames, notes = video.frames, video.notes
     if quality.crop_bars:
         top, bottom, left, right = picture_box(frames.data)
-        if (bottom - top, right - left) != frames.data.shape[1:3]:
+        height, width = frames.data.shape[1:3]
+        if (bottom - top, right - left) != (height, width):
             frames = replace(frames, data=frames.data[:, top:bottom, left:right])
+            notes += (f"black bars cut off: {right - left}x{bottom - top} of {width}x{height}, from {left},{top} on",)
     kept = _choose(frames.data, quality)
     if len(kept) == 0:
         raise FramesRejectedError(path, num_frames=len(frames))
     if len(kept) < len(frames):
+        notes += (f"{len(kept)} of {len(frames)} sampled frames kept",)
         frames = frames[kept]
-    return video if frames is video.frames else replace(video, frames=frames)
+    return video if frames is video.frames else replace(video, frames=frames, notes=notes)
 
 
 def _choose(pictures: np.ndarray, quality: Quality) -> np.ndarray:

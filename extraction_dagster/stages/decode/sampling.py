@@ -59,6 +59,12 @@ class Sampling:
         return {"mode": self.mode, **used, **({"min_frames": self.min_frames} if self.min_frames > 1 else {})}
 
     @property
+    def most_frames(self) -> int:
+        """Most frames that it can select of one video."""
+        uses = SAMPLERS[self.mode].uses
+        return max(self.max_frames if "max_frames" in uses else self.num_frames, self.min_frames)
+
+    @property
     def needs_keyframes(self) -> bool:
         """Whether the choice depends on which frames are keyframes."""
         return SAMPLERS[self.mode].needs_keyframes
@@ -84,9 +90,14 @@ class Selection:
         """Its size, not its numbers."""
         return f"Selection({len(self)} frames)"
 
-    def batch(self, data: np.ndarray, pts_seconds: np.ndarray) -> FrameBatch:
-        """The selected frames: their pictures, and when each frame of the video is shown, selected or not."""
-        return FrameBatch(data, pts_seconds[self.frame_number], self.target_seconds, self.frame_number)
+    def batch(self, data: np.ndarray, pts_seconds: np.ndarray, *, start_seconds: float = 0.0) -> FrameBatch:
+        """The selected frames: their pictures, and when each frame of the video is shown, selected or not.
+
+        Frames are chosen from the first picture on, and told by the file's clock, on which that one is at
+        `start_seconds`: pictures may start after sound.
+        """
+        shown, targets = pts_seconds[self.frame_number], self.target_seconds
+        return FrameBatch(data, shown + start_seconds, targets + start_seconds, self.frame_number)
 
 
 @dataclass(frozen=True, slots=True)

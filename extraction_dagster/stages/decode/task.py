@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from extraction_dagster.errors import SettingsError
 from extraction_dagster.records import EncodedFrames, VideoRow, fingerprint
-from extraction_dagster.shards.frame_store import FORMAT
 from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits, Decoder
 from extraction_dagster.stages.decode.decoders.decord import decode_with_decord
 from extraction_dagster.stages.decode.decoders.geometry import SCALING
+from extraction_dagster.stages.decode.decoders.library_log import write_errors
 from extraction_dagster.stages.decode.decoders.pyav import decode_with_pyav
 from extraction_dagster.stages.decode.jpeg import SUBSAMPLING, encode_frames
 from extraction_dagster.stages.decode.quality import Quality, refine
@@ -22,6 +22,25 @@ if TYPE_CHECKING:
 
 # By the names of the setting EXTRACTION_DECODER; a decoder imports its library once it decodes.
 DECODERS: dict[str, Decoder] = {"pyav": decode_with_pyav, "decord": decode_with_decord}
+
+
+@dataclass(frozen=True, slots=True)
+class NamedDecoder:
+    """A decoder and its name in the setting EXTRACTION_DECODER."""
+
+    name: str
+    decode: Decoder
+
+
+def make_decoder(name: str) -> NamedDecoder:
+    """The decoder of a name, for a worker, a script or a notebook.
+
+    Raises:
+        SettingsError: There is none of that name.
+    """
+    if name not in DECODERS:
+        raise SettingsError("EXTRACTION_DECODER", repr(name), " or ".join(DECODERS))
+    return NamedDecoder(name, DECODERS[name])
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +57,7 @@ class DecodeJob:
         short_side_px: Short side of the frames.
         jpeg_quality: Quality of the frames' JPEG.
         quality: Which of the sampled frames are kept, and which part of them.
+        tone_map: Show HDR as SDR.
     """
 
     record_id: int
@@ -49,6 +69,7 @@ class DecodeJob:
     short_side_px: int = 224
     jpeg_quality: int = 95
     quality: Quality = Quality()  # noqa: RUF009 - frozen
+    tone_map: bool = True
 
     @classmethod
     def of(cls, row: VideoRow, path: Path, settings: Settings) -> DecodeJob:
@@ -63,6 +84,7 @@ class DecodeJob:
             settings.short_side_px,
             settings.jpeg_quality,
             Quality.from_settings(settings),
+            settings.tone_map == "on",
         )
 
 
@@ -73,15 +95,15 @@ def decode_job(job: DecodeJob) -> EncodedFrames:
         ExtractionError: The video can't be decoded, see `Decoder`; or nothing of it is kept, see `refine`.
         SettingsError: There is no decoder of that name.
     """
-    decode = DECODERS.get(job.decoder)
-    if decode is None:
-        raise SettingsError("EXTRACTION_DECODER", repr(job.decoder), " or ".join(DECODERS))
-    import av.logging
-
-    # The codec library's errors go to the worker's log, from where they reach a failure's details.
-    av.logging.restore_default_callback()
-    av.logging.set_libav_level(av.logging.ERROR)
-    video = decode(Path(job.path), sampling=job.sampling, short_side_px=job.short_side_px, limits=job.limits)
+    decoder = make_decoder(job.decoder)
+    write_errors()  # to the worker's log, from where they reach a failure's details
+    video = decoder.decode(
+        Path(job.path),
+        sampling=job.sampling,
+        short_side_px=job.short_side_px,
+        limits=job.limits,
+        tone_map=job.tone_map,
+    )
     if job.quality.identity:
         import cv2
 
@@ -92,6 +114,8 @@ def decode_job(job: DecodeJob) -> EncodedFrames:
 
 def frames_fingerprint(settings: Settings) -> str:
     """What decides the stored frames: decoder, choice of frames, size, JPEG. Nothing else changes it."""
+    from extraction_dagster.shards.frame_store import FORMAT  # noqa: PLC0415 - a worker starts in half the time
+
     steps = Quality.from_settings(settings).identity
     return fingerprint(
         layout=FORMAT,
@@ -102,4 +126,5 @@ def frames_fingerprint(settings: Settings) -> str:
         jpeg_quality=settings.jpeg_quality,
         jpeg_subsampling=SUBSAMPLING,
         **({"quality": steps} if steps else {}),  # without a step, nothing that could differ
+        **({"tone_map": settings.tone_map} if settings.tone_map != "on" else {}),
     )

@@ -3,7 +3,7 @@
 A path was judged before it reached a decoder. It is opened once, and every reading sees the content that was there
 first: if a folder or a file is swapped for a link in between, the result is an error, never another file's frames.
 The container format is whitelisted and the only protocol is `file`: a playlist or a script named .mp4 would otherwise
-make the library read other files or open sockets.
+make the library read other files or open sockets. What a file is beside a container is `kinds`' affair.
 """
 
 from __future__ import annotations
@@ -13,15 +13,19 @@ import os
 import stat
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from extraction_dagster.errors.decode import (
-    NoVideoStreamError,
+    VideoCodecError,
     VideoEncryptedError,
     VideoFormatError,
     VideoOpenError,
     VideoTooLargeError,
 )
+from extraction_dagster.stages.decode.decoders import kinds
+from extraction_dagster.stages.decode.decoders.clock import JUMP_SECONDS
+from extraction_dagster.stages.decode.decoders.streams import choose_stream
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,8 +33,10 @@ if TYPE_CHECKING:
 
     from av.container import InputContainer
     from av.packet import Packet
+    from av.stream import Stream
     from av.video.stream import VideoStream
 
+    from extraction_dagster.errors import ExtractionError
     from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits
 
 # Looking a folder up needs no right to list it, where the system can tell the two apart.
@@ -41,9 +47,29 @@ _LINKS = frozenset({errno.ELOOP, errno.ENOTDIR})
 CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif,mxf"
 # Codecs whose parameters an MP4 holds outside of its packets: none has to be decoded before the stream is known.
 _CARRIED = frozenset({"h264", "hevc", "mpeg4"})
+# Decoders of sound that the library may open while it finds out what a file holds; none is used after that.
+_SOUND = (
+    "aac",
+    "mp3",
+    "mp3float",
+    "mp2",
+    "mp2float",
+    "opus",
+    "libopus",
+    "vorbis",
+    "ac3",
+    "eac3",
+    "flac",
+    "wmav2",
+    "amrnb",
+)
 _MOST_STREAMS = 16  # whose packets are not decoded while the file is opened without a probe
 _MICROSECONDS = 1_000_000
 _MAX_ASPECT = 8.0
+# Containers without times of presentation: the library makes some up from the order of decoding.
+_NO_TIMES = frozenset({"avi", "h264", "hevc", "mpegvideo"})
+_SAME_SECONDS = 0.001
+_REORDERING_SECONDS = 0.5  # by which the first picture of a fragmented MP4 may follow what is decoded first
 
 
 class ProbeNeededError(Exception):
@@ -55,48 +81,54 @@ class VideoFile:
 
     Attributes:
         path: Where it was opened.
+        kind: What it is, where it is no container of videos, or may be none.
     """
 
-    def __init__(self, path: Path, descriptor: int) -> None:
-        self.path, self._descriptor = path, descriptor
+    def __init__(self, path: Path, descriptor: int, *, handed_over: bool = False) -> None:
+        self.path, self._descriptor, self._handed_over = path, descriptor, handed_over
+        self._start, self._end = 0, os.fstat(descriptor).st_size
+        self._start = kinds.motion_part(self.reading()) or 0
+        self.kind = kinds.kind_of(self.reading())
+        if self.kind is not None and self.kind.num_bytes is not None:
+            self._end = self.kind.num_bytes
 
-    def reading(self) -> Reading:
-        """A reading from the beginning, independent of the others."""
-        return Reading(self._descriptor, f"file:{self.path}")
+    def reading(self) -> kinds.Reading:
+        """A reading from the beginning, independent of the others; of a motion photo, its video."""
+        return kinds.Reading(self._descriptor, f"file:{self.path}", start=self._start, end=self._end)
+
+    @property
+    def is_motion_photo(self) -> bool:
+        """Whether it is a photo, of which the video behind it is read."""
+        return self._start > 0
+
+    def saying_what(self, why: str) -> str:
+        """Why it gives no picture, with what it is, where that is known."""
+        return f"it is {self.kind.words}; {why}" if self.kind is not None else why
 
     @property
     def alias(self) -> str:
-        """A path of this very file, for a library that takes only paths; on Linux it stays valid without the name."""
+        """A path of this very file, for a library that takes only paths; on Linux it stays valid without the name.
+
+        In a worker, which can open no path, it is FFmpeg's name for descriptor 0, and that is the file from here on.
+        """
+        if self._handed_over:
+            os.dup2(self._descriptor, 0)
+            os.lseek(0, 0, os.SEEK_SET)
+            return "fd:"
         alias = f"/proc/self/fd/{self._descriptor}"
         return alias if os.path.exists(alias) else str(self.path)  # noqa: PTH110 - a string for a library
 
 
-class Reading:
-    """A reading of a file from its beginning, with what a library that reads through Python asks for.
+# What a worker's parent opened for it, or why it could not; a worker can open nothing by itself.
+_handed_over: list[int | str] = []
 
-    Attributes:
-        name: The file's name; its ending helps to tell containers apart.
-    """
 
-    def __init__(self, descriptor: int, name: str) -> None:
-        self.name = name
-        self._descriptor, self._at = descriptor, 0
-
-    def read(self, size: int) -> bytes:
-        """The next bytes, `size` at most; none at the end."""
-        found = os.pread(self._descriptor, size, self._at)
-        self._at += len(found)
-        return found
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Go to a place, and say where that is."""
-        bases = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: os.fstat(self._descriptor).st_size}
-        self._at = max(0, bases[whence] + offset)
-        return self._at
-
-    def tell(self) -> int:
-        """Where the reading is."""
-        return self._at
+def hand_over(opened: int | str | None) -> None:
+    """Let the next `open_file` in this process give this descriptor, or fail for this reason; None takes it back."""
+    for descriptor in _handed_over:
+        if isinstance(descriptor, int):
+            os.close(descriptor)
+    _handed_over[:] = [] if opened is None else [opened]
 
 
 @contextmanager
@@ -109,7 +141,23 @@ def open_file(path: Path) -> Iterator[VideoFile]:
     Raises:
         VideoOpenError: It is gone, no regular file, or a link leads to it.
     """
-    path = path.absolute()
+    given = _handed_over.pop() if _handed_over else None
+    if isinstance(given, str):
+        raise VideoOpenError(str(path), given)
+    path = path if given is not None else path.absolute()
+    descriptor = open_descriptor(path) if given is None else given
+    try:
+        yield VideoFile(path, descriptor, handed_over=given is not None)
+    finally:
+        os.close(descriptor)
+
+
+def open_descriptor(path: Path) -> int:
+    """Open a regular file for reading, without following links.
+
+    Raises:
+        VideoOpenError: It is gone, no regular file, or a link leads to it.
+    """
     try:
         descriptor = _open_without_links(path)
     except OSError as error:
@@ -117,12 +165,10 @@ def open_file(path: Path) -> Iterator[VideoFile]:
         raise VideoOpenError(str(path), why or type(error).__name__) from error
     except ValueError as error:  # a NUL byte
         raise VideoOpenError(str(path), str(error)) from error
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise VideoOpenError(str(path), "it is no regular file")
-        yield VideoFile(path, descriptor)
-    finally:
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
+        raise VideoOpenError(str(path), "it is no regular file")
+    return descriptor
 
 
 def _open_without_links(path: Path) -> int:
@@ -145,13 +191,13 @@ class OpenVideo:
         file: The file.
         container: The open container.
         stream: The chosen stream; its codec context is set to one thread.
-        claimed_seconds: The duration that the container claims for the stream; None when it claims nothing.
+        first_sound_seconds: When sound begins, where the streams' own word for it is a guess; None where it is none.
     """
 
     file: VideoFile
     container: InputContainer
     stream: VideoStream
-    claimed_seconds: float | None
+    first_sound_seconds: Fraction | None = None
 
     @property
     def path(self) -> Path:
@@ -159,11 +205,84 @@ class OpenVideo:
         return self.file.path
 
     @property
+    def claim_is_shared(self) -> bool:
+        """Whether the container claims a duration for all streams together: sound may be what lasts so long."""
+        return _own_seconds(self.stream) is None
+
+    def claimed_seconds(self, first_tick: float | None = None, *, covered_seconds: float = 0.0) -> float | None:
+        """How long the container claims that the pictures last; None when it claims nothing.
+
+        Args:
+            first_tick: Where the first picture stands on the stream's clock; without it, where the stream says so.
+            covered_seconds: How long they do last, which tells a length from an end where either may be meant.
+        """
+        if self.file.kind is not None and self.file.kind.is_photo:
+            return None
+        own = _own_seconds(self.stream)
+        claimed = (self.container.duration or 0) / _MICROSECONDS if own is None else own
+        first = (self.stream.start_time or 0) if first_tick is None else first_tick
+        start = max(0.0, float(Fraction(first) * (self.stream.time_base or 0)))
+        if "matroska" in self.container.format.name:  # counts from zero, not from the start
+            claimed -= start
+        elif "mp4" in self.container.format.name and self.stream.frames == 0 and start > _REORDERING_SECONDS:
+            # Of fragments it is their length, or where the last one ends.
+            claimed = min(claimed, abs(claimed - start), key=lambda seconds: abs(seconds - covered_seconds))
+        return claimed if claimed > 0 else None
+
+    @property
+    def guesses_times(self) -> bool:
+        """Whether the container has no times of presentation: then the order in which frames are decoded counts."""
+        return self.container.format.name in _NO_TIMES
+
+    @property
+    def sound_seconds(self) -> float:
+        """How long sound lasts, as far as the container says it; 0 without sound."""
+        return max((_own_seconds(stream) or 0.0 for stream in self.container.streams.audio), default=0.0)
+
+    def late_seconds(self, tick: float) -> float:
+        """How long after the file's start the frame at a tick of the stream's clock is shown.
+
+        A player's zero is where the first of its streams begins: pictures may start after sound.
+        """
+        own = Fraction(tick) * (self.stream.time_base or 0)
+        if self.guesses_times:
+            own = Fraction(self.stream.start_time or 0) * (self.stream.time_base or 0)
+        others = (stream for stream in self.container.streams if stream.index != self.stream.index)
+        starts = [stream.start_time * stream.time_base for stream in others if _is_played(stream)]
+        if self.first_sound_seconds is not None:
+            starts.append(self.first_sound_seconds)
+        late = float(own - min([own, *starts]))
+        # Less is a rounding of clocks, and more is a clock that is wrong.
+        return late if _SAME_SECONDS <= late <= max(JUMP_SECONDS, self.sound_seconds) else 0.0
+
+    def notes(self, late_seconds: float, *, mended: int = 0) -> tuple[str, ...]:
+        """What it is and how its clock was understood, in words.
+
+        Args:
+            late_seconds: As `late_seconds` gives it.
+            mended: Frames whose stamps were missing or wrong.
+        """
+        context, kind = self.stream.codec_context, self.file.kind
+        what = kind.words if kind is not None else self.container.format.name.partition(",")[0]
+        what = f"the video of a motion photo ({what})" if self.file.is_motion_photo else what
+        found = [f"{what}: {context.codec.canonical_name}, {context.width}x{context.height}"]
+        others = len(self.container.streams.video) - 1
+        found += [f"stream {self.stream.index}, one of {others + 1} of pictures"] if others else []
+        found += [f"pictures start {late_seconds:.3f} s after the file"] if late_seconds else []
+        if self.guesses_times:
+            return (*found, "the container has no times: frames in the order of decoding")
+        return (*found, *([f"clock: {mended} frames with a missing or wrong time"] if mended else []))
+
+    @property
     def sample_aspect(self) -> float:
         """Width of a pixel over its height, as shown, once a frame was decoded; 1 when it is unset or nonsense."""
-        ratio = self.stream.sample_aspect_ratio or self.stream.codec_context.sample_aspect_ratio
-        aspect = float(ratio) if ratio else 1.0
-        return aspect if 1 / _MAX_ASPECT <= aspect <= _MAX_ASPECT else 1.0
+        return sound_aspect(self.stream.sample_aspect_ratio or self.stream.codec_context.sample_aspect_ratio)
+
+
+def sound_aspect(ratio: Fraction | None) -> float:
+    """An aspect, or 1 when it is unset or nonsense."""
+    aspect = float(ratio) if ratio else 1.0
+    return aspect if 1 / _MAX_ASPECT <= aspect <= _MAX_ASPECT else 1.0
 
 
 def may_do_without_probe(file: VideoFile) -> bool:
@@ -185,40 +304,72 @@ def open_video(file: VideoFile, limits: DecodeLimits, *, probe: bool = True) -> 
         VideoOpenError: The file is no complete video.
         VideoFormatError: The file's format is one that is never opened.
         NoVideoStreamError: It holds no moving pictures.
+        VideoCodecError: Their codec is one that is not opened.
         VideoEncryptedError: They are encrypted.
         VideoTooLargeError: They have too many pixels.
     """
-    path = file.path
+    from av.codec.context import Flags
+
     container = _open_container(file, limits, probe=probe)
     with container:
         codecs = [stream.codec_context and stream.codec_context.name for stream in container.streams.video]
         if not probe and (len(codecs) != 1 or codecs[0] not in _CARRIED):
             raise ProbeNeededError
-        stream = _choose_stream(path, container)
-        _check_stream(path, stream, limits)
+        stream = choose_stream(str(file.path), container, file.reading())
+        _check_stream(file, stream, limits)
         context = stream.codec_context
         context.thread_count = 1
+        context.flags |= Flags.unaligned  # else left edges are cropped to a multiple of 32 pixels only
         context.options = {"max_pixels": str(limits.max_pixels)}
-        yield OpenVideo(file, container, stream, _claimed_seconds(container, stream))
+        # Only packets tell when a fragment's sound begins, and none was looked at.
+        guessed = not probe and stream.frames == 0 and len(container.streams.audio) > 0
+        yield OpenVideo(file, container, stream, _first_sound_seconds(file, limits) if guessed else None)
 
 
 def _open_container(file: VideoFile, limits: DecodeLimits, *, probe: bool) -> InputContainer:
     import av
 
+    named = file.kind.format if file.kind is not None else None
+    if file.kind is not None and file.kind.is_foreign:
+        raise VideoFormatError(str(file.path), CONTAINERS, file.kind.words)
     # The pixel limit reaches the codecs too, which are run to find out a stream's parameters.
-    options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS, "max_pixels": str(limits.max_pixels)}
+    allowed = named or CONTAINERS
+    options = {"protocol_whitelist": "file", "format_whitelist": allowed, "max_pixels": str(limits.max_pixels)}
+    options["codec_whitelist"] = ",".join((limits.codecs, *_SOUND))  # of those that find out a stream's parameters
     unprobed = {"options": options | {"probesize": "32"}, "stream_options": [{"skip_frame": "all"}] * _MOST_STREAMS}
+    more = {"options": options} if probe else unprobed
     try:
-        return av.open(file.reading(), "r", metadata_errors="replace", **({"options": options} if probe else unprobed))
+        return av.open(file.reading(), "r", format=named, metadata_errors="replace", **more)
     except av.error.FFmpegError as error:
         raise_out_of_memory(error)
-        if error.errno == errno.EINVAL:
-            raise VideoFormatError(str(file.path), CONTAINERS) from error
-        raise VideoOpenError(str(file.path), error.strerror or type(error).__name__) from error
+        raise _refusal(file, error) from error
     except ValueError as error:  # streams that show themselves only by their packets
         if probe:
             raise
         raise ProbeNeededError from error
+
+
+def _first_sound_seconds(file: VideoFile, limits: DecodeLimits) -> Fraction | None:
+    import av
+
+    with _open_container(file, limits, probe=False) as again:
+        try:
+            packet = next(again.demux(*again.streams.audio), None)
+        except av.error.FFmpegError as error:
+            raise_out_of_memory(error)
+            return None
+        # What comes before zero primes the codec and is not heard.
+        return None if packet is None or packet.pts is None else max(0, packet.pts) * packet.time_base
+
+
+def _refusal(file: VideoFile, error: OSError) -> ExtractionError:
+    """The error of a file that does not open: by what it is, where that can be told."""
+    if file.kind is not None:
+        return VideoOpenError(str(file.path), f"it is {file.kind.words}")
+    fault = kinds.index_faults(file.reading())
+    if fault is None and error.errno == errno.EINVAL:
+        return VideoFormatError(str(file.path), CONTAINERS)
+    return VideoOpenError(str(file.path), f"it is {fault}" if fault else error.strerror or type(error).__name__)
 
 
 def packets_of(video: OpenVideo) -> Iterator[Packet[VideoStream]]:
@@ -243,49 +394,30 @@ def raise_out_of_memory(error: Exception) -> None:
         raise MemoryError from error
 
 
-def _choose_stream(path: Path, container: InputContainer) -> VideoStream:
-    """The largest stream of moving pictures that has a decoder; the first of several as large.
-
-    Cover art, timed thumbnails and stills are marked as such; an auxiliary track (a depth map, a 16x16 dummy) is
-    smaller than the pictures that it accompanies.
-    """
-    from av.stream import Disposition
-
-    aside = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image | Disposition.dependent
-    playable = [s for s in container.streams.video if s.codec_context is not None and not s.disposition & aside]
-    filled = [s for s in playable if s.frames != 0] or playable
-    if not filled:
-        found = ", ".join(_describe(stream) for stream in container.streams) or "no stream at all"
-        raise NoVideoStreamError(str(path), found)
-    return max(filled, key=lambda s: (s.codec_context.width * s.codec_context.height, -s.index))
-
-
-def _describe(stream: object) -> str:
-    codec = getattr(getattr(stream, "codec_context", None), "name", None) or "unknown codec"
-    return f"{getattr(stream, 'type', 'unknown')} ({codec})"
-
-
-def _check_stream(path: Path, stream: VideoStream, limits: DecodeLimits) -> None:
+def _check_stream(file: VideoFile, stream: VideoStream, limits: DecodeLimits) -> None:
     context = stream.codec_context
+    if context.name not in limits.codecs.split(","):
+        raise VideoCodecError(str(file.path), context.name)
     if "enc_key_id" in stream.metadata or context.codec_tag == "encv":
-        raise VideoEncryptedError(str(path))
+        raise VideoEncryptedError(str(file.path), kinds.encryption_scheme(file.reading()))
     width, height = (max(context.width, context.coded_width), max(context.height, context.coded_height))
     if width * height > limits.max_pixels:
-        raise VideoTooLargeError(str(path), width_px=width, height_px=height, max_pixels=limits.max_pixels)
+        raise VideoTooLargeError(str(file.path), width_px=width, height_px=height, max_pixels=limits.max_pixels)
 
 
-def _claimed_seconds(container: InputContainer, stream: VideoStream) -> float | None:
-    """The stream's own duration, else its Matroska tag, else the container's, which audio may stretch."""
+def _is_played(stream: Stream) -> bool:
+    """Whether a player's clock heeds when the stream begins: sound and moving pictures."""
+    from av.stream import Disposition
+
+    known = stream.start_time is not None and stream.time_base is not None
+    return known and stream.type in {"audio", "video"} and not stream.disposition & Disposition.attached_pic
+
+
+def _own_seconds(stream: Stream) -> float | None:
+    """How long a stream lasts, or when it ends, by itself or by its Matroska tag; None when it does not say."""
     if stream.duration and stream.duration > 0 and stream.time_base:
-        claimed = float(stream.duration * stream.time_base)
-    elif "DURATION" in stream.metadata:
-        claimed = _clock_seconds(stream.metadata["DURATION"])
-    else:
-        claimed = (container.duration or 0) / _MICROSECONDS
-    if "matroska" in container.format.name and stream.start_time and stream.time_base:
-        # Matroska counts from zero, not from the start.
-        claimed -= max(0.0, float(stream.start_time * stream.time_base))
-    return claimed if claimed > 0 else None
+        return float(stream.duration * stream.time_base)
+    return _clock_seconds(stream.metadata["DURATION"]) if "DURATION" in stream.metadata else None
 
 
 def _clock_seconds(clock: str) -> float:

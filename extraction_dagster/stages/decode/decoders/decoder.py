@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from extraction_dagster.errors.decode import FramesTooManyError
+from extraction_dagster.settings import COMMON_CODECS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,18 +32,21 @@ class DecodeLimits:
         max_duration_seconds: Longest video.
         max_packet_bytes: Most compressed bytes kept in memory; a larger file is read twice instead.
         max_batch_bytes: Most bytes of sampled frames, uncompressed.
+        codecs: FFmpeg's decoders that may be opened, separated by commas.
     """
 
     max_pixels: int = 8192 * 4320
     max_duration_seconds: float = 6 * 3600.0
     max_packet_bytes: int = 2**28
     max_batch_bytes: int = 2**31
+    codecs: str = ",".join(COMMON_CODECS)
 
     @classmethod
     def from_settings(cls, settings: Settings) -> DecodeLimits:
         """Read the limits from the settings; the byte limits are shares of a worker's memory."""
         memory = settings.decode_memory_bytes
-        return cls(settings.max_pixels, settings.max_duration_seconds, memory // 16, memory // 2)
+        most = settings.max_pixels, settings.max_duration_seconds, memory // 16, memory // 2
+        return cls(*most, ",".join(settings.video_codecs))
 
     def check_batch(self, video: Path, *, num_frames: int, width_px: int, height_px: int) -> None:
         """Refuse frames that together would not fit.
@@ -62,20 +66,24 @@ class DecodedVideo:
     """A video's sampled frames.
 
     Attributes:
-        frames: The frames; `pts_seconds` counts from the first frame shown.
+        frames: The frames; `pts_seconds` counts from the file's start, as a player's clock does.
         duration_seconds: What the container claims; None when it claims nothing.
         partial: Why the video is incomplete, or None.
+        notes: What was done to its pictures beside scaling, and how its colours were understood, in words.
     """
 
     frames: FrameBatch
     duration_seconds: float | None
     partial: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Decoder(Protocol):
     """A function that decodes the sampled frames of one local file, on one thread."""
 
-    def __call__(self, video: Path, *, sampling: Sampling, short_side_px: int, limits: DecodeLimits) -> DecodedVideo:
+    def __call__(
+        self, video: Path, *, sampling: Sampling, short_side_px: int, limits: DecodeLimits, tone_map: bool = True
+    ) -> DecodedVideo:
         """Decode the frames shown at the sampled times.
 
         Args:
@@ -83,6 +91,7 @@ class Decoder(Protocol):
             sampling: How frames are chosen.
             short_side_px: Short side of the frames; a smaller video is not scaled up.
             limits: What the video may cost.
+            tone_map: Show HDR as SDR; without it its signal is taken as it is, and looks pale.
 
         Returns:
             DecodedVideo: at least one frame, turned as a player shows it.
@@ -92,6 +101,7 @@ class Decoder(Protocol):
             VideoFormatError: The file's format is one that is never opened.
             NoVideoStreamError: It holds no moving pictures.
             VideoEncryptedError: They are encrypted.
+            DolbyVisionError: Their colours mean nothing without Dolby's metadata.
             VideoTooLargeError: They have too many pixels.
             VideoTooLongError: They last too long.
             FramesTooManyError: The sampled frames don't fit the memory.

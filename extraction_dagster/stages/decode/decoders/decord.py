@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from extraction_dagster.errors.decode import DecoderMissingError, VideoDecodeError, VideoTooLongError
+from extraction_dagster.errors.decode import DecoderMissingError, VideoDecodeError, VideoFormatError, VideoTooLongError
 from extraction_dagster.stages.decode.decoders.container import open_file, open_video, packets_of, raise_out_of_memory
 from extraction_dagster.stages.decode.decoders.decoder import DecodedVideo, DecodeLimits, shortfall
 from extraction_dagster.stages.decode.decoders.geometry import Geometry
@@ -23,13 +23,23 @@ if TYPE_CHECKING:
 
     from extraction_dagster.stages.decode.decoders.container import OpenVideo, VideoFile
 
+# Matroska and WebM, Flash, Ogg, ASF, GIF, MXF.
+_MAGIC = (b"\x1a\x45\xdf\xa3", b"FLV\x01", b"OggS", b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", b"GIF8", b"\x06\x0e\x2b\x34")
 _SOURCE_LINE = re.compile(r"^(\[[0-9:]+\] \S+: )+")
 
 
-def decode_with_decord(video: Path, *, sampling: Sampling, short_side_px: int, limits: DecodeLimits) -> DecodedVideo:
+def decode_with_decord(
+    video: Path,
+    *,
+    sampling: Sampling,
+    short_side_px: int,
+    limits: DecodeLimits,
+    tone_map: bool = True,  # noqa: ARG001 - decord converts colours by itself
+) -> DecodedVideo:
     """Decode the frames that decord takes for those shown at the sampled times; see `Decoder`."""
     decord = _import_decord()
     with open_file(video) as file:
+        _require_firm_magic(file)
         return _decode(decord, file, sampling, short_side_px, limits)
 
 
@@ -41,8 +51,8 @@ def _decode(
     limits: DecodeLimits,
 ) -> DecodedVideo:
     with open_video(file, limits) as opened:
-        claimed = opened.claimed_seconds
-        width, height = _shown_size(opened, short_side_px)
+        (width, height), first = _first_frame(opened, short_side_px)
+        claimed, late, notes = opened.claimed_seconds(first), opened.late_seconds(first), opened.notes(0.0)
     try:
         reader = decord.VideoReader(
             file.alias, ctx=decord.cpu(0), width=width, height=height, num_threads=1, fault_tol=-1
@@ -57,8 +67,16 @@ def _decode(
     except (decord.DECORDError, RuntimeError, AssertionError) as error:
         raise VideoDecodeError(str(file.path), listed_frames=0, why=_first_line(error)) from error
     covered = float(spans[:, 1].max() - spans[0, 0])
-    frames = selection.batch(data, pts_seconds)
-    return DecodedVideo(frames, claimed, shortfall(covered_seconds=covered, claimed_seconds=claimed))
+    frames = selection.batch(data, pts_seconds, start_seconds=late)
+    return DecodedVideo(frames, claimed, shortfall(covered_seconds=covered, claimed_seconds=claimed), notes)
+
+
+def _require_firm_magic(file: VideoFile) -> None:
+    """Refuse what does not begin as its kind always does: decord takes no list of formats, and guesses by itself."""
+    begin = file.reading().read(16)
+    if begin[4:8] == b"ftyp" or begin.startswith(_MAGIC) or (begin[:4] == b"RIFF" and begin[8:12] == b"AVI "):
+        return
+    raise VideoFormatError(str(file.path), "mp4, mov, matroska, webm, avi, flv, ogg, asf or mxf, for decord")
 
 
 def _import_decord() -> Any:  # noqa: ANN401 - decord has no types
@@ -70,15 +88,15 @@ def _import_decord() -> Any:  # noqa: ANN401 - decord has no types
     return decord
 
 
-def _shown_size(video: OpenVideo, short_side_px: int) -> tuple[int, int]:
-    """Width and height of the frames as shown; decord wants them before it has seen one."""
+def _first_frame(video: OpenVideo, short_side_px: int) -> tuple[tuple[int, int], int]:
+    """Width and height of the frames as shown, which decord wants before it has seen one, and the first one's tick."""
     import av
 
     try:
         decode = video.stream.codec_context.decode
         for frame in itertools.chain.from_iterable(map(decode, itertools.chain(packets_of(video), [None]))):
             geometry = Geometry.of(frame, sample_aspect=video.sample_aspect, short_side_px=short_side_px)
-            return geometry.shown_size
+            return geometry.shown_size, frame.pts if frame.pts is not None else video.stream.start_time or 0
         why = "no packet gave a frame"
     except av.error.FFmpegError as error:
         raise_out_of_memory(error)

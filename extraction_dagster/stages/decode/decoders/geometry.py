@@ -1,4 +1,4 @@
-"""From a decoded picture to the picture that a player shows: pixel aspect, size, rotation, mirroring."""
+"""From a decoded frame to the picture that a player shows: pixel aspect, size, turning, one size for all."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
+from extraction_dagster.stages.decode.decoders.colours import Colours, picture_of
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from av.video.frame import VideoFrame
     from av.video.reformatter import VideoReformatter
 
 # How pixels are made, in a word for fingerprints.
 SCALING = "area, full chroma"
-# On its way to packed RGB libswscale halves the columns of colour, and takes twice the time. To planes it does not; but
-# where the size stays, it leaves columns unwritten unless it is told to round accurately (libswscale 9).
-_PLANES = "gbrp"
 _MAX_SIDE_PX = 16_384
 _MATRIX_ENTRIES = 9
 # By counterclockwise quarter turns.
@@ -24,7 +25,7 @@ _QUARTER_TURNS = ((1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """How the pictures of one video are scaled and turned.
+    """How a frame is scaled and turned.
 
     Attributes:
         width_px: Width after scaling, before turning.
@@ -41,9 +42,19 @@ class Geometry:
     mirror_y: bool = False
 
     @classmethod
-    def of(cls, frame: VideoFrame, *, sample_aspect: float, short_side_px: int) -> Geometry:
-        """The geometry that shows `frame` upright, its short side `short_side_px` or smaller."""
-        width, height = scaled_size(frame.width, frame.height, sample_aspect=sample_aspect, short_side_px=short_side_px)
+    def of(
+        cls, frame: VideoFrame, *, sample_aspect: float, short_side_px: int, size: tuple[int, int] | None = None
+    ) -> Geometry:
+        """The geometry that shows `frame` upright, its short side `short_side_px` or smaller.
+
+        Args:
+            frame: A decoded frame.
+            sample_aspect: Width of a pixel over its height.
+            short_side_px: Short side of the picture.
+            size: Width and height of the part that is shown; the whole frame without it.
+        """
+        size = size or (frame.width, frame.height)
+        width, height = scaled_size(*size, sample_aspect=sample_aspect, short_side_px=short_side_px)
         return cls(width, height, *_turn(_display_matrix(frame)))
 
     @property
@@ -51,13 +62,16 @@ class Geometry:
         """Width and height as shown."""
         return (self.height_px, self.width_px) if self.transpose else (self.width_px, self.height_px)
 
-    def show(self, frame: VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
+    def show(
+        self,
+        frame: VideoFrame,
+        reformatter: VideoReformatter,
+        colours: Colours = Colours(),  # noqa: B008 - frozen
+        *,
+        tone_map: bool = True,
+    ) -> np.ndarray:
         """The picture as a player shows it: uint8, shape (H, W, 3), RGB."""
-        from av.video.reformatter import Interpolation
-
-        area = Interpolation.AREA | Interpolation.ACCURATE_RND
-        scaled = reformatter.reformat(frame, self.width_px, self.height_px, _PLANES, interpolation=area, threads=1)
-        picture: np.ndarray = scaled.to_ndarray()
+        picture = picture_of(frame, (self.width_px, self.height_px), colours, reformatter, tone_map=tone_map)
         if self.transpose:
             picture = picture.transpose(1, 0, 2)
         return picture[:: -1 if self.mirror_y else 1, :: -1 if self.mirror_x else 1]
@@ -72,6 +86,40 @@ def scaled_size(width_px: int, height_px: int, *, sample_aspect: float, short_si
     shown = width_px * sample_aspect
     scale = min(1.0, short_side_px / min(shown, height_px), _MAX_SIDE_PX / max(shown, height_px))
     return max(1, round(shown * scale)), max(1, round(height_px * scale))
+
+
+def in_one_size(pictures: Sequence[np.ndarray], reformatter: VideoReformatter) -> np.ndarray:
+    """Pictures of several sizes as one array: the most frequent size is kept, others are fitted into it on black.
+
+    Args:
+        pictures: uint8, each of a shape (H, W, 3), RGB.
+        reformatter: libswscale.
+
+    Returns:
+        uint8, shape (N, H, W, 3).
+
+    Examples:
+        A phone that is turned gives 398x224, 398x224 and 224x398: the last is fitted as 126x224 between black bars.
+    """
+    shapes = [picture.shape for picture in pictures]
+    shape = max(shapes, key=shapes.count)  # the first of several
+    return np.stack(
+        [picture if picture.shape == shape else _fitted(picture, shape, reformatter) for picture in pictures]
+    )
+
+
+def _fitted(picture: np.ndarray, shape: tuple[int, ...], reformatter: VideoReformatter) -> np.ndarray:
+    import av
+
+    scale = min(shape[0] / picture.shape[0], shape[1] / picture.shape[1])
+    height, width = (max(1, round(side * scale)) for side in picture.shape[:2])
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+    top, left = (shape[0] - height) // 2, (shape[1] - width) // 2
+    whole = np.zeros(shape, np.uint8)
+    whole[top : top + height, left : left + width] = picture_of(
+        frame, (width, height), Colours(), reformatter, tone_map=False
+    )
+    return whole
 
 
 def _display_matrix(frame: VideoFrame) -> tuple[int, int, int, int]:

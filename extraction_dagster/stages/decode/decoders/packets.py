@@ -16,10 +16,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from extraction_dagster.errors.decode import VideoEncryptedError, VideoTooLongError
+from extraction_dagster.stages.decode.decoders import kinds
+from extraction_dagster.stages.decode.decoders.clock import JUMP_SECONDS, has_jump
 from extraction_dagster.stages.decode.decoders.container import OpenVideo, open_video, packets_of, raise_out_of_memory
+from extraction_dagster.stages.decode.decoders.decoder import shortfall
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from fractions import Fraction
 
     from av.packet import Packet
     from av.video.stream import VideoStream
@@ -29,6 +33,9 @@ if TYPE_CHECKING:
 # What a kept packet costs beside its own bytes.
 _PACKET_OVERHEAD_BYTES = 1024
 _BEFORE_ALL = -(2**63)
+# A packet may wait for its turn for some seconds, where pictures stand still; for longer, its pts is looked into.
+_LATEST_SECONDS = 10.0
+_REORDERED = frozenset({"h264", "hevc"})  # of which the library makes up a pts in AVI that is none
 _VP9_FRAME, _VP9_PROFILE, _VP9_PACK = 0b10_00_0000, 0b00_11_0000, 0b110_00_000
 # An MPEG-4 packet of so few bytes may say that the picture before it stays: it gives no frame. (In a small picture it
 # may also be a frame, and then nothing is lost but time.)
@@ -36,6 +43,7 @@ _NOT_CODED_BYTES = {"mpeg4": 19}
 # A decoder that starts at a keyframe gives, for these, exactly what it gives when it starts at the file's beginning.
 _KEYFRAMES_ARE_CLEAN = frozenset(
     {"h264", "hevc", "vp8", "vp9", "libdav1d", "av1", "mpeg1video", "mpeg2video", "mpeg4", "mjpeg", "prores", "dnxhd"}
+    | {"rawvideo"}
 )
 
 
@@ -136,6 +144,39 @@ def read_packets(video: OpenVideo, limits: DecodeLimits) -> PacketIndex:
     return builder.build(stopped)
 
 
+def sound_lasts(video: OpenVideo, limits: DecodeLimits) -> float:
+    """When the file's sound ends, in seconds from the file's start, by reading it; 0 without sound.
+
+    Asked only where a container claims one length for all of its streams, and pictures end before it.
+    """
+    import av
+
+    end = start = None
+    with open_video(video.file, limits) as again:
+        sound = again.container.streams.audio
+        try:
+            for packet in again.container.demux(*sound) if sound else ():
+                if packet.pts is not None and packet.time_base:
+                    start = packet.pts * packet.time_base if start is None else start
+                    end = max(end or 0, (packet.pts + (packet.duration or 0)) * packet.time_base)
+        except (av.error.FFmpegError, IndexError) as error:  # what was read until then counts
+            raise_out_of_memory(error)
+    return float(end - min(start or 0, 0)) if end is not None else 0.0
+
+
+def missing(
+    video: OpenVideo, limits: DecodeLimits, *, covered_seconds: float, claimed_seconds: float | None
+) -> str | None:
+    """How much of the claimed duration has no pictures; None where nothing is missing, or sound alone goes on."""
+    kind = video.file.kind
+    if kind is not None and kind.is_cut:
+        return f"{kind.words} whose end is missing"
+    short = shortfall(covered_seconds=covered_seconds, claimed_seconds=claimed_seconds)
+    if short is None or not video.claim_is_shared:
+        return short
+    return shortfall(covered_seconds=sound_lasts(video, limits), claimed_seconds=claimed_seconds) and short
+
+
 def fed_packets(video: OpenVideo, index: PacketIndex, limits: DecodeLimits) -> Iterator[Packet[VideoStream]]:
     """The packets in decode order, once more: those that were kept, or from a second reading of the file."""
     if index.kept is not None:
@@ -154,6 +195,7 @@ class _Builder:
         self._is_hidden = _HIDES_FRAMES.get(self._codec)
         self._not_coded_bytes = _NOT_CODED_BYTES.get(self._codec, 0)
         self._pts: list[int] = []
+        self._dts: list[int] = []
         self._keyframe: list[bool] = []
         self._shown: list[bool] = []
         self._kept: list[Packet[VideoStream]] | None = []
@@ -161,33 +203,38 @@ class _Builder:
         self._last_dts = _BEFORE_ALL
         self._start, self._end, self._last_duration = 0, _BEFORE_ALL, 0
         self._irregular: str | None = None
+        self._base = base = video.stream.time_base
+        self._jump_ticks = round(JUMP_SECONDS / base) if base else -_BEFORE_ALL
+        self._late_ticks = round(_LATEST_SECONDS / base) if base else -_BEFORE_ALL
+        self._jumps = False
 
     def add(self, packet: Packet[VideoStream]) -> None:
         if packet.has_sidedata("encryption_info"):
-            raise VideoEncryptedError(str(self._video.path))
+            scheme = kinds.encryption_scheme(self._video.file.reading())
+            raise VideoEncryptedError(str(self._video.path), scheme)
         pts, dts = packet.pts, packet.dts
         if dts is not None:
             if dts < self._last_dts:
                 self._irregular = self._irregular or "time runs backwards"
             self._last_dts = dts
-        if pts is None:
+        if pts is None:  # which is no time: the frame's place is found once it is decoded
             self._irregular = self._irregular or "packets without pts"
-            pts = dts if dts is not None else 0
+            pts = self._start
+        elif not self._start <= pts < self._end:
+            self._widen(pts, packet)
         if packet.size <= self._not_coded_bytes:
             self._irregular = self._irregular or "packets that may give no frame"
-        if not self._start <= pts < self._end:
-            self._widen(pts, packet)
         self._pts.append(pts)
+        self._dts.append(pts if dts is None else dts)
         self._keyframe.append(packet.is_keyframe)
         self._shown.append(not (packet.is_discard or (self._is_hidden is not None and self._is_hidden(packet))))
         self._keep(packet)
 
     def build(self, stopped: str | None) -> PacketIndex:
         pts, shown = np.array(self._pts, np.int64), np.array(self._shown, bool)
-        if self._irregular is None and len(np.unique(pts[shown])) != np.count_nonzero(shown):
-            self._irregular = "several frames with the same pts"
-        if self._irregular is None and not any(self._keyframe):
-            self._irregular = "no keyframe"
+        self._irregular = self._irregular or self._look_at_times(pts, shown)
+        if self._irregular is None and self._jumps and self._base is not None:
+            self._check_length(self._base)
         return PacketIndex(
             pts=pts,
             keyframe=np.array(self._keyframe, bool),
@@ -199,12 +246,35 @@ class _Builder:
             stopped=stopped,
         )
 
+    def _look_at_times(self, pts: np.ndarray, shown: np.ndarray) -> str | None:
+        """Why the times can't be taken as they are, or None."""
+        ticks = np.unique(pts[shown])
+        if len(ticks) != np.count_nonzero(shown):
+            return "several frames with the same pts"
+        if not any(self._keyframe):
+            return "no keyframe"
+        if has_jump(ticks, jump_ticks=self._jump_ticks):
+            return "the clock jumps"
+        if len(pts) and np.ptp(pts - np.array(self._dts, np.int64)) > self._late_ticks:
+            return "a pts far from its packet's turn"
+        if self._codec in _REORDERED and self._video.guesses_times and self._video.stream.codec_context.has_b_frames:
+            return "a container without times of presentation"
+        return None
+
     def _widen(self, pts: int, packet: Packet[VideoStream]) -> None:
-        """Note how long the frames last, and refuse a video of which they last too long."""
-        self._start = min(self._start, pts) if self._pts else pts
+        """Note how long the frames last, and refuse a video of which they last too long by an unbroken clock."""
+        if self._end == _BEFORE_ALL:
+            self._start = pts
+        elif pts - self._end > self._jump_ticks or self._start - pts > self._jump_ticks:
+            self._jumps = True
+        self._start = min(self._start, pts)
         if pts >= self._end:
             self._end, self._last_duration = pts, packet.duration or 0
-        seconds = float((self._end - self._start) * packet.time_base)
+        if not self._jumps:
+            self._check_length(packet.time_base)
+
+    def _check_length(self, base: Fraction) -> None:
+        seconds = float((self._end - self._start) * base)
         if seconds > self._limits.max_duration_seconds:
             raise VideoTooLongError(
                 str(self._video.path), seconds=seconds, max_seconds=self._limits.max_duration_seconds

@@ -22,10 +22,12 @@ from extraction_dagster.stages.decode.decoders.container import (
     open_video,
     raise_out_of_memory,
 )
-from extraction_dagster.stages.decode.decoders.decoder import DecodedVideo, DecodeLimits, shortfall
-from extraction_dagster.stages.decode.decoders.geometry import Geometry
-from extraction_dagster.stages.decode.decoders.packets import PacketIndex, Run, fed_packets, read_packets
+from extraction_dagster.stages.decode.decoders.decoder import DecodedVideo, DecodeLimits
+from extraction_dagster.stages.decode.decoders.kinds import ANIMATED_WEBP
+from extraction_dagster.stages.decode.decoders.packets import PacketIndex, Run, fed_packets, missing, read_packets
+from extraction_dagster.stages.decode.decoders.pictures import Pictures
 from extraction_dagster.stages.decode.decoders.sequential import decode_sequentially
+from extraction_dagster.stages.decode.decoders.webp import decode_webp
 from extraction_dagster.stages.decode.sampling import Sampling, select_frames
 
 if TYPE_CHECKING:
@@ -46,26 +48,32 @@ class UnplannedError(Exception):
     """The stream does not decode as its packets promised; caught here, never seen outside."""
 
 
-def decode_with_pyav(video: Path, *, sampling: Sampling, short_side_px: int, limits: DecodeLimits) -> DecodedVideo:
+def decode_with_pyav(
+    video: Path, *, sampling: Sampling, short_side_px: int, limits: DecodeLimits, tone_map: bool = True
+) -> DecodedVideo:
     """Decode the frames shown at the sampled times, by libavcodec through PyAV; see `Decoder`."""
     with open_file(video) as file:
+        if file.kind == ANIMATED_WEBP:
+            return decode_webp(file, sampling, short_side_px, limits)
         if may_do_without_probe(file):
             with suppress(UnplannedError, ProbeNeededError, ExtractionError):  # the next attempt finds it as well
-                return _decode_planned(file, sampling, short_side_px, limits, probe=False)
+                return _decode_planned(file, sampling, short_side_px, limits, probe=False, tone_map=tone_map)
         try:
-            return _decode_planned(file, sampling, short_side_px, limits, probe=True)
+            return _decode_planned(file, sampling, short_side_px, limits, probe=True, tone_map=tone_map)
         except UnplannedError as unplanned:
             logger.debug("Decoding %r from its beginning: %s.", str(video), unplanned)
-            return decode_sequentially(file, sampling, short_side_px, limits)
+            return decode_sequentially(file, sampling, short_side_px, limits, tone_map=tone_map)
 
 
-def _decode_planned(
-    file: VideoFile, sampling: Sampling, short_side_px: int, limits: DecodeLimits, *, probe: bool
+def _decode_planned(  # noqa: PLR0913 - the decoder's arguments, and how to open
+    file: VideoFile, sampling: Sampling, short_side_px: int, limits: DecodeLimits, *, probe: bool, tone_map: bool
 ) -> DecodedVideo:
     with open_video(file, limits, probe=probe) as video:
+        painter = Pictures(video, short_side_px=short_side_px, limits=limits, tone_map=tone_map)
         index = read_packets(video, limits)
         if len(index) == 0:
-            raise VideoDecodeError(str(file.path), listed_frames=video.stream.frames, why=index.stopped or "no packet")
+            why = file.saying_what(index.stopped or "no packet")
+            raise VideoDecodeError(str(file.path), listed_frames=video.stream.frames, why=why)
         if index.irregular is not None:
             raise UnplannedError(index.irregular)
         if sampling.needs_keyframes and not index.clean:
@@ -76,11 +84,13 @@ def _decode_planned(
         seconds = _seconds(ticks - ticks[0], video)
         selection = select_frames(seconds, sampling, index.keyframe[display])
         targets = display[selection.frame_number]
-        pictures = _decode_targets(video, index, targets, short_side_px, limits)
-        partial = _missing(
-            video, index, covered_seconds=float(_seconds(ticks[-1:] - ticks[0] + index.last_duration, video)[0])
-        )
-    return DecodedVideo(selection.batch(np.stack(pictures), seconds), video.claimed_seconds, partial)
+        pictures = _decode_targets(video, index, targets, painter, limits)
+        covered = float(_seconds(ticks[-1:] - ticks[0] + index.last_duration, video)[0])
+        claimed = video.claimed_seconds(int(ticks[0]), covered_seconds=covered)
+        partial = _missing(video, index, limits, covered_seconds=covered, claimed_seconds=claimed)
+        late = video.late_seconds(int(ticks[0]))
+        frames = selection.batch(painter.together(pictures), seconds, start_seconds=late)
+        return DecodedVideo(frames, claimed, partial, (*video.notes(late), *painter.notes))
 
 
 def _seconds(ticks: np.ndarray, video: OpenVideo) -> np.ndarray:
@@ -106,23 +116,16 @@ def _display_order(video: OpenVideo, index: PacketIndex, limits: DecodeLimits) -
 
 
 def _decode_targets(
-    video: OpenVideo, index: PacketIndex, targets: np.ndarray, short_side_px: int, limits: DecodeLimits
+    video: OpenVideo, index: PacketIndex, targets: np.ndarray, painter: Pictures, limits: DecodeLimits
 ) -> list[np.ndarray]:
     """The pictures of the packets at `targets`, in the order of `targets`."""
-    from av.video.reformatter import VideoReformatter
-
     place = {int(index.pts[target]): number for number, target in enumerate(targets)}
     pictures: list[np.ndarray | None] = [None] * len(targets)
-    reformatter, geometry = VideoReformatter(), None
     for frame in _decode_runs(video, index, index.runs(targets.tolist()), limits, targets=set(targets.tolist())):
+        painter.watch(frame)
         number = place.get(frame.pts if frame.pts is not None else -1)
-        if number is None:
-            continue
-        if geometry is None:
-            geometry = Geometry.of(frame, sample_aspect=video.sample_aspect, short_side_px=short_side_px)
-            width, height = geometry.shown_size
-            limits.check_batch(video.path, num_frames=len(targets), width_px=width, height_px=height)
-        pictures[number] = geometry.show(frame, reformatter)
+        if number is not None:
+            pictures[number] = painter.show(frame, num_frames=len(targets))
     found = [picture for picture in pictures if picture is not None]
     if len(found) < len(pictures):
         raise UnplannedError(f"{len(pictures) - len(found)} targets did not decode")
@@ -139,7 +142,7 @@ def _decode_runs(
     skips = targets is not None and context.name in _SKIPS_NONREF
     packets = enumerate(fed_packets(video, index, limits))
     for run in runs:
-        check = _Check(index, run) if targets is not None else None
+        check = _Check(index, run, guessed=video.guesses_times) if targets is not None else None
         try:
             for number, packet in packets:
                 if number >= run.first:
@@ -159,7 +162,9 @@ def _decode_runs(
 class _Check:
     """Whether a run's frames come out as its packets promised."""
 
-    def __init__(self, index: PacketIndex, run: Run) -> None:
+    def __init__(self, index: PacketIndex, run: Run, *, guessed: bool) -> None:
+        self._guessed = guessed
+        self._latest: int | None = None
         fed = slice(run.first, run.last + 1)
         self._promised = set(index.pts[fed][index.shown[fed]].tolist())
         self._first = int(index.pts[run.first])
@@ -177,6 +182,9 @@ class _Check:
             raise UnplannedError(f"a damaged frame at {frame.pts}")
         if self._clean and frame.pts == self._first and not frame.key_frame:
             raise UnplannedError(f"the frame at {frame.pts} is no keyframe, against what the container says")
+        if self._guessed and self._latest is not None and frame.pts < self._latest:
+            raise UnplannedError(f"a frame at {frame.pts} after one at {self._latest}, by made-up times")
+        self._latest = frame.pts
         if not self._clean:
             self._promised.remove(frame.pts)
 
@@ -197,9 +205,11 @@ def _checked(frames: Sequence[VideoFrame], check: _Check | None) -> Sequence[Vid
     return frames
 
 
-def _missing(video: OpenVideo, index: PacketIndex, *, covered_seconds: float) -> str | None:
+def _missing(
+    video: OpenVideo, index: PacketIndex, limits: DecodeLimits, *, covered_seconds: float, claimed_seconds: float | None
+) -> str | None:
     """Why the video is incomplete; None when every packet was read that the container's index lists."""
     if 0 < video.stream.frames <= len(index):
         return None
-    short = shortfall(covered_seconds=covered_seconds, claimed_seconds=video.claimed_seconds)
+    short = missing(video, limits, covered_seconds=covered_seconds, claimed_seconds=claimed_seconds)
     return f"{short}; reading stopped: {index.stopped}" if short and index.stopped else short

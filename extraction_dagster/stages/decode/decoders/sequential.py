@@ -6,16 +6,18 @@ one thread, so both passes see the same frames, damaged or not.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from extraction_dagster.errors.decode import VideoDecodeError, VideoTooLongError
+from extraction_dagster.stages.decode.decoders.clock import JUMP_SECONDS, display_times
 from extraction_dagster.stages.decode.decoders.container import open_video, packets_of, raise_out_of_memory
-from extraction_dagster.stages.decode.decoders.decoder import DecodedVideo, DecodeLimits, shortfall
-from extraction_dagster.stages.decode.decoders.geometry import Geometry
+from extraction_dagster.stages.decode.decoders.decoder import DecodedVideo, DecodeLimits
+from extraction_dagster.stages.decode.decoders.packets import missing
+from extraction_dagster.stages.decode.decoders.pictures import Pictures
 from extraction_dagster.stages.decode.sampling import Sampling, Selection, select_frames
 
 if TYPE_CHECKING:
@@ -23,12 +25,10 @@ if TYPE_CHECKING:
 
     from av.video.frame import VideoFrame
 
-    from extraction_dagster.records import FrameBatch
     from extraction_dagster.stages.decode.decoders.container import OpenVideo, VideoFile
 
-# A step back further than this is a new clock (two recordings joined); a smaller one is frames out of order.
-_NEW_CLOCK_SECONDS = 1.0
 _DEFAULT_RATE = Fraction(25)
+_FAR = 2
 _DEFAULT_TIME_BASE = Fraction(1, 1000)
 
 
@@ -39,76 +39,90 @@ class _Tally:
     Attributes:
         packets: Packets with content.
         errors: Packets that the codec refused.
+        durations: How long packets say that their frames are shown, in ticks, where they say it.
         stopped: Why reading ended before the file's end, or None.
         last_words: The library's last complaint.
     """
 
     packets: int = 0
     errors: int = 0
+    durations: list[int] = field(default_factory=list)
     stopped: str | None = None
     last_words: str = ""
 
 
-def decode_sequentially(file: VideoFile, sampling: Sampling, short_side_px: int, limits: DecodeLimits) -> DecodedVideo:
+def decode_sequentially(
+    file: VideoFile, sampling: Sampling, short_side_px: int, limits: DecodeLimits, *, tone_map: bool = True
+) -> DecodedVideo:
     """Decode every frame and keep the sampled ones; see `Decoder`."""
-    path, tally = file.path, _Tally()
+    tally = _Tally()
     with open_video(file, limits) as video:
-        seen = [
-            (frame.pts if frame.pts is not None else frame.dts, frame.key_frame) for frame in _decode_all(video, tally)
-        ]
-        base = video.stream.time_base or _DEFAULT_TIME_BASE
-        gap = max(1, round(1 / ((video.stream.average_rate or _DEFAULT_RATE) * base)))
-        listed, claimed = video.stream.frames, video.claimed_seconds
+        found = _look(video, tally, limits)
+    selection = select_frames(found.seconds, sampling, found.keyframe)
+    with open_video(file, limits) as video:
+        painter = Pictures(video, short_side_px=short_side_px, limits=limits, tone_map=tone_map)
+        pictures, damaged = _keep(video, selection, painter)
+    frames = selection.batch(pictures, found.seconds, start_seconds=found.late_seconds)
+    partial = _partial(tally, found.short, damaged=damaged, num_frames=len(frames))
+    return DecodedVideo(frames, found.claimed_seconds, partial, (*found.notes, *painter.notes))
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What the first pass found: when each frame is shown, and what the container claims.
+
+    Attributes:
+        seconds: float64, shape (M,), from the first frame on.
+        keyframe: bool, shape (M,).
+        late_seconds: How long after the file's start the first frame is shown.
+        claimed_seconds: How long the pictures should last; None where the container claims nothing.
+        short: What is missing of that, or None.
+        notes: In words.
+    """
+
+    seconds: np.ndarray
+    keyframe: np.ndarray
+    late_seconds: float
+    claimed_seconds: float | None
+    short: str | None
+    notes: tuple[str, ...]
+
+
+def _look(video: OpenVideo, tally: _Tally, limits: DecodeLimits) -> _Found:
+    seen = [(frame.pts if frame.pts is not None else frame.dts, frame.key_frame) for frame in _decode_all(video, tally)]
     if not seen:
-        why = tally.last_words or f"{tally.packets} packets gave no frame"
-        raise VideoDecodeError(str(path), listed_frames=listed, why=why)
-    times, keyframe = [time for time, _ in seen], np.array([key for _, key in seen], bool)
-    order, ticks = display_times(times, gap_ticks=gap, new_clock_ticks=round(_NEW_CLOCK_SECONDS / base))
+        why = video.file.saying_what(tally.last_words or f"{tally.packets} packets gave no frame")
+        raise VideoDecodeError(str(video.path), listed_frames=video.stream.frames, why=why)
+    base = video.stream.time_base or _DEFAULT_TIME_BASE
+    times = [time for time, _ in seen]
+    gap, jump = _gap(video, tally, times, base), float(max(JUMP_SECONDS, video.sound_seconds) / base)
+    ticks, first = display_times(times, gap_ticks=gap, jump_ticks=jump, guessed=video.guesses_times)
     seconds = ticks * base.numerator / base.denominator
     if seconds[-1] > limits.max_duration_seconds:
-        raise VideoTooLongError(str(path), seconds=float(seconds[-1]), max_seconds=limits.max_duration_seconds)
-    selection = select_frames(seconds, sampling, keyframe[order])
-    with open_video(file, limits) as video:
-        frames, damaged = _keep(video, order, seconds, selection, short_side_px=short_side_px, limits=limits)
-    complete = tally.errors == 0 and 0 < listed <= tally.packets
+        raise VideoTooLongError(str(video.path), seconds=float(seconds[-1]), max_seconds=limits.max_duration_seconds)
     covered = float((ticks[-1] + gap) * base)
-    short = None if complete else shortfall(covered_seconds=covered, claimed_seconds=claimed)
-    return DecodedVideo(frames, claimed, _partial(tally, short, damaged=damaged, num_frames=len(frames)))
+    late, claimed = video.late_seconds(first), video.claimed_seconds(first, covered_seconds=covered)
+    is_whole = tally.errors == 0 and 0 < video.stream.frames <= tally.packets
+    # Where a jump was closed, the container's claim is as wrong as its stamps.
+    known = [time for time in times if time is not None]
+    is_whole = is_whole or (len(known) > 0 and max(known) - min(known) - ticks[-1] > jump)
+    short = None if is_whole else missing(video, limits, covered_seconds=covered, claimed_seconds=claimed)
+    mended = sum(time is None or abs(tick + first - time) >= gap / 2 for tick, time in zip(ticks, times, strict=True))
+    keyframe = np.array([key for _, key in seen], bool)
+    return _Found(seconds, keyframe, late, claimed, short, video.notes(late, mended=mended))
 
 
-def display_times(times: list[int | None], *, gap_ticks: int, new_clock_ticks: int) -> tuple[np.ndarray, np.ndarray]:
-    """Order decoded frames by when they are shown.
+def _gap(video: OpenVideo, tally: _Tally, times: list[int | None], base: Fraction) -> int:
+    """How long a frame is shown where the stream does not say, in ticks.
 
-    Args:
-        times: When each frame is shown, in ticks, in the order decoded; None where the stream does not say.
-        gap_ticks: How long a frame is shown where the stream does not say.
-        new_clock_ticks: A step back further than this is a new clock.
-
-    Returns:
-        Their order, int64, shape (N,), and their ticks from the first on, int64, shape (N,), ascending.
-
-    Examples:
-        A clock that starts again goes on: 50, 55, 0, 5 with gap 5 is 0, 5, 10, 15.
-        Frames out of order are sorted: 0, 2, 1 is the order 0, 2, 1.
-        Frames without a time come one gap after the other, at the beginning one before the other.
+    By the stream's rate; where that is far from what packets or most stamps say, it was spoilt by a wrong stamp.
     """
-    shown = np.empty(len(times), np.int64)
-    latest, offset = _before_the_first(times, gap_ticks), 0
-    for number, time in enumerate(times):
-        following = latest + gap_ticks
-        if time is not None and time + offset < latest - new_clock_ticks:
-            offset = following - time
-        at = time + offset if time is not None else following
-        shown[number] = at
-        latest = max(latest, at)
-    order = np.argsort(shown, kind="stable")
-    return order, shown[order] - shown[order[0]]
-
-
-def _before_the_first(times: list[int | None], gap_ticks: int) -> int:
-    """One gap before the first frame; the first time that the stream says tells how far it goes back."""
-    unknown, known = next(((number, time) for number, time in enumerate(times) if time is not None), (0, 0))
-    return known - (unknown + 1) * gap_ticks
+    steps = tally.durations or [step for step in np.diff([time for time in times if time is not None]) if step > 0]
+    usual = float(np.median(steps)) if steps else 0.0
+    rate = video.stream.average_rate
+    by_rate = float(1 / (rate * base)) if rate else usual or float(1 / (_DEFAULT_RATE * base))
+    is_spoilt = usual > 0 and not 1 / _FAR <= by_rate / usual <= _FAR
+    return max(1, round(usual if is_spoilt or (usual and video.guesses_times) else by_rate))
 
 
 def _decode_all(video: OpenVideo, tally: _Tally) -> Iterator[VideoFrame]:
@@ -126,6 +140,8 @@ def _decode_all(video: OpenVideo, tally: _Tally) -> Iterator[VideoFrame]:
             packet, tally.stopped = None, error.strerror or type(error).__name__
             tally.last_words = tally.stopped
         draining = packet is None
+        if packet is not None and packet.duration:
+            tally.durations.append(packet.duration)
         tally.packets += not draining
         try:
             frames = context.decode(packet)
@@ -137,34 +153,20 @@ def _decode_all(video: OpenVideo, tally: _Tally) -> Iterator[VideoFrame]:
         yield from frames
 
 
-def _keep(  # noqa: PLR0913 - the second pass needs all that the first found
-    video: OpenVideo,
-    order: np.ndarray,
-    seconds: np.ndarray,
-    selection: Selection,
-    *,
-    short_side_px: int,
-    limits: DecodeLimits,
-) -> tuple[FrameBatch, int]:
-    """The selected frames, and how many of them are damaged."""
-    from av.video.reformatter import VideoReformatter
-
-    place = {int(order[frame]): number for number, frame in enumerate(selection.frame_number)}
+def _keep(video: OpenVideo, selection: Selection, painter: Pictures) -> tuple[np.ndarray, int]:
+    """The selected frames' pictures, and how many of them are damaged."""
+    place = {int(frame): number for number, frame in enumerate(selection.frame_number)}
     pictures: dict[int, np.ndarray] = {}
-    reformatter, geometry, damaged = VideoReformatter(), None, 0
+    damaged = 0
     for number, frame in enumerate(_decode_all(video, _Tally())):
+        painter.watch(frame)
         if number not in place:
             continue
-        if geometry is None:
-            geometry = Geometry.of(frame, sample_aspect=video.sample_aspect, short_side_px=short_side_px)
-            width, height = geometry.shown_size
-            limits.check_batch(video.path, num_frames=len(place), width_px=width, height_px=height)
-        pictures[place[number]] = geometry.show(frame, reformatter)
+        pictures[place[number]] = painter.show(frame, num_frames=len(place))
         damaged += frame.is_corrupt
         if len(pictures) == len(place):
             break
-    data = np.stack([pictures[number] for number in range(len(place))])
-    return selection.batch(data, seconds), damaged
+    return painter.together([pictures[number] for number in range(len(place))]), damaged
 
 
 def _partial(tally: _Tally, short: str | None, *, damaged: int, num_frames: int) -> str | None:

@@ -193,19 +193,15 @@ def test_a_script_named_as_a_video_never_reads_another_file(decoder, script, cli
         decoder(tmp_path / "script.mp4", sampling=Sampling(), short_side_px=224, limits=DecodeLimits())
 
 
-def test_a_recognised_format_off_the_list_is_refused_for_good(decoder, tmp_path, clip_path):
-    import av
-
-    with av.open(str(clip_path("h264"))) as source:
-        image = next(source.decode(video=0))
-    with av.open(str(tmp_path / "photo.mp4"), "w", format="mjpeg") as sink:
-        stream = sink.add_stream("mjpeg", rate=1)
-        stream.width, stream.height, stream.pix_fmt = 160, 112, "yuvj420p"
-        sink.mux(stream.encode(image.reformat(format="yuvj420p")) + stream.encode(None))
+def test_a_recognised_format_off_the_list_is_refused_for_good(decoder, tmp_path):
+    (tmp_path / "words.mp4").write_text(
+        "1\n00:00:01,000 --> 00:00:02,000\nHello\n\n2\n00:00:03,000 --> 00:00:04,000\nYou\n"
+    )
+    (tmp_path / "film.mp4").write_bytes(b".RMF\0\0\0\x12\0\0" + bytes(100))
     with pytest.raises(
-        VideoFormatError, match=r"photo\.mp4' is refused: its content is not one of the containers"
+        VideoFormatError, match=r"film\.mp4' is refused: it is a RealMedia file. Its content is not"
     ) as raised:
-        decoder(tmp_path / "photo.mp4", sampling=Sampling(), short_side_px=224, limits=DecodeLimits())
+        decoder(tmp_path / "film.mp4", sampling=Sampling(), short_side_px=224, limits=DecodeLimits())
     assert raised.value.permanent
 
 

@@ -10,7 +10,7 @@ from extraction_dagster.stages.decode.decoders.container import open_file, open_
 from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits
 from extraction_dagster.stages.decode.decoders.packets import read_packets
 from extraction_dagster.stages.decode.decoders.pyav import decode_with_pyav
-from extraction_dagster.stages.decode.decoders.sequential import decode_sequentially, display_times
+from extraction_dagster.stages.decode.decoders.sequential import decode_sequentially
 from extraction_dagster.stages.decode.sampling import Sampling
 
 UPRIGHT = {"h264 turned by 90": -1, "h264 turned by 180": 2, "h264 turned by 270": 1}
@@ -291,25 +291,3 @@ def test_a_still_that_lasts_as_long_as_claimed_is_not_partial(tmp_path):
             sink.mux(packet)
     video = decode(path)
     assert (len(video.frames), video.duration_seconds, video.partial) == (1, 60.0, None)
-
-
-def times(*ticks):
-    order, shown = display_times(list(ticks), gap_ticks=5, new_clock_ticks=20)
-    return order.tolist(), shown.tolist()
-
-
-def test_a_clock_that_starts_again_goes_on():
-    assert times(50, 55, 0, 5) == ([0, 1, 2, 3], [0, 5, 10, 15])
-
-
-def test_frames_slightly_out_of_order_are_sorted():
-    assert times(0, 10, 5) == ([0, 2, 1], [0, 5, 10])
-
-
-def test_frames_without_a_time_follow_at_the_streams_rate():
-    assert times(None, None, 10, None) == ([0, 1, 2, 3], [0, 5, 10, 15])
-    assert times(None, None) == ([0, 1], [0, 5])
-
-
-def test_frames_without_a_time_at_the_beginning_come_before_the_first_that_has_one():
-    assert times(None, None, None, 0, 5) == ([0, 1, 2, 3, 4], [0, 5, 10, 15, 20])

@@ -1,0 +1,176 @@
+"""Makes pictures of a video's frames, of each by what holds for it: cropping, fields, transparency, colours, geometry.
+
+The order is a player's: transparency on black, one field of an interlaced frame, the part that container and stream say
+is shown, colours and size at once, turning. Frames of several sizes are fitted into the most frequent one at the end.
+"""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+
+from extraction_dagster.errors.decode import DolbyVisionError
+from extraction_dagster.stages.decode.decoders.colours import MATRICES, RGB, UNSAID, Colours, Said
+from extraction_dagster.stages.decode.decoders.container import sound_aspect
+from extraction_dagster.stages.decode.decoders.geometry import Geometry, in_one_size
+from extraction_dagster.stages.decode.decoders.library_log import described
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from av.filter import FilterContext, Graph
+    from av.video.codeccontext import VideoCodecContext
+    from av.video.frame import VideoFrame
+
+    from extraction_dagster.stages.decode.decoders.container import OpenVideo
+    from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits
+
+_CROPPING = re.compile(r"^ +Frame Cropping: (\d+)/(\d+)/(\d+)/(\d+)$", re.MULTILINE)
+_DOLBY_VISION = re.compile(r"^ +DOVI configuration record: .*profile: (\d+),.*compatibility id: (\d+)", re.MULTILINE)
+# Their base layer means nothing without Dolby's metadata; of the others it is HDR10, HLG or SDR.
+_DOLBY_ALONE, _DOLBY_ALONE_IF_INCOMPATIBLE = 5, frozenset({10, 20})
+_NO_SURPRISE = MATRICES | {RGB, UNSAID}
+_BOTTOM_FIRST = frozenset({3, 4})  # of libavcodec's field orders: bottom shown first, coded first or not
+
+
+class Pictures:
+    """Makes the pictures of one reading of a video.
+
+    Args:
+        video: The video; no frame of it was decoded yet.
+        short_side_px: Short side of the pictures; smaller frames are not scaled up.
+        limits: What the video may cost.
+        tone_map: Show HDR as SDR does.
+
+    Attributes:
+        notes: What was done beside scaling, in words, in the order in which it came up.
+
+    Raises:
+        DolbyVisionError: It is a profile whose frames mean nothing without Dolby's metadata.
+    """
+
+    def __init__(self, video: OpenVideo, *, short_side_px: int, limits: DecodeLimits, tone_map: bool) -> None:
+        from av.video.reformatter import VideoReformatter
+
+        context = video.stream.codec_context
+        self._video, self._short_side_px, self._limits, self._tone_map = video, short_side_px, limits, tone_map
+        # Before a codec has looked at its own headers: some forget what only the container says.
+        self._opened = Said(context.colorspace, context.color_primaries, context.color_trc, context.color_range)
+        said = described(video)
+        self._size, self._crop = (context.width, context.height), _cropping(said, context)
+        _refuse_dolby_alone(video, _dolby_vision(said))
+        self._aspects: tuple[Fraction | None, Fraction | None] | None = None  # the codec's first one, and today's
+        self._graphs: dict[tuple[object, ...], tuple[Graph, FilterContext, FilterContext]] = {}
+        self._reformatter = VideoReformatter()
+        self.notes: dict[str, None] = {}
+
+    def show(self, frame: VideoFrame, *, num_frames: int) -> np.ndarray:
+        """The picture as a player shows it: uint8, shape (H, W, 3), RGB.
+
+        Raises:
+            FramesTooManyError: `num_frames` of its size don't fit the memory.
+        """
+        colours = Colours.of(frame, self._opened)
+        if colours.matrix != RGB and frame.colorspace not in _NO_SURPRISE:
+            self.notes[f"matrix {frame.colorspace} is not known"] = None
+        self.notes[f"colours: {colours}" + (", shown as SDR" if colours.is_hdr and self._tone_map else "")] = None
+        shown, size = self._shown_part(frame, colours)
+        geometry = Geometry.of(frame, sample_aspect=self._aspect(), short_side_px=self._short_side_px, size=size)
+        width, height = geometry.shown_size
+        self._limits.check_batch(self._video.path, num_frames=num_frames, width_px=width, height_px=height)
+        return geometry.show(shown, self._reformatter, colours, tone_map=self._tone_map)
+
+    def together(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+        """All pictures in one size: uint8, shape (N, H, W, 3)."""
+        sizes = dict.fromkeys(f"{picture.shape[1]}x{picture.shape[0]}" for picture in pictures)
+        if len(sizes) > 1:
+            self.notes[f"size or turning changes: {', '.join(sizes)} fitted into one"] = None
+        return in_one_size(pictures, self._reformatter)
+
+    def watch(self, frame: VideoFrame) -> None:
+        """Look at every frame that is decoded, shown or not: a codec says a new aspect a few frames too early."""
+        now = self._video.stream.codec_context.sample_aspect_ratio
+        if self._aspects is None:
+            self._aspects = now, now
+        elif now != self._aspects[1] and frame.key_frame:
+            self._aspects = self._aspects[0], now
+
+    def _aspect(self) -> float:
+        """Width of a pixel over its height: the container's, or the codec's once that has changed in mid-file."""
+        first, now = self._aspects or (None, None)
+        return self._video.sample_aspect if now == first else sound_aspect(now)
+
+    def _shown_part(self, frame: VideoFrame, colours: Colours) -> tuple[VideoFrame, tuple[int, int]]:
+        """The part of a frame that is shown, and its size, to which a field counts as whole."""
+        steps, width, height = [], frame.width, frame.height
+        if _is_transparent(frame):
+            self.notes["transparency: on black"] = None
+            steps.append(("premultiply", "inplace=1"))
+            if colours.full_range is False:
+                frame.color_range = 1
+        if frame.interlaced_frame and height > 1:
+            self.notes["interlaced: one field of each frame"] = None
+            bottom = self._video.stream.codec_context.field_order in _BOTTOM_FIRST
+            steps.append(("field", f"type={'bottom' if bottom else 'top'}"))
+        if self._crop is not None and self._size == (width, height):
+            left, top, width, height = self._crop
+            self.notes[f"cropped to {width}x{height} as the file says"] = None
+            rows = 2 if frame.interlaced_frame else 1
+            steps.append(("crop", f"w={width}:h={max(1, height // rows)}:x={left}:y={top // rows}:exact=1"))
+        return (self._filtered(frame, steps) if steps else frame), (width, height)
+
+    def _filtered(self, frame: VideoFrame, steps: Iterable[tuple[str, str]]) -> VideoFrame:
+        key = (frame.format.name, frame.width, frame.height, *steps)
+        if key not in self._graphs:
+            self._graphs[key] = _graph(frame, steps)
+        _, source, sink = self._graphs[key]
+        source.push(frame)
+        return sink.pull()  # type: ignore[return-value] # a video's graph
+
+
+def _cropping(said: str, context: VideoCodecContext) -> tuple[int, int, int, int] | None:
+    """Left, top, width and height of the part that the container says is shown; None for the whole or for nonsense."""
+    found = _CROPPING.search(said)
+    left, right, top, bottom = map(int, found.groups()) if found else (0, 0, 0, 0)
+    width, height = context.width - left - right, context.height - top - bottom
+    return (left, top, width, height) if (left or right or top or bottom) and width > 0 and height > 0 else None
+
+
+def _dolby_vision(said: str) -> tuple[int, int] | None:
+    """Profile, and which other system its base layer is compatible with: 0 none, 1 HDR10, 2 SDR, 4 HLG, 6 Blu-ray."""
+    found = _DOLBY_VISION.search(said)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def _refuse_dolby_alone(video: OpenVideo, dolby: tuple[int, int] | None) -> None:
+    if dolby is not None and (dolby[0] == _DOLBY_ALONE or (dolby[0] in _DOLBY_ALONE_IF_INCOMPATIBLE and dolby[1] == 0)):
+        raise DolbyVisionError(str(video.path), dolby[0])
+
+
+def _is_transparent(frame: VideoFrame) -> bool:
+    """Whether a pixel of a frame may let something through that lies behind it."""
+    if not frame.format.has_palette and not any(component.is_alpha for component in frame.format.components):
+        return False
+    if frame.format.name in {"rgba", "bgra", "argb", "abgr"}:
+        plane = frame.planes[0]
+        pixels = np.frombuffer(cast("bytes", plane), np.uint8).reshape(frame.height, plane.line_size)[
+            :, : 4 * frame.width
+        ]
+        return bool(pixels[:, 3 if frame.format.name.endswith("a") else 0 :: 4].min() < 255)  # noqa: PLR2004 - opaque
+    return True
+
+
+def _graph(frame: VideoFrame, steps: Iterable[tuple[str, str]]) -> tuple[Graph, FilterContext, FilterContext]:
+    from av.filter import Graph
+
+    graph = Graph()
+    graph.threads = 1
+    source = graph.add_buffer(
+        width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1, 1000)
+    )
+    sink = graph.add("buffersink")
+    graph.link_nodes(source, *(graph.add(name, arguments) for name, arguments in steps), sink).configure()
+    return graph, source, sink
