@@ -359,6 +359,7 @@ def test_doctor_shows_what_failed_and_goes_on(extraction, monkeypatch, tmp_path)
         ("ok", "rights"),
         ("FAILED", "source table and state"),
         ("FAILED", "Dagster's instance"),
+        ("ok", "decoding workers"),
         ("ok", "embedding model"),
         ("ok", "frames and vectors"),
         ("ok", "Qdrant"),

@@ -103,9 +103,9 @@ class SourceRows:
         # As it is configured: a folder that moves with all that lies in it makes no file another.
         self._first_root = settings.allowed_roots[0] if settings.allowed_roots else "videos"
         self.eligible: sa.ColumnElement[bool] = sa.true()
-        if text := settings.source_predicate:
-            self.eligible = build_predicate(text, self.table)
-            check_predicate(text, self.table, self.eligible, engine)
+        if predicate := settings.source_predicate:
+            self.eligible = build_predicate(predicate, self.table)
+            check_predicate(predicate, self.table, self.eligible, engine)
 
     def _set_caps(self, settings: Settings, labels: Sequence[sa.Column[Any]]) -> None:
         """How long each column may be; one that is part of an address and a label, as long as a label."""
