@@ -115,6 +115,27 @@ def test_a_damaged_footer_is_warned_about_and_left_out(kind, root, damage, said,
         assert said in message
 
 
+@pytest.mark.parametrize("root", ["folder", "s3"], indirect=True)
+def test_a_footer_is_read_once_in_a_process_until_its_file_is_another(kind, root, monkeypatch):
+    store, later = kind.open(root), kind.open(root)  # each step of a run has its own
+    shards, reads = [kind.write(store, 1), kind.write(store, 2)], []
+    assert store.shards(RANGE) == shards
+
+    def read(path, _size):
+        reads.append(path)
+        raise OSError(errno.EIO, "nobody reads it again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(later._fs, "tail", read)
+        assert (later.shards(RANGE), reads) == (shards, [])
+    content = store._fs.cat_file(shards[0].path)
+    store._fs.pipe_file(shards[0].path, content[:-200] + b"\xff" * 192 + content[-8:])
+    store._fs.invalidate_cache()
+    assert store.shards(RANGE) == shards[1:]
+    store.remove(shards[1])
+    assert store.shards(RANGE) == []
+
+
 @pytest.mark.parametrize("root", ["folder"], indirect=True)
 def test_a_disk_that_stumbles_does_not_hide_its_shards(kind, root, monkeypatch):
     store = kind.open(root)

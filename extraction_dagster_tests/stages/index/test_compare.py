@@ -82,3 +82,24 @@ def test_the_embedded_engine_is_only_asked_for_pages(tmp_path, spec, embeddings,
         swapped = {**MANY, 1: MANY[2], 2: MANY[1]}  # every number agrees
         found = compare_points(store, swapped, within=within)
         assert (found.lost, found.stale) == ({1: 2, 2: 2}, {1: 2, 2: 2})
+
+
+def test_of_a_run_its_own_records_are_compared_and_of_the_others_their_number(
+    wire_store, spec, stand_in, embeddings, rows
+):
+    wire_store.ensure_collection(spec)
+    fill_many(wire_store, embeddings, rows)
+    within = IdRange(1, 100)
+
+    def look(expected=MANY, only=(7, 8)):
+        stand_in.calls.clear()
+        return compare_points(wire_store, expected, within=within, only=only), list(stand_in.calls)
+
+    assert look() == (Differences(within, compared=40, held=80), ["Scroll", "Count"])
+    assert look(only=tuple(range(1, 21)))[1] == ["Scroll"]  # half of them: each is compared
+    found, calls = look({**MANY, 7: ExpectedPoints(2, "another"), 9: ExpectedPoints(2, "another")})
+    assert (found.lost, found.stale, calls) == ({7: 2, 9: 2}, {7: 2, 9: 2}, ["Scroll", "Scroll"])
+    wire_store.delete(PointFilter(point_ids=(point_id(30, 0),)))
+    found, calls = look()
+    assert (found.lost, found.stale, calls) == ({30: 1}, {}, ["Scroll", "Count", "Scroll"])
+    assert look({key: want for key, want in MANY.items() if key != 30})[0].gone == {30: 1}
