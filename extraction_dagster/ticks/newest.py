@@ -23,6 +23,7 @@ import sqlalchemy as sa
 
 from extraction_dagster.records import fingerprint
 from extraction_dagster.stages.catalog.changes import Growth, Page, Place, Version, Versions, changed, growth_of
+from extraction_dagster.stages.catalog.database import chunks
 from extraction_dagster.stages.catalog.pending import pending_among, snapshot
 from extraction_dagster.ticks.memory import Order
 
@@ -116,9 +117,12 @@ class NewestLook:
         self._memory.order.is_whole, self._memory.order.found_rows = True, False
 
     def _below(self, found: list[int]) -> list[int]:
-        """Those at or below the watermark."""
-        last_id = self._cursor.last_processed_id
-        return sorted({key for key in found if last_id is not None and key <= last_id})
+        """Those at or below the watermark that are eligible; the others need no run."""
+        last_id, source, eligible = self._cursor.last_processed_id, self._catalog.source, list[int]()
+        below = sorted({key for key in found if last_id is not None and key <= last_id})
+        for chunk in chunks(below):
+            eligible += source.eligible_of(chunk)
+        return eligible
 
     @contextmanager
     def _versions(self) -> Iterator[tuple[sa.Connection, Versions]]:
@@ -149,6 +153,7 @@ class NewestLook:
                         return []
                 if order.ahead is not None and not is_ahead:
                     past = versions.newest(of_the_past=True)
+                    is_ahead = past is None
                 page = versions.page(order.ahead if is_ahead else order.newest, _PAGE, up_to=past)
                 rows = [] if page is None else self._rows(connection, page.condition)
                 if page is not None and not page.is_past:
@@ -180,12 +185,12 @@ class NewestLook:
         """Look at rows of a while ago again: one may have committed late, with an older time than its neighbours."""
         order, found = self._memory.order, list[int]()
         end = time.monotonic() + _SECONDS_ONCE_MORE
-        while order.newest is not None:
+        while (newest := order.newest or order.ahead) is not None:
             with self._versions() as (connection, versions):
                 if order.once_more is None:
                     seconds = self._catalog.settings.source_version_overlap_seconds
-                    order.once_more = versions.once_more_from(order.newest, seconds)
-                up_to = order.newest.version if order.ahead is None else None
+                    order.once_more = versions.once_more_from(newest, seconds)
+                up_to = newest.version if order.ahead is None else None
                 page = versions.page(order.once_more, _PAGE_ONCE_MORE, up_to=up_to)
                 rows = [] if page is None else self._rows(connection, page.condition)
             found += self._note(rows)

@@ -16,8 +16,10 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_classic
 from typer.testing import CliRunner
 
+from extraction_dagster.cli import operations
 from extraction_dagster.cli.main import app
 from extraction_dagster.errors.runs import MetricsFileError
+from extraction_dagster.settings import load_settings
 
 EXTRACTION = Path(sys.executable).parent / "extraction"
 SECRET = "hunter2-canary"  # noqa: S105 - it must not be seen anywhere
@@ -52,6 +54,23 @@ def test_they_are_printed_as_openmetrics_and_nothing_else_is():
     assert shown["extraction_rows", "pending"] == 6
     assert shown["extraction_collection_points",] == 0
     assert ("extraction_watermark_id",) not in shown
+
+
+@pytest.mark.usefixtures("table")
+def test_doctor_says_how_changed_versions_are_found_and_which_index_helps(tmp_path, monkeypatch):
+    told = "insta_content, 6 eligible rows; "
+    assert operations._catalog(load_settings()).startswith(f"{told}there is no version column")
+    with sqlite3.connect(tmp_path / ".extraction" / "source.db") as connection:
+        connection.execute("ALTER TABLE insta_content ADD COLUMN updated_at TIMESTAMP")
+    monkeypatch.setenv("EXTRACTION_SOURCE_VERSION_COLUMN", "updated_at")
+    shown, statement = operations._catalog(load_settings()).split("\n  ")
+    assert shown.startswith(f"{told}no index begins with updated_at")
+    assert statement == "CREATE INDEX extraction_versions_insta_content ON insta_content (updated_at, id);"
+    with sqlite3.connect(tmp_path / ".extraction" / "source.db") as connection:
+        connection.execute(statement)
+    assert operations._catalog(load_settings()) == (
+        f"{told}a changed updated_at is found at once, through the index extraction_versions_insta_content"
+    )
 
 
 @pytest.mark.usefixtures("table")

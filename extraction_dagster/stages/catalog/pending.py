@@ -6,6 +6,8 @@ A pending row is eligible, above the operator's floor, and neither done, nor par
 A tick asks for windows, never for the whole table at once. With mark columns the answer comes from a partial index
 over the rows that are not done, so that it costs the same whatever the table's size. Without, the window's rows are
 compared with the ledger, by the database where it has both.
+
+Long because what is pending is decided, found, counted and indexed by the same conditions.
 """
 
 from __future__ import annotations

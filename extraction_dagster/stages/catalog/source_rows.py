@@ -153,6 +153,10 @@ class SourceRows:
             query = query.where(self.id > after_id)
         return self._ids(query if up_to_id is None else query.where(self.id <= up_to_id), most)
 
+    def eligible_of(self, record_ids: Sequence[int]) -> list[int]:
+        """The eligible ones of a few rows, in ascending order of ids."""
+        return self._ids(sa.select(self.id).where(self.eligible, self.id.in_(record_ids)), len(record_ids))
+
     def addresses_of(self, record_ids: Sequence[int]) -> dict[int, str]:
         """The addresses of those of these rows that have one which can be read."""
         uri_columns = [self._bounded.select(column) for column in self._uri_columns if column.name != self.id.name]
