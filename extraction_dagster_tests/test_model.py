@@ -1288,13 +1288,13 @@ def _neighbour(settings, own, collection):
     return settings.model_copy(update=changes)
 
 
-def _make_engine(url, *, setting):
+def _make_engine(url, *, setting, state_schema=None):
     """Connections are kept, which is a quarter of the cost, and so are the statements."""
     if url not in World.engines:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sa, "NullPool", sa.QueuePool)
             patch.setattr(database, "_begin_sqlite", _begins)
-            engine = World.engines[url] = database.make_engine(url, setting=setting)
+            engine = World.engines[url] = database.make_engine(url, setting=setting, state_schema=state_schema)
         sa.event.listen(engine, "commit", _commits)
         sa.event.listen(engine, "rollback", lambda connection: _count(connection, -1))
     return World.engines[url]

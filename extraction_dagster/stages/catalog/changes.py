@@ -142,11 +142,13 @@ def _index_led_by(column: sa.Column[Any], table: sa.Table) -> str | None:
 
 
 def _index_sql(source: SourceTable, column: sa.Column[Any], engine: sa.Engine) -> str:
-    """The statement that makes the index; PostgreSQL then builds it without blocking writers."""
+    """The statement that makes the index; on PostgreSQL without blocking writers."""
     table = source.table.to_metadata(sa.MetaData())  # an index belongs to a table; the reflected one stays as it is
     index = sa.Index(f"extraction_versions_{table.name}"[:63], table.c[column.name], table.c[source.id.name])
     sql = " ".join(str(CreateIndex(index).compile(dialect=engine.dialect)).split())
-    return sql.replace("CREATE INDEX", "CREATE INDEX CONCURRENTLY", 1) if engine.dialect.name == "postgresql" else sql
+    if engine.dialect.name != "postgresql" or source.kind != "table":  # of partitions PostgreSQL can't do it at once
+        return sql
+    return sql.replace("CREATE INDEX", "CREATE INDEX CONCURRENTLY", 1)
 
 
 class Versions:
