@@ -27,7 +27,7 @@ SECRET = "hunter2-canary"  # noqa: S105 - it must not be seen anywhere
 
 @pytest.fixture
 def table(tmp_path):
-    (tmp_path / ".extraction").mkdir()
+    (tmp_path / ".extraction").mkdir(mode=0o700)
     connection = sqlite3.connect(tmp_path / ".extraction" / "source.db")
     marks = "is_extracted BOOLEAN, is_embedded BOOLEAN"
     connection.execute(f"CREATE TABLE insta_content (id INTEGER PRIMARY KEY, platform, code, path TEXT, {marks})")
