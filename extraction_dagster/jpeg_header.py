@@ -10,6 +10,12 @@ _BASELINE: Final = 0xC0
 _FRAMES: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # how a picture is coded; the three are tables
 _WITHOUT_LENGTH: Final = frozenset({0x01, *range(0xD0, 0xDA)})
 MAX_STORED_PIXELS: Final = 2**26
+# What players and cameras write today, and what archives are full of.
+COMMON_CODECS: Final = (
+    *("h264", "hevc", "libdav1d", "av1", "vp8", "vp9", "mpeg4", "mpeg2video", "mpeg1video", "mpegvideo", "h263"),
+    *("mjpeg", "msmpeg4v1", "msmpeg4v2", "msmpeg4", "wmv1", "wmv2", "wmv3", "vc1", "flv", "theora", "prores", "dnxhd"),
+    *("dvvideo", "ffv1", "rawvideo", "gif", "png", "apng", "webp"),
+)
 
 
 def jpeg_size_px(jpeg: bytes, *, only_baseline: bool = True) -> tuple[int, int] | None:

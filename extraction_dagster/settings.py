@@ -36,6 +36,7 @@ from pydantic_settings import (
 
 from extraction_dagster.errors import SettingsError
 from extraction_dagster.permissions import dotenv_warning, home_warning
+from extraction_dagster.pictures import COMMON_CODECS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -72,12 +73,6 @@ RETIRED: Final = {
     "shard_seconds": "a frame shard is written after 5 s of decoding",
     "vector_dtype": "a new collection keeps vectors as float16, as the embedding shards do; one that exists is kept",
 }
-# What players and cameras write today, and what archives are full of.
-COMMON_CODECS = (
-    *("h264", "hevc", "libdav1d", "av1", "vp8", "vp9", "mpeg4", "mpeg2video", "mpeg1video", "mpegvideo", "h263"),
-    *("mjpeg", "msmpeg4v1", "msmpeg4v2", "msmpeg4", "wmv1", "wmv2", "wmv3", "vc1", "flv", "theora", "prores", "dnxhd"),
-    *("dvvideo", "ffv1", "rawvideo", "gif", "png", "apng", "webp"),
-)
 _warned: set[str] = set()
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?"
 # A host or an IPv6 address in brackets; after '*.' at least two labels; a port if it is not the scheme's own.

@@ -41,6 +41,7 @@ MAX_HEADER_BYTES = 2**18
 _CHUNK_BYTES = 2**20
 _FRAME_BYTES = 4 * 8  # of the body's four arrays
 _MAX_TEXT, _MAX_TRACEBACK, _MAX_NAME = 8000, 20_000, 100
+_MAX_NOTES, _MAX_NOTE = 50, 500
 _MAX_SIDE_PX = 65_500  # of a JPEG
 _JPEG_END = b"\xff\xd9"
 _SPARE_SECONDS = 1.0  # a video may last a frame longer than its frames' times say
@@ -192,6 +193,7 @@ def report_message(report: Report) -> tuple[Header, list[bytes]]:
         "height_px": frames.height_px,
         "duration_seconds": frames.duration_seconds,
         "partial": frames.partial and frames.partial[:_MAX_TEXT],
+        "notes": [note[:_MAX_NOTE] for note in frames.notes[:_MAX_NOTES]],
     }
     times = (np.ascontiguousarray(array, "<f8").tobytes() for array in (frames.pts_seconds, frames.target_seconds))
     sizes = np.array([len(jpeg) for jpeg in frames.jpegs], "<i8").tobytes()
@@ -248,6 +250,7 @@ def read_report(header: Header, body: memoryview, job: DecodeJob) -> Report:
             height_px=height,
             duration_seconds=None if claimed is None else _number(header, "duration_seconds"),
             partial=None if partial is None else _text(header, "partial", _MAX_TEXT),
+            notes=_notes(header),
         )
     except RecordShapeError as error:
         raise ReportError(str(error)) from error
@@ -270,9 +273,11 @@ def _most_jpeg_bytes(width: int, height: int) -> int:
 
 def _check_times(job: DecodeJob, pts: np.ndarray, target: np.ndarray, number: np.ndarray) -> None:
     longest = job.limits.max_duration_seconds + _SPARE_SECONDS
-    if not (np.all(pts >= 0) and np.all(pts <= longest) and np.all(number >= 0)):
+    # Times count from the file's start, and pictures may start long after sound.
+    late = float(pts[0]) if np.all(np.isfinite(pts)) else math.inf
+    if not (0 <= late < math.inf and np.all(pts - late <= longest) and np.all(number >= 0)):
         _refuse("frames outside of the video")
-    if not (np.all(target >= 0) and np.all(target <= 2 * longest)):  # a short video's middles may lie past its end
+    if not (np.all(target >= 0) and np.all(target <= late + 2 * longest)):  # a middle may lie past the last frame
         _refuse("times that nobody asked for")
 
 
@@ -302,6 +307,15 @@ def _fault(header: Header) -> Fault:
         _refuse("an error without a name")
     message, traceback = _text(header, "message", _MAX_TEXT), _text(header, "traceback", _MAX_TRACEBACK)
     return Fault(name, message, permanent=permanent, traceback=traceback, out_of_memory=out_of_memory)
+
+
+def _notes(header: Mapping[str, object]) -> tuple[str, ...]:
+    notes = header.get("notes")
+    if not isinstance(notes, list) or len(notes) > _MAX_NOTES:
+        _refuse("notes that are no list")
+    if not all(isinstance(note, str) and len(note) <= _MAX_NOTE for note in notes):
+        _refuse("a note that is no text")
+    return tuple(notes)
 
 
 def _count(header: Mapping[str, object], name: str, most: int) -> int:

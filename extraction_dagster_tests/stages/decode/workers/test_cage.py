@@ -136,7 +136,7 @@ def test_a_video_is_decoded_without_landlock_too_whatever_loads_late(clip_path, 
         "run = tries.run", "from extraction_dagster.stages.decode.task import *"
     )
     (tmp_path / "without.py").write_text(code)
-    names = ["h264", "vp8 with hidden frames", "gif", "mpeg2 with B-frames in TS", "h264 turned by 90"]
+    names = ["h264", "vp8 with hidden frames", "gif", "h264 in AVI", "h264 turned by 90"]
     work = [
         DecodeJob(2 * number + place, "", str(clip_path(name)), decoder=decoder)
         for number, name in enumerate(names)

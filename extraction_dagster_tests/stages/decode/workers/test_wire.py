@@ -29,7 +29,9 @@ def jpeg(width=12, height=8, **options):
 
 def frames(**changes):
     number = np.array([0, 4, 9])
-    given = EncodedFrames(42, "v7", [jpeg()] * 3, number / 10, number / 10, number, 12, 8, 1.5, "one is damaged")
+    given = EncodedFrames(
+        42, "v7", [jpeg()] * 3, number / 10, number / 10, number, 12, 8, 1.5, "one is damaged", notes=("mp4: h264", "x")
+    )
     return replace(given, **changes)
 
 
@@ -123,6 +125,9 @@ def changed(**header):
         (changed(duration_seconds=float("nan")), "duration_seconds nan"),
         (changed(duration_seconds="1"), "duration_seconds '1'"),
         (changed(cpu_seconds=-1.0), "cpu_seconds -1.0"),
+        (changed(notes="x"), "notes that are no list"),
+        (changed(notes=["x"] * 51), "notes that are no list"),
+        (changed(notes=["x" * 501]), "a note that is no text"),
         (changed(partial=["x"]), "partial that is no text"),
         (changed(partial="x" * 8001), "partial that is no text of at most 8000"),
         (message(Report(frames(jpegs=[b"jpeg"] * 3), None, 0.0)), "a picture that is no JPEG"),
