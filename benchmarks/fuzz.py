@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import math
 import sys
 import tempfile
 import time
@@ -35,7 +36,7 @@ from extraction_dagster.stages.decode.task import DecodeJob
 from extraction_dagster.stages.decode.workers.pool import PoolOptions, decode_as_ready
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from extraction_dagster.records import Outcome
 
@@ -62,22 +63,26 @@ def main() -> None:
     """Render, damage, decode, count."""
     options = _options()
     started = time.monotonic()
+    escapes, found, jobs = list[str](), Counter[str](), dict[int, DecodeJob]()
     with tempfile.TemporaryDirectory() as folder:
         clips = {name: render(Path(folder) / name) for name in CLIPS}
-        jobs = list(_jobs(Path(folder), clips, options.mutations, options.seed))
         pool = PoolOptions(options.workers, options.timeout_seconds, memory_bytes=2**30)
-        outcomes = [decoded.outcome for decoded in filter(None, decode_as_ready(jobs, pool))]
-    escapes = _escapes(jobs, outcomes)
-    found = Counter(
-        outcome.failure.error_type
-        if outcome.failure
-        else "partial"
-        if outcome.frames and outcome.frames.partial
-        else "frames"
-        for outcome in outcomes
-    )
-    document = {"mutations": options.mutations, "seed": options.seed, "outcomes": dict(found.most_common())}
-    document |= {"intact": len(jobs) - options.mutations, "escapes": escapes}
+        drawn = _drawn(_jobs(Path(folder), clips, options.mutations, options.seed), jobs, started + options.seconds)
+        for decoded in filter(None, decode_as_ready(drawn, pool)):
+            outcome = decoded.outcome
+            job = jobs.pop(outcome.record_id, None)
+            if job is None:
+                escapes.append(f"video {outcome.record_id} has two outcomes")
+                continue
+            escapes += _escapes(job, outcome)
+            found[_kind(outcome)] += 1
+            found["intact"] += job.content_version == "intact"
+            if job.content_version == "damaged":
+                Path(job.path).unlink()
+    escapes += [f"video {left} has no outcome" for left in jobs]
+    intact = found.pop("intact")
+    document = {"mutations": found.total() - intact, "seed": options.seed, "outcomes": dict(found.most_common())}
+    document |= {"intact": intact, "escapes": escapes}
     if options.json:
         print(json.dumps(document))
     else:
@@ -87,9 +92,25 @@ def main() -> None:
     sys.exit(1 if escapes else 0)
 
 
+def _drawn(jobs: Iterator[DecodeJob], under_way: dict[int, DecodeJob], until: float) -> Iterator[DecodeJob]:
+    """Note each job as it is drawn, and draw none when the time is up."""
+    for job in jobs:
+        if time.monotonic() > until:
+            return
+        under_way[job.record_id] = job
+        yield job
+
+
+def _kind(outcome: Outcome) -> str:
+    if outcome.failure:
+        return outcome.failure.error_type
+    return "partial" if outcome.frames and outcome.frames.partial else "frames"
+
+
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--mutations", type=int, default=1000)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="damage no more videos after this time")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--timeout-seconds", type=float, default=30.0)
@@ -116,13 +137,13 @@ def render(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _jobs(folder: Path, clips: dict[str, bytes], mutations: int, seed: int) -> list[DecodeJob]:
-    """The damaged videos, with an intact one after each nine."""
-    jobs: list[DecodeJob] = []
-    names = list(clips)
+def _jobs(folder: Path, clips: dict[str, bytes], mutations: int, seed: int) -> Iterator[DecodeJob]:
+    """The damaged videos, with an intact one after each nine; each is written when it is drawn."""
+    names, count = list(clips), 0
     for number in range(mutations):
-        if len(jobs) % INTACT_EVERY == INTACT_EVERY - 1:
-            jobs.append(DecodeJob(len(jobs), "intact", str(folder / names[number % len(names)]), sampling=SAMPLINGS[1]))
+        if count % INTACT_EVERY == INTACT_EVERY - 1:
+            yield DecodeJob(count, "intact", str(folder / names[number % len(names)]), sampling=SAMPLINGS[1])
+            count += 1
         random = np.random.default_rng((seed, number))
         name = names[number % len(names)]
         path = folder / f"{number}-{name}"
@@ -130,8 +151,8 @@ def _jobs(folder: Path, clips: dict[str, bytes], mutations: int, seed: int) -> l
         decoder = "decord" if random.random() < 0.25 else "pyav"  # noqa: PLR2004 - a quarter
         sampling = SAMPLINGS[int(random.integers(len(SAMPLINGS)))]
         quality = EVERY_STEP if sampling.mode == "scene" else Quality()
-        jobs.append(DecodeJob(len(jobs), "damaged", str(path), decoder=decoder, sampling=sampling, quality=quality))
-    return jobs
+        yield DecodeJob(count, "damaged", str(path), decoder=decoder, sampling=sampling, quality=quality)
+        count += 1
 
 
 def mutate(content: bytes, other: bytes, random: np.random.Generator) -> bytes:
@@ -201,22 +222,15 @@ def _splice(content: bytearray, other: bytes, random: np.random.Generator) -> by
     return content
 
 
-def _escapes(jobs: list[DecodeJob], outcomes: list[Outcome]) -> list[str]:
+def _escapes(job: DecodeJob, outcome: Outcome) -> list[str]:
     """What should never be, in words."""
-    counts = Counter(outcome.record_id for outcome in outcomes)
-    escapes = [
-        f"video {job.record_id} has {counts[job.record_id]} outcomes" for job in jobs if counts[job.record_id] != 1
-    ]
-    for outcome in outcomes:
-        job = jobs[outcome.record_id]
-        name = f"video {outcome.record_id} ({Path(job.path).name}, {job.decoder}, {job.sampling.mode})"
-        failure, frames = outcome.failure, outcome.frames
-        if failure is not None and failure.error_type not in KNOWN:
-            escapes.append(f"{name}: {failure.error_type}: {failure.message}")
-        if job.content_version == "intact" and (
-            frames is None or frames.partial or len(frames) != SAMPLINGS[1].num_frames
-        ):
-            escapes.append(f"{name} is intact and gave {failure or frames}"[:500])
+    name = f"video {job.record_id} ({Path(job.path).name}, {job.decoder}, {job.sampling.mode})"
+    failure, frames = outcome.failure, outcome.frames
+    escapes = []
+    if failure is not None and failure.error_type not in KNOWN:
+        escapes.append(f"{name}: {failure.error_type}: {failure.message}")
+    if job.content_version == "intact" and (frames is None or frames.partial or len(frames) != SAMPLINGS[1].num_frames):
+        escapes.append(f"{name} is intact and gave {failure or frames}"[:500])
     return escapes
 
 

@@ -10,6 +10,10 @@ partitions, and four ranges in flight. Then, each in a process of its own, it me
 - `entries`: the ledger has 100,000 entries of rows that are gone, between the watermark and the frontier;
 - `progress`: a look of the progress sensor, every five minutes.
 
+With `--versions`, a table of rows that are all done and in the ledger is measured instead, without and with a version
+column (a time, indexed, and one that no index leads): a tick, and `extraction run`, that find nothing; then one row in
+the middle is changed, and the ticks are counted until a run of it is asked for.
+
 Everything lies in a temporary folder, which is deleted; 100 million rows need 4 GB (SQLite) or 10 GB (PostgreSQL).
 """
 
@@ -27,6 +31,7 @@ import uuid
 import warnings
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,7 +55,7 @@ from extraction_dagster.ticks.tick import Ticked, tick
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_BATCH, _IN_FLIGHT, _ENDED_RUNS, _TICKS = 1000, 4, 1000, 20
+_BATCH, _IN_FLIGHT, _ENDED_RUNS, _TICKS, _ROUNDS = 1000, 4, 1000, 20, 3
 _PARTITIONS = (100, 100_000)
 _KINDS = ("steady", "sweep", "late row", "entries", "progress")
 _GONE = 100_000
@@ -68,14 +73,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000])
     parser.add_argument("--engine", choices=["sqlite", "postgresql"], default="sqlite")
-    parser.add_argument("--measure", choices=_KINDS, help=argparse.SUPPRESS)
+    parser.add_argument("--versions", action="store_true", help="measure what a version column costs")
+    parser.add_argument("--measure", choices=[*_KINDS, "idle"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps(_measure(options.measure, options.rows[0])))
+        measure = _measure_idle if options.measure == "idle" else partial(_measure, options.measure)
+        print(json.dumps(measure(options.rows[0])))
         return
     for rows in options.rows:
         with tempfile.TemporaryDirectory(prefix="tick") as folder, _database(options.engine, Path(folder)) as url:
-            _benchmark(options.engine, rows, Path(folder), url)
+            (_benchmark_versions if options.versions else _benchmark)(options.engine, rows, Path(folder), url)
 
 
 def _benchmark(engine: str, rows: int, folder: Path, url: str) -> None:
@@ -94,15 +101,121 @@ def _benchmark(engine: str, rows: int, folder: Path, url: str) -> None:
         for wanted in _PARTITIONS:
             number = _add_partitions(instance, wanted, rows)
             for kind in _KINDS:
-                command = [sys.executable, __file__, "--rows", str(rows), "--measure", kind]
-                done = subprocess.run(command, check=True, capture_output=True, text=True)
-                cost = json.loads(done.stdout.splitlines()[-1])
+                cost = _in_process(kind, rows)
                 print(
                     f"{engine:10} {rows:>11,} rows {number:>7,} partitions {kind:8}: first tick {cost['first']:.3f}, "
                     f"then {cost['later']:.3f} CPU s, peak {cost['peak_mb']:.0f} MB",
                     flush=True,
                 )
     os.environ.pop("DAGSTER_HOME")
+
+
+def _benchmark_versions(engine: str, rows: int, folder: Path, url: str) -> None:
+    os.environ |= {"EXTRACTION_HOME": str(folder), "EXTRACTION_SOURCE_URL": url}
+    os.environ |= {"EXTRACTION_POSTGRES_URL": url} if engine == "postgresql" else {}
+    os.environ.pop("DAGSTER_HOME", None)
+    _fill_done(rows)
+    in_turn = {"without": "", "a time, indexed": "updated_at", "a time, no index": "changed_at"}
+    run = [str(Path(sys.executable).with_name("extraction")), "run"]
+    for _ in range(_ROUNDS):
+        for name, column in in_turn.items():
+            os.environ["EXTRACTION_SOURCE_VERSION_COLUMN"] = column
+            cost, seconds = _in_process("idle", rows), _cpu_seconds(run)
+            print(
+                f"{engine:10} {rows:>11,} rows, version column {name:16}: a tick {cost['cpu']:.3f} CPU s, "
+                f"{cost['wall']:.3f} s wall; run {seconds:.2f} CPU s",
+                flush=True,
+            )
+    os.environ["EXTRACTION_SOURCE_VERSION_COLUMN"] = "updated_at"
+    print(f"a changed row is claimed by tick {_ticks_to_a_change(rows)}", flush=True)
+
+
+def _in_process(kind: str, rows: int) -> dict[str, float]:
+    command = [sys.executable, __file__, "--rows", str(rows), "--measure", kind]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _cpu_seconds(command: list[str]) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def _fill_done(rows: int) -> None:
+    """Every row is done, marked and in the ledger, with two columns of times, of which an index begins with one."""
+    settings = load_settings()
+    engine = sa.create_engine(settings.resolved_source_url)
+    name = engine.dialect.name
+    time_of = {
+        "sqlite": "strftime('%Y-%m-%d %H:%M:%f', 1700000000 + i, 'unixepoch')",
+        "postgresql": "timestamp '2023-11-14 22:13:20' + i * interval '1 second'",
+    }[name]
+    kind = {"sqlite": "DATETIME", "postgresql": "TIMESTAMP"}[name]
+    columns = _COLUMNS.format(id="INTEGER" if name == "sqlite" else "BIGINT")
+    numbers = _NUMBERS[name].format(values=f"'tube', 'c', 'v.mp4', true, true, {time_of}, {time_of}")
+    with engine.begin() as connection:
+        if name == "sqlite":
+            connection.exec_driver_sql("PRAGMA cache_size = -200000")
+        connection.exec_driver_sql(
+            f"CREATE TABLE insta_content {columns[:-1]}, updated_at {kind} NOT NULL, changed_at {kind} NOT NULL)"
+        )
+        connection.execute(sa.text(f"INSERT INTO insta_content {numbers}"), {"rows": rows})
+        connection.exec_driver_sql("CREATE INDEX updated ON insta_content (updated_at, id)")
+    with open_catalog(settings) as catalog, engine.begin() as connection:
+        index = pending_index(catalog.source)
+        if index is not None:
+            index.create(connection)
+        # Of either column, and of none: what it says is the same.
+        connection.execute(
+            sa.text(
+                "INSERT INTO extraction_ledger (record_id, state, source_version, updated_at) "
+                "SELECT id, 'done', CAST(updated_at AS TEXT), :now FROM insta_content"
+            ),
+            {"now": datetime.now(UTC).replace(tzinfo=None) if name == "sqlite" else datetime.now(UTC)},
+        )
+    if name == "postgresql":
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.exec_driver_sql("VACUUM ANALYZE")
+    engine.dispose()
+
+
+def _idle_ticks(rows: int) -> Iterator[Ticked]:
+    """Ticks over a table whose rows are all done; what they remember is kept."""
+    with open_instance(load_settings()) as instance:
+        while True:
+            with open_catalog(load_settings()) as catalog:
+                now, memory = datetime.now(UTC), recall(catalog.state_engine)
+                cursor = CursorState.first(catalog.source.identity, now=now)
+                cursor = cursor.moved(now=now, last_processed_id=rows, frontier_id=rows)
+                ticked = tick(catalog, InstanceRuns(instance), cursor.to_json(), memory, now=now)
+                remember(catalog.state_engine, memory)
+            yield ticked
+
+
+def _measure_idle(rows: int) -> dict[str, float]:
+    """The median of some ticks after the first."""
+    ticks, cpu, wall = _idle_ticks(rows), list[float](), list[float]()
+    for _ in range(_TICKS):
+        before = time.process_time(), time.monotonic()
+        if next(ticks).requests:
+            sys.exit("expected that nothing is due")
+        cpu.append(time.process_time() - before[0])
+        wall.append(time.monotonic() - before[1])
+    middle = _TICKS // 2
+    return {"cpu": sorted(cpu[1:])[middle], "wall": sorted(wall[1:])[middle]}
+
+
+def _ticks_to_a_change(rows: int) -> int:
+    engine = sa.create_engine(load_settings().resolved_source_url)
+    with engine.begin() as connection:
+        now = datetime.now(UTC).isoformat(sep=" ")[:19]
+        statement = sa.text("UPDATE insta_content SET updated_at = :now WHERE id = :id")
+        connection.execute(statement, {"now": now, "id": rows // 2})
+    engine.dispose()
+    return next(number for number, ticked in enumerate(_idle_ticks(rows), 1) if ticked.requests)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ import sqlalchemy as sa
 from pydantic import SecretStr
 
 from extraction_dagster import __version__
-from extraction_dagster.addresses import scrubbed
+from extraction_dagster.addresses import capped, scrubbed
 from extraction_dagster.errors.runs import NoticeError, NotifierError
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ _HEADERS = {
     "Connection": "close",
 }
 _LONGEST_ERROR = 600
+_LONGEST_LOOKED_AT = 16_000
 _SHORTEST_SECRET = 4
 _HIDDEN = "(hidden)"
 
@@ -113,10 +114,26 @@ class RunFailure:
 
 def redact(text: str, settings: Settings) -> str:
     """A text in one paragraph, not too long, without any secret of the settings, credentials or signatures."""
-    for secret in _secrets(settings):
-        text = text.replace(secret, _HIDDEN)
+    secrets = _secrets(settings)
+    # Cut first; what hangs over shows whether a secret begins before the cut, and goes then, whole or half of one.
+    overhang = max(map(len, secrets), default=0)
+    text, is_cut = text[: _LONGEST_LOOKED_AT + overhang], len(text) > _LONGEST_LOOKED_AT + overhang
+    for secret in secrets:
+        text = _without(text, secret)
+    if is_cut:
+        text = capped(text, max(len(text) - overhang - 1, 0))
     text = " ".join(scrubbed(text).split())
     return text if len(text) <= _LONGEST_ERROR else f"{text[: _LONGEST_ERROR - 1]}…"
+
+
+def _without(text: str, secret: str) -> str:
+    """A text without a secret, and without the beginning of it where the text was cut."""
+    text = text.replace(secret, _HIDDEN)
+    if not text.endswith("…"):
+        return text
+    body = text.rstrip("….")
+    half = next((size for size in range(len(secret) - 1, _SHORTEST_SECRET - 1, -1) if body.endswith(secret[:size])), 0)
+    return f"{body[: len(body) - half]}{_HIDDEN}" if half else text
 
 
 def _secrets(settings: Settings) -> list[str]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import numpy as np
 
+from extraction_dagster.addresses import capped
 from extraction_dagster.errors import PartitionKeyError, RecordShapeError
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 Stage = Literal["catalog", "fetch", "decode", "embed", "index"]
 _KEY = re.compile(r"(-?(?:0|[1-9][0-9]{0,18}))-(-?(?:0|[1-9][0-9]{0,18}))")  # BIGINT has up to 19 digits
+_LONGEST_MESSAGE, _LONGEST_DETAILS = 4_000, 16_000
 _MIN_ID, _MAX_ID = -(2**63), 2**63 - 1
 
 
@@ -274,6 +276,11 @@ class Failure:
     message: str
     permanent: bool = False
     details: str = ""
+
+    def __post_init__(self) -> None:
+        """Cut texts to what is kept of any error, here and nowhere else."""
+        object.__setattr__(self, "message", capped(self.message, _LONGEST_MESSAGE))
+        object.__setattr__(self, "details", capped(self.details, _LONGEST_DETAILS))
 
 
 @dataclass(frozen=True, slots=True)

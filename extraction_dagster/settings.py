@@ -35,9 +35,10 @@ from pydantic_settings import (
 )
 
 from extraction_dagster.errors import SettingsError
+from extraction_dagster.permissions import dotenv_warning, home_warning
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from pydantic.fields import FieldInfo
 
@@ -71,12 +72,21 @@ RETIRED: Final = {
     "shard_seconds": "a frame shard is written after 5 s of decoding",
     "vector_dtype": "a new collection keeps vectors as float16, as the embedding shards do; one that exists is kept",
 }
+# What players and cameras write today, and what archives are full of.
+COMMON_CODECS = (
+    *("h264", "hevc", "libdav1d", "av1", "vp8", "vp9", "mpeg4", "mpeg2video", "mpeg1video", "mpegvideo", "h263"),
+    *("mjpeg", "msmpeg4v1", "msmpeg4v2", "msmpeg4", "wmv1", "wmv2", "wmv3", "vc1", "flv", "theora", "prores", "dnxhd"),
+    *("dvvideo", "ffv1", "rawvideo", "gif", "png", "apng", "webp"),
+)
 _warned: set[str] = set()
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]*[A-Za-z0-9_])?"
 # A host or an IPv6 address in brackets; after '*.' at least two labels; a port if it is not the scheme's own.
 _HOST = re.compile(rf"(?:\*\.{_LABEL}\.)?{_LABEL}(?:\.{_LABEL})*(?::\d{{1,5}})?|\[[0-9A-Fa-f:]+\](?::\d{{1,5}})?")
-_BUCKET = re.compile(r"(?:s3|gs)://[A-Za-z0-9][A-Za-z0-9._-]{1,221}")
+_BUCKET = re.compile(r"(?:s3|gs)://[A-Za-z0-9][A-Za-z0-9._-]{1,221}(?:/[^\s,]*)?")
 _SHORTEST_PREFIX = 8
+_NEARLY = 0.8  # of two names that are nearly the same
+_SERVICE = "_SERVICE_HOST"  # by these variables, a Service of Kubernetes is told from a slip in a setting
+_INJECTED = re.compile(r"SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT(?:_\d+_(?:TCP|UDP|SCTP)(?:_(?:PROTO|PORT|ADDR))?)?")
 _NOTIFIERS = ("none", "log", "webhook", "slack")
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 _OWNER = re.compile(r"team:[A-Za-z0-9_.-]{1,100}|[A-Za-z0-9_.+-]{1,100}@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+")
@@ -103,7 +113,7 @@ Hosts = Annotated[
     _each(_HOST, "hosts such as media.example.com, *.cdn.example.com or media.example.com:8443"),
     AfterValidator(lambda hosts: tuple(host.lower() for host in hosts)),
 ]
-Buckets = Annotated[Names, _each(_BUCKET, "buckets such as s3://videos or gs://videos")]
+Buckets = Annotated[Names, _each(_BUCKET, "buckets such as s3://videos, s3://videos/2026 or gs://videos")]
 Owners = Annotated[Names, _each(_OWNER, "owners such as team:video or someone@example.com")]
 
 
@@ -129,6 +139,12 @@ class Settings(BaseSettings):
     )
     state_url: SecretStr | None = Field(
         None, description="Database of the ledger, errors, requests and checkpoint tables; the source's when unset."
+    )
+    state_schema: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,62}$",
+        description="Schema of these tables, on PostgreSQL; one for each source table of a database. The database's "
+        "default when unset; made where it is missing.",
     )
     frames_uri: str | None = Field(
         None,
@@ -165,6 +181,18 @@ class Settings(BaseSettings):
     source_version_column: str | None = Field(
         None, description="Column whose value changes whenever the file changes (updated_at, an etag)."
     )
+    source_version_grows: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Whether a changed row's version is greater than all before it, so that changes are found at once: "
+        "auto (it is a time or a number, and an index begins with it), on, off. 'extraction doctor' says what holds.",
+    )
+    source_version_overlap_seconds: float = Field(
+        600.0,
+        ge=0,
+        le=7 * 86_400,
+        description="How much older than the newest version, a time, that of a row may be that commits later, and is "
+        "found before the round comes to it; where versions are numbers, the newest 10,000 rows are looked at again.",
+    )
     source_extracted_column: str | None = Field(
         "is_extracted", description="Boolean column set once a record's frames are stored; empty for none."
     )
@@ -177,6 +205,24 @@ class Settings(BaseSettings):
         "column, template or first root): process decodes it again, report leaves it and lets reconcile name it. "
         "Failed records are tried at once either way.",
     )
+    max_label_bytes: int = Field(
+        1024,
+        ge=16,
+        le=2**20,
+        description="Longest platform, code and version of a row, in bytes of UTF-8; a record with a longer one fails.",
+    )
+    max_payload_bytes: int = Field(
+        16 * 1024,
+        ge=256,
+        le=2**20,
+        description="Most bytes of a record's further payload columns, together and as JSON; a record with more fails.",
+    )
+    max_address_bytes: int = Field(
+        8 * 1024,
+        ge=64,
+        le=2**20,
+        description="Longest address of a file, in bytes of UTF-8; a record with a longer one fails.",
+    )
     source_read_only: bool = Field(
         default=False, description="Never write to the source table: the ledger alone says what is done."
     )
@@ -184,6 +230,13 @@ class Settings(BaseSettings):
     # Ranges and retries
     batch_size: int = Field(1000, ge=1, le=100_000, description="Records per ID range, hence per run.")
     max_attempts: int = Field(3, ge=1, le=100, description="Tries of a failing record before it is parked.")
+    keep_errors_days: int = Field(
+        90,
+        ge=1,
+        le=36_500,
+        description="Days for which the errors table keeps what is over; the last error of a record that is failed or "
+        "parked stays.",
+    )
     retry_delay_seconds: float = Field(
         60.0, ge=0, le=86_400, description="Wait before a failed record's second try; doubles at each further try."
     )
@@ -204,6 +257,13 @@ class Settings(BaseSettings):
     sweep_every_ticks: int = Field(
         30, ge=1, le=10_000, description="Each so many ticks, rows below the watermark are looked through as well."
     )
+    dead_after_seconds: int = Field(
+        300,
+        ge=30,
+        le=86_400,
+        description="A run of another machine or container that gave no sign of life for so long is taken for dead, "
+        "and its range asked for again; one of this machine is seen at once.",
+    )
     max_run_seconds: int = Field(
         6 * 3600, ge=10, description="A run that takes longer is ended, so that its range can be asked for again."
     )
@@ -223,13 +283,14 @@ class Settings(BaseSettings):
     )
     allowed_buckets: Buckets = Field(
         (),
-        description="Buckets from which files may be read, separated by commas: s3://videos,gs://videos; none when "
-        "unset.",
+        description="Buckets from which files may be read, separated by commas, each with the folder that all of its "
+        "files lie in, if they do: s3://videos,gs://videos/2026; none when unset.",
     )
     allowed_networks: Names = Field(
         (),
-        description="Private networks in which an allowed host may lie, separated by commas: 10.1.0.0/16; without "
-        "them only public addresses are connected to.",
+        description="Private networks in which an allowed host may lie, separated by commas: "
+        "media.example.com=10.1.0.0/16 for one host, 10.1.0.0/16 for every one; without them only public addresses are "
+        "connected to.",
     )
     allow_http: bool = Field(default=False, description="Read http:// addresses of allowed hosts too, unencrypted.")
     max_file_bytes: int = Field(4 * 2**30, ge=1, description="Largest file that is downloaded.")
@@ -290,12 +351,22 @@ class Settings(BaseSettings):
 
     # Decoding
     decoder: Literal["pyav", "decord"] = Field("pyav", description="Decoder: pyav (exact, faster) or decord.")
+    video_codecs: Names = Field(
+        COMMON_CODECS,
+        description="Decoders of FFmpeg, by its names, that may be opened, separated by commas. The rare ones, which "
+        "fewer eyes have looked at, are not among them: add those that your videos need.",
+    )
     decode_workers: int = Field(
         default_factory=lambda: os.cpu_count() or 1, ge=1, le=256, description="Decoding processes; the cores if unset."
     )
     decode_timeout_seconds: float = Field(300.0, gt=0, le=86_400, description="Wall-clock limit for one video.")
     decode_memory_bytes: int = Field(
         4 * 2**30, ge=2**28, description="Address space that a decoding process may use beyond its own start."
+    )
+    require_confinement: bool = Field(
+        default=False,
+        description="Decode nothing unless the kernel confines a decoding process in every way that docs/security.md "
+        "lists; otherwise what it lacks is logged, and the rest holds.",
     )
     max_pixels: int = Field(
         8192 * 4320, ge=1, description="Most pixels of one source frame; a larger video is refused before decoding."
@@ -382,6 +453,9 @@ class Settings(BaseSettings):
     qdrant_url: str | None = Field(None, description="Qdrant server; the embedded engine under home when unset.")
     qdrant_grpc_port: int = Field(6334, ge=1, le=65535, description="The Qdrant server's gRPC port.")
     qdrant_api_key: SecretStr | None = Field(None, description="API key of the Qdrant server.")
+    qdrant_allow_http: bool = Field(
+        default=False, description="Send the key unencrypted, to http:// addresses of other machines too."
+    )
     qdrant_timeout_seconds: float = Field(60.0, gt=0, le=3600, description="Limit for one call to the Qdrant server.")
     qdrant_retry_seconds: float = Field(
         300.0,
@@ -493,12 +567,24 @@ class Settings(BaseSettings):
     @classmethod
     def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for text in value:
+            host, equals, named = text.rpartition("=")
             try:
-                network = ipaddress.ip_network(text)
+                network = ipaddress.ip_network(named)
             except ValueError:
                 network = None
-            if network is None or network.prefixlen < _SHORTEST_PREFIX:
-                message = f"networks such as 10.1.0.0/16 or fd00:1::/64, none larger than a /8 (refused: {text})"
+            is_host = not equals or (_HOST.fullmatch(host) is not None and "[" not in host)
+            if network is None or network.prefixlen < _SHORTEST_PREFIX or not is_host:
+                examples = "10.1.0.0/16, fd00:1::/64 or media.example.com=10.1.0.0/16"
+                raise ValueError(f"networks such as {examples}, none larger than a /8 (refused: {text})")
+        return tuple(text.lower() for text in value)
+
+    @field_validator("frames_uri", "embeddings_uri", mode="after")
+    @classmethod
+    def _no_password(cls, value: str | None) -> str | None:
+        for part in (value or "").split("://")[1:]:
+            user, at, _ = part.partition("/")[0].rpartition("@")
+            if at and ":" in user:
+                message = "an address without a password: it belongs into the store's own configuration (AWS_…, say)"
                 raise ValueError(message)
         return value
 
@@ -507,11 +593,18 @@ class Settings(BaseSettings):
     def _plain_server_url(cls, value: str | None) -> str | None:
         if value is None:
             return None
-        parts = urllib.parse.urlsplit(value)
+        try:
+            parts = urllib.parse.urlsplit(value)
+        except ValueError:
+            raise ValueError("an address such as http://localhost:6333") from None
         if "@" in parts.netloc or parts.query or parts.fragment:
             message = "an address without user, password or query: the key belongs into EXTRACTION_QDRANT_API_KEY"
             raise ValueError(message)
-        if parts.scheme not in {"http", "https"} or not parts.hostname:
+        try:
+            is_usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # of a port that is none; the library's words would quote it
+            is_usable = False
+        if not is_usable:
             raise ValueError("an address such as http://localhost:6333 or https://qdrant.example.com:6333")
         return value
 
@@ -541,6 +634,16 @@ class Settings(BaseSettings):
             raise ValueError(message)
         if self.min_frames > self.max_frames:
             raise ValueError(f"min_frames ({self.min_frames}) must not be greater than max_frames ({self.max_frames})")
+        return self
+
+    @model_validator(mode="after")
+    def _key_is_encrypted(self) -> Self:
+        if self.qdrant_api_key is None or self.qdrant_url is None or self.qdrant_allow_http:
+            return self
+        parts = urllib.parse.urlsplit(self.qdrant_url)
+        if parts.scheme == "http" and not _is_this_machine(parts.hostname or ""):
+            message = "qdrant_url must be https where there is a qdrant_api_key, unless it leads to this machine or "
+            raise ValueError(f"{message}qdrant_allow_http is true: the key would be sent unencrypted")
         return self
 
     @model_validator(mode="after")
@@ -617,7 +720,10 @@ class _SetVariables(PydanticBaseSettingsSource):
 
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002
         """The variable's text; None where it is not set."""
-        return self._variables.get(f"{PREFIX}{field_name}".lower()), field_name, False
+        value = self._variables.get(f"{PREFIX}{field_name}".lower())
+        if value is not None and value.startswith("tcp://") and _is_injected(f"{PREFIX}{field_name}".upper()):
+            value = None
+        return value, field_name, False
 
     def __call__(self) -> dict[str, Any]:
         """Each setting whose variable is set."""
@@ -651,22 +757,64 @@ def load_settings() -> Settings:
             slip would otherwise be ignored in silence).
     """
     known = {PREFIX + name.upper() for name in Settings.model_fields}
-    for variable in (*os.environ, *_dotenv_variables()):
-        if not variable.startswith(PREFIX) or variable.startswith(_TEST_PREFIX):
+    in_file = _dotenv_variables()
+    for variable in (*os.environ, *in_file):
+        if not variable.startswith(PREFIX) or variable.startswith(_TEST_PREFIX) or _is_injected(variable):
             continue
         if (name := variable.removeprefix(PREFIX).lower()) in RETIRED:
             _warn_of_retired(name)
         elif variable not in known:
             close = difflib.get_close_matches(variable, known, n=1)
             raise SettingsError(variable, "unknown", f"{close[0]}, perhaps" if close else "a known setting")
+    _refuse_odd_prefix(known)
     try:
-        return Settings()
+        settings = Settings()
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
         name = str(first["loc"][0]) if first["loc"] else ""
         raise SettingsError(
             PREFIX + name.upper() if name else "combination", _shown(name), first["msg"].removeprefix("Value error, ")
         ) from None
+    for warning in permission_warnings(settings, in_file):
+        if warning not in _warned:
+            _warned.add(warning)
+            _log.warning("%s.", warning)
+    return settings
+
+
+def permission_warnings(settings: Settings, in_file: Iterable[str] | None = None) -> list[str]:
+    """Who else may read or change the data folder and `.env`.
+
+    Args:
+        settings: Say which folder.
+        in_file: The variables that `.env` sets; it is read when None.
+    """
+    secret = {PREFIX + name.upper() for name in Settings.model_fields if _is_secret(name)}
+    variables = set(_dotenv_variables() if in_file is None else in_file)
+    dotenv = dotenv_warning(Path(".env"), holds_secrets=not secret.isdisjoint(variables))
+    return [warning for warning in (home_warning(settings.home), dotenv) if warning]
+
+
+def _is_secret(name: str) -> bool:
+    return "SecretStr" in str(Settings.model_fields[name].annotation)
+
+
+def _is_injected(variable: str) -> bool:
+    """Whether Kubernetes made a variable: a Service named extraction-… puts its addresses into every pod."""
+    services = (name.removesuffix(_SERVICE) for name in os.environ if name.endswith(_SERVICE))
+    return any(
+        variable.startswith(f"{service}_") and _INJECTED.fullmatch(variable.removeprefix(f"{service}_"))
+        for service in services
+    )
+
+
+def _refuse_odd_prefix(known: set[str]) -> None:
+    """Refuse a line of `.env` that is a setting but for a slip in its prefix: it would be ignored in silence."""
+    for variable in _dotenv_variables():
+        prefix, _, name = variable.partition("_")
+        odd = variable not in known and f"{PREFIX}{name}" in known
+        if odd and difflib.SequenceMatcher(None, f"{prefix}_", PREFIX).ratio() > _NEARLY:
+            raise SettingsError(variable, "unknown (in .env)", f"{PREFIX}{name}, perhaps")
 
 
 def _warn_of_retired(retired: str) -> None:
@@ -697,8 +845,8 @@ def _shown(name: str) -> str:
     """The value as it may be printed: never a secret's."""
     if not name:
         return "not consistent"
-    if "SecretStr" in str(Settings.model_fields[name].annotation):
+    if _is_secret(name):
         return "not usable (hidden)"
     value = os.environ.get(PREFIX + name.upper(), "what .env says")
-    may_hold_a_secret = name.endswith("url") and any(mark in value for mark in "@?#")
+    may_hold_a_secret = name.endswith(("url", "uri")) and any(mark in value for mark in "@?#")
     return "not usable (hidden)" if may_hold_a_secret else repr(value)

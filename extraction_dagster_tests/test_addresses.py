@@ -1,8 +1,11 @@
 """Addresses as they are shown, and what tells one from another."""
 
+import time
+
 import pytest
 
-from extraction_dagster.addresses import address_hash, scrubbed, shown_address
+from extraction_dagster.addresses import address_hash, brief_address, capped, scrubbed, shown_address
+from extraction_dagster.defs.metadata import in_table
 from extraction_dagster.errors.catalog import FileForbiddenError, FileUnavailableError, SchemeError
 
 
@@ -21,7 +24,10 @@ from extraction_dagster.errors.catalog import FileForbiddenError, FileUnavailabl
         ("https://me:can/ary@host/a.mp4", "https://host/a.mp4"),
         ("https://me:c@nary@host/a.mp4", "https://host/a.mp4"),
         ("HTTPS://me:canary@host\\a.mp4", "HTTPS://host\\a.mp4"),
-        ("s3://bucket/a.mp4?versionId=canary", "s3://bucket/a.mp4?…"),
+        ("s3://bucket/a.mp4?versionId=3HL4", "s3://bucket/a.mp4?versionId=3HL4"),
+        ("gs://bucket/part #1, 50% off?.mp4", "gs://bucket/part #1, 50% off?.mp4"),
+        ("s3://me:canary@bucket/a.mp4", "s3://bucket/a.mp4"),
+        ("s3://bucket/a.mp4?X-Amz-Signature=canary", "s3://bucket/a.mp4?…"),
         ("ftp://me:canary@host/a.mp4", "ftp://host/a.mp4"),
     ],
 )
@@ -81,3 +87,57 @@ def test_an_address_is_the_same_in_every_process():
     assert address_hash("a.mp4", "/other") != "9ec49090b225b812"
     assert address_hash("", "/videos") == ""
     assert address_hash("no\udcff.mp4", "/videos") != address_hash("no\udcfe.mp4", "/videos")
+
+
+SHAPES = ("a", "://", "a:", "a://", "3://", "a@:", "@", "'", " ", "/", ":1", "?X-Amz-", "a.", "é", "://a ", "a:b@")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "function",
+    [scrubbed, shown_address, brief_address, lambda text: capped(text, len(text) - 1), in_table],
+    ids=["scrubbed", "shown_address", "brief_address", "capped", "in_table"],
+)
+def test_the_cost_of_a_text_grows_no_faster_than_its_length(function, shape):
+    def seconds(length):
+        text = "https://" + (shape * length)[:length]
+        taken = []
+        for _ in range(3):
+            began = time.process_time()
+            function(text)
+            taken.append(time.process_time() - began)
+        return min(taken)
+
+    # Ten times the length costs ten times as much, where it can be measured at all; quadratic would be a hundred.
+    assert seconds(1_000_000) < 35 * max(seconds(100_000), 0.002)
+
+
+def test_a_hash_of_an_endless_address_takes_no_time_either():
+    for shape in SHAPES:
+        began = time.process_time()
+        address_hash(f"https://{shape * 100_000}", "/videos")
+        address_hash(shape * 100_000, "/videos")
+        assert time.process_time() - began < 2
+
+
+@pytest.mark.parametrize("length", range(1, 60))
+def test_a_cut_leaves_no_half_of_a_password(length):
+    text = "Look at 'https://me:canary-canary@host/a.mp4', not at me."
+    shown = scrubbed(capped(text, length))
+    assert "me:" not in shown
+    assert "can" not in shown
+
+
+def test_a_cut_is_seen_and_keeps_what_is_not_an_address():
+    assert capped("short", 5) == "short"
+    assert capped("longer", 5) == "longe…"
+    assert capped("see https://me:secret@host and more", 14) == "see https://…"
+    assert capped("see https://me:secret@host and more", 30) == "see https://me:secret@host and…"
+    assert capped("see https://host 'ftp://me:se", 28) == "see https://host 'ftp://…"
+
+
+def test_an_error_shows_both_ends_of_a_long_address():
+    error = str(FileUnavailableError(f"https://me:canary@host/{'a' * 10_000}/last.mp4?canary", "it is empty"))
+    assert len(error) < 600
+    assert "https://host/aaaa" in error
+    assert "aaaa/last.mp4?…'" in error

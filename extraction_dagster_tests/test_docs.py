@@ -82,3 +82,26 @@ def test_every_file_that_a_page_names_is_there(page):
         name for name in named if not any(f"/{file}".endswith(f"/{name}") or f"/{name}" in f"/{file}" for file in files)
     }
     assert sorted(missing - {"deploy/"}) == []
+
+
+def promises():
+    """Of docs/security.md: each promise, and the tests that hold it as `(file, name)`."""
+    table = (ROOT / "docs/security.md").read_text().partition("| promise | held by |")[2].split("\n\n")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    return [(promise, re.findall(r"`(\S+?)::(\w+)`", held)) for promise, held in rows]
+
+
+def test_every_promise_of_the_security_page_names_a_test_that_exists():
+    found = promises()
+    assert len(found) > 20
+    missing = [
+        f"{promise}: {file}::{name}"
+        for promise, tests in found
+        for file, name in tests or [("no test", "")]
+        if not re.search(rf"^def {name}\(", _text(ROOT / "extraction_dagster_tests" / file), re.MULTILINE)
+    ]
+    assert missing == []
+
+
+def _text(path):
+    return path.read_text() if path.exists() else ""

@@ -45,7 +45,7 @@ def test_every_error_of_the_project_is_one_of_the_family():
 def test_a_sentence_written_over_several_lines_is_one_line_and_keeps_the_breaks_of_what_it_names():
     assert str(SettingsError("EXTRACTION_FPS", "'x\ny'", "a number")) == (
         "Setting EXTRACTION_FPS is 'x\ny', expected a number. Correct it in the environment or in .env; "
-        "'extraction doctor' lists every setting."
+        "'extraction doctor --all' lists every setting."
     )
 
 

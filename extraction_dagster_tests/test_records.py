@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from extraction_dagster.addresses import scrubbed
 from extraction_dagster.errors import PartitionKeyError, RecordShapeError
 from extraction_dagster.records import (
     EmbeddingBatch,
@@ -275,3 +276,14 @@ def test_a_fingerprint_is_stable_and_sees_every_part():
 def test_a_fingerprint_depends_on_the_parts_alone(parts):
     shuffled = json.loads(json.dumps(dict(reversed(parts.items()))))
     assert fingerprint(**parts) == fingerprint(**shuffled)
+
+
+def test_the_texts_of_a_failure_are_capped_without_half_a_password():
+    address = "https://me:canary@host/a.mp4"
+    for before in range(3_960, 4_001):
+        failure = Failure(1, "v", "fetch", "E", f"{'x' * before} '{address}'", details="y" * 50_000)
+        assert len(failure.message) <= 4_001
+        assert "canary" not in scrubbed(failure.message)
+        assert "me:" not in scrubbed(failure.message)
+    assert len(failure.details) == 16_001
+    assert Failure(1, "v", "fetch", "E", "short").message == "short"

@@ -1,5 +1,7 @@
 """Settings from the environment and .env: what is read, what is refused, what is never shown."""
 
+import contextlib
+import time
 from pathlib import Path
 
 import pytest
@@ -246,3 +248,90 @@ def test_the_owners_are_teams_and_addresses(monkeypatch):
 )
 def test_the_kind_of_the_source_follows_from_its_url(settings, url, kind):
     assert settings(source_url=url).source_kind == kind
+
+
+@pytest.mark.parametrize("name", ["FRAMES_URI", "EMBEDDINGS_URI"])
+def test_a_place_of_shards_holds_no_password_and_none_is_shown(monkeypatch, name):
+    for value in ("sftp://me:canary-77@host/frames", "simplecache::ftp://me:canary-77@host/x", "s3://a:canary-77@b/c"):
+        monkeypatch.setenv(f"EXTRACTION_{name}", value)
+        with pytest.raises(SettingsError, match=f"EXTRACTION_{name} .* an address without a password") as refused:
+            load_settings()
+        assert "canary" not in str(refused.value)
+    for value in ("s3://bucket/frames", "sftp://me@host/frames", "/data/a:b@c/frames", "simplecache::s3://bucket/x"):
+        monkeypatch.setenv(f"EXTRACTION_{name}", value)
+        assert getattr(load_settings(), name.lower()) == value
+
+
+def test_a_key_goes_unencrypted_to_this_machine_alone_unless_that_is_meant(monkeypatch):
+    monkeypatch.setenv("EXTRACTION_QDRANT_API_KEY", "canary-77")
+    for url in ("http://localhost:6333", "http://127.0.0.1:6333", "http://[::1]:6333", "https://q.example.com:6333"):
+        monkeypatch.setenv("EXTRACTION_QDRANT_URL", url)
+        assert load_settings().qdrant_url == url
+    monkeypatch.setenv("EXTRACTION_QDRANT_URL", "http://q.example.com:6333")
+    with pytest.raises(SettingsError, match="qdrant_url must be https where there is a qdrant_api_key") as refused:
+        load_settings()
+    assert "canary" not in str(refused.value)
+    monkeypatch.setenv("EXTRACTION_QDRANT_ALLOW_HTTP", "true")
+    assert load_settings().qdrant_allow_http
+    monkeypatch.delenv("EXTRACTION_QDRANT_API_KEY")
+    monkeypatch.delenv("EXTRACTION_QDRANT_ALLOW_HTTP")
+    assert load_settings().qdrant_url == "http://q.example.com:6333"
+
+
+def test_buckets_take_folders_and_networks_take_hosts(monkeypatch):
+    monkeypatch.setenv("EXTRACTION_ALLOWED_BUCKETS", "s3://videos/2026/,gs://all")
+    monkeypatch.setenv(
+        "EXTRACTION_ALLOWED_NETWORKS", "Media.example.com=10.1.0.0/16,*.cdn.example.com=fd00::/64,10.2.0.0/16"
+    )
+    settings = load_settings()
+    assert settings.allowed_buckets == ("s3://videos/2026/", "gs://all")
+    assert settings.allowed_networks == ("media.example.com=10.1.0.0/16", "*.cdn.example.com=fd00::/64", "10.2.0.0/16")
+    for wrong in ("a b=10.1.0.0/16", "=10.1.0.0/16", "host=", "host=10.0.0.0/7", "host"):
+        monkeypatch.setenv("EXTRACTION_ALLOWED_NETWORKS", wrong)
+        with pytest.raises(SettingsError, match="networks such as"):
+            load_settings()
+
+
+def test_a_line_of_the_env_file_without_end_takes_no_time(tmp_path):
+    for shape in ("a", "'", '"', "\\", "$", "${", "#", " ", "=", "a=", "export "):
+        (tmp_path / ".env").write_text(f"OTHER={shape * 100_000}\n")
+        began = time.process_time()
+        with contextlib.suppress(SettingsError):
+            load_settings()
+        assert time.process_time() - began < 5
+
+
+def test_what_kubernetes_puts_into_every_pod_is_no_setting(monkeypatch):
+    for name, value in {
+        "EXTRACTION_QDRANT_SERVICE_HOST": "10.0.0.1",
+        "EXTRACTION_QDRANT_SERVICE_PORT": "6333",
+        "EXTRACTION_QDRANT_SERVICE_PORT_HTTP": "6333",
+        "EXTRACTION_QDRANT_PORT": "tcp://10.0.0.1:6333",
+        "EXTRACTION_QDRANT_PORT_6333_TCP": "tcp://10.0.0.1:6333",
+        "EXTRACTION_QDRANT_PORT_6333_TCP_ADDR": "10.0.0.1",
+        "EXTRACTION_SERVICE_HOST": "10.0.0.2",
+        "EXTRACTION_PORT_3000_TCP_PROTO": "tcp",
+        "EXTRACTION_QDRANT_GRPC_SERVICE_HOST": "10.0.0.3",
+        "EXTRACTION_QDRANT_GRPC_PORT": "tcp://10.0.0.3:6334",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert load_settings().qdrant_grpc_port == 6334
+    monkeypatch.delenv("EXTRACTION_QDRANT_SERVICE_HOST")
+    with pytest.raises(SettingsError, match=r"EXTRACTION_QDRANT_.*is unknown"):
+        load_settings()
+
+
+@pytest.mark.parametrize("name", ["EXTRATION_BATCH_SIZE", "EXTRACTON_SOURCE_URL", "EXTRACTIONS_HOME"])
+def test_a_slip_in_the_prefix_is_named_where_it_stands_in_the_env_file(name, tmp_path):
+    (tmp_path / ".env").write_text(f"{name}=1\nPOSTGRES_HOME=1\nFEATURE_EXTRACTION_URL=2\n")
+    right = f"EXTRACTION_{name.partition('_')[2]}"
+    with pytest.raises(SettingsError, match=rf"{name} is unknown \(in \.env\), expected {right}, perhaps"):
+        load_settings()
+
+
+@pytest.mark.parametrize("url", ["http://q:canary-77/x", "http://u:canary-77/s@q:6333", "http://[canary-77:6333"])
+def test_a_servers_address_with_an_odd_port_is_refused_in_our_own_words(url, monkeypatch):
+    monkeypatch.setenv("EXTRACTION_QDRANT_URL", url)
+    with pytest.raises(SettingsError, match=r"EXTRACTION_QDRANT_URL is .*expected an address such as") as told:
+        load_settings()
+    assert ("canary" in str(told.value)) == ("@" not in url)

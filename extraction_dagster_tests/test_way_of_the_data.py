@@ -176,11 +176,14 @@ def test_a_mistake_ends_in_one_clear_line(demo, command, environment, code, word
 
 def test_the_doctor_lists_every_setting_and_checks_what_a_run_needs(demo, run):
     folder, _ = demo
-    printed = run("extraction", "doctor", cwd=folder).stdout
+    assert "EXTRACTION_BATCH_SIZE" not in run("extraction", "doctor", cwd=folder).stdout
+    printed = run("extraction", "doctor", "--all", cwd=folder).stdout
     assert "EXTRACTION_BATCH_SIZE" in printed
     assert [line.split(":")[0] for line in printed.splitlines() if line.startswith("ok ")] == [
+        "ok      rights",
         "ok      source table and state",
         "ok      Dagster's instance",
+        "ok      decoding workers",
         "ok      embedding model",
         "ok      frames and vectors",
         "ok      Qdrant",

@@ -9,6 +9,7 @@ import typer
 
 from extraction_dagster.cli import console
 from extraction_dagster.errors import ExtractionError
+from extraction_dagster.errors.runs import MirrorError
 from extraction_dagster.settings import Settings, load_settings
 from extraction_dagster.stages.catalog.catalog import Catalog, open_catalog
 from extraction_dagster.ticks.cursor import CursorState, Requests
@@ -45,7 +46,11 @@ def _document(settings: Settings, catalog: Catalog, stored: str | None) -> dict[
             document |= {name: getattr(state, name) for name in list(document)[:4]}
             document["updated_at"] = f"{state.updated_at:%Y-%m-%dT%H:%M:%SZ}"
     mirror = make_mirror(settings, catalog.state_engine)
-    reading = mirror.read() if mirror else None
+    reading, unusable = None, {}
+    try:
+        reading = mirror.read() if mirror else None
+    except MirrorError as error:
+        unusable = {"mirror_state": "unusable", "mirror_error": str(error)}
     document |= {
         "mirror": mirror.name if mirror else None,
         "mirror_state": reading.state if reading else None,
@@ -56,12 +61,12 @@ def _document(settings: Settings, catalog: Catalog, stored: str | None) -> dict[
             if request.applied_epoch is None or request.applied_epoch > (document["reset_epoch"] or 0)
         ],
     }
-    return document
+    return document | unusable
 
 
-@app.command("set")
+@app.command("set", cls=console.TakesNegativeIds)
 def set_(
-    last_processed_id: Annotated[int, typer.Argument(metavar="ID", min=-(2**63), max=2**63 - 1)],
+    last_processed_id: Annotated[int, typer.Argument(metavar="ID", parser=console.parse_id)],
     *,
     reprocess: Annotated[bool, typer.Option("--reprocess", help="Rows above ID that are done become pending.")] = False,
 ) -> None:
@@ -104,8 +109,9 @@ def import_(
     settings = load_settings()
     with open_catalog(settings) as catalog:
         # Where the state is kept elsewhere, a table of that name there is our own mirror.
-        last_processed_id = read_legacy_checkpoint(source, catalog.source_engine, catalog.state_engine)
-        _ask(settings, catalog, "set", last_processed_id)
+        found = read_legacy_checkpoint(source, catalog.source_engine, catalog.state_engine)
+        console.out.print(f"Read {found.last_processed_id} from {found.told}", markup=False)
+        _ask(settings, catalog, "set", found.last_processed_id)
 
 
 def _ask(settings: Settings, catalog: Catalog, kind: Literal["set", "reset"], value: int | None) -> None:

@@ -5,6 +5,7 @@ Tables and bars on a terminal, plain lines elsewhere; with --json one document a
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
+from typer.core import TyperCommand
 
 from extraction_dagster import step_progress
 from extraction_dagster.records import IdRange
@@ -32,10 +35,57 @@ AnyRange = Annotated[
     ),
 ]
 
+_MIN_ID = -(2**63)
+_NEGATIVE = re.compile(r"-\d.*")
 _WIDE = 200  # columns of a pipe or a file, where a table must not be cut to a terminal's width
 
-out = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else _WIDE)
-err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+class _PlainConsole(Console):
+    """A console on which no text of others moves the cursor, changes a colour or hides what stands before it."""
+
+    def render_str(self, text: str, **options: Any) -> Text:  # noqa: ANN401 - rich's own
+        """Show control characters and other letters without a shape by their numbers."""
+        return super().render_str(plain(text), **options)
+
+
+def plain(text: str) -> str:
+    """A text without control characters, but for the ends of lines and tabs."""
+    return text if text.isprintable() else "".join(map(_plain_letter, text))
+
+
+def _plain_letter(letter: str) -> str:
+    return letter if letter.isprintable() or letter in "\n\t" else ascii(letter)[1:-1]
+
+
+class _PlainFormatter(logging.Formatter):
+    """Lines of the log: what is said in one of them stays in that line."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
+        record.message = plain(record.message).replace("\n", "\\n")
+        return super().formatMessage(record)
+
+    def format(self, record: logging.LogRecord) -> str:
+        return plain(super().format(record))
+
+
+out = _PlainConsole(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else _WIDE)
+err = _PlainConsole(stderr=True, soft_wrap=True, highlight=False)
+
+
+def parse_id(text: str) -> int:
+    """An id that was typed: an integer that fits BIGINT."""
+    try:
+        record_id = int(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no id: expected an integer such as 12345") from None
+    if not _MIN_ID <= record_id < -_MIN_ID:
+        raise typer.BadParameter(f"{text} is no id: it does not fit BIGINT")
+    return record_id
+
+
+def as_json_value(value: object) -> object:
+    """A value of a row as a JSON document may hold it."""
+    return value if value is None or isinstance(value, bool | int | float | str | list | dict) else str(value)
 
 
 def print_json(document: Any) -> None:  # noqa: ANN401 - any JSON document
@@ -109,7 +159,7 @@ def _logged(handler: logging.Handler, level: int) -> Iterator[None]:
 
 def _log_lines() -> logging.Handler:
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(_PlainFormatter("%(asctime)s %(levelname)s %(message)s"))
     return handler
 
 
@@ -124,6 +174,7 @@ def long_work() -> Iterator[None]:
             yield
         return
     lines = RichHandler(console=err, show_path=False, show_time=False)
+    lines.setFormatter(_PlainFormatter("%(message)s"))
     with _logged(lines, logging.WARNING), _bars() as bars, step_progress.listening(_Bars(bars)):
         yield
 
@@ -148,3 +199,13 @@ def counting(what: str) -> Iterator[Callable[..., None]]:
             bars.update(task, completed=number, total=total, description=f"{what} {more}".strip())
 
         yield show
+
+
+class TakesNegativeIds(TyperCommand):
+    """A command whose argument may begin with a minus: no option of it begins with a digit."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]  # Typer's own click
+        """Put `-5--1` behind `--`, so that it is not taken for an option."""
+        spans = [] if "--" in args else [argument for argument in args if _NEGATIVE.fullmatch(argument)]
+        rest = [argument for argument in args if argument not in spans]
+        return super().parse_args(ctx, [*rest, "--", *spans] if spans else rest)

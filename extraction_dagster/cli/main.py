@@ -23,9 +23,10 @@ from extraction_dagster.cli import (
     records,
     runs,
     search,
+    show,
 )
 from extraction_dagster.errors import ExtractionError
-from extraction_dagster.interrupts import redeliver_dropped_interrupts
+from extraction_dagster.interrupts import ignore_more_interrupts, redeliver_dropped_interrupts
 
 
 class _Interruptible(TyperGroup):
@@ -36,6 +37,7 @@ class _Interruptible(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
+            ignore_more_interrupts()
             console.err.print("Interrupted. What was finished is kept: run the same command again to go on.")
             raise typer.Exit(130) from None
 
@@ -45,7 +47,7 @@ app = typer.Typer(
     cls=_Interruptible,
     help="Keep a Qdrant collection of video frames in step with a growing table of videos.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -54,7 +56,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "run": runs.run,
     "status": records.status,
     "launch": runs.launch,
+    "backfill": runs.backfill,
     "errors": records.errors,
+    "show": show.command,
+    "preview": preview.preview,
     "retry": records.retry,
     "reconcile": collection.reconcile,
     "search": search.command,
@@ -62,10 +67,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "notify": operations.notify,
     "doctor": operations.doctor,
 }
+_TAKE_IDS = ("launch", "retry", "reconcile", "backfill", "show", "preview")
 for name, command in COMMANDS.items():
-    app.command(name)(command)
-app.command("backfill", cls=runs.TakesNegativeIds)(runs.backfill)
-app.command("preview", cls=runs.TakesNegativeIds)(preview.preview)
+    app.command(name, cls=console.TakesNegativeIds if name in _TAKE_IDS else None)(command)
 app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(collection.app, name="collection")
 app.add_typer(frames.app, name="frames")
@@ -92,12 +96,28 @@ def run_app() -> None:
     try:
         with redeliver_dropped_interrupts(KeyboardInterrupt):
             app()
+    except KeyboardInterrupt:  # a second one, while the first was told of
+        sys.exit(130)
     except ExtractionError as error:
         console.err.print(f"error: {error}", style="red", markup=False)
         sys.exit(1)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
+    except OSError as error:  # a folder that can't be made, a disk that is full
+        console.err.print(f"error: {_told(error)}", style="red", markup=False)
+        sys.exit(1)
+
+
+def _told(error: OSError) -> str:
+    """A fault of the file system in one line: which file, and what is wrong with it."""
+    why = error.strerror or type(error).__name__
+    if not error.filename:
+        return f"{why}. What was finished is kept: mend the cause, then run the same command again."
+    return (
+        f"{error.filename}: {why}. What was finished is kept. Make room there or permit writing, or set "
+        "EXTRACTION_HOME to another folder, then run the same command again."
+    )
 
 
 def _interrupt(_number: int, _frame: object) -> None:

@@ -10,15 +10,19 @@ import typer
 from pydantic import SecretStr
 from rich.table import Table
 
+from extraction_dagster.addresses import shown_address
 from extraction_dagster.cli import console
 from extraction_dagster.errors import ExtractionError, SettingsError
 from extraction_dagster.errors.index import CollectionMissingError
 from extraction_dagster.errors.runs import MetricsFileError
 from extraction_dagster.files import write_atomically
-from extraction_dagster.settings import PREFIX, Settings, load_settings
+from extraction_dagster.settings import PREFIX, Settings, load_settings, permission_warnings
 from extraction_dagster.stages.catalog.catalog import Catalog, open_catalog
-from extraction_dagster.stages.catalog.pending import make_pending_index
-from extraction_dagster.stages.catalog.state_tables import newest_version
+from extraction_dagster.stages.catalog.changes import growth_of
+from extraction_dagster.stages.catalog.database import describe_tls
+from extraction_dagster.stages.catalog.indexing import make_pending_index
+from extraction_dagster.stages.catalog.rights import require_rights
+from extraction_dagster.stages.catalog.state_tables import newest_version, state_version
 from extraction_dagster.stages.index.stage import open_point_store
 
 if TYPE_CHECKING:
@@ -29,16 +33,49 @@ _HIGHEST_PORT = 65535
 _READABLE = 0o644  # node_exporter is another user
 
 
-def init() -> None:
+def init(
+    *,
+    takes_over: Annotated[
+        bool,
+        typer.Option(
+            "--take-over",
+            help="The database moved: what was made of it at its earlier address goes on as it is.",
+        ),
+    ] = False,
+    propose: Annotated[
+        str | None,
+        typer.Option(
+            "--propose",
+            metavar="URL",
+            help="Look at the tables of this database, print the settings for the likeliest one, and do nothing.",
+        ),
+    ] = None,
+) -> None:
     """Prepare everything that a run needs; safe to repeat.
 
-    Writes workspace.yaml and dagster.yaml into this folder unless they are there, creates Dagster's storage, checks
-    the source table, creates or migrates the state tables, and creates the partial index that finds pending rows.
+    Asks whether the database's user has the rights, writes workspace.yaml and dagster.yaml into this folder unless they
+    are there, creates Dagster's storage, checks the source table, creates or migrates the state tables, and creates
+    the partial index that finds pending rows.
+
+    For example: extraction init --propose postgresql://me@db/media > .env, then extraction init
     """
+    if propose is not None:
+        _print_proposal(propose)
+        return
     from extraction_dagster.defs.instance.launching import open_instance, template
     from extraction_dagster.defs.instance.private_api import retry_only_new_failures
 
     settings = load_settings()
+    require_rights(settings)
+    with open_catalog(settings, takes_over=takes_over) as catalog:
+        console.out.print(
+            f"Source table {catalog.source.name!r} can be used: {catalog.source.count()} eligible rows", markup=False
+        )
+        _rehearse(catalog)
+        if takes_over:
+            _take_over(settings, catalog)
+        console.out.print(f"The state tables are ready (version {newest_version()})")
+        console.out.print(_index_told(catalog), markup=False)
     for name in ("workspace.yaml", "dagster.yaml"):
         if not Path(name).exists():
             Path(name).write_text(template(name))
@@ -46,15 +83,46 @@ def init() -> None:
     with open_instance(settings) as instance:
         retry_only_new_failures(instance)
         console.out.print(f"Dagster's storage is ready under {settings.home / 'dagster'}")
-    with open_catalog(settings) as catalog:
-        console.out.print(f"Source table {catalog.source.name!r} can be used: {catalog.source.count()} eligible rows")
-        console.out.print(f"The state tables are ready (version {newest_version()})")
-        console.out.print(_index_told(catalog), markup=False)
+
+
+def _print_proposal(url: str) -> None:
+    from extraction_dagster.stages.catalog.proposing import propose
+
+    found = propose(url)
+    console.err.print(f"Likeliest table: {found.table} ({found.why})", markup=False)
+    for line in found.lines:
+        console.out.print(line, markup=False)
+
+
+def _rehearse(catalog: Catalog) -> None:
+    """Mark a row and take it back, if there is one."""
+    newest = catalog.source.newest_id()
+    if newest is not None:
+        catalog.source.rehearse(newest)
+
+
+def _take_over(settings: Settings, catalog: Catalog) -> None:
+    """Let frames, vectors and points of the source at its earlier address be of its present one."""
+    from extraction_dagster.shards.embedding_store import EmbeddingStore
+    from extraction_dagster.shards.frame_store import FrameStore
+    from extraction_dagster.shards.place import Source
+
+    source = Source(catalog.source.identity, catalog.source.name)
+    FrameStore(settings.resolved_frames_uri, "", source=source).take_over()
+    EmbeddingStore(settings.resolved_embeddings_uri, "", source=source).take_over()
+    if settings.qdrant_url is not None or (settings.home / "qdrant").exists():
+        with open_point_store(settings, source=catalog.source.identity) as store:
+            for fingerprint in store.collections(settings.collection_name):
+                store.open_collection(settings.collection_name, fingerprint=fingerprint)
+                store.take_over()
+    console.out.print("What was made of this table at an earlier address is taken over: work goes on where it was")
 
 
 def _index_told(catalog: Catalog) -> str:
     """Make the partial index over pending rows, or say what a person with the rights should run."""
     made = make_pending_index(catalog.source, catalog.source_engine)
+    if made.state == "not needed" and catalog.source.kind != "table" and catalog.source.has_marks:
+        return f"No index over pending rows: {catalog.source.name!r} is a {catalog.source.kind}; index what it reads"
     if made.state == "not needed":
         return "No index over pending rows: there is no mark column to index, or the source is read-only"
     if made.state == "refused":
@@ -63,59 +131,113 @@ def _index_told(catalog: Catalog) -> str:
     return "The index over pending rows is ready"
 
 
-def doctor() -> None:
-    """Show every setting, then check the source table, the state, Dagster's instance, the model and the store."""
+def doctor(
+    *,
+    every: Annotated[bool, typer.Option("--all", help="Show every setting, not only those that were changed.")] = False,
+    as_json: console.AsJson = False,
+) -> None:
+    """Show the settings that were changed, then check rights, source table, state, Dagster, the model and the store.
+
+    Only looks: it makes no file and no table. Ends with exit code 1 where a check failed; the others are made anyway.
+    """
     settings = load_settings()
-    table = Table("setting", "value", "default")
-    for name, field in Settings.model_fields.items():
-        value, default = getattr(settings, name), field.get_default(call_default_factory=True, validated_data={})
-        table.add_row(PREFIX + name.upper(), _shown(value), "" if value == default else _shown(default))
-    console.out.print(table)
     checks = {
+        "rights": _rights,
         "source table and state": _catalog,
         "Dagster's instance": _instance,
+        "decoding workers": _workers,
         "embedding model": _model,
         "frames and vectors": _shards,
         "Qdrant": _store,
         "notices": _notices,
     }
-    passed = [_passes(name, check, settings) for name, check in checks.items()]
-    if not all(passed):
+    say = console.Answer(as_json)
+    shown = _changed(settings, every=every)
+    if not as_json:
+        table = Table("setting", "value", "default")
+        for name, value, default in shown:
+            table.add_row(name, value, default)
+        console.out.print(table if shown else "Every setting has its default ('extraction doctor --all' shows them).")
+        for warning in permission_warnings(settings):
+            console.out.print(f"WARNING {warning}", markup=False)
+    done = {name: _outcome(name, check, settings, say) for name, check in checks.items()}
+    say.document(
+        {
+            "settings": {name: value for name, value, _ in shown},
+            "checks": [{"name": name, "ok": passed, "told": told} for name, (passed, told) in done.items()],
+        }
+    )
+    if not all(passed for passed, _ in done.values()):
         raise typer.Exit(1)
+
+
+def _changed(settings: Settings, *, every: bool) -> list[tuple[str, str, str]]:
+    """Each setting that is not as it is by default, or each of all: its name, its value, its default."""
+    rows = []
+    for name, field in Settings.model_fields.items():
+        value, default = getattr(settings, name), field.get_default(call_default_factory=True, validated_data={})
+        is_default = value == default or (name == "home" and value == Path(default).absolute())
+        if every or not is_default:
+            rows.append((PREFIX + name.upper(), _shown(value), "" if is_default else _shown(default)))
+    return rows
 
 
 def _shown(value: object) -> str:
     if value is None or value == ():
         return "-"
-    return "(hidden)" if isinstance(value, SecretStr) else str(value)
+    return "(hidden)" if isinstance(value, SecretStr) else shown_address(str(value))
 
 
-def _passes(name: str, check: Callable[[Settings], str], settings: Settings) -> bool:
+def _outcome(name: str, check: Callable[[Settings], str], settings: Settings, say: console.Answer) -> tuple[bool, str]:
+    """Whether a check passed, and what it says."""
     try:
-        console.out.print(f"ok      {name}: {check(settings)}", markup=False)
+        passed, told = True, check(settings)
     except ExtractionError as error:
-        console.out.print(f"FAILED  {name}: {error}", markup=False)
-        return False
-    return True
+        passed, told = False, str(error)
+    except OSError as error:
+        passed, told = False, f"{error.filename or name}: {error.strerror or type(error).__name__}"
+    say.text(f"{'ok    ' if passed else 'FAILED'}  {name}: {told}")
+    return passed, told
+
+
+def _rights(settings: Settings) -> str:
+    require_rights(settings)
+    return "the databases' users may do what a run does"
 
 
 def _catalog(settings: Settings) -> str:
-    with open_catalog(settings) as catalog:
-        return f"{catalog.source.name}, {catalog.source.count()} eligible rows"
+    with open_catalog(settings, creates=False) as catalog:
+        urls = {"source": settings.resolved_source_url, "state": settings.resolved_state_url}
+        tls = [f"{name}: {said}" for name, url in urls.items() if (said := describe_tls(url))]
+        growth = growth_of(catalog.source, catalog.source_engine, settings.source_version_grows)
+        told = ", ".join([catalog.source.name, f"{catalog.source.count()} eligible rows", *tls]) + f"; {growth.told}"
+        _rehearse(catalog)
+        version = state_version(catalog.state_engine)
+    if version != newest_version():
+        told += f"; the state tables (version {version or 'none yet'}) are made or migrated by 'extraction init'"
+    return f"{told}\n  {growth.sql};" if growth.sql else told
 
 
 def _instance(settings: Settings) -> str:
-    from extraction_dagster.defs.instance.launching import open_instance
+    from extraction_dagster.defs.instance.launching import is_made, open_instance
     from extraction_dagster.defs.instance.runs import active_runs
 
+    if not is_made(settings):
+        return "its storage is made by 'extraction init'"
     with open_instance(settings) as instance:
         return f"{len(active_runs(instance))} active runs"
+
+
+def _workers(settings: Settings) -> str:
+    from extraction_dagster.stages.decode.workers.pool import PoolOptions, look_at_confinement
+
+    return f"confined by {look_at_confinement(PoolOptions.from_settings(settings))}"
 
 
 def _model(settings: Settings) -> str:
     from extraction_dagster.stages.embed.models.registry import load_model
 
-    model = load_model(settings)
+    model = load_model(settings, may_compile=False)
     return f"{model.name}, {model.dim} dimensions, on {model.device}"
 
 
@@ -139,6 +261,8 @@ def _store(settings: Settings) -> str:
         from extraction_dagster.stages.index.server.status import describe
 
         return describe(settings)
+    if not (settings.home / "qdrant").exists():
+        return f"collection {settings.collection_name} is made by the first run"
     with open_point_store(settings) as store:
         try:
             store.open_collection(settings.collection_name)

@@ -1,5 +1,7 @@
 """`extraction status`, `errors` and `retry`: how far records are, which failed and why, and their tries given back."""
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Annotated, Any
@@ -10,6 +12,7 @@ from extraction_dagster.cli import console
 from extraction_dagster.errors.runs import CursorError
 from extraction_dagster.settings import Settings, load_settings
 from extraction_dagster.stages.catalog.catalog import Catalog, open_catalog
+from extraction_dagster.stages.catalog.ledger import ErrorRow
 from extraction_dagster.ticks.cursor import CursorState
 from extraction_dagster.watch.progress import Progress, eta_seconds, measure_progress, recall_progress
 
@@ -24,8 +27,12 @@ def status(*, as_json: console.AsJson = False) -> None:
         lag = progress.lag_rows if progress.is_lag_counted else catalog.source.count_above(progress.after_id)
         document: dict[str, Any] = catalog.status(floor_id=progress.floor_id)
     document |= {name: getattr(progress, name) for name in ("last_processed_id", "frontier_id", "floor_id")}
-    document |= {"lag_rows": lag, "active_runs": progress.active_runs, "videos_per_second": progress.videos_per_second}
-    document["eta_seconds"] = eta_seconds(document["pending"], progress.videos_per_second)
+    document |= {"lag_rows": 0, "active_runs": progress.active_runs, "videos_per_second": progress.videos_per_second}
+    # What is done or parked above the watermark, of a range that was launched by hand, say, lags no more.
+    unfinished = max(document["eligible"] - document["done"] - document["parked"], 0)
+    document["lag_rows"] = min(lag, unfinished)
+    is_due = document["pending"] or not document["lag_rows"]  # else rows wait for something, and nobody knows how long
+    document["eta_seconds"] = eta_seconds(document["pending"], progress.videos_per_second) if is_due else None
     if as_json:
         console.print_json(document)
         return
@@ -68,33 +75,68 @@ def errors(
     history: Annotated[bool, typer.Option("--history", help="Every error ever, not only the unresolved.")] = False,
     as_json: console.AsJson = False,
 ) -> None:
-    """List the records that failed and wait for another try, or are parked."""
+    """List the records that failed and wait for another try, or are parked: tries, next try, address, reason.
+
+    For example: extraction errors --type VideoDecodeError --limit 10
+    """
     with open_catalog(load_settings()) as catalog:
         rows = catalog.ledger.errors(limit=limit, error_type=error_type, current_only=not history)
+        addresses = catalog.source.shown_addresses([row.record_id for row in rows])
+    summary = Counter((row.error_type, row.state) for row in rows)
     if as_json:
-        console.print_json({"errors": [{**asdict(row), "occurred_at": row.occurred_at.isoformat()} for row in rows]})
+        console.print_json(
+            {
+                "errors": [_plain(row, addresses) for row in rows],
+                "summary": [
+                    {"error_type": kind, "state": state, "records": number}
+                    for (kind, state), number in summary.most_common()
+                ],
+            }
+        )
         return
     if not rows:
         console.out.print("No record has failed." if not history else "No error was ever recorded.")
         return
     for row in rows:
         when = f"{row.occurred_at:%Y-%m-%d %H:%M:%S} UTC"
-        console.out.print(f"[bold]{row.record_id}[/] {row.state}, {row.stage}, {row.error_type}, {when}")
+        again = f", next try {row.not_before:%Y-%m-%d %H:%M:%S} UTC" if row.not_before else ""
+        tries = f", {row.attempts} {'try' if row.attempts == 1 else 'tries'}" if row.attempts else ""
+        console.out.print(f"[bold]{row.record_id}[/] {row.state}, {row.stage}, {row.error_type}, {when}{tries}{again}")
+        if address := addresses.get(row.record_id):
+            console.out.print(f"  {address}", markup=False)
         console.out.print(f"  {row.error_message}", markup=False)
+    told = ", ".join(f"{kind} {number} {state}" for (kind, state), number in summary.most_common())
+    console.out.print(f"{len(rows)} shown: {told}", markup=False)
+
+
+def _plain(row: ErrorRow, addresses: Mapping[int, str]) -> dict[str, Any]:
+    next_try = row.not_before.isoformat() if row.not_before else None
+    own = {"occurred_at": row.occurred_at.isoformat(), "not_before": next_try, "address": addresses.get(row.record_id)}
+    return {**asdict(row), **own}
 
 
 def retry(
     *,
-    record_ids: Annotated[list[int] | None, typer.Argument(metavar="[ID]...", help="These records.")] = None,
+    record_ids: Annotated[
+        list[int] | None, typer.Argument(metavar="[ID]...", parser=console.parse_id, help="These records.")
+    ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Every failed or parked record.")] = False,
     error_type: Annotated[str | None, typer.Option("--error", help="Those whose last error is of this type.")] = None,
+    as_json: console.AsJson = False,
 ) -> None:
-    """Make failed and parked records pending at once: the next tick, run or launch takes them."""
+    """Make failed and parked records pending at once: the next tick, run or launch takes them.
+
+    For example: extraction retry 17 42, or extraction retry --error FileUnavailableError
+    """
     if sum((bool(record_ids), everything, error_type is not None)) != 1:
         raise typer.BadParameter("give record ids, or --all, or --error TYPE: exactly one of them")
     with open_catalog(load_settings()) as catalog:
         brought_back = catalog.ledger.retry(record_ids=record_ids, error_type=error_type)
-    console.out.print(f"{len(brought_back)} records are pending now.")
-    if missed := sorted(set(record_ids or ()) - set(brought_back)):
+    missed = sorted(set(record_ids or ()) - set(brought_back))
+    if as_json:
+        console.print_json({"pending": brought_back, "left": missed})
+    else:
+        console.out.print(f"{len(brought_back)} records are pending now.")
+    if missed:
         console.err.print(f"Not failed or parked, left as they are: {', '.join(map(str, missed))}")
         raise typer.Exit(1)

@@ -1,13 +1,11 @@
 """The commands that process rows: `run` what is due, `launch` one range, `backfill` a span of ranges."""
 
 import logging
-import re
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from extraction_dagster.cli import console
 from extraction_dagster.errors import PartitionKeyError
@@ -16,6 +14,7 @@ from extraction_dagster.errors.runs import BackfillFailedError, DaemonMissingErr
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import Settings, load_settings
 from extraction_dagster.stages.catalog.catalog import open_catalog
+from extraction_dagster.stages.catalog.rights import require_rights
 
 if TYPE_CHECKING:
     from extraction_dagster.defs.instance.backfills import BackfillPlan, BackfillProgress, Backfills
@@ -27,41 +26,68 @@ _NO_DAEMON = (
     "No Dagster daemon is running, which would start the runs: backfills wait for one. Start it in the folder of "
     "workspace.yaml with 'dagster dev -w workspace.yaml', or process the ranges in this process with --here."
 )
-_NEGATIVE = re.compile(r"-\d.*")
 
 
 def run(
     *,
     follow: Annotated[bool, typer.Option("--follow", help="Wait for new rows instead of ending.")] = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Process every row that is due, range by range, until none is left; Ctrl+C stops, the next call resumes.
 
     The same as the sensor under a daemon, with the same cursor: use one or the other.
+
+    For example: extraction run --follow
     """
     from extraction_dagster.defs.instance.draining import drain
     from extraction_dagster.defs.instance.launching import open_instance
 
     settings = load_settings()
+    require_rights(settings)
     with open_catalog(settings):
         pass  # refuses a table that can't be used before anything is started
     with open_instance(settings) as instance, console.long_work():
         drained = drain(instance, settings, follow=follow)
+    if as_json:
+        waiting = {"failed": drained.num_waiting, "busy_ranges": drained.num_active}
+        console.print_json({"done": drained.num_done, "parked": drained.num_parked, **waiting})
+        return
     console.out.print(f"Processed {drained.num_processed} records; no row is due.")
+    if drained.num_processed or drained.num_waiting:
+        console.out.print(f"{drained.num_done} done, {drained.num_waiting} failed, {drained.num_parked} parked.")
     if drained.num_waiting:
-        console.out.print(f"{drained.num_waiting} failed records wait for their next try.")
+        _tell_waiting(settings, drained.num_waiting)
     if drained.num_active:
         console.out.print(f"On {drained.num_active} ranges other runs are working.")
 
 
-def launch(wanted: console.Range) -> None:
+def _tell_waiting(settings: Settings, number: int) -> None:
+    """Say which failed records wait until when."""
+    with open_catalog(settings) as catalog:
+        waiting = catalog.ledger.waiting(_MOST_SHOWN)
+    console.out.print(f"{number} failed records wait for their next try:")
+    for entry in waiting:
+        when = f"{entry.not_before:%Y-%m-%d %H:%M:%S} UTC" if entry.not_before else "now"
+        kind = (entry.last_error or "").partition(":")[0]
+        console.out.print(
+            f"  record {entry.record_id} until {when}, after {entry.attempts} tries ({kind})", markup=False
+        )
+    if number > len(waiting):
+        console.out.print(f"  and {number - len(waiting)} more: 'extraction errors' lists them")
+
+
+def launch(wanted: console.Range, *, as_json: console.AsJson = False) -> None:
     """Process one range of ids now: video_frames, frame_embeddings, qdrant_points.
 
     The run is in Dagster's run history like any other. Records that are done already are skipped.
+
+    For example: extraction launch 1-1000
     """
     from extraction_dagster.defs.instance.launching import launch as process
     from extraction_dagster.defs.instance.launching import open_instance
 
     settings = load_settings()
+    require_rights(settings)
     with open_catalog(settings) as catalog:  # refuses a table that can't be used before a run is made of it
         if not catalog.source.count(wanted):
             raise EmptyRangeError(wanted.partition_key, catalog.source.name, catalog.source.extent())
@@ -71,17 +97,11 @@ def launch(wanted: console.Range) -> None:
         raise RunFailedError(wanted.partition_key, done.run_id, done.error)
     with open_catalog(settings) as catalog:
         states = catalog.summary(wanted)
+    if as_json:
+        by_state = {name: int(number) for number, name in (part.split() for part in states.split(", "))}
+        console.print_json({"range": str(wanted), "run_id": done.run_id, **by_state})
+        return
     console.out.print(f"Range {wanted} (run {done.run_id}): {states}")
-
-
-class TakesNegativeIds(TyperCommand):
-    """A command whose argument may begin with a minus: no option of it begins with a digit."""
-
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]  # Typer's own click
-        """Put `-5--1` behind `--`, so that it is not taken for an option."""
-        spans = [] if "--" in args else [argument for argument in args if _NEGATIVE.fullmatch(argument)]
-        rest = [argument for argument in args if argument not in spans]
-        return super().parse_args(ctx, [*rest, "--", *spans] if spans else rest)
 
 
 def backfill(  # noqa: PLR0913 - each is an option that a person may type

@@ -14,6 +14,7 @@ from extraction_dagster.cli import console
 from extraction_dagster.errors.embed import TextSearchError
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import Settings, load_settings
+from extraction_dagster.stages.decode.jpeg import encode_small
 from extraction_dagster.stages.embed.models.interface import EmbeddingModel, TextEmbeddingModel
 from extraction_dagster.stages.embed.passes import normalise
 from extraction_dagster.stages.index.points import PointFilter
@@ -22,6 +23,7 @@ from extraction_dagster.stages.index.search import VideoHit, open_for_search, se
 from extraction_dagster.stages.index.stage import open_point_store
 
 _MOST_QUERY_PICTURES = 8
+_QUERY_PX = 1024  # of the query's picture in a gallery
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +135,7 @@ def _query(settings: Settings, *, image: Path | None, video: Path | None, text: 
     spec = CollectionSpec(settings.collection_name, model.dim, model.fingerprint)
     if image is not None and picture is not None:
         vector = embed_query_image(model, picture, shown=str(image))
-        return _Query("image", str(image), vector[None], (image.read_bytes(),), spec)
+        return _Query("image", str(image), vector[None], (encode_small(picture, longest_px=_QUERY_PX),), spec)
     if video is not None:
         found = embed_query_video(model, video, settings)
         return _Query("video", str(video), found.vectors, found.jpegs, spec)

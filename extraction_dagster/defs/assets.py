@@ -130,6 +130,9 @@ def _result(
         "failures": len(report.failures),
         "records_failed": states.count("failed"),
         "records_parked": states.count("parked"),
+        # Of the whole range, whatever this run did of it: a retry of one row hides nothing of the others.
+        "videos_in_range": sum(state in {"extracted", "embedded", "done"} for state in states),
+        "frames_in_range": sum(entry.num_frames or 0 for entry in mine if entry.state != "failed"),
     }
     texts = {
         "options": describe_options(options),

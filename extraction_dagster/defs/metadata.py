@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import dagster as dg
 
-from extraction_dagster.addresses import scrubbed
+from extraction_dagster.addresses import capped, scrubbed
 from extraction_dagster.records import Failure, fingerprint
 from extraction_dagster.settings import Settings
 from extraction_dagster.stages.catalog.ledger import LedgerEntry
@@ -15,6 +15,7 @@ from extraction_dagster.stages.embed.models.registry import embedding_settings_f
 CODE_VERSION_TAG = "dagster/code_version"
 MOST_FAILURES_SHOWN = 100
 _LONGEST_MESSAGE = 400
+_LONGEST_LOOKED_AT = 16_000
 # The UI breaks lines between words only: a path would push the table out of the page.
 _LONG_WORD = re.compile(r"[^\s'\"]{20,}")
 _WORD_END = 18
@@ -86,7 +87,7 @@ def in_table(message: str) -> str:
 
     The whole of it is in `extraction errors`.
     """
-    text = _LONG_WORD.sub(lambda found: f"…{found[0][-_WORD_END:]}", scrubbed(message))
+    text = _LONG_WORD.sub(lambda found: f"…{found[0][-_WORD_END:]}", scrubbed(capped(message, _LONGEST_LOOKED_AT)))
     return text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]}…"
 
 

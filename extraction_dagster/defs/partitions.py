@@ -1,8 +1,11 @@
 """Partitions: one per contiguous range of ids, registered when a range is first run."""
 
+import functools
 import os
 import socket
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import dagster as dg
 import psutil
@@ -39,16 +42,40 @@ def valid_ranges(keys: Iterable[str]) -> Iterator[IdRange]:
 
 
 def process_tags(run_id: str) -> dict[str, str]:
-    """The tags that say that this process works on a run: host, process id, and start time, for ids are used again."""
-    this_process = f"{socket.gethostname()}:{os.getpid()}:{int(psutil.Process().create_time())}"
+    """The tags that say that this process works on a run: place, process id, and start time, for ids are used again."""
+    this_process = f"{_place()}:{os.getpid()}:{int(psutil.Process().create_time())}"
     return {PROCESS_TAG: this_process, PROCESS_RUN_TAG: run_id}
 
 
+@functools.cache
+def _place() -> str:
+    """Where a process id means what it means here: the host's name, and what tells its kernel and container.
+
+    A container's successor may have another name and see the same processes, or the same name and see others.
+    """
+    facts = ""
+    with suppress(OSError):  # Linux has both
+        facts = (
+            f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}.{Path('/proc/self/ns/pid').stat().st_ino}"
+        )
+    return f"{socket.gethostname()}/{facts}"
+
+
+def host_of(tag: str) -> str:
+    """The name of the host on which the process of a tag works; empty for no tag."""
+    return tag.partition(":")[0].partition("/")[0]
+
+
+def is_here(tag: str) -> bool:
+    """Whether the process that a tag names would be seen from here."""
+    (host, _, facts), (own_host, _, own_facts) = (place.partition("/") for place in (tag.partition(":")[0], _place()))
+    return facts == own_facts if facts and own_facts else host == own_host
+
+
 def is_dead(tag: str) -> bool:
-    """Whether a tag names a process of this host that is gone."""
-    host, _, rest = tag.partition(":")
-    number, _, started = rest.partition(":")
-    if host != socket.gethostname() or not (number.isdecimal() and started.isdecimal()):
+    """Whether a tag names a process that would be seen from here, and is gone."""
+    number, _, started = tag.partition(":")[2].partition(":")
+    if not is_here(tag) or not (number.isdecimal() and started.isdecimal()):
         return False
     return is_gone(int(number), since=int(started), until=int(started) + 1)
 

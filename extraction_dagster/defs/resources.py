@@ -27,6 +27,7 @@ from extraction_dagster.run_options import (
 )
 from extraction_dagster.settings import Settings, load_settings
 from extraction_dagster.stages.catalog.catalog import Catalog, Fingerprints, open_catalog
+from extraction_dagster.stages.catalog.signs import signs_of_life
 
 _log = logging.getLogger(__name__)  # managed by Dagster: these lines are in the run's events too
 OPTIONS_TAG = "extraction/options"
@@ -165,17 +166,22 @@ def open_step(
         add_ranges(context.instance, [id_range])  # so that any valid range can be launched without preparation
         is_first = _tag_run(context, extraction, vectors_fingerprint(fingerprints))
         extraction.refuse_unstaged_model(settings, fingerprints)
-        with open_range(
-            settings,
-            id_range,
-            within=above_floor(context, id_range),
-            begins=begins,
-            claims=is_first,
-            force=extraction.force,
-            retries=_RETRY_OF_TAG in context.run.tags,
-            fingerprints=fingerprints,
-            run_id=context.run.run_id,
-        ) as work:
+        with (
+            open_range(
+                settings,
+                id_range,
+                within=above_floor(context, id_range),
+                begins=begins,
+                claims=is_first,
+                force=extraction.force,
+                retries=_RETRY_OF_TAG in context.run.tags,
+                fingerprints=fingerprints,
+                run_id=context.run.run_id,
+            ) as work,
+            signs_of_life(
+                work.catalog.state_engine, context.run.run_id, dead_after_seconds=settings.dead_after_seconds
+            ),
+        ):
             yield work
 
 

@@ -16,6 +16,7 @@ from extraction_dagster.defs.instance.private_api import (
     LocalArtifactStorage,
     LocalComputeLogManager,
 )
+from extraction_dagster.permissions import make_private_folder
 from extraction_dagster.settings import load_settings
 
 
@@ -48,7 +49,7 @@ class ExtractionStorage(_ConfiguredBySettings, DagsterStorage, ConfigurableClass
         settings = load_settings()
         if settings.postgres_url is None:
             folder = instance_folder()
-            folder.mkdir(parents=True, exist_ok=True)
+            make_private_folder(folder)
             with FileLock(folder / "storage.lock"):  # two processes that create the tables at once would collide
                 return DagsterSqliteStorage.from_local(str(folder), inst_data=inst_data)
         from dagster_postgres import DagsterPostgresStorage  # noqa: PLC0415 - only where it is used

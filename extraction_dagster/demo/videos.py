@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal, cast
 from extraction_dagster.demo.scenes import SCENES, Canvas
 from extraction_dagster.errors import DemoEncoderError, DemoFolderError
 from extraction_dagster.files import replacing
+from extraction_dagster.permissions import make_private_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -247,7 +248,7 @@ def _write(path: Path, make: Callable[[Path], None]) -> None:
     try:
         if path.is_file():
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_private_folder(path.parent)
         with replacing(path, mode=None, durable=False) as beside:
             make(beside)
     except OSError as error:

@@ -42,7 +42,7 @@ class SettingsError(ExtractionError):
 
     def __init__(self, setting: str, got: str, expected: str) -> None:
         super().__init__(f"""Setting {setting} is {got}, expected {expected}. Correct it in the environment or in .env;
-            'extraction doctor' lists every setting.""")
+            'extraction doctor --all' lists every setting.""")
 
 
 class PartitionKeyError(ExtractionError):

@@ -4,9 +4,14 @@ from extraction_dagster.errors import SKIPPED, ExtractionError, PermanentError
 
 
 class VideoOpenError(ExtractionError):
-    """A file can't be opened as a video."""
+    """A file can't be opened as a video.
+
+    Attributes:
+        why: What was found.
+    """
 
     def __init__(self, video: str, why: str) -> None:
+        self.why = why
         super().__init__(f"""Video {video!r} can't be opened: {why}. Expected a complete file in a known container (mp4,
             webm, ts). {SKIPPED} Fetch the file again, then retry the record.""")
 
@@ -26,6 +31,14 @@ class NoVideoStreamError(PermanentError):
     def __init__(self, video: str, found: str) -> None:
         super().__init__(f"""Video {video!r} has no video stream that can be decoded: found {found}, expected at least
             one. Cover art does not count. {SKIPPED} Replace the file.""")
+
+
+class VideoCodecError(PermanentError):
+    """A video's codec is one that is not opened."""
+
+    def __init__(self, video: str, codec: str) -> None:
+        super().__init__(f"""Video {video!r} is refused: its codec {codec!r} is not one of EXTRACTION_VIDEO_CODECS.
+            {SKIPPED} Convert it, or add {codec} there and run 'extraction retry' for the record.""")
 
 
 class VideoEncryptedError(PermanentError):
@@ -120,6 +133,15 @@ class DecodeWorkerStartError(ExtractionError):
             Its last words: {said or "none"}.""")
 
 
+class DecodeConfinementError(ExtractionError):
+    """A decoding process can't be confined as the settings insist: no video is to blame."""
+
+    def __init__(self, lacking: str) -> None:
+        super().__init__(f"""Decoding workers can't be confined as EXTRACTION_REQUIRE_CONFINEMENT insists: this machine
+            lacks {lacking}. No video was decoded and no record is to blame; finished shards are kept. Run where the
+            kernel has it (docs/security.md says which), or unset EXTRACTION_REQUIRE_CONFINEMENT and do without.""")
+
+
 class FramesRejectedError(PermanentError):
     """The quality steps left nothing of a video."""
 
@@ -183,7 +205,7 @@ class OtherSourceError(PermanentError):
     def __init__(self, what: str, address: str, *, whose: str, mine: str, setting: str) -> None:
         super().__init__(f"""The {what} in {address!r} belong to {whose}, not to {mine}. Nothing of them was read or
             written. Set {setting} (or EXTRACTION_HOME) to a place of its own for each source table; if it is the same
-            table at a new address, remove source.json there.""")
+            table at a new address, run 'extraction init --take-over'.""")
 
 
 class ShardStoreError(ExtractionError):

@@ -1,6 +1,6 @@
 """Errors of the point store. Only PayloadError parks a record: when the store fails, no record is to blame."""
 
-from extraction_dagster.errors import ExtractionError, PermanentError, some
+from extraction_dagster.errors import ExtractionError, PermanentError, one_line, some
 
 
 class PayloadError(PermanentError):
@@ -11,6 +11,14 @@ class PayloadError(PermanentError):
         super().__init__(f"""Column {column!r} of record {record_id} can't be kept in a point's payload: {why}. Nothing
             was written for it. Correct the value, or leave the column out of EXTRACTION_SOURCE_PAYLOAD_COLUMNS; then
             run 'extraction retry {record_id}'.""")
+
+
+class PointRefusedError(PermanentError):
+    """A store that takes the points of other records does not take those of this one."""
+
+    def __init__(self, record_id: int, why: str) -> None:
+        super().__init__(f"""The points of record {record_id} are refused: {one_line(why)} Nothing else was kept back by
+            it. Correct the row's values, the payload columns first of all; then run 'extraction retry {record_id}'.""")
 
 
 class VectorNormError(ExtractionError):
@@ -24,13 +32,20 @@ class VectorNormError(ExtractionError):
 
 
 class PointStoreError(ExtractionError):
-    """The store of points could not do what was asked; its subclasses say how and why."""
+    """The store of points could not do what was asked; its subclasses say how and why.
+
+    Attributes:
+        may_be_content: What was to be written may be to blame, rather than the store.
+    """
+
+    may_be_content: bool = False
 
 
 class StoreEngineError(PointStoreError):
     """The engine behind the store failed."""
 
-    def __init__(self, operation: str, where: str, why: str) -> None:
+    def __init__(self, operation: str, where: str, why: str, *, may_be_content: bool = False) -> None:
+        self.may_be_content = may_be_content
         super().__init__(f"""Could not {operation} in {where}: {why}. Rows are marked only after their points are
             verified, so nothing is lost: the range is tried again.""")
 
@@ -72,7 +87,8 @@ class StoreUnavailableError(PointStoreError):
 class StoreRefusedError(PointStoreError):
     """The Qdrant server refused a call; asking again would not help."""
 
-    def __init__(self, operation: str, where: str, why: str, fix: str = "") -> None:
+    def __init__(self, operation: str, where: str, why: str, fix: str = "", *, may_be_content: bool = False) -> None:
+        self.may_be_content = may_be_content
         super().__init__(f"""The server at {where} refused to {operation}: {why}. No row was marked.
             {fix or "Check EXTRACTION_QDRANT_URL, EXTRACTION_QDRANT_API_KEY and the rights of that key."}""")
 
@@ -139,11 +155,12 @@ class CollectionMismatchError(PointStoreError):
 class ForeignCollectionError(PointStoreError):
     """A collection holds points of another source table."""
 
-    def __init__(self, name: str, where: str, *, got: str, expected: str) -> None:
-        super().__init__(f"""Collection {name!r} in {where} holds points of another source table (its mark is {got},
-            that of the settings' table is {expected}): their records would be taken for each other's. Nothing was read
-            or changed. Set EXTRACTION_COLLECTION_NAME to a name of its own for each source table, or
-            EXTRACTION_SOURCE_URL and EXTRACTION_SOURCE_TABLE to the table that it belongs to.""")
+    def __init__(self, name: str, where: str) -> None:
+        super().__init__(f"""Collection {name!r} in {where} holds points of another source table, or of this one at
+            another address: their records would be taken for each other's. Nothing was read or changed. If the
+            database moved, run 'extraction init --take-over'. Else set EXTRACTION_COLLECTION_NAME to a name of its own
+            for each source table, or EXTRACTION_SOURCE_URL and EXTRACTION_SOURCE_TABLE to the table that it belongs
+            to.""")
 
 
 class CollectionInUseError(PointStoreError):

@@ -11,12 +11,34 @@ class InstanceError(ExtractionError):
             to the folder that holds dagster.yaml, or unset it to use the one under EXTRACTION_HOME.""")
 
 
+class HomeError(ExtractionError):
+    """The data folder can't be made."""
+
+    def __init__(self, home: str, why: str) -> None:
+        super().__init__(f"""EXTRACTION_HOME is {home!r}, and that folder can't be made or written: {why}. Nothing was
+            done. Permit it, or set EXTRACTION_HOME to another folder.""")
+
+
+class StorageError(ExtractionError):
+    """Dagster's own storage can't be reached."""
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(f"""Dagster's storage of runs, events and cursors can't be used: {where}: {reason}. What was
+            finished is kept. Bring the database back, or correct the setting, then run the same command again.""")
+
+
 class RangeBusyError(ExtractionError):
     """A range was launched that has an active run."""
 
-    def __init__(self, key: str, run_id: str) -> None:
-        super().__init__(f"""Range {key} has an active run, {run_id}: nothing was launched. Wait until it ends, or
-            terminate it in the UI.""")
+    def __init__(self, key: str, run_id: str, *, silent_seconds: float | None = None) -> None:
+        silent = (
+            f""" It works on another machine or in another container, and gave no sign of life for
+            {silent_seconds:.0f} s; after EXTRACTION_DEAD_AFTER_SECONDS it is taken for dead."""
+            if silent_seconds
+            else ""
+        )
+        super().__init__(f"""Range {key} has an active run, {run_id}: nothing was launched.{silent} Wait until it ends,
+            or terminate it in the UI.""")
 
 
 class SensorBusyError(ExtractionError):
@@ -117,7 +139,7 @@ class CursorError(ExtractionError):
     def __init__(self, why: str) -> None:
         super().__init__(f"""The stored cursor can't be used: {why}. Nothing was changed, and the rows still know what
             is done. Look at it with 'extraction checkpoint show'; 'extraction checkpoint reset --storage cursor'
-            derives it from the rows once more.""")
+            derives it from the rows once more, and 'extraction init --take-over' takes up a database that moved.""")
 
 
 class MirrorError(ExtractionError):

@@ -52,12 +52,11 @@ def decode_range(work: RangeWork) -> Report:
     unmarked = {key: number for key, number in kept.items() if _is_unmarked(pending[key], number, made_with)}
     _mark_extracted(work, unmarked)
     rows = [planned.video for record_id, planned in pending.items() if record_id not in kept]
-    ids = work.id_range.first_id, work.id_range.last_id
     if rows:
         require_store(work.settings, work.fingerprints.embedding)
-        _log.info("Processing batch of %d records (IDs: %d - %d)", len(rows), *ids)
+        _log.info("Processing batch of %d records (IDs: %s)", len(rows), _ids_of(work))
     else:
-        _log.info("Nothing to decode (IDs: %d - %d)", *ids)
+        _log.info("Nothing to decode (IDs: %s)", _ids_of(work))
     step_progress.begin("video_frames", len(rows))
     sheet = ContactSheet(work.settings.contact_sheet_frames)
     shards = decode_rows(rows, store=work.frame_store, partition=work.id_range, settings=work.settings)
@@ -80,6 +79,13 @@ def decode_range(work: RangeWork) -> Report:
         **watch.numbers(num_frames=counts["frames"]),
     }
     return report
+
+
+def _ids_of(work: RangeWork) -> str:
+    """The ids that are there, and how far the range has room for more: `1001 - 46336, room to 825273`."""
+    first, last = min(work.plan, default=work.id_range.first_id), max(work.plan, default=work.id_range.last_id)
+    room = f", room to {work.id_range.last_id}" if last < work.id_range.last_id else ""
+    return f"{first} - {last}{room}"
 
 
 def _record(work: RangeWork, landed: LandedShard) -> None:

@@ -24,11 +24,12 @@ from extraction_dagster.shards.retention import keep_time, prune_former, prune_f
 from extraction_dagster.shards.store import by_shard
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from extraction_dagster.records import VideoRow
     from extraction_dagster.shards.embedding_store import EmbeddingShard
     from extraction_dagster.shards.store import Copy
+    from extraction_dagster.stages.catalog.ledger import LedgerEntry
     from extraction_dagster.stages.index.protocol import PointStore
 
 _log = logging.getLogger(__name__)  # managed by Dagster: these lines are in the run's events too
@@ -49,7 +50,7 @@ def index_range(work: RangeWork) -> Report:
 
     watch, report, rows = Stopwatch(), Report(), work.selected
     writer = _Writer(work, report)
-    copies = writer.copies()
+    copies, entries = writer.copies(), None
     step_progress.begin("qdrant_points", len(copies))
     if copies or _should_hold_points(work):
         with open_point_store(work.settings, wait_seconds=work.settings.qdrant_timeout_seconds) as store:
@@ -57,7 +58,8 @@ def index_range(work: RangeWork) -> Report:
             with watch.phase("write"):
                 writer.write(store, copies)
             with watch.phase("verify"):
-                report.verified = _verify_range(work, store if is_there else None)
+                entries = work.entries()
+                report.verified = _verify_range(work, store if is_there else None, entries, written=report.num_points)
     missing = sorted(rows.keys() - writer.handled)
     if unread := copies.keys() - writer.handled:  # their run goes on: the next one makes their vectors
         work.catalog.make_pending(sorted(unread))
@@ -73,7 +75,7 @@ def index_range(work: RangeWork) -> Report:
     }
     _prune_frames(work)
     if num_points:
-        _merge_small_shards(work)
+        _merge_small_shards(work, entries or {})
     return report
 
 
@@ -197,11 +199,19 @@ class _Writer:
             self.work.catalog.make_pending(overwritten)
 
 
-def _verify_range(work: RangeWork, store: PointStore | None) -> int:
-    """Compare the whole range with the store once more; what disagrees is pending again. Returns its points."""
+def _verify_range(
+    work: RangeWork, store: PointStore | None, entries: Mapping[int, LedgerEntry], *, written: Collection[int]
+) -> int:
+    """Compare the whole range with the store once more; what disagrees is pending again. Returns its points.
+
+    The records that this run wrote are compared one by one, the others by their number of points together.
+    """
     from extraction_dagster.stages.index.reconcile import compare_range  # noqa: PLC0415 - loads the engine
 
-    found = compare_range(work.catalog, store, within=work.id_range, fingerprint=work.fingerprints.embedding)
+    made_with = work.fingerprints.embedding
+    found = compare_range(
+        work.catalog, store, within=work.id_range, fingerprint=made_with, only=written, entries=entries
+    )
     if not found.agrees:
         work.catalog.make_pending(found.to_write_again)
         raise PointsChangedError(
@@ -223,11 +233,11 @@ def _prune_frames(work: RangeWork) -> None:
         prune_former(work.embedding_store, work.id_range, entries, work.fingerprints, keep=keep)
 
 
-def _merge_small_shards(work: RangeWork) -> None:
+def _merge_small_shards(work: RangeWork, entries: Mapping[int, LedgerEntry]) -> None:
     """Merge small shards once there are many; those that can't be merged now stay."""
     options = CompactionOptions.from_settings(work.settings)
     try:
-        compact(work.frame_store, work.id_range, options, entries=work.entries())
+        compact(work.frame_store, work.id_range, options, entries=entries)
         compact(work.embedding_store, work.id_range, options)
     except (OSError, ShardStoreError) as error:
         _log.warning("Small shards of range %s stay as they are: %s", work.id_range, error)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -21,6 +22,7 @@ from extraction_dagster.shards.frame_store import FrameStore
 from extraction_dagster.shards.place import Source
 from extraction_dagster.shards.store import Copy, S, newest_copies
 from extraction_dagster.stages.catalog.catalog import Fingerprints, open_catalog
+from extraction_dagster.stages.catalog.error_retention import prune_errors
 from extraction_dagster.stages.decode.task import frames_fingerprint
 from extraction_dagster.stages.embed.models.registry import embedding_fingerprint
 
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from extraction_dagster.stages.catalog.ledger import LedgerEntry
 
 _log = logging.getLogger(__name__)  # managed by Dagster: these lines are in the run's events too
+_MOST_TOLD, _MOST_KINDS = 50, 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,7 @@ class RangeWork:
     run_id: str
     force: bool
     retries: bool = False
+    told: _Told = field(default_factory=lambda: _Told(), compare=False, repr=False)  # noqa: PLW0108 - it comes below
 
     @property
     def pending(self) -> dict[int, PlannedRow]:
@@ -131,14 +135,39 @@ class RangeWork:
         return store is self.frame_store or entry.embedding_fingerprint == self.fingerprints.embedding
 
     def record_failures(self, failures: Iterable[Failure]) -> None:
-        """Write failures to the errors table, and log each with the state that its record is in now."""
+        """Write failures to the errors table, and log each with the state that its record is in now.
+
+        Each of the first ones of a step, that is: a table of dead links would fill Dagster's event log otherwise.
+        """
         failures = list(failures)
         if not failures:
             return
         states = self.catalog.record_failures(self.plan, failures, run_id=self.run_id)
         for failure in failures:
             if failure.record_id in states:  # else others have claimed it since: the catalog has said so
-                _log.warning("%s (%s)", failure.message, states[failure.record_id])
+                self.told.tell(failure, states[failure.record_id])
+
+
+class _Told:
+    """The failures of a step as they are logged: so many one by one, the others together at the end."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._others = Counter[str]()
+
+    def tell(self, failure: Failure, state: str) -> None:
+        self.number += 1
+        if self.number <= _MOST_TOLD:
+            _log.warning("%s (%s)", failure.message, state)
+        else:
+            self._others[failure.error_type] += 1
+
+    def sum_up(self) -> None:
+        if self._others:
+            kinds = ", ".join(f"{number} {name}" for name, number in self._others.most_common(_MOST_KINDS))
+            more = ", …" if len(self._others) > _MOST_KINDS else ""
+            said = "%d more records failed (%s%s); 'extraction errors' lists them"
+            _log.warning(said, self._others.total(), kinds, more)
 
 
 @contextmanager
@@ -196,9 +225,14 @@ def open_range(  # noqa: PLR0913 - the range, and what a run may want otherwise,
             force=force,
             retries=retries,
         )
-        if begins or claims:
-            work.record_failures(work.unreadable)
-        yield work
+        try:
+            if begins or claims:
+                work.record_failures(work.unreadable)
+            yield work
+        finally:
+            work.told.sum_up()
+        if work.told.number:  # what adds errors removes old ones
+            prune_errors(catalog.state_engine, keep_days=settings.keep_errors_days)
 
 
 def open_stores(settings: Settings, made_with: Fingerprints, source: Source) -> tuple[FrameStore, EmbeddingStore]:

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from extraction_dagster.errors import RecordShapeError, one_line
+from extraction_dagster.errors import one_line
 from extraction_dagster.errors.decode import EmbeddingShardError, EmbeddingStoreError
 from extraction_dagster.records import EmbeddingBatch, Failure
-from extraction_dagster.shards.store import Shard, ShardRecord, ShardStore
+from extraction_dagster.shards.checked_parquet import CheckedParquet, Layout
+from extraction_dagster.shards.store import MOST_BYTES, Shard, ShardRecord, ShardStore
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from extraction_dagster.records import IdRange
 
 FORMAT_VERSION = 1
+_MOST_DIM = 65_536
 _MOST_MOVES = 8  # how often the shards that are read may be merged meanwhile
 
 
@@ -118,8 +120,6 @@ class EmbeddingStore(ShardStore[EmbeddingShard]):
         return batches[1] if len(batches) == 2 else _joined(batches)  # noqa: PLR2004 - it was one file
 
     def _read_file(self, shard: EmbeddingShard, only: Collection[int]) -> EmbeddingBatch:
-        import pyarrow.parquet as pq  # noqa: PLC0415 - 0.3 s that importing the room need not pay
-
         self.require_source()
         try:
             with self._reaching():
@@ -127,17 +127,8 @@ class EmbeddingStore(ShardStore[EmbeddingShard]):
         except FileNotFoundError as error:
             raise EmbeddingShardError(shard.path, type(error).__name__, "a whole Parquet file", gone=True) from error
         try:
-            table = pq.read_table(data, page_checksum_verification=True).combine_chunks()
-            if table.num_rows != shard.num_frames:
-                expected = f"{shard.num_frames}, as its footer says"
-                raise EmbeddingShardError(shard.path, f"{table.num_rows} vectors", expected)
-            batch = EmbeddingBatch(
-                vectors=_float16_rows(table["vector"], shard.dim),
-                record_id=table["record_id"].to_numpy(),
-                frame_number=table["frame_number"].to_numpy(),
-                pts_seconds=table["pts_seconds"].to_numpy(),
-            )
-        except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecordShapeError) as error:
+            batch = _read_batch(data, shard)
+        except Exception as error:  # whatever comes of bytes that somebody else wrote
             got = f"{type(error).__name__}: {one_line(' '.join(str(error).split()))}"
             raise EmbeddingShardError(shard.path, got, "a whole Parquet file") from error
         return batch if len(only) == len(shard.records) else batch.of_records(only)
@@ -162,13 +153,54 @@ class EmbeddingStore(ShardStore[EmbeddingShard]):
             raise ValueError(f"it has {got}, expected {expected}")
         if path.rsplit("/", 1)[-1].removesuffix(".parquet") != footer["name"].removesuffix(".parquet"):
             raise ValueError(f"it was called {footer['name']}")
+        if type(footer["dim"]) is not int or not 1 <= footer["dim"] <= _MOST_DIM:
+            raise ValueError(f"its vectors have {footer['dim']!r:.20} numbers")
         records = tuple(
             ShardRecord(*record[:3], **dict(zip(("address", "claim"), record[3:], strict=False)))
             for record in footer["records"]
         )
         of_vectors = 2 * footer["dim"] * sum(record.num_frames for record in records)
+        if of_vectors > MOST_BYTES:
+            raise ValueError(f"its vectors have {of_vectors} bytes")
         failures = tuple(Failure(**failure) for failure in footer["failures"])
+        if not all(map(_is_sound, failures)):
+            raise ValueError("its failures are not of this format")
         return EmbeddingShard(footer["name"], path, of_vectors, records, footer["dim"], failures)
+
+
+def _is_sound(failure: Failure) -> bool:
+    texts = (failure.content_version, failure.stage, failure.error_type, failure.message, failure.details)
+    numbers = type(failure.record_id) is int and abs(failure.record_id) < 2**63
+    return numbers and type(failure.permanent) is bool and all(isinstance(text, str) for text in texts)
+
+
+def _read_batch(data: io.BytesIO, shard: EmbeddingShard) -> EmbeddingBatch:
+    """A file's vectors; ValueError when they are not those of the listed records."""
+    import pyarrow as pa  # noqa: PLC0415 - 0.3 s that importing the room need not pay
+
+    numbers = [("record_id", pa.int64()), ("frame_number", pa.int64()), ("pts_seconds", pa.float64())]
+    schema = pa.schema([*numbers, ("vector", pa.binary(2 * shard.dim))])
+    unpacked = shard.num_frames * (2 * shard.dim + 3 * 8)
+    parquet = CheckedParquet(data, Layout(schema, "ZSTD", max_bytes=unpacked + unpacked // 8 + 2**20))
+    if sum(parquet.group_rows) != shard.num_frames:
+        raise ValueError(f"{sum(parquet.group_rows)} vectors, expected {shard.num_frames}, as its footer says")
+    groups = [parquet.read(group) for group in range(len(parquet.group_rows))]
+    table = pa.concat_tables([schema.empty_table(), *groups]).combine_chunks()
+    batch = EmbeddingBatch(
+        vectors=_float16_rows(table["vector"], shard.dim),
+        record_id=table["record_id"].to_numpy(),
+        frame_number=table["frame_number"].to_numpy(),
+        pts_seconds=table["pts_seconds"].to_numpy(),
+    )
+    listed = np.array([record.record_id for record in shard.records], np.int64)
+    if not np.array_equal(batch.record_id, np.repeat(listed, [record.num_frames for record in shard.records])):
+        raise ValueError("its rows are not those of the records that it lists")
+    is_next = np.diff(batch.record_id) == 0  # of the same record as the row before
+    if np.any(batch.frame_number < 0) or np.any(np.diff(batch.frame_number)[is_next] <= 0):
+        raise ValueError("its frame numbers do not ascend")
+    if not np.all(np.isfinite(batch.pts_seconds)):
+        raise ValueError("it has times that are not finite")
+    return batch
 
 
 def _as_footer(record: ShardRecord) -> list[Any]:

@@ -18,7 +18,7 @@ import logging
 import tarfile
 from typing import TYPE_CHECKING
 
-from extraction_dagster.errors.decode import FramesExportError, ShardStoreError
+from extraction_dagster.errors.decode import FramesExportError, FrameShardError, ShardStoreError
 from extraction_dagster.files import replacing
 from extraction_dagster.shards.store import Copy, by_shard, newest_copies
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 _NOTHING = "No file was left behind."
 _FACTS = ("record_id", "frame_number", "pts_seconds", "target_seconds", "width_px", "height_px", "content_version")
+_BEGINS_FORMULA = ("=", "+", "-", "@", "\t", "\r")
 _Frame = tuple[dict[str, int | float | str], bytes]  # what is said of a frame, and its JPEG
 
 
@@ -54,7 +55,7 @@ def find_frames(store: FrameStore, wanted: Collection[tuple[int, int]]) -> dict[
     while numbers and shards:
         newest = {key: copy for key, copy in newest_copies(shards).items() if key in numbers}
         for shard, record_ids in by_shard(newest):
-            found |= _read_some(store, shard.path, {key: numbers[key] for key in record_ids})
+            found |= _read_some(store, shard, {key: numbers[key] for key in record_ids})
         looked_at = {copy.shard.path for copy in newest.values()}
         shards = [shard for shard in shards if newest and shard.path not in looked_at]
         numbers = {key: left for key in newest if (left := {n for n in numbers[key] if (key, n) not in found})}
@@ -140,7 +141,12 @@ def _write_folder(folder: Path, frames: Iterable[_Frame]) -> None:
             path = folder / name
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(jpeg)
-            table.writerow({**frame, "file": name})
+            table.writerow({**{key: _in_cell(value) for key, value in frame.items()}, "file": name})
+
+
+def _in_cell(value: float | str) -> float | str:
+    """A value as a table's cell: a text that a spreadsheet would take for a formula begins with an apostrophe."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(_BEGINS_FORMULA) else value
 
 
 def _write_tar(path: Path, frames: Iterable[_Frame]) -> None:
@@ -154,17 +160,12 @@ def _write_tar(path: Path, frames: Iterable[_Frame]) -> None:
                 tar.addfile(entry, io.BytesIO(content))
 
 
-def _read_some(store: FrameStore, path: str, numbers: dict[int, set[int]]) -> dict[tuple[int, int], bytes]:
-    import pyarrow as pa  # noqa: PLC0415 - 0.3 s that importing the room need not pay
-    import pyarrow.parquet as pq  # noqa: PLC0415 - as above
-
-    filters = [
-        [("record_id", "=", record_id), ("frame_number", "in", sorted(frames))] for record_id, frames in numbers.items()
-    ]
+def _read_some(store: FrameStore, shard: FrameShard, numbers: dict[int, set[int]]) -> dict[tuple[int, int], bytes]:
+    found: dict[tuple[int, int], bytes] = {}
     try:
-        with store.open(path) as file:
-            table = pq.read_table(file, columns=["record_id", "frame_number", "jpeg"], filters=filters)
-    except (OSError, pa.ArrowException, ShardStoreError) as error:
-        logger.warning("No thumbnails from %s: %s", path, error)
-        return {}
-    return {(row["record_id"], row["frame_number"]): row["jpeg"] for row in table.to_pylist()}
+        for video in store.read(shard, only=numbers):
+            frames = zip(video.frame_number.tolist(), video.jpegs, strict=True)
+            found |= {(video.record_id, n): jpeg for n, jpeg in frames if n in numbers[video.record_id]}
+    except (OSError, FrameShardError, ShardStoreError) as error:
+        logger.warning("No thumbnails from %s: %s", shard.path, error)
+    return found

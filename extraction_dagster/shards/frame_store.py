@@ -7,14 +7,16 @@ stay.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import asdict, dataclass
 from typing import IO, TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from extraction_dagster.errors import RecordShapeError, one_line
+from extraction_dagster.errors import ExtractionError, RecordShapeError, one_line
 from extraction_dagster.errors.decode import FrameShardError, FrameStoreError
 from extraction_dagster.records import EncodedFrames
+from extraction_dagster.shards.checked_parquet import CheckedParquet, Layout
 from extraction_dagster.shards.store import Shard, ShardRecord, ShardStore
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 _ROWS_PER_GROUP = 300
+_LONGEST_SIDE = 65_500  # JPEG has no longer one
+_LONGEST_TEXT = 10_000
 _MOST_MOVES = 8  # how often the shards that are read may be merged meanwhile
 
 
@@ -37,6 +41,17 @@ class FrameRecord(ShardRecord):
     height_px: int
     duration_seconds: float | None
     partial: str | None
+
+    def is_sound(self) -> bool:
+        """Whether its values are of the types and sizes that they should be."""
+        sides, seconds, partial = (self.width_px, self.height_px), self.duration_seconds, self.partial
+        return (
+            super(FrameRecord, self).is_sound()  # a dataclass with slots is made anew: super() alone means the old one
+            and self.num_frames >= 1
+            and all(type(side) is int and 1 <= side <= _LONGEST_SIDE for side in sides)
+            and (seconds is None or (type(seconds) in {int, float} and math.isfinite(seconds)))
+            and (partial is None or (isinstance(partial, str) and len(partial) <= _LONGEST_TEXT))
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,17 +124,17 @@ class FrameStore(ShardStore[FrameShard]):
             raise FrameShardError(shard.path, "it is merged again and again", gone=True)
 
     def _read_file(self, shard: FrameShard, wanted: Collection[int]) -> Iterator[EncodedFrames]:
-        import pyarrow as pa  # noqa: PLC0415 - 0.3 s that importing the room need not pay
-
         try:
             with self.open(shard.path) as file:
-                for video in _read_videos(file, shard.records):
-                    if video.record_id in wanted:
-                        yield video
+                yield from _read_videos(file, shard.records, wanted)
         except FileNotFoundError as error:
             raise FrameShardError(shard.path, str(error), gone=True) from error
-        except (OSError, pa.ArrowException, ValueError, KeyError, TypeError, RecordShapeError) as error:
-            raise FrameShardError(shard.path, one_line(" ".join(str(error).split()))) from error
+        except Exception as error:
+            if isinstance(error, ExtractionError) and not isinstance(error, RecordShapeError):
+                raise
+            # Whatever comes of bytes that somebody else wrote.
+            said = one_line(" ".join(str(error).split()) or type(error).__name__)
+            raise FrameShardError(shard.path, said) from error
 
     def merge(self, partition: IdRange, parts: Sequence[tuple[FrameShard, Collection[int]]], name: str) -> None:
         """Write one shard with some videos of several."""
@@ -183,26 +198,37 @@ def _table(videos: Sequence[EncodedFrames]) -> pa.Table:
     return pa.table([pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema)
 
 
-def _read_videos(file: IO[bytes], records: Sequence[FrameRecord]) -> Iterator[EncodedFrames]:
-    """A file's videos one by one; ValueError when its rows are not those of the listed ones."""
-    import pyarrow as pa  # noqa: PLC0415 - as above
-    import pyarrow.parquet as pq  # noqa: PLC0415 - as above
+def _read_videos(file: IO[bytes], records: Sequence[FrameRecord], wanted: Collection[int]) -> Iterator[EncodedFrames]:
+    """Some of a file's videos one by one; ValueError when its rows are not those of the listed ones.
 
-    batches = pq.ParquetFile(file).iter_batches(_ROWS_PER_GROUP)
-    rows = _schema().empty_table()
+    Row groups that hold none of them are not read: `first` is the row of the file that `rows` begin with.
+    """
+    import pyarrow as pa  # noqa: PLC0415 - as above
+
+    layout = Layout(_schema(), "UNCOMPRESSED", dictionaries=("record_id",), max_group_rows=_ROWS_PER_GROUP)
+    parquet, rows = CheckedParquet(file, layout), _schema().empty_table()
+    first = begin = end = group = 0
     for record in records:
-        while len(rows) < record.num_frames:
-            batch = next(batches, None)
-            if batch is None:
+        begin, end = end, end + record.num_frames
+        if record.record_id not in wanted:
+            continue
+        rows, first = rows.slice(min(begin - first, len(rows))), max(first, min(begin, first + len(rows)))
+        while first + len(rows) < end:
+            if group >= len(parquet.group_rows):
                 raise ValueError(f"record {record.record_id} is cut short")
-            rows = pa.concat_tables([rows, pa.Table.from_batches([batch]).replace_schema_metadata()])
-        yield _video(rows.slice(0, record.num_frames), record)
-        rows = rows.slice(record.num_frames)
+            if len(rows) == 0 and first + parquet.group_rows[group] <= begin:
+                first += parquet.group_rows[group]
+            else:
+                rows = pa.concat_tables([rows, parquet.read(group)])
+            group += 1
+        yield _video(rows.slice(begin - first, record.num_frames), record)
 
 
 def _video(rows: pa.Table, record: FrameRecord) -> EncodedFrames:
     if any(record_id != record.record_id for record_id in rows["record_id"].unique().to_pylist()):
         raise ValueError(f"its rows are not those of record {record.record_id}")
+    if not np.all(np.isfinite(rows["target_seconds"].to_numpy())) or rows["frame_number"][0].as_py() < 0:
+        raise ValueError(f"record {record.record_id} has times or frame numbers that no video has")
     return EncodedFrames(
         record.record_id,
         record.content_version,

@@ -27,7 +27,7 @@ from extraction_dagster import files
 from extraction_dagster.addresses import shown_address
 from extraction_dagster.errors import one_line
 from extraction_dagster.errors.decode import OtherSourceError, ShardStoreError
-from extraction_dagster.stages.catalog.source_table import source_identity
+from extraction_dagster.stages.catalog.identity import source_identity
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -111,6 +111,15 @@ class Place:
         self._refuse_another(owner)
         self._is_allowed, self._is_claimed = True, owner is not None
 
+    def take_over(self) -> None:
+        """Let what a source that moved has stored under its earlier marks be of its present one; safe to repeat."""
+        owner = self._owner()
+        if owner is None or self._source is None or str(owner.identity) == str(self._source.identity):
+            return
+        self._refuse_another(owner)
+        self._is_allowed = self._is_claimed = True
+        self._write_whole(f"{self._root}/{_SOURCE}", _source_file(self._source))
+
     def _claim_before_writing(self) -> None:
         self.require_source()
         if not self._is_claimed and self._source is not None:
@@ -122,8 +131,8 @@ class Place:
             raise OtherSourceError(
                 self.store_error.what,
                 self.shown_root,
-                whose=f"table {owner.table!r} (its mark is {owner.identity})",
-                mine=f"table {self._source.table!r} ({self._source.identity})",
+                whose=f"table {owner.table!r}{' of another database' if owner.table == self._source.table else ''}",
+                mine=f"table {self._source.table!r}",
                 setting=self.store_error.setting,
             )
 
@@ -149,7 +158,7 @@ class Place:
     def _claim(self, source: Source) -> Source | None:
         """Write whose the root is, unless somebody has; of several at once one is the first. Returns its owner."""
         path = f"{self._root}/{_SOURCE}"
-        content = json.dumps({"v": _VERSION, "source": source.identity, "table": source.table}).encode()
+        content = _source_file(source)
         if isinstance(self._fs, LocalFileSystem):
             Path(self._root).mkdir(parents=True, exist_ok=True)
             files.create_atomically(Path(path), content)
@@ -299,6 +308,10 @@ class Place:
                 logger.warning("Removing %s, which a killed process left behind.", path)
                 with self._reaching():
                     self._fs.rm_file(path)
+
+
+def _source_file(source: Source) -> bytes:
+    return json.dumps({"v": _VERSION, "source": str(source.identity), "table": source.table}).encode()
 
 
 class _Watched:

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from extraction_dagster.errors import PartitionKeyError
+from extraction_dagster.errors import PartitionKeyError, one_line
 from extraction_dagster.errors.decode import ShardError
 from extraction_dagster.records import IdRange
 from extraction_dagster.shards.place import Place, Source
@@ -45,6 +45,13 @@ _SUFFIX = ".parquet"
 _TIME, _TICK = "%Y%m%dT%H%M%S%f", timedelta(microseconds=1)
 _MAGIC = b"PAR1"
 _TAIL_BYTES = 64 * 1024
+_MOST_FOOTER_BYTES = 2**26
+MOST_BYTES = 2**32  # of a file: a shard is written at 128 MiB, and a single video's frames take at most 2 GiB
+_MIN_INT, _MAX_INT = -(2**63), 2**63 - 1
+_LONGEST_TEXT = 2**16
+_MOST_FOOTERS = 256  # remembered; of 50 records each, a few MB
+_STAMPS = ("ino", "mtime", "created", "ETag", "LastModified", "generation", "updated")  # of a listed file
+_footers = dict[tuple[object, ...], Any]()
 _MOST_LISTINGS = 3  # of a range that others merge while it is looked at
 
 
@@ -91,7 +98,11 @@ class ShardRecord:
     def is_sound(self) -> bool:
         """Whether its values are of the types that they should be: a footer may be anybody's."""
         numbers, texts = (self.record_id, self.num_frames, self.claim), (self.content_version, self.address)
-        return all(type(number) is int for number in numbers) and all(isinstance(text, str) for text in texts)
+        return (
+            all(type(number) is int and _MIN_INT <= number <= _MAX_INT for number in numbers)
+            and all(isinstance(text, str) and len(text) <= _LONGEST_TEXT for text in texts)
+            and self.num_frames >= 0
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +214,7 @@ class ShardStore(Place, ABC, Generic[S]):
                 if entry["type"] == "directory" or _file_name(entry["name"]).startswith("."):
                     continue
                 try:
-                    shard = self._look_at(entry["name"], partition, entry.get("size") or 0)
+                    shard = self._known(entry, partition)
                 except FileNotFoundError:
                     vanished = True
                     continue
@@ -310,7 +321,7 @@ class ShardStore(Place, ABC, Generic[S]):
     def _name_after(self, shard: S) -> str:
         try:
             return merged_name([shard.name])
-        except ValueError:  # a name that does not say when
+        except (ValueError, OverflowError):  # a name that does not say when, or the last moment that there is
             return self.next_name()
 
     def _write(self, partition: IdRange, name: str, table: pa.Table, footer: Mapping[str, object]) -> tuple[str, int]:
@@ -326,16 +337,34 @@ class ShardStore(Place, ABC, Generic[S]):
         self._latest = max(self._latest, name)
         return path, len(content)
 
+    def _known(self, entry: Mapping[str, Any], partition: IdRange) -> S | None:
+        """The shard of a listed file; one that is still the file whose footer this process has read, from memory.
+
+        A run lists its range in each of its steps, and few of the shards are new.
+        """
+        path, size_bytes = entry["name"], entry.get("size") or 0
+        stamps = [str(entry[name]) for name in _STAMPS if entry.get(name) is not None]
+        key = (type(self), self._root_uri, path, partition, size_bytes, *stamps)
+        found: S | None = _footers.get(key) or self._look_at(path, partition, size_bytes)
+        if found is not None and stamps:
+            _footers.pop(key, None)  # the first are the ones that were not asked for longest
+            _footers[key] = found
+            if len(_footers) > _MOST_FOOTERS:
+                _footers.pop(next(iter(_footers)), None)
+        return found
+
     def _look_at(self, path: str, partition: IdRange, size_bytes: int) -> S | None:
         try:
             tail = self._tail(path)
         except IsADirectoryError:  # a link to one
             tail = b""
         try:
+            if size_bytes > MOST_BYTES:
+                raise ValueError(f"it has {size_bytes} bytes, expected at most {MOST_BYTES}")  # noqa: TRY301 - as below
             return self._read_footer(tail, path, partition, size_bytes)
         except Exception as error:  # noqa: BLE001 - whatever comes of bytes that somebody else wrote
-            which = f"{self.kind} shard of range {partition}"
-            logger.warning("Ignoring %s: it is no whole %s (%s).", path, which, error)
+            which, why = f"{self.kind} shard of range {partition}", one_line(str(error))
+            logger.warning("Ignoring %s: it is no whole %s (%s).", one_line(path), which, why)
             return None
 
     def _read_footer(self, tail: bytes, path: str, partition: IdRange, size_bytes: int) -> S:
@@ -343,6 +372,9 @@ class ShardStore(Place, ABC, Generic[S]):
 
         if len(tail) < len(_MAGIC) + 4 or not tail.endswith(_MAGIC):
             raise ValueError("it does not end as a Parquet file does")
+        (length,) = struct.unpack("<I", tail[-8:-4])
+        if length > _MOST_FOOTER_BYTES:
+            raise ValueError(f"its footer has {length} bytes, expected at most {_MOST_FOOTER_BYTES}")
         footer: pq.FileMetaData = pq.read_metadata(io.BytesIO(tail))
         text = (footer.metadata or {}).get(self.footer_key)
         if text is None:
@@ -350,6 +382,8 @@ class ShardStore(Place, ABC, Generic[S]):
         shard = self._described(json.loads(text), path, partition, size_bytes)
         if not all(record.is_sound() for record in shard.records):
             raise ValueError("its records are not of this format")
+        if len({record.record_id for record in shard.records}) != len(shard.records):
+            raise ValueError("it lists a record twice")
         if shard.num_frames != footer.num_rows:
             raise ValueError(f"it has {footer.num_rows} frames, not those that it lists")
         return shard
@@ -361,7 +395,9 @@ class ShardStore(Place, ABC, Generic[S]):
             if len(tail) < len(_MAGIC) + 4 or not tail.endswith(_MAGIC):
                 return tail
             (length,) = struct.unpack("<I", tail[-8:-4])
-            return tail if length + 8 <= len(tail) else bytes(self._fs.tail(path, length + 8))
+            if length + 8 <= len(tail) or length > _MOST_FOOTER_BYTES:
+                return tail
+            return bytes(self._fs.tail(path, length + 8))
 
 
 def _file_name(path: str) -> str:

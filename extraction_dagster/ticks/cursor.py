@@ -76,10 +76,10 @@ class CursorState:
         if len(text.encode()) > MAX_BYTES:
             raise CursorError(f"it has {len(text.encode())} bytes, expected at most {MAX_BYTES}")
         values = _parse(text)
-        if values["source"] != source:
-            raise CursorError(f"it belongs to source {values['source']!r}, this one is {source!r}")
         ids = {name: _integer(values, name, optional=True) for name in ("last_processed_id", "frontier_id", "floor_id")}
         counters = {name: _counter(values, name) for name in ("seq", "reset_epoch")}
+        if source != values["source"] and any(value is not None for value in ids.values()):  # else it never moved
+            raise CursorError("it belongs to another source table, or to this one at another address")
         return cls(source=source, **ids, **counters, updated_at=_time(values["updated_at"]))  # type: ignore[arg-type]
 
     def moved(self, *, now: datetime, **changes: Any) -> CursorState:  # noqa: ANN401 - field values

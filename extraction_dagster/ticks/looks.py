@@ -19,6 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from extraction_dagster.stages.catalog.pending import Scan, scan
+from extraction_dagster.ticks.newest import NewestLook
 from extraction_dagster.ticks.planner import within_any
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ _SECONDS_AHEAD = 0.3
 _SECONDS_A_PART = 5.0
 _ADDRESSES = 1_000  # compared in one tick
 _SECONDS_OF_ADDRESSES = 0.25  # of a command
+_SECONDS_OF_ROUND = 0.25  # of a command
 _KEEP_EVERY_SECONDS = 1.0
 
 
@@ -47,12 +49,16 @@ class Round:
         is_second_half: Whether it came to the end, and goes on from the first row to where it began.
         is_over: Whether every row was looked at.
         has_compared_addresses: Whether the addresses of some rows that are done were compared.
+        has_compared_rows: Whether a part of the rows was compared with the ledger, where not all of them need to be.
+        compares_since: What the order of versions was about when it began to compare all of them.
     """
 
     began_at: int | None = None
     is_second_half: bool = False
     is_over: bool = False
     has_compared_addresses: bool = False
+    has_compared_rows: bool = False
+    compares_since: str | None = None
 
 
 class Looks:
@@ -80,7 +86,12 @@ class Looks:
         self._catalog, self._cursor, self._memory = catalog, cursor, memory
         self._taken, self._whole, self._keep = taken, whole, keep
         self._scan = partial(scan, catalog, floor_id=cursor.floor_id)
+        self._newest = NewestLook(catalog, cursor, memory)
         self._kept_at = time.monotonic()
+
+    def changed(self) -> list[int]:
+        """Rows at or below the watermark whose versions are new; comes first, for it lets the others find the rest."""
+        return self._newest.changed(whole=self._whole is not None)
 
     def window(self) -> Scan:
         """The unfinished rows up to the frontier: right above the watermark, and a part from where a look ended."""
@@ -137,30 +148,52 @@ class Looks:
     def sweep(self) -> list[int]:
         """Pending rows at or below the watermark: a part of them each time, so that a tick's cost stays the same.
 
-        With marks and without a version column, unmarked rows are all there is to find, and there are few: every Nth
-        tick. Otherwise each row is compared with the ledger, a part of the table in each tick.
+        With marks, and without a version column or with one whose order says what changed lately, unmarked rows are all
+        there is to find, and there are few: every Nth tick. Otherwise each row is compared with the ledger, a part of
+        the table in each tick; behind the order of versions too, as a net.
         """
         source, memory, up_to_id = self._catalog.source, self._memory, self._cursor.last_processed_id
-        every_row = source.has_version or not source.has_marks
         if up_to_id is None:
             if self._whole is not None:
                 self._whole.is_over = True
             return []
-        look = partial(self._scan, budget=min(_STEP, _BUDGET), every_row=every_row)
+        compares = source.has_version or not source.has_marks
+        has_net = source.has_marks and self._newest.is_possible
         if self._whole is not None:
-            return self._sweep_on(look, self._whole, up_to_id)
-        if not (every_row or memory.sweep_found_rows or self.is_nth):
-            return []
+            return self._sweep_whole(self._whole, up_to_id, every_row=compares and not self._newest.is_enough)
+        found = self._newest.round() if has_net else []
+        if has_net:
+            compares = False
+        if not (compares or memory.sweep_found_rows or self.is_nth):
+            return found
         pending, num_seen, end = list[int](), 0, time.monotonic() + _SECONDS_A_PART
         while True:
-            found = look(after_id=memory.sweep_after_id, up_to_id=up_to_id)
-            pending += found.pending_ids
+            part = self._scan(
+                after_id=memory.sweep_after_id, up_to_id=up_to_id, budget=min(_STEP, _BUDGET), every_row=compares
+            )
+            pending += part.pending_ids
             num_seen += min(_STEP, _BUDGET)
-            memory.sweep_after_id = found.reached_id
+            memory.sweep_after_id = part.reached_id
             self._keep_now_and_then()
-            if found.reached_id is None or num_seen >= _BUDGET or time.monotonic() > end:
+            if part.reached_id is None or num_seen >= _BUDGET or time.monotonic() > end:
                 memory.sweep_found_rows = bool(pending)
-                return pending
+                return [*found, *pending]
+
+    def _sweep_whole(self, whole: Round, up_to_id: int, *, every_row: bool) -> list[int]:
+        """Go on with a round of unmarked rows, and a part of the net; or, without what makes it a net, of each row."""
+        order, source = self._memory.order, self._catalog.source
+        if source.has_version and source.has_marks and not every_row and not whole.has_compared_rows:
+            whole.has_compared_rows = True
+            if found := self._newest.round(seconds=_SECONDS_OF_ROUND):
+                return found
+        if every_row and whole.compares_since != order.key:  # it has looked at unmarked rows alone so far, if at any
+            whole.began_at, whole.is_second_half, whole.is_over = self._memory.sweep_after_id, False, False
+            whole.compares_since = order.key
+        look = partial(self._scan, budget=min(_STEP, _BUDGET), every_row=every_row)
+        found = self._sweep_on(look, whole, up_to_id)
+        if every_row and whole.is_over:
+            self._newest.note_whole()
+        return found
 
     def _sweep_on(self, look: Callable[..., Scan], whole: Round, last_id: int) -> list[int]:
         """Go on with a round until rows are found; its place stays there until they are taken care of."""

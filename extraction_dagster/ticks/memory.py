@@ -8,16 +8,69 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any
 
 import sqlalchemy as sa
 
 from extraction_dagster.errors import PartitionKeyError
 from extraction_dagster.records import IdRange
+from extraction_dagster.stages.catalog.changes import Place
 from extraction_dagster.stages.catalog.database import reading, writing
 from extraction_dagster.stages.catalog.state_tables import META_TABLE, write_meta
+from extraction_dagster.ticks.cursor import is_id
 from extraction_dagster.ticks.places import History, Patience
 
 _KEY = "sensor_memory"
+
+
+@dataclass(slots=True)
+class Order:
+    """Where the looks in the order of versions are, and how far the round behind them came.
+
+    Attributes:
+        key: The column and the operator's last word that it is about; another one begins anew.
+        newest: Rows up to here were looked at; never a version of the future.
+        ahead: Rows of the future up to here were looked at as well.
+        once_more: Where the look for late commits goes on.
+        round_after_id: Where the round, which compares every row, goes on.
+        is_whole: Whether a whole round ended since the looks began: then they have seen every change.
+        found_rows: Whether the round found rows after that, which the looks had not seen.
+    """
+
+    key: str = ""
+    newest: Place | None = None
+    ahead: Place | None = None
+    once_more: Place | None = None
+    round_after_id: int | None = None
+    is_whole: bool = False
+    found_rows: bool = False
+
+    def to_values(self) -> list[Any]:
+        """As JSON has it."""
+        places = [None if place is None else [place.version, place.record_id] for place in self._places()]
+        return [self.key, *places, self.round_after_id, self.is_whole, self.found_rows]
+
+    @classmethod
+    def from_values(cls, values: Any) -> Order:  # noqa: ANN401 - whatever is kept
+        """Read what is kept; begins anew where it can't be read."""
+        try:
+            key, *places, after_id, is_whole, found_rows = values
+            newest, ahead, once_more = (None if place is None else _place(*place) for place in places)
+            if after_id is not None and not is_id(after_id):
+                return cls()
+            return cls(str(key), newest, ahead, once_more, after_id, is_whole is True, found_rows is True)
+        except (ValueError, TypeError):
+            return cls()
+
+    def _places(self) -> tuple[Place | None, ...]:
+        return self.newest, self.ahead, self.once_more
+
+
+def _place(version: object, record_id: object) -> Place:
+    is_version = isinstance(version, str | int | float) and not isinstance(version, bool)
+    if not is_version or not (record_id is None or is_id(record_id)):
+        raise ValueError(f"{version!r} and {record_id!r} are no place")
+    return Place(version, record_id)  # type: ignore[arg-type]  # just looked at
 
 
 @dataclass(slots=True)
@@ -32,6 +85,7 @@ class Memory:
         window_after_id: Where the look between the watermark and the frontier goes on, which begins at the watermark.
         ahead_after_id: Where the look above the frontier goes on while it can't move the frontier.
         address_after_id: Where the look at the addresses of rows that are done goes on.
+        order: Where the looks in the order of versions are.
     """
 
     patience: Patience = field(default_factory=Patience)
@@ -41,6 +95,7 @@ class Memory:
     window_after_id: int | None = None
     ahead_after_id: int | None = None
     address_after_id: int | None = None
+    order: Order = field(default_factory=Order)
 
     def to_json(self) -> str:
         """As it is kept."""
@@ -55,6 +110,7 @@ class Memory:
             "failing": failing,
             "ticks": self.ticks,
             "again": self.sweep_found_rows,
+            "order": self.order.to_values(),
             **{name: getattr(self, attribute) for name, attribute in _PLACES.items()},
         }
         return json.dumps(values)
@@ -73,7 +129,9 @@ class Memory:
                 attribute: None if values.get(name) is None else int(values[name])
                 for name, attribute in _PLACES.items()
             }
-            return cls(Patience(since, failing), int(values["ticks"]), sweep_found_rows=bool(values["again"]), **places)
+            order = Order.from_values(values.get("order"))
+            ticks, again = int(values["ticks"]), bool(values["again"])
+            return cls(Patience(since, failing), ticks, sweep_found_rows=again, order=order, **places)
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, PartitionKeyError, RecursionError):
             return cls()
 

@@ -10,24 +10,25 @@ import json
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import sqlalchemy as sa
 
-from extraction_dagster.errors import ExtractionError
+from extraction_dagster.errors import ExtractionError, one_line
 from extraction_dagster.errors.runs import LegacyCheckpointError, LostCursorError, MirrorError
 from extraction_dagster.files import read_small, write_atomically
-from extraction_dagster.stages.catalog.database import describe, reading, writing
-from extraction_dagster.stages.catalog.state_tables import UtcDateTime
+from extraction_dagster.stages.catalog.database import STATE_SCHEMA, describe, reading, writing
+from extraction_dagster.stages.catalog.state_tables import UtcDateTime, schema_of
 from extraction_dagster.ticks.cursor import MAX_BYTES, is_id, parse_strictly
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from extraction_dagster.settings import Settings
 
 _WRITERS_LOCK = 0x636865636B70
+_MOST_ROWS = 1000
 _LEGACY_NAMES = ("last_processed_id", "last_id", "id")
 
 
@@ -97,16 +98,16 @@ def _read_json(data: bytes) -> Reading:
     return Reading("ok", value)
 
 
+_NAME = "extraction_checkpoint"
 CHECKPOINT_TABLE = sa.Table(
-    "extraction_checkpoint",
-    sa.MetaData(),
+    _NAME,
+    sa.MetaData(schema=STATE_SCHEMA),
     sa.Column("id", sa.BigInteger, primary_key=True, autoincrement=False),
     sa.Column("updated_at", UtcDateTime),
 )
 # The id is the primary key, so that a plain upsert would add a row per value. This index allows one row in all.
-_ONE_ROW = sa.text(
-    "CREATE UNIQUE INDEX IF NOT EXISTS extraction_checkpoint_one_row ON extraction_checkpoint ((id IS NOT NULL))"
-)
+_ONE_ROW = f"CREATE UNIQUE INDEX IF NOT EXISTS {_NAME}_one_row ON {{table}} ((id IS NOT NULL))"
+_OWN_COLUMNS = {column.name for column in CHECKPOINT_TABLE.c}
 
 
 class TableMirror:
@@ -122,7 +123,7 @@ class TableMirror:
     def read(self) -> Reading:
         """What the table says."""
         with _translated(self.name, "read"), reading(self._engine, what="read the checkpoint table") as connection:
-            if not sa.inspect(connection).has_table(CHECKPOINT_TABLE.name):
+            if not self._is_there(connection):
                 return Reading("missing")
             ids = list(connection.execute(sa.select(CHECKPOINT_TABLE.c.id).limit(2)).scalars())
         if len(ids) > 1:
@@ -136,11 +137,29 @@ class TableMirror:
         with _translated(self.name, "written"), writing(self._engine, what="write the checkpoint table") as connection:
             if connection.dialect.name == "postgresql":  # two that write at once would deadlock
                 connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_WRITERS_LOCK)))
-            CHECKPOINT_TABLE.create(connection, checkfirst=True)
+            if not self._is_there(connection):
+                CHECKPOINT_TABLE.create(connection)
             connection.execute(sa.delete(CHECKPOINT_TABLE))
-            connection.execute(_ONE_ROW)
+            quote, schema = connection.dialect.identifier_preparer.quote, schema_of(connection.engine)
+            name = f"{quote(schema)}.{_NAME}" if schema else _NAME
+            connection.exec_driver_sql(_ONE_ROW.format(table=name))
             if last_processed_id is not None:
                 connection.execute(sa.insert(CHECKPOINT_TABLE).values(id=last_processed_id, updated_at=now))
+
+    def _is_there(self, connection: sa.Connection) -> bool:
+        """Whether there is a table of that name; one of another shape is somebody else's and stays as it is."""
+        inspector, schema = sa.inspect(connection), schema_of(connection.engine)
+        if not inspector.has_table(_NAME, schema=schema):
+            return False
+        columns = [column["name"] for column in inspector.get_columns(_NAME, schema=schema)]
+        if set(columns) != _OWN_COLUMNS:
+            raise MirrorError(
+                self.name,
+                "used",
+                f"it is not ours: it has the columns {', '.join(columns)}, ours has id and updated_at. It was left as "
+                "it is; 'extraction checkpoint import' reads an earlier script's",
+            )
+        return True
 
     def quarantine(self, *, now: datetime) -> str:
         """Copy the rows into a table of their own; the next write replaces them."""
@@ -156,6 +175,8 @@ class TableMirror:
 def _translated(name: str, action: str) -> Iterator[None]:
     try:
         yield
+    except MirrorError:
+        raise
     except OSError as error:
         raise MirrorError(name, action, error.strerror or str(error)) from error
     except (ExtractionError, sa.exc.SQLAlchemyError) as error:
@@ -203,23 +224,37 @@ def follow(mirror: Mirror, last_processed_id: int | None, *, now: datetime) -> l
 def adopt(mirror: Mirror) -> int | None:
     """The watermark to start from when the cursor store has none.
 
+    A mirror that can't be reached says nothing: the rows know what is done, and `follow` warns of it.
+
     Raises:
         LostCursorError: The mirror is corrupt: with both lost, only the operator can say where to start.
-        MirrorError: The mirror can't be reached.
     """
-    found = mirror.read()
+    try:
+        found = mirror.read()
+    except MirrorError:
+        return None
     if found.state == "corrupt":
         raise LostCursorError(mirror.name, found.why)
     return found.last_processed_id
 
 
-def read_legacy_checkpoint(file: Path | None, *engines: sa.Engine) -> int:
+@dataclass(frozen=True, slots=True)
+class LegacyCheckpoint:
+    """The last processed id of an earlier script, and where it was read, in words."""
+
+    last_processed_id: int
+    told: str
+
+
+def read_legacy_checkpoint(file: Path | None, *engines: sa.Engine) -> LegacyCheckpoint:
     """The last processed id of an earlier script.
 
     Args:
-        file: A file that holds a number, or a JSON object with `last_processed_id`; None to read the table.
-        engines: Databases that may have the table `extraction_checkpoint`; the first that has it is asked, and of
-            several rows the greatest id counts.
+        file: A file that holds a number, or a JSON object with `last_processed_id`, `last_id` or `id`; None to read
+            the table.
+        engines: Databases that may have the table `extraction_checkpoint`; the first that has it is asked. Of its
+            columns the first of these three names counts. Several rows must agree; but of a table that has an `id` and
+            no more than times beside it, each id was the watermark once, and the greatest counts.
 
     Raises:
         LegacyCheckpointError: There is none, or it can't be understood.
@@ -227,7 +262,7 @@ def read_legacy_checkpoint(file: Path | None, *engines: sa.Engine) -> int:
     return _from_table(engines) if file is None else _from_file(file)
 
 
-def _from_file(file: Path) -> int:
+def _from_file(file: Path) -> LegacyCheckpoint:
     try:
         data = read_small(file, max_bytes=MAX_BYTES)
     except (OSError, ValueError) as error:
@@ -238,22 +273,46 @@ def _from_file(file: Path) -> int:
         value = parse_strictly(data)
     except ValueError:
         raise LegacyCheckpointError(str(file), "it is neither JSON nor a number") from None
+    told = f"file {file}"
     if isinstance(value, dict):
-        value = next((value[name] for name in _LEGACY_NAMES if name in value), None)
+        name = next((name for name in _LEGACY_NAMES if name in value), None)
+        value, told = (value[name], f"{told}, key {name}") if name else (None, told)
     if not is_id(value):
         raise LegacyCheckpointError(str(file), "it holds no last_processed_id that is an integer")
-    return value
+    return LegacyCheckpoint(value, told)
 
 
-def _from_table(engines: Sequence[sa.Engine]) -> int:
+def _from_table(engines: Sequence[sa.Engine]) -> LegacyCheckpoint:
     for engine in engines:
+        where = f"table {_NAME} at {describe(engine.url)}"
         with reading(engine, what="read the checkpoint table") as connection:
-            if not sa.inspect(connection).has_table(CHECKPOINT_TABLE.name):
+            if not sa.inspect(connection).has_table(_NAME):
                 continue
-            value = connection.execute(sa.select(sa.func.max(CHECKPOINT_TABLE.c.id))).scalar_one()
-        if type(value) is int:
-            return value
-        why = "it has no row" if value is None else "it holds an id that is no integer"
-        raise LegacyCheckpointError(TableMirror(engine).name, why)
-    names = dict.fromkeys(TableMirror(engine).name for engine in engines)
+            table = sa.Table(_NAME, sa.MetaData(), autoload_with=connection)
+            column = next((table.c[name] for name in _LEGACY_NAMES if name in table.c), None)
+            if column is None:
+                found = ", ".join(table.c.keys())
+                raise LegacyCheckpointError(where, f"it has none of {', '.join(_LEGACY_NAMES)} (it has: {found})")
+            shown = [item if item is column else sa.cast(item, sa.Text).label(item.name) for item in table.c]
+            query = sa.select(*shown).where(column.is_not(None)).order_by(column.desc()).limit(_MOST_ROWS)
+            rows = connection.execute(query).mappings().all()
+        return _chosen(where, table, column, [dict(row) for row in rows])
+    names = dict.fromkeys(f"table {_NAME} at {describe(engine.url)}" for engine in engines)
     raise LegacyCheckpointError(" or ".join(names), "there is no such table")
+
+
+def _chosen(where: str, table: sa.Table, column: sa.Column[Any], rows: Sequence[Mapping[str, Any]]) -> LegacyCheckpoint:
+    """The watermark of the rows, the greatest first; what could be read in two ways is refused."""
+    if not rows:
+        raise LegacyCheckpointError(where, "it has no row")
+    values = list(dict.fromkeys(row[column.name] for row in rows))
+    others = [other.name for other in table.c if not isinstance(other.type, sa.DateTime | sa.Date)]
+    if column.name == "id" and others != ["id"] and len(rows) > 1:
+        raise LegacyCheckpointError(where, f"its column id may number its rows (it has: {', '.join(table.c.keys())})")
+    if column.name != "id" and len(values) > 1:
+        said = ", ".join(map(str, values[:5]))
+        raise LegacyCheckpointError(where, f"its rows say different values of {column.name}: {said}")
+    if not is_id(values[0]):
+        raise LegacyCheckpointError(where, f"it holds an {column.name} that is no integer")
+    row = ", ".join(f"{name}={value}" for name, value in rows[0].items())
+    return LegacyCheckpoint(values[0], f"{where}, column {column.name}, row {one_line(row, 200)}")

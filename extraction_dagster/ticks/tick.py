@@ -89,7 +89,6 @@ def tick(  # noqa: PLR0913 - what it sees, and how it is asked
     Raises:
         CursorError: What is stored can't be used, and no operator says where to start.
         LostCursorError: Nothing is stored, and the mirror is corrupt.
-        MirrorError: Nothing is stored, and the mirror can't be reached.
     """
     settings = catalog.settings
     mirror = make_mirror(settings, catalog.state_engine)
@@ -97,6 +96,7 @@ def tick(  # noqa: PLR0913 - what it sees, and how it is asked
     # Before the rows: a run that ends in between is then looked at by the next tick.
     active, backfilled = runs.active(), runs.backfilled()
     looks = Looks(catalog, before, memory, taken=merge([*active, *backfilled]), whole=whole, keep=keep)
+    changed = looks.changed()
     window = looks.window()
     ahead = looks.ahead(settings.batch_size * settings.max_in_flight + 1, nothing_before=window.is_clear)
     found = whole is not None and (looks.finds(window) or looks.finds(ahead))  # these first: below, it goes on later
@@ -104,7 +104,7 @@ def tick(  # noqa: PLR0913 - what it sees, and how it is asked
         active=active,
         window=window,
         ahead=ahead,
-        swept=[] if found else [*looks.moved(), *looks.sweep()],
+        swept=[] if found else [*changed, *looks.moved(), *looks.sweep()],
         density=lambda: catalog.source.recent_density(settings.batch_size),
         partitions=runs.partitions,
         history=runs.history,

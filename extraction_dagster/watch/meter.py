@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,6 +20,7 @@ from extraction_dagster.errors import ExtractionError
 from extraction_dagster.errors.index import CollectionMissingError, StoreBusyError
 from extraction_dagster.records import IdRange
 from extraction_dagster.stages.catalog.catalog import Catalog
+from extraction_dagster.stages.catalog.error_retention import removed_errors
 from extraction_dagster.stages.index.stage import open_point_store
 from extraction_dagster.ticks.cursor import CursorState
 from extraction_dagster.ticks.memory import recall_text, remember_text
@@ -142,6 +144,11 @@ def remember_census(engine: sa.Engine, census: Census) -> None:
     remember_text(engine, _CENSUS_KEY, json.dumps({**asdict(census), "errors": errors}))
 
 
+def _all_errors(catalog: Catalog) -> dict[tuple[str, str], int]:
+    """How many errors were ever recorded, by stage and type: those that are there, and those removed since."""
+    return dict(removed_errors(catalog.state_engine) + Counter(catalog.ledger.error_counts()))
+
+
 class Meter:
     """Takes figures; keeps its connections from one time to the next, and opens none before the first.
 
@@ -201,7 +208,7 @@ class Meter:
         status = catalog.status(floor_id=floor_id)
         rows = {name: int(status[name] or 0) for name in ("done", "pending")}
         frames, points = catalog.ledger.totals()
-        lag, errors = catalog.source.count_above(after_id), catalog.ledger.error_counts()
+        lag, errors = catalog.source.count_above(after_id), _all_errors(catalog)
         held, is_up = self._count_points()
         counted_at = None if held is None else now
         if held is None and before is not None:  # a run holds the store: what was counted before is the best there is

@@ -97,8 +97,10 @@ def test_what_was_set_outlives_a_tick_that_was_under_way_and_stores_the_cursor_o
     assert (document["floor_id"], document["reset_epoch"], document["requests_waiting"]) == (4, 1, [])
 
 
-def test_set_takes_a_negative_id_after_two_dashes_and_refuses_what_is_none():
-    extraction("checkpoint", "set", "--", "-3")
+def test_set_takes_a_negative_id_and_refuses_what_is_none():
+    extraction("checkpoint", "set", "--", "-7")
+    assert shown()["floor_id"] == -7
+    extraction("checkpoint", "set", "-3")
     assert shown()["floor_id"] == -3
     extraction("checkpoint", "set", "abc", code=2)
     extraction("checkpoint", "set", str(2**63), code=2)
@@ -120,7 +122,7 @@ def test_a_mirror_can_be_cleared_alone(tmp_path, monkeypatch):
 
 def test_the_earlier_scripts_checkpoint_is_imported_from_a_file_or_the_table(tmp_path):
     (tmp_path / "old").write_text('{"last_processed_id": 3}')
-    extraction("checkpoint", "import", "old")
+    assert "Read 3 from file old, key last_processed_id" in extraction("checkpoint", "import", "old").stdout
     assert shown()["floor_id"] == 3
     with sqlite3.connect(tmp_path / ".extraction" / "source.db") as connection:
         connection.execute("CREATE TABLE extraction_checkpoint (id BIGINT PRIMARY KEY, updated_at TIMESTAMP)")
@@ -134,3 +136,13 @@ def test_a_checkpoint_that_is_not_there_changes_nothing():
     done = CliRunner().invoke(app, ["checkpoint", "import", "none"])
     assert isinstance(done.exception, LegacyCheckpointError)
     assert shown()["floor_id"] is None
+
+
+def test_a_mirror_that_is_not_ours_is_told_of_and_the_rest_is_shown(tmp_path, monkeypatch):
+    monkeypatch.setenv("EXTRACTION_CHECKPOINT_MIRROR", "table")
+    with sqlite3.connect(tmp_path / ".extraction" / "source.db") as connection:
+        connection.execute("CREATE TABLE extraction_checkpoint (id INTEGER PRIMARY KEY, last_processed_id BIGINT)")
+    connection.close()
+    document = shown()
+    assert (document["mirror_state"], document["mirror_last_processed_id"]) == ("unusable", None)
+    assert "it is not ours: it has the columns id, last_processed_id" in document["mirror_error"]

@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+from datetime import UTC, datetime
 
 import pytest
 from typer.testing import CliRunner
@@ -61,7 +62,7 @@ def test_the_status_counts_records_by_what_became_of_them():
         "last_processed_id": None,
         "frontier_id": None,
         "floor_id": None,
-        "lag_rows": 6,
+        "lag_rows": 3,
         "active_runs": 0,
         "videos_per_second": None,
         "eta_seconds": None,
@@ -93,8 +94,15 @@ def test_without_json_the_same_stands_in_a_table():
 
 
 def test_errors_are_listed_newest_first_and_by_type():
-    (parked, failed) = json.loads(extraction("errors", "--json").stdout)["errors"]
+    document = json.loads(extraction("errors", "--json").stdout)
+    (parked, failed) = document["errors"]
+    assert document["summary"] == [
+        {"error_type": "SchemeError", "state": "parked", "records": 1},
+        {"error_type": "VideoDecodeError", "state": "failed", "records": 1},
+    ]
     assert [parked.pop("occurred_at")[-6:], failed.pop("occurred_at")[-6:]] == ["+00:00"] * 2
+    waits_until = failed.pop("not_before")
+    assert datetime.fromisoformat(waits_until) > datetime.now(UTC)
     assert parked == {
         "record_id": 6,
         "stage": "fetch",
@@ -103,9 +111,16 @@ def test_errors_are_listed_newest_first_and_by_type():
         "error_details": "",
         "run_id": "r",
         "state": "parked",
+        "attempts": 1,
+        "not_before": None,
+        "address": "x.mp4",
     }
     assert (failed["record_id"], failed["state"]) == (5, "failed")
     assert "5 failed, decode, VideoDecodeError, " in extraction("errors", "--type", "VideoDecodeError").stdout
+    printed = extraction("errors").stdout
+    assert f"1 try, next try {waits_until[:10]}" in printed
+    assert "\n  x.mp4\n  broken\n" in printed
+    assert "2 shown: SchemeError 1 parked, VideoDecodeError 1 failed" in printed
     assert extraction("errors", "--type", "VideoDecode").stdout == "No record has failed.\n"
 
 
@@ -128,3 +143,31 @@ def test_retry_takes_all_or_those_of_one_type():
 def test_retry_needs_exactly_one_choice(arguments):
     extraction("retry", *arguments, code=2)
     assert states()[5] == "failed"
+
+
+def test_no_end_is_foretold_while_rows_wait_and_nothing_lags_once_all_are_done_or_parked():
+    with open_catalog(load_settings()) as catalog:
+        today = Fingerprints(frames="f1", embedding="e1")
+        plan = catalog.plan(IdRange(1, 6), today)
+        catalog.mark_extracted(plan, {3: 3, 4: 3}, "f1")
+        catalog.mark_done(plan, {3: 3, 4: 3}, today)
+    shown = status()
+    assert {name: shown[name] for name in ("done", "failed", "pending", "lag_rows", "eta_seconds")} == {
+        "done": 4,
+        "failed": 1,
+        "pending": 0,
+        "lag_rows": 1,
+        "eta_seconds": None,
+    }
+    with open_catalog(load_settings()) as catalog:
+        plan = catalog.begin(IdRange(1, 6), today, force=True)
+        catalog.mark_extracted(plan, {5: 3}, "f1")
+        catalog.mark_done(plan, {5: 3}, today)
+    shown = status()
+    assert (shown["lag_rows"], shown["done"]) != (6, 5)
+
+
+def test_negative_ids_are_taken_as_they_are():
+    for command in (("retry", "-5"), ("launch", "-5--1"), ("reconcile", "-5--1"), ("backfill", "-5--1", "--dry-run")):
+        done = CliRunner().invoke(app, command)
+        assert "No such option" not in done.output

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import sqlite3
 import sys
@@ -42,9 +43,9 @@ def make_folder(folder, demo_folder, demo_videos):
 def start(commands):
     """`start(folder)`: `extraction run` there."""
 
-    def start(folder):
+    def start(folder, *arguments):
         environment = {"EXTRACTION_BATCH_SIZE": "5", "EXTRACTION_SHARD_RECORDS": "1", "NO_COLOR": "1"}
-        process = commands.start([EXTRACTION, "run"], cwd=folder, env={**os.environ, **environment})
+        process = commands.start([EXTRACTION, *(arguments or ("run",))], cwd=folder, env={**os.environ, **environment})
         watchdog = threading.Timer(300, process.kill)  # nobody reads for ever what a process that hangs never writes
         watchdog.daemon = True
         watchdog.start()
@@ -88,7 +89,7 @@ def undisturbed(tmp_path_factory, demo_folder, demo_videos, start):
 def test_a_table_is_drained_and_the_log_says_what_was_done(undisturbed):
     folder, code, out, err = undisturbed
     assert code == 0, err
-    assert f"Processed {NUM_ROWS + 1} records; no row is due." in out
+    assert f"Processed {NUM_ROWS + 1} records; no row is due.\n{NUM_ROWS} done, 0 failed, 1 parked." in out
     for line in (
         "Starting from the beginning: there is no checkpoint yet",
         "Processing batch of 5 records (IDs: 1 - 5)",
@@ -134,6 +135,24 @@ def test_a_run_stopped_three_times_ends_as_an_undisturbed_one(undisturbed, tmp_p
     assert points(folder) == points(whole)
     # Each record's shard was marked once; a stop right after a mark can only cost its line in the log.
     assert NUM_ROWS - 3 <= num_decoded <= NUM_ROWS
+
+
+def test_a_row_that_is_done_once_more_counts(undisturbed, tmp_path, start):
+    folder, *_ = undisturbed
+    shutil.copytree(folder, tmp_path / "again", symlinks=True)
+    copy = tmp_path / "again"
+    connection = sqlite3.connect(copy / ".extraction" / "source.db")
+    connection.execute("UPDATE insta_content SET is_embedded = 0 WHERE id = 3")
+    connection.commit()
+    connection.close()
+    code, out, err = finish(start(copy, "init", "--take-over"))
+    assert code == 0, err
+    assert "is taken over: work goes on where it was" in out
+    code, out, err = finish(start(copy))
+    assert code == 0, err
+    assert "Processed 1 records; no row is due.\n1 done, 0 failed, 0 parked." in out
+    assert len(ledger(copy)) == len(ledger(folder))
+    assert points(copy) == points(folder)
 
 
 def test_show_tells_the_watermark_of_a_drained_table(undisturbed, commands):

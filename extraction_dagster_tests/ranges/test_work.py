@@ -1,5 +1,7 @@
 """What a step begins with, and a whole range without Dagster."""
 
+from datetime import UTC, datetime, timedelta
+
 import pytest
 
 from extraction_dagster.errors.catalog import EmptyRangeError
@@ -7,8 +9,9 @@ from extraction_dagster.ranges.decode import decode_range
 from extraction_dagster.ranges.embed import embed_range
 from extraction_dagster.ranges.index import index_range
 from extraction_dagster.ranges.work import fingerprints_of, open_range
-from extraction_dagster.records import IdRange
+from extraction_dagster.records import Failure, IdRange
 from extraction_dagster.stages.catalog.catalog import open_catalog
+from extraction_dagster.stages.catalog.error_retention import prune_errors, removed_errors
 
 
 def test_a_whole_range_runs_in_plain_python(sqlite_database, make_settings):
@@ -130,3 +133,39 @@ def test_the_later_steps_of_a_run_leave_rows_alone_that_another_run_has_claimed_
         assert work.entries() == before
     with open_range(late, IdRange(1, 100), begins=True, run_id="a run of its own") as work:
         assert set(work.pending) == {1, 2}  # whoever asks for these settings gets them
+
+
+def test_the_first_failures_of_a_step_are_told_and_the_others_summed_up(sqlite_database, make_settings, caplog):
+    make_settings()
+    sqlite_database.insert(*range(4, 104), path="/nowhere/missing.mp4")
+    with caplog.at_level("WARNING"), open_range(make_settings(), IdRange(1, 200), begins=True) as work:
+        work.record_failures([_failed(work, key) for key in range(4, 104)])
+    said = [record.getMessage() for record in caplog.records if record.name.endswith("work")]
+    assert (len(said), said[0], said[49]) == (51, "no file 4 (failed)", "no file 53 (failed)")
+    assert said[50] == "50 more records failed (50 FileUnavailableError); 'extraction errors' lists them"
+    assert len(sqlite_database.rows("SELECT id FROM extraction_errors")) == 100
+
+
+def _failed(work, record_id):
+    version = work.plan[record_id].content_version
+    return Failure(record_id, version, "fetch", "FileUnavailableError", f"no file {record_id}")
+
+
+def test_old_errors_go_where_new_ones_come_and_are_still_counted(sqlite_database, make_settings):
+    settings = make_settings(keep_errors_days=30, retry_delay_seconds=0)
+    for _ in range(3):
+        with open_range(settings, IdRange(1, 3), begins=True) as work:
+            work.record_failures([_failed(work, 1)])
+    with open_range(settings, IdRange(1, 3), begins=True) as work:
+        work.record_failures([_failed(work, 2)])
+        work.catalog.mark_done(work.plan, {2: 3}, work.fingerprints)
+    old = datetime.now(UTC) - timedelta(days=31)
+    sqlite_database.execute("UPDATE extraction_errors SET occurred_at = :old", old=old.isoformat(" "))
+    with open_range(settings, IdRange(1, 3), begins=True) as work:
+        work.record_failures([_failed(work, 3)])
+        engine = work.catalog.state_engine
+    # Of record 1, which is parked, the last one stays; record 2 is done.
+    with open_catalog(settings) as catalog:
+        assert [error.record_id for error in catalog.ledger.errors(limit=9, current_only=False)] == [3, 1]
+        assert removed_errors(engine) == {("fetch", "FileUnavailableError"): 3}
+        assert prune_errors(engine, keep_days=30) == 0

@@ -168,3 +168,16 @@ def test_a_store_without_frames_and_a_damaged_shard_give_none(empty, tmp_path):
     (folder / "20260101T000000000000Z-aa.parquet").write_bytes(b"PAR1 nothing")
     (folder.parent / "notes").mkdir()
     assert find_frames(empty, [(7, 0)]) == {}
+
+
+def test_no_cell_of_the_table_is_taken_for_a_formula(root, tmp_path):
+    store = FrameStore(root, "f1")
+    versions = ["=1+1", "+1", "-1", "@SUM(A1)", "\tx", "\rx", "v=1", "'=1", ""]
+    store.write_shard(RANGE, [video(n, numbers=(0,), version=version) for n, version in enumerate(versions, 1)])
+    export_frames(store, RANGE, tmp_path / "out")
+    with (tmp_path / "out" / "frames.csv").open(newline="") as file:
+        found = [row["content_version"] for row in csv.DictReader(file)]
+    assert found == ["'=1+1", "'+1", "'-1", "'@SUM(A1)", "'\tx", "'\rx", "v=1", "'=1", ""]
+    store.write_shard(IdRange(-5, 0), [video(-5, numbers=(0,))])
+    export_frames(store, IdRange(-5, 0), tmp_path / "more")
+    assert (tmp_path / "more" / "frames.csv").read_text().splitlines()[1].startswith("-5,0,")

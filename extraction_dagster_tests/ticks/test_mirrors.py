@@ -222,8 +222,7 @@ def test_a_link_or_a_folder_in_the_files_place_is_a_warning_and_stays(tmp_path):
     for name, reason in (("folder", "no regular file"), ("link", "symbolic links")):
         (notice,) = follow(JsonMirror(tmp_path / name), 5, now=NOW)
         assert (notice.level, reason in notice.text) == ("warning", True)
-        with pytest.raises(MirrorError, match=reason):
-            adopt(JsonMirror(tmp_path / name))
+        assert adopt(JsonMirror(tmp_path / name)) is None
     assert not (tmp_path / "elsewhere").exists()
 
 
@@ -240,7 +239,7 @@ def test_a_table_of_somebody_else_is_a_warning_and_stays(database):
     database.execute("CREATE TABLE extraction_checkpoint (name TEXT)")
     database.execute("INSERT INTO extraction_checkpoint VALUES ('theirs')")
     (notice,) = follow(TableMirror(database.engine), 5, now=NOW)
-    assert (notice.level, "can't be read" in notice.text) == ("warning", True)
+    assert (notice.level, "can't be used: it is not ours" in notice.text) == ("warning", True)
     assert database.rows("SELECT name FROM extraction_checkpoint") == [("theirs",)]
 
 
@@ -305,7 +304,9 @@ def test_the_settings_choose_the_mirror(settings, tmp_path, sqlite_database):
 )
 def test_a_file_holds_a_number_or_an_object_with_one(tmp_path, sqlite_database, content, last_processed_id):
     (tmp_path / ".checkpoint").write_text(content)
-    assert read_legacy_checkpoint(tmp_path / ".checkpoint", sqlite_database.engine) == last_processed_id
+    assert (
+        read_legacy_checkpoint(tmp_path / ".checkpoint", sqlite_database.engine).last_processed_id == last_processed_id
+    )
 
 
 @pytest.mark.parametrize(
@@ -345,7 +346,7 @@ def test_a_missing_file_a_folder_and_a_link_are_refused(tmp_path, sqlite_databas
 def test_the_greatest_id_of_the_table_counts(database):
     database.execute("CREATE TABLE extraction_checkpoint (id BIGINT PRIMARY KEY, updated_at TIMESTAMP)")
     database.execute("INSERT INTO extraction_checkpoint (id) VALUES (5), (12345), (-7)")
-    assert read_legacy_checkpoint(None, database.engine) == 12345
+    assert read_legacy_checkpoint(None, database.engine).last_processed_id == 12345
 
 
 def test_a_missing_and_an_empty_table_are_refused(database):
@@ -367,7 +368,76 @@ def test_the_first_database_that_has_the_table_counts(database, make_database, s
     state = make_database(f"sqlite:///{tmp_path}/state.db", settings)
     state.execute("CREATE TABLE extraction_checkpoint (id BIGINT PRIMARY KEY, updated_at TIMESTAMP)")
     state.execute("INSERT INTO extraction_checkpoint (id) VALUES (3)")
-    assert read_legacy_checkpoint(None, database.engine, state.engine) == 3
+    assert read_legacy_checkpoint(None, database.engine, state.engine).last_processed_id == 3
     database.execute("CREATE TABLE extraction_checkpoint (id BIGINT PRIMARY KEY, updated_at TIMESTAMP)")
     database.execute("INSERT INTO extraction_checkpoint (id) VALUES (5)")
-    assert read_legacy_checkpoint(None, database.engine, state.engine) == 5
+    assert read_legacy_checkpoint(None, database.engine, state.engine).last_processed_id == 5
+
+
+ORIGINAL = "CREATE TABLE extraction_checkpoint (id INTEGER PRIMARY KEY, last_processed_id BIGINT, updated_at TIMESTAMP)"
+
+
+def test_the_column_that_holds_the_watermark_is_read_and_named_with_its_row(database):
+    database.execute(ORIGINAL)
+    database.execute("INSERT INTO extraction_checkpoint VALUES (1, 46336, '2025-01-31 12:00:00')")
+    found = read_legacy_checkpoint(None, database.engine)
+    assert found.last_processed_id == 46336
+    assert "table extraction_checkpoint at" in found.told
+    assert "column last_processed_id, row id=1, last_processed_id=46336, updated_at=2025-01-31 12:00:00" in found.told
+
+
+@pytest.mark.parametrize(
+    ("columns", "rows", "why"),
+    [
+        (
+            "id INTEGER PRIMARY KEY, last_processed_id BIGINT",
+            "(1, 5), (2, 6)",
+            "say different values of last_proc.*6, 5",
+        ),
+        (
+            "id INTEGER PRIMARY KEY, worker TEXT, last_id BIGINT",
+            "(1, 'a', 5), (2, 'b', 6)",
+            "different values of last_id",
+        ),
+        ("id INTEGER PRIMARY KEY, worker TEXT", "(1, 'a'), (2, 'b')", "its column id may number its rows"),
+        ("name TEXT, value BIGINT", "('a', 5)", "it has none of last_processed_id, last_id, id .it has: name, value"),
+        ("id INTEGER PRIMARY KEY, last_processed_id BIGINT", "(1, NULL)", "it has no row"),
+    ],
+)
+def test_a_table_that_could_be_read_in_two_ways_is_refused(columns, rows, why, database):
+    database.execute(f"CREATE TABLE extraction_checkpoint ({columns})")
+    database.execute(f"INSERT INTO extraction_checkpoint VALUES {rows}")
+    with pytest.raises(LegacyCheckpointError, match=why):
+        read_legacy_checkpoint(None, database.engine)
+
+
+def test_rows_that_agree_are_one_watermark(database):
+    database.execute(ORIGINAL)
+    database.execute("INSERT INTO extraction_checkpoint (id, last_processed_id) VALUES (1, 7), (2, 7)")
+    assert read_legacy_checkpoint(None, database.engine).last_processed_id == 7
+
+
+def test_a_table_of_another_shape_is_not_ours_and_stays_as_it_is(database):
+    database.execute(ORIGINAL)
+    database.execute("INSERT INTO extraction_checkpoint (id, last_processed_id) VALUES (1, 7)")
+    mirror = TableMirror(database.engine)
+    for attempt in (mirror.read, lambda: mirror.write(9, now=NOW), lambda: mirror.write(None, now=NOW)):
+        with pytest.raises(MirrorError, match="it is not ours: it has the columns id, last_processed_id, updated_at"):
+            attempt()
+    (notice,) = follow(mirror, 9, now=NOW)
+    assert (notice.level, "it is not ours" in notice.text) == ("warning", True)
+    assert adopt(mirror) is None
+    assert database.rows("SELECT id, last_processed_id FROM extraction_checkpoint") == [(1, 7)]
+
+
+def test_a_mirror_of_state_tables_in_a_schema_lies_there(postgres_url):
+    engine = make_engine(postgres_url, setting="EXTRACTION_STATE_URL", state_schema="mine")
+    with engine.begin() as connection:
+        connection.execute(sa.text("CREATE SCHEMA mine"))
+    mirror = TableMirror(engine)
+    mirror.write(5, now=NOW)
+    mirror.write(7, now=NOW)
+    assert mirror.read() == Reading("ok", 7)
+    assert sa.inspect(engine).get_table_names("mine") == ["extraction_checkpoint"]
+    assert sa.inspect(engine).get_table_names("public") == []
+    engine.dispose()

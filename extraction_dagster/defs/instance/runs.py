@@ -21,8 +21,20 @@ from extraction_dagster.defs.instance.private_api import (
     requested_backfills,
     slot_holders,
 )
-from extraction_dagster.defs.partitions import PROCESS_RUN_TAG, PROCESS_TAG, is_dead, is_gone, valid_ranges
+from extraction_dagster.defs.partitions import (
+    PROCESS_RUN_TAG,
+    PROCESS_TAG,
+    host_of,
+    is_dead,
+    is_gone,
+    is_here,
+    valid_ranges,
+)
+from extraction_dagster.errors import ExtractionError
 from extraction_dagster.records import IdRange
+from extraction_dagster.settings import load_settings
+from extraction_dagster.stages.catalog.database import make_engine
+from extraction_dagster.stages.catalog.signs import silences
 from extraction_dagster.ticks.places import History, Outcomes
 
 _log = logging.getLogger(__name__)
@@ -69,9 +81,17 @@ def attended_runs(instance: dg.DagsterInstance, *, under_daemon: bool = False) -
 def fail_dead_runs(instance: dg.DagsterInstance) -> None:
     """End the runs whose process was killed, and free the pool slots that they held.
 
-    Otherwise a run whose worker and code server were both killed would keep its range and its slots for ever. One of
-    another machine is ended after days: Dagster itself ends only those that say how long they may take.
+    Otherwise a run whose worker and code server were both killed would keep its range and its slots for ever. One whose
+    process can't be seen from here, since its machine or container is another, is ended once it has given no sign of
+    life for EXTRACTION_DEAD_AFTER_SECONDS.
     """
+    for run, seconds in silent_runs(instance):
+        if seconds >= load_settings().dead_after_seconds:
+            with _alone(run):
+                host = host_of(_process_of(run))
+                why = f"It gave no sign of life for {seconds:.0f} s (it was at work on host {host})"
+                instance.report_run_failed(run, f"{why}. Its range is asked for again and goes on where it was.")
+                free_slots(instance, run.run_id)
     for record in instance.get_run_records(dg.RunsFilter(statuses=_ACTIVE)):
         run = record.dagster_run
         with _alone(run):
@@ -86,6 +106,35 @@ def fail_dead_runs(instance: dg.DagsterInstance) -> None:
             with _alone(run):
                 if _has_lost_its_process(instance, run):
                     free_slots(instance, run.run_id)
+
+
+def silent_runs(instance: dg.DagsterInstance) -> list[tuple[dg.DagsterRun, float]]:
+    """The runs at work whose process can't be seen from here, and for how many seconds each gave no sign of life.
+
+    One that never gave a sign counts from its start, by this machine's clock, and only after an hour.
+    """
+    records = instance.get_run_records(dg.RunsFilter(statuses=_AT_WORK))
+    away = [(record, tag) for record in records if (tag := _process_of(record.dagster_run)) and not is_here(tag)]
+    if not away:
+        return []
+    settings = load_settings()
+    engine = make_engine(
+        settings.resolved_state_url, setting="EXTRACTION_STATE_URL", state_schema=settings.state_schema
+    )
+    try:
+        since = silences(engine)
+    except ExtractionError as error:  # the state database is away, and nobody is judged
+        _log.warning("Runs of other machines can't be judged: %s", error)
+        return []
+    finally:
+        engine.dispose()
+    found = []
+    for record, _ in away:
+        run = record.dagster_run
+        began_at = record.start_time or record.create_timestamp.replace(tzinfo=UTC).timestamp()
+        unknown = max(time.time() - began_at - _SILENT.total_seconds(), 0.0)
+        found.append((run, since.get(run.run_id, unknown)))
+    return found
 
 
 @contextmanager

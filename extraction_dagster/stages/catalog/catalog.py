@@ -12,7 +12,9 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from extraction_dagster.errors.catalog import SourceUnreachableError, StateError
 from extraction_dagster.stages.catalog.database import make_engine, writing
+from extraction_dagster.stages.catalog.identity import is_same_database, told
 from extraction_dagster.stages.catalog.ledger import Fingerprints, Ledger, LedgerEntry, State
 from extraction_dagster.stages.catalog.pending import Status, count_pending, is_pending, status_of
 from extraction_dagster.stages.catalog.planning import (
@@ -25,7 +27,7 @@ from extraction_dagster.stages.catalog.planning import (
     taken_up,
 )
 from extraction_dagster.stages.catalog.source_table import SourceRow, SourceTable, Step
-from extraction_dagster.stages.catalog.state_tables import lock_claim_base, note_purged, prepare
+from extraction_dagster.stages.catalog.state_tables import lock_claim_base, note_purged, prepare, take_over
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 # What became of a record, by its status; a failed one whose wait is over is pending.
 _SUMMARY = {"done": "done", "todo": "pending", "again": "pending", "waiting": "failed", "parked": "parked"}
+_LOOKED_AT = 500  # records of a ledger that is taken over
 _CLAIM_TRIES = 3  # others may claim rows between our look at them and our claim
 _log = logging.getLogger(__name__)  # managed by Dagster: these lines are in the run's events too
 __all__ = ["Catalog", "Fingerprints", "Moved", "PlannedRow", "Status", "open_catalog", "status_of"]
@@ -47,22 +50,33 @@ class Catalog:
 
     Opening it reflects and checks the source table, and makes or migrates the state tables.
 
+    Args:
+        settings: Which ones.
+        creates: Make, migrate or take over the state tables; otherwise they must be there.
+        takes_over: The state tables are of this source at an address that it had before.
+
     Raises:
         SourceTableError, SourceUnreachableError, DatabaseUrlError, PredicateError, StateError: What they say.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, creates: bool = True, takes_over: bool = False) -> None:
         self.settings = settings
-        self.source_engine = make_engine(settings.resolved_source_url, setting="EXTRACTION_SOURCE_URL")
+        schema = settings.state_schema
+        self.source_engine = make_engine(
+            settings.resolved_source_url, setting="EXTRACTION_SOURCE_URL", state_schema=schema
+        )
         self.source = SourceTable(self.source_engine, settings)
-        self.one_database = settings.resolved_state_url == settings.resolved_source_url
+        self.one_database = is_same_database(settings.resolved_state_url, settings.resolved_source_url)
         self.state_engine = (
             self.source_engine
             if self.one_database
-            else make_engine(settings.resolved_state_url, setting="EXTRACTION_STATE_URL")
+            else make_engine(settings.resolved_state_url, setting="EXTRACTION_STATE_URL", state_schema=schema)
         )
         self.ledger = Ledger(self.state_engine)
-        prepare(self.state_engine, self.source.identity)
+        if takes_over:
+            refuse_strangers(self)
+            take_over(self.state_engine, self.source.identity, told=told(settings))
+        self.source.identity = prepare(self.state_engine, self.source.identity, told=told(settings), creates=creates)
         self._lost: set[int] = set()
 
     def close(self) -> None:
@@ -125,6 +139,7 @@ class Catalog:
             wanted = {key: plan[key] for key in lost if key in plan and is_wanted(plan[key], force, revises)}
             if not wanted:
                 break
+            self.source.rehearse(min(wanted))
             claimed, lost = self._claim(wanted, force=force, revises=revises, retries=retries, run_id=run_id)
             if lost:
                 plan = self.plan(id_range, fingerprints)
@@ -302,6 +317,21 @@ class Catalog:
             claims = {key: after[key].claim if key in after else base + 1 for key in record_ids}
             self._touch_source_elsewhere(claims, self.source.unmark)
 
+    def make_changed_pending(self, record_ids: Collection[int]) -> set[int]:
+        """Clear a mark of those of these rows whose version is not the ledger's, so that every look finds them.
+
+        Their claims stay: a run that has them in the present version already goes on and marks them.
+
+        Returns:
+            The rows that have another version.
+        """
+        with writing(self.state_engine, what="write the ledger") as ledger:
+            known = {key: entry.source_version for key, entry in self.ledger.lock(ledger, record_ids).items()}
+            if self.one_database:
+                return self.source.unmark_others(ledger, known)
+            with writing(self.source_engine, what=f"mark rows of {self.source.name!r}") as source:
+                return self.source.unmark_others(source, known)
+
     def forget(self, record_ids: Sequence[int], *, purged_at: datetime | None = None) -> None:
         """Forget records that were deleted; with the moment of it, rows that come back marked are found later."""
         with writing(self.state_engine, what="write the ledger") as connection:
@@ -400,6 +430,25 @@ class Catalog:
             )
 
 
-def open_catalog(settings: Settings) -> closing[Catalog]:
-    """A catalog that gives its connections back at the end of a `with` block."""
-    return closing(Catalog(settings))
+def refuse_strangers(catalog: Catalog) -> None:
+    """Refuse state tables that can't be of this source table: they know records, and none of those is in it.
+
+    Raises:
+        StateError: Says so.
+    """
+    try:
+        known = catalog.ledger.first_ids(_LOOKED_AT)
+    except SourceUnreachableError:  # there are none yet
+        return
+    if known and not catalog.source.existing(known):
+        raise StateError(
+            f"they know {len(known)} records or more, from {known[0]} on, and {catalog.source.name!r} has none of the "
+            f"first {len(known)}",
+            "It is another table: nothing was changed. Set EXTRACTION_STATE_SCHEMA or EXTRACTION_STATE_URL to a place "
+            "of its own for it.",
+        )
+
+
+def open_catalog(settings: Settings, *, creates: bool = True, takes_over: bool = False) -> closing[Catalog]:
+    """A catalog that gives its connections back at the end of a `with` block; see `Catalog`."""
+    return closing(Catalog(settings, creates=creates, takes_over=takes_over))

@@ -2,37 +2,66 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import sqlalchemy as sa
 
-from extraction_dagster.errors.catalog import DatabaseUrlError, SourceUnreachableError
+from extraction_dagster.errors import one_line
+from extraction_dagster.errors.catalog import DatabaseUrlError, RightsError, SourceUnreachableError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
 _Item = TypeVar("_Item")
 _CHUNK = 500
+_TLS = {
+    "disable": "never encrypted",
+    "allow": "encrypted only if the server insists",
+    "prefer": "encrypted if the server can, with whatever certificate",
+    "require": "encrypted, with whatever certificate",
+    "verify-ca": "encrypted, the certificate's issuer checked",
+    "verify-full": "encrypted, the certificate and its host checked",
+}
+_HIGHEST_PORT = 65535
+_DRIVERS = {
+    "postgres": "postgresql+psycopg2",
+    "postgresql": "postgresql+psycopg2",
+    "mysql": "mysql+pymysql",
+    "mariadb": "mariadb+pymysql",
+}
+# The schema that the state tables name; what it is called in a database is decided where the engine is made.
+STATE_SCHEMA = "extraction_state"
 
 
 def parse_url(url: str, *, setting: str) -> sa.URL:
-    """Parse a database URL; a bare `postgresql://` means psycopg2, whatever SQLAlchemy's default is.
+    """Parse a database URL; a bare `postgresql://` means psycopg2 and `mysql://` PyMySQL, whatever SQLAlchemy means.
 
     Raises:
-        DatabaseUrlError: The text is no SQLAlchemy URL. The message never holds the text.
+        DatabaseUrlError: The text is no SQLAlchemy URL, or part of its password would be read as the host, the port
+            or the database's name, and so be shown. The message never holds the text.
     """
     try:
         parsed = sa.make_url(url)
-    except sa.exc.ArgumentError:
+    except (sa.exc.ArgumentError, ValueError):  # ValueError: of a port that is no number; it quotes what it was
         raise DatabaseUrlError(setting) from None
-    if parsed.drivername in {"postgres", "postgresql"}:
-        parsed = parsed.set(drivername="postgresql+psycopg2")
-    return parsed
+    if parsed.get_backend_name() != "sqlite" and url.partition("?")[0].count("@") > 1:
+        raise DatabaseUrlError(setting, odd="holds '@' more than once: write '@' in a user or password as %40")
+    if parsed.port is not None and not 0 < parsed.port <= _HIGHEST_PORT:
+        raise DatabaseUrlError(setting, odd=f"names port {parsed.port}, expected 1 to {_HIGHEST_PORT}")
+    driver = _DRIVERS.get(parsed.drivername)
+    return parsed if driver is None else parsed.set(drivername=driver)
 
 
-def make_engine(url: str, *, setting: str) -> sa.Engine:
+def make_engine(url: str, *, setting: str, state_schema: str | None = None) -> sa.Engine:
     """Build an engine: parameters hidden from errors, SQLite with real transactions and patience for other writers.
+
+    Args:
+        url: A SQLAlchemy URL.
+        setting: Where it comes from, for errors.
+        state_schema: The schema in which the state tables lie; the database's default for None.
 
     Raises:
         DatabaseUrlError: The URL is malformed, or names a database whose driver is not installed.
@@ -42,7 +71,8 @@ def make_engine(url: str, *, setting: str) -> sa.Engine:
     # SQLite connections are cheap and must not outlive a fork; a server's are kept and tested before use.
     options: dict[str, Any] = {"poolclass": sa.NullPool} if sqlite else {"pool_pre_ping": True}
     try:
-        engine = sa.create_engine(parsed, hide_parameters=True, **options)
+        schemas = {"schema_translate_map": {STATE_SCHEMA: state_schema}}
+        engine = sa.create_engine(parsed, hide_parameters=True, execution_options=schemas, **options)
     except (ModuleNotFoundError, sa.exc.NoSuchModuleError) as error:
         raise DatabaseUrlError(setting, driver=parsed.drivername) from error
     if sqlite:
@@ -103,13 +133,14 @@ def fetch_all(connection: sa.Connection, query: sa.Select[*tuple[Any, ...]]) -> 
     try:
         return connection.execute(query).all()
     except sa.exc.OperationalError as error:
-        if not _is_undecodable(error):
+        if not is_undecodable(error):
             raise
     connection.connection.driver_connection.text_factory = lambda raw: raw.decode("utf-8", "surrogateescape")  # type: ignore[union-attr]  # SQLite's own
     return connection.execute(query).all()
 
 
-def _is_undecodable(error: sa.exc.DBAPIError) -> bool:
+def is_undecodable(error: sa.exc.DBAPIError) -> bool:
+    """Whether a text in SQLite has bytes that are no UTF-8."""
     return "Could not decode to UTF-8" in str(error.orig)
 
 
@@ -120,8 +151,12 @@ def _translated(engine: sa.Engine, what: str) -> Iterator[None]:
     except (sa.exc.IntegrityError, sa.exc.DataError):
         raise  # the database works: what it was given is wrong
     except (sa.exc.DatabaseError, sa.exc.InterfaceError) as error:
-        if _is_undecodable(error):
+        if is_undecodable(error):
             raise UnicodeError(" ".join(str(error.orig).split())) from error
+        if "permission denied" in str(error.orig) or "read-only transaction" in str(error.orig):
+            raise RightsError(
+                what, describe(engine.url), one_line(str(error.orig).strip().partition("\n")[0])
+            ) from error
         raise SourceUnreachableError(what, describe(engine.url), str(error.orig)) from error
 
 
@@ -129,6 +164,21 @@ def describe(url: sa.URL) -> str:
     """The database as it may be printed: no user, no password, no query string."""
     bare = sa.URL.create(url.drivername, host=url.host, port=url.port, database=url.database)
     return bare.render_as_string(hide_password=True)
+
+
+def describe_tls(url: str) -> str:
+    """How a connection to PostgreSQL is encrypted, by its sslmode; empty for other databases."""
+    parsed = sa.make_url(url)
+    if not parsed.drivername.startswith("postgres"):
+        return ""
+    mode = str(parsed.query.get("sslmode") or os.environ.get("PGSSLMODE") or "prefer")
+    return f"sslmode {mode}, {_TLS.get(mode, 'which is unknown')}"
+
+
+def file_is_there(url: sa.URL) -> bool:
+    """Whether a database that is a file is there: SQLite would make one that is only looked at. Servers always are."""
+    is_file = url.get_backend_name() == "sqlite" and url.database and not url.database.startswith((":", "file:"))
+    return not is_file or Path(str(url.database)).exists()
 
 
 def chunks(items: Sequence[_Item], size: int = _CHUNK) -> Iterable[Sequence[_Item]]:

@@ -97,7 +97,7 @@ class LedgerEntry:
 
 @dataclass(frozen=True, slots=True)
 class ErrorRow:
-    """A row of the errors table, with the record's present state."""
+    """A row of the errors table, with the record's present state, its tries, and when it is tried again."""
 
     record_id: int
     stage: str
@@ -107,6 +107,8 @@ class ErrorRow:
     occurred_at: datetime
     run_id: str
     state: str
+    attempts: int | None = None
+    not_before: datetime | None = None
 
 
 class Ledger:
@@ -123,6 +125,12 @@ class Ledger:
             return {
                 row[0]: LedgerEntry(*row) for row in connection.execute(query)
             }  # a range is read several times a run
+
+    def first_ids(self, most: int) -> list[int]:
+        """The least ids that the ledger knows."""
+        query = sa.select(LEDGER_TABLE.c.record_id).order_by(LEDGER_TABLE.c.record_id).limit(most)
+        with reading(self.engine, what="read the ledger") as connection:
+            return [int(key) for key in connection.execute(query).scalars()]
 
     def claims(self, record_ids: Sequence[int]) -> dict[int, int]:
         """The present claims of those of these records that the ledger knows."""
@@ -234,6 +242,17 @@ class Ledger:
     def counts(self, id_range: IdRange | None = None) -> dict[str, int]:
         """The number of records by state, of all or of a range."""
         return self._by_state(_within(id_range))
+
+    def counts_of_run(self, run_id: str, id_range: IdRange) -> dict[str, int]:
+        """The number of records of a range that a run was the last to claim, by state."""
+        return self._by_state(sa.and_(_within(id_range), LEDGER_TABLE.c.claimed_by == run_id))
+
+    def waiting(self, most: int) -> list[LedgerEntry]:
+        """Failed records that wait for their next try, the soonest first."""
+        table = LEDGER_TABLE.c
+        query = sa.select(*_ENTRY).where(FAILED_OR_PARKED, table.not_before.is_not(None)).order_by(table.not_before)
+        with reading(self.engine, what="read the ledger") as connection:
+            return [LedgerEntry(*row) for row in connection.execute(query.limit(most))]
 
     def count_failed_and_parked(self) -> dict[str, int]:
         """The number of failed and of parked records, through the index over them."""
@@ -364,7 +383,10 @@ class Ledger:
         table, state = ERRORS_TABLE.c, LEDGER_TABLE.c.state
         query = (
             sa.select(
-                *(column for column in table if column.name != "id"), sa.func.coalesce(state, "gone").label("state")
+                *(column for column in table if column.name != "id"),
+                sa.func.coalesce(state, "gone").label("state"),
+                LEDGER_TABLE.c.attempts,
+                LEDGER_TABLE.c.not_before,
             )
             .join_from(ERRORS_TABLE, LEDGER_TABLE, table.record_id == LEDGER_TABLE.c.record_id, isouter=True)
             .order_by(table.id.desc())
@@ -377,6 +399,14 @@ class Ledger:
             query = query.where(state.in_(("failed", "parked")), table.id.in_(newest))
         with reading(self.engine, what="read the errors") as connection:
             return [ErrorRow(**row) for row in connection.execute(query).mappings()]
+
+    def errors_of(self, record_id: int, *, limit: int) -> list[ErrorRow]:
+        """Every error of a record, newest first."""
+        table, names = ERRORS_TABLE.c, [column for column in ERRORS_TABLE.c if column.name != "id"]
+        query = sa.select(*names, sa.literal("").label("state")).where(table.record_id == record_id)
+        with reading(self.engine, what="read the errors") as connection:
+            rows = connection.execute(query.order_by(table.id.desc()).limit(limit)).mappings()
+            return [ErrorRow(**row) for row in rows]
 
     def retry(self, *, record_ids: Sequence[int] | None, error_type: str | None) -> list[int]:
         """Give failed and parked records their tries back, so that they are pending at once; returns them, ascending.

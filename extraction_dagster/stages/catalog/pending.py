@@ -5,7 +5,7 @@ A pending row is eligible, above the operator's floor, and neither done, nor par
 
 A tick asks for windows, never for the whole table at once. With mark columns the answer comes from a partial index
 over the rows that are not done, so that it costs the same whatever the table's size. Without, the window's rows are
-compared with the ledger.
+compared with the ledger, by the database where it has both.
 """
 
 from __future__ import annotations
@@ -17,11 +17,9 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import sqlalchemy as sa
-from sqlalchemy.schema import CreateIndex, DropIndex
 
-from extraction_dagster.errors.catalog import SourceUnreachableError
 from extraction_dagster.records import IdRange
-from extraction_dagster.stages.catalog.database import chunks, fetch_all, reading, storable, writing
+from extraction_dagster.stages.catalog.database import chunks, fetch_all, reading, storable
 from extraction_dagster.stages.catalog.ledger import Fingerprints, Ledger, LedgerEntry
 from extraction_dagster.stages.catalog.state_tables import LEDGER_TABLE, UNFINISHED
 
@@ -175,7 +173,7 @@ def scan(  # noqa: PLR0913 - the window, and how to look through it
     if low > high:
         return Scan((), None, None)
     source, now = catalog.source, datetime.now(UTC)
-    with _snapshot(catalog) as connection:
+    with snapshot(catalog) as connection:
         heads, reached = _heads(catalog, connection, low, high, budget, every_row=every_row)
         unfinished = tuple(_classify(catalog, connection, heads, now))
         if reached is not None and not unfinished:
@@ -192,6 +190,8 @@ def _heads(  # noqa: PLR0913 - the window, and how to look through it
     """The rows of a window that may be unfinished, in ascending order of ids, and where the budget ended the look."""
     source = catalog.source
     condition = None if every_row else source.unmarked
+    if condition is None and catalog.one_database:
+        return _compared(source, connection, low, high, budget)
     query = source.heads(only=condition).where(source.id.between(low, high)).limit(budget)
     heads = _read(connection, source, query)
     reached = max(heads) if len(heads) >= budget else None
@@ -205,6 +205,52 @@ def _heads(  # noqa: PLR0913 - the window, and how to look through it
         keys = keys[:budget]
         reached = keys[-1]
     return [(key, *heads[key]) for key in keys], reached
+
+
+def _compared(
+    source: SourceTable, connection: sa.Connection, low: int, high: int, budget: int
+) -> tuple[list[_Head], int | None]:
+    """The rows of a window that the database does not find done in its ledger; ends as `_heads` does."""
+    ids = sa.select(source.id.label("id")).where(source.eligible, source.id.between(low, high))
+    page = ids.order_by(source.id).limit(budget).subquery()
+    number, last = connection.execute(sa.select(sa.func.count(), sa.func.max(page.c.id))).one()
+    if not number:
+        return [], None
+    heads = _read(connection, source, not_done(source, connection, low, int(last)))
+    return [(key, *heads[key]) for key in sorted(heads)], int(last) if number >= budget else None
+
+
+def not_done(
+    source: SourceTable, connection: sa.Connection, low: int = _MIN_ID, high: int = _MAX_ID
+) -> sa.Select[int, str, bool | None]:
+    """A query of the heads of rows that may be unfinished, where the ledger is beside them."""
+    entries = LEDGER_TABLE.c
+    entry = sa.and_(entries.record_id == source.id, entries.record_id.between(low, high))
+    is_new = entries.record_id.is_(None) if source.unmarked is None else source.unmarked
+    both = sa.outerjoin(source.table, LEDGER_TABLE, entry)
+    query = source.heads(only=sa.or_(is_new, entries.state != "done", is_other_version(source, connection)))
+    return query.select_from(both).where(source.id.between(low, high))
+
+
+def is_other_version(source: SourceTable, connection: sa.Connection) -> sa.ColumnElement[bool]:
+    """That a row's version is another than its entry's, byte for byte."""
+    present, known = source.version_text, LEDGER_TABLE.c.source_version
+    if connection.dialect.name != "postgresql":
+        return present != known
+    return present.collate("C") != known.collate("C")  # a column's own collation may call different texts equal
+
+
+def pending_among(
+    catalog: Rows, connection: sa.Connection, condition: sa.ColumnElement[bool], *, floor_id: int | None
+) -> list[int]:
+    """The pending ones of some rows, above the operator's floor."""
+    source, now = catalog.source, datetime.now(UTC)
+    query = not_done(source, connection) if catalog.one_database else source.heads()
+    if floor_id is not None:
+        query = query.where(source.id > floor_id)
+    heads = _read(connection, source, query.where(condition))
+    found = _classify(catalog, connection, [(key, *heads[key]) for key in sorted(heads)], now)
+    return [row.record_id for row in found if row.pending]
 
 
 def _read(
@@ -294,7 +340,7 @@ def _entries(catalog: Rows, connection: sa.Connection, ids: Sequence[int]) -> di
 
 
 @contextmanager
-def _snapshot(catalog: Rows) -> Iterator[sa.Connection]:
+def snapshot(catalog: Rows) -> Iterator[sa.Connection]:
     """A connection whose statements all see the source as it was at one moment.
 
     Otherwise a row that commits between two statements could be taken for finished, and the watermark would pass it.
@@ -315,14 +361,6 @@ def _ledger(catalog: Rows, connection: sa.Connection) -> Iterator[sa.Connection]
         yield ledger
 
 
-@dataclass(frozen=True, slots=True)
-class PendingIndex:
-    """What became of the index, and the statement that makes it."""
-
-    state: Literal["made", "there", "refused", "not needed"]
-    sql: str
-
-
 def pending_index(source: SourceTable) -> sa.Index | None:
     """The index that a table needs; None for a table without mark columns."""
     if source.unmarked is None:
@@ -330,52 +368,3 @@ def pending_index(source: SourceTable) -> sa.Index | None:
     name = f"extraction_pending_{source.table.name}"[:63]
     table = source.table.to_metadata(sa.MetaData())  # an index belongs to a table; the reflected one stays as it is
     return sa.Index(name, table.c[source.id.name], postgresql_where=source.unmarked, sqlite_where=source.unmarked)
-
-
-def make_pending_index(source: SourceTable, engine: sa.Engine) -> PendingIndex:
-    """Create the index unless it is there; PostgreSQL builds it without blocking writers.
-
-    A build that was cut off leaves an index that no query uses: it is replaced.
-
-    Raises:
-        SourceUnreachableError: The database can't be read.
-    """
-    index = pending_index(source)
-    if index is None:
-        return PendingIndex("not needed", "")
-    in_postgresql = engine.dialect.name == "postgresql"
-    sql = " ".join(str(CreateIndex(index).compile(dialect=engine.dialect)).split())
-    with reading(engine, what=f"read source table {source.name!r}") as connection:
-        known = sa.inspect(connection).get_indexes(source.table.name, source.table.schema)
-        is_there = any(item["name"] == index.name for item in known)
-        is_left_over = is_there and _is_left_over(connection, index)
-    if is_there and not is_left_over:
-        return PendingIndex("there", sql)
-    if in_postgresql:
-        sql = sql.replace("CREATE INDEX", "CREATE INDEX CONCURRENTLY", 1)
-    try:
-        if in_postgresql:  # not inside a transaction
-            with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-                if is_left_over:
-                    connection.execute(DropIndex(index, if_exists=True))
-                connection.exec_driver_sql(sql)
-        else:
-            with writing(engine, what=f"index source table {source.name!r}") as connection:
-                connection.exec_driver_sql(sql)
-    except (sa.exc.ProgrammingError, sa.exc.OperationalError, SourceUnreachableError):
-        return PendingIndex("refused", sql)
-    return PendingIndex("made", sql)
-
-
-def _is_left_over(connection: sa.Connection, index: sa.Index) -> bool:
-    """Whether PostgreSQL has marked the index as invalid, and no build of it is running."""
-    if connection.dialect.name != "postgresql" or index.table is None:
-        return False
-    quote = connection.dialect.identifier_preparer.quote
-    name = ".".join(quote(part) for part in (index.table.schema, index.name) if part)
-    statement = sa.text(
-        "SELECT NOT indisvalid AND NOT EXISTS"
-        " (SELECT 1 FROM pg_stat_progress_create_index AS build WHERE build.index_relid = indexrelid)"
-        " FROM pg_index WHERE indexrelid = to_regclass(:name)"
-    )
-    return bool(connection.execute(statement, {"name": name}).scalar())

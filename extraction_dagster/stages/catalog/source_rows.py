@@ -1,27 +1,30 @@
 """Rows of the source table as they are read: a value that can't be read or used fails its row, and no other.
 
-A page is read at once. Where that fails, its halves are read by themselves, down to the row that is to blame, and of
+A page is read at once. Where that fails, its eighths are read by themselves, down to the row that is to blame, and of
 that row one column after the other:
 
-    rows 1 ─────────────── 1000     year 10000 is out of range
-    rows 1 ── 500                   read
-               rows 501 ── 1000     … down to row 743
-    row 743    path, code, …        read; uploaded_at can't be: the row comes with that, and without the value
+    rows 1 ─────────────── 500      year 10000 is out of range
+    rows 1 ── 63                    read
+               rows 64 ── 126       … down to row 73
+    row 73     path, code, …        read; uploaded_at can't be: the row comes with that, and without the value
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from extraction_dagster.addresses import address_hash
+from extraction_dagster.addresses import address_hash, shown_address
+from extraction_dagster.errors import one_line
 from extraction_dagster.errors.catalog import UnreadableRowError
 from extraction_dagster.records import IdRange, VideoRow
-from extraction_dagster.stages.catalog.database import chunks, fetch_all, is_text, reading, storable
-from extraction_dagster.stages.catalog.source_columns import SourceColumns, build_predicate
+from extraction_dagster.stages.catalog.database import chunks, fetch_all, is_text, is_undecodable, reading, storable
+from extraction_dagster.stages.catalog.lengths import OVERLONG_LABEL, BoundedColumns, Cap, size_bytes
+from extraction_dagster.stages.catalog.source_columns import SourceColumns, build_predicate, check_predicate
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 
 _VERSION_LABEL = "extraction_version"
 _PAGE = 1000
+_PARTS = 8
 _DEEPEST = 32  # levels of JSON; each takes three of the 100 that a message to Qdrant may have
 # What drivers and types raise for a value that they can't read; a database that fails raises something else.
 _UNREADABLE = (ValueError, TypeError, ArithmeticError, LookupError, RecursionError, sa.exc.DataError)
@@ -84,26 +88,42 @@ class SourceRows:
             columns.find(name, "EXTRACTION_SOURCE_PAYLOAD_COLUMNS") for name in settings.source_payload_columns
         ]
         version = columns.find_optional(settings.source_version_column, "EXTRACTION_SOURCE_VERSION_COLUMN")
-        # As text, made by the database: one form for reading and for comparing.
-        self._version = None if version is None else sa.func.coalesce(sa.cast(version, sa.Text), "")
+        self.version_column = version
         self._extracted = columns.find_mark(settings.source_extracted_column, "EXTRACTION_SOURCE_EXTRACTED_COLUMN")
         self._embedded = columns.find_mark(settings.source_embedded_column, "EXTRACTION_SOURCE_EMBEDDED_COLUMN")
         self._marks = [column for column in (self._extracted, self._embedded) if column is not None]
-        self._is_view = columns.is_view
+        self.kind = columns.kind
         optional = [column for column in (self._platform, self._code) if column is not None]
         checked = {column.name: column for column in (*self._payload, *self._uri_columns, *optional)}
         self._checked = list(checked.items())
+        self._set_caps(settings, optional)
+        # As text, made by the database: one form for reading and for comparing.
+        text = None if version is None else sa.func.coalesce(sa.cast(version, sa.Text), "")
+        self._version = None if text is None else self._bounded.version(text, self._label_cap)
         # As it is configured: a folder that moves with all that lies in it makes no file another.
         self._first_root = settings.allowed_roots[0] if settings.allowed_roots else "videos"
-        self.eligible: sa.ColumnElement[bool] = (
-            build_predicate(settings.source_predicate, self.table) if settings.source_predicate else sa.true()
-        )
+        self.eligible: sa.ColumnElement[bool] = sa.true()
+        if text := settings.source_predicate:
+            self.eligible = build_predicate(text, self.table)
+            check_predicate(text, self.table, self.eligible, engine)
+
+    def _set_caps(self, settings: Settings, labels: Sequence[sa.Column[Any]]) -> None:
+        """How long each column may be; one that is part of an address and a label, as long as a label."""
+        self._label_cap = Cap(settings.max_label_bytes, "EXTRACTION_MAX_LABEL_BYTES")
+        self._payload_cap = Cap(settings.max_payload_bytes, "EXTRACTION_MAX_PAYLOAD_BYTES")
+        self._uri_cap = Cap(settings.max_address_bytes, "EXTRACTION_MAX_ADDRESS_BYTES")
+        self._caps = {
+            **{column.name: self._payload_cap for column in self._payload},
+            **{column.name: self._uri_cap for column in self._uri_columns},
+            **{column.name: self._label_cap for column in (*labels, *self._marks)},
+        }
+        self._bounded = BoundedColumns(self._engine, self._caps)
 
     def rows(self, id_range: IdRange) -> Iterator[SourceRow]:
         """Every eligible row of the range, in ascending order of ids; one that can't be read says so."""
         first = id_range.first_id
         while True:
-            query = self._select().where(self.id.between(first, id_range.last_id)).order_by(self.id)
+            query = self._query.where(self.id.between(first, id_range.last_id)).order_by(self.id)
             try:
                 with reading(self._engine, what=f"read source table {self.name!r}") as connection:
                     for row in connection.execution_options(yield_per=_PAGE).execute(query).mappings():
@@ -116,7 +136,7 @@ class SourceRows:
                 return
             within = self.id.between(first, id_range.last_id)
             page = self._ids(sa.select(self.id).where(self.eligible, within), _PAGE)
-            yield from self._halved(page)
+            yield from (row for chunk in chunks(page) for row in self._in_parts(chunk))
             if len(page) < _PAGE or page[-1] >= id_range.last_id:
                 return
             first = page[-1] + 1
@@ -124,7 +144,7 @@ class SourceRows:
     def rows_of(self, record_ids: Iterable[int]) -> Iterator[SourceRow]:
         """The eligible ones of these rows, in ascending order of ids."""
         for chunk in chunks(sorted(record_ids)):
-            yield from self._halved(chunk)
+            yield from self._in_parts(chunk)
 
     def next_ids(self, after_id: int | None, most: int, *, up_to_id: int | None = None) -> list[int]:
         """The ids of the next eligible rows above an id, at most `most`."""
@@ -135,7 +155,8 @@ class SourceRows:
 
     def addresses_of(self, record_ids: Sequence[int]) -> dict[int, str]:
         """The addresses of those of these rows that have one which can be read."""
-        query = sa.select(*{column.name: column for column in (self.id, *self._uri_columns)}.values())
+        uri_columns = [self._bounded.select(column) for column in self._uri_columns if column.name != self.id.name]
+        query = sa.select(self.id, *uri_columns)
         found: dict[int, str] = {}
         for chunk in chunks(record_ids):
             try:
@@ -143,46 +164,48 @@ class SourceRows:
                     for row in connection.execute(query.where(self.id.in_(chunk))).mappings():
                         found[int(row[self.id.name])] = address_hash(self._uri(row), self._first_root)
             except _UNREADABLE:
-                found |= {row.video.record_id: row.video.address for row in self._halved(chunk)}
+                found |= {row.video.record_id: row.video.address for row in self._in_parts(chunk)}
         return found
+
+    def shown_addresses(self, record_ids: Iterable[int]) -> dict[int, str]:
+        """The addresses of those of these rows that are there, as they may be shown."""
+        return {row.video.record_id: one_line(shown_address(row.video.uri)) for row in self.rows_of(set(record_ids))}
 
     def _ids(self, query: sa.Select[int], most: int) -> list[int]:
         with reading(self._engine, what=f"read source table {self.name!r}") as connection:
             return [int(key) for key in connection.execute(query.order_by(self.id).limit(most)).scalars()]
 
-    def _halved(self, record_ids: Sequence[int]) -> Iterator[SourceRow]:
-        """The eligible ones of these rows; where one of them can't be read, each half by itself, down to that row."""
-        if not record_ids:
-            return
-        query = self._select().where(self.id.in_(record_ids)).order_by(self.id)
-        try:
-            with reading(self._engine, what=f"read source table {self.name!r}") as connection:
-                found = [self._source_row(row) for row in connection.execute(query).mappings()]
-        except _UNREADABLE:
-            if len(record_ids) == 1:
-                yield from self._by_columns(record_ids[0])
-                return
-            middle = len(record_ids) // 2
-            yield from self._halved(record_ids[:middle])
-            yield from self._halved(record_ids[middle:])
-            return
-        yield from found
+    def _in_parts(self, record_ids: Sequence[int]) -> list[SourceRow]:
+        """The eligible ones of these rows; where one of them can't be read, part by part, down to that row."""
+        with reading(self._engine, what=f"read source table {self.name!r}") as connection:
+            return self._part(connection, record_ids)
 
-    def _by_columns(self, record_id: int) -> Iterator[SourceRow]:
+    def _part(self, connection: sa.Connection, record_ids: Sequence[int]) -> list[SourceRow]:
+        query = self._query.where(self.id.in_(record_ids)).order_by(self.id)
+        try:
+            return [self._source_row(row) for row in _mappings(connection, query)]
+        except _UNREADABLE:
+            connection.rollback()  # one that failed in the database takes no further question
+        if len(record_ids) == 1:
+            return self._by_columns(connection, record_ids[0])
+        size = -(-len(record_ids) // _PARTS)
+        return [row for part in chunks(record_ids, size) for row in self._part(connection, part)]
+
+    def _by_columns(self, connection: sa.Connection, record_id: int) -> list[SourceRow]:
         """A row that can't be read as a whole: without the values that can't be read, and with what is wrong."""
         values: dict[str, Any] = {}
         problem: UnreadableRowError | None = None
-        for column in self._select().selected_columns:
+        for column in self._query.selected_columns:
             query = sa.select(column).where(self.id == record_id, self.eligible)
             try:
-                with reading(self._engine, what=f"read source table {self.name!r}") as connection:
-                    found = fetch_all(connection, query)
+                found = fetch_all(connection, query)
             except _UNREADABLE as error:
+                connection.rollback()
                 values[column.name] = None
                 problem = problem or self._unreadable(record_id, column, f"{type(error).__name__}: {error}")
                 continue
             if not found:  # it is gone since
-                return
+                return []
             values[column.name] = found[0][0]
         values[_VERSION_LABEL] = values[_VERSION_LABEL] or ""
         try:
@@ -192,7 +215,7 @@ class SourceRows:
             blank = values | {column.name: None for column in self._uri_columns}
             row = self._source_row(blank)
             problem = problem or self._unreadable(record_id, self._uri_columns[0], why)
-        yield replace(row, problem=problem or row.problem)
+        return [replace(row, problem=problem or row.problem)]
 
     def _unreadable(self, record_id: int, column: sa.ColumnElement[Any], why: str) -> UnreadableRowError:
         name = column.name
@@ -200,13 +223,16 @@ class SourceRows:
         kind = "text" if name == _VERSION_LABEL else str(column.type)
         return UnreadableRowError(self.name, record_id, label, why, expected=kind)
 
-    def _select(self) -> sa.Select[*tuple[Any, ...]]:
+    @functools.cached_property
+    def _query(self) -> sa.Select[*tuple[Any, ...]]:
         """What a `SourceRow` needs of the eligible rows."""
         optional = (self._platform, self._code, self._extracted, self._embedded)
-        columns = [self.id, *self._uri_columns, *self._payload, *(column for column in optional if column is not None)]
+        columns = [*self._uri_columns, *self._payload, *(column for column in optional if column is not None)]
         version = sa.literal("") if self._version is None else self._version
-        once = {column.name: column for column in columns}
-        return sa.select(*once.values(), version.label(_VERSION_LABEL)).where(self.eligible)
+        once = {column.name: column for column in columns if column.name != self.id.name}
+        read = [self._bounded.select(column) for column in once.values()]
+        overlong = self._bounded.overlong(once.values())
+        return sa.select(self.id, *read, version.label(_VERSION_LABEL), overlong).where(self.eligible)
 
     def _source_row(self, row: Mapping[Any, Any]) -> SourceRow:
         uri = self._uri(row)
@@ -223,7 +249,7 @@ class SourceRows:
             video=video,
             extracted=None if self._extracted is None else bool(row[self._extracted.name]),
             embedded=None if self._embedded is None else bool(row[self._embedded.name]),
-            problem=self._problem_of(video.record_id, row),
+            problem=self._problem_of(video.record_id, row) or self._problem_with_lengths(video, row),
         )
 
     def _problem_of(self, record_id: int, row: Mapping[Any, Any]) -> UnreadableRowError | None:
@@ -240,12 +266,45 @@ class SourceRows:
                 return self._unreadable(record_id, column, "it is binary")
         return None
 
+    def _problem_with_lengths(self, video: VideoRow, row: Mapping[Any, Any]) -> UnreadableRowError | None:
+        """What is longer than it may be: first what was not even read, then what was, then what is made of it."""
+        name, _, length = (row[OVERLONG_LABEL] or "").rpartition(":")
+        if name:
+            return self._too_long(video.record_id, name, length, self._caps[name])
+        for name, _ in self._checked:
+            value = row[name]
+            if value is not None and type(value) is not int and size_bytes(value) > self._caps[name].num_bytes:
+                return self._too_long(video.record_id, name, size_bytes(value), self._caps[name])
+        version = row[_VERSION_LABEL]
+        if len(version) > self._label_cap.num_bytes // 4 and size_bytes(version) > self._label_cap.num_bytes:
+            return self._too_long(video.record_id, _VERSION_LABEL, size_bytes(version), self._label_cap)
+        if version.startswith("too long: "):
+            return self._too_long(video.record_id, _VERSION_LABEL, version.removeprefix("too long: "), self._label_cap)
+        if size_bytes(video.uri) > self._uri_cap.num_bytes:
+            return self._too_long(video.record_id, self._uri_names[0], size_bytes(video.uri), self._uri_cap)
+        if video.payload and (size := size_bytes(dict(video.payload))) > self._payload_cap.num_bytes:
+            return self._too_long(video.record_id, ", ".join(video.payload), size, self._payload_cap)
+        return None
+
+    def _too_long(self, record_id: int, name: str, length: object, cap: Cap) -> UnreadableRowError:
+        label = (self._settings.source_version_column or name) if name == _VERSION_LABEL else name
+        return UnreadableRowError(self.name, record_id, label, f"it has {length} bytes", expected=cap.expected)
+
     def _uri(self, row: Mapping[Any, Any]) -> str:
         """Where the file lies; empty when a column that it needs is NULL (fetching then says so)."""
         values = {name: row[name] for name in self._uri_names}
         if None in values.values():
             return ""
         return self._uri_template.format_map(values) if self._uri_template else str(row[self._uri_names[0]])
+
+
+def _mappings(connection: sa.Connection, query: sa.Select[*tuple[Any, ...]]) -> Sequence[sa.RowMapping]:
+    try:
+        return connection.execute(query).mappings().all()
+    except sa.exc.OperationalError as error:
+        if is_undecodable(error):
+            raise UnicodeError(" ".join(str(error.orig).split())) from error
+        raise
 
 
 def _text(value: object) -> str | None:

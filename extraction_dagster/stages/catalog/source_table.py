@@ -6,15 +6,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import sqlalchemy as sa
 
-from extraction_dagster.records import IdRange, fingerprint
-from extraction_dagster.stages.catalog.database import (
-    chunks,
-    describe,
-    fetch_all,
-    parse_url,
-    reading,
-    storable,
-)
+from extraction_dagster.errors.catalog import MarksRefusedError
+from extraction_dagster.records import IdRange
+from extraction_dagster.stages.catalog.database import chunks, fetch_all, reading, storable, writing
+from extraction_dagster.stages.catalog.identity import source_identity
 from extraction_dagster.stages.catalog.source_rows import SourceRow, SourceRows
 
 if TYPE_CHECKING:
@@ -25,22 +20,15 @@ if TYPE_CHECKING:
 Step = Literal["extracted", "embedded"]
 _CHUNK_OF_RANGES = 100  # parts of one query: SQLite takes no more than 500, and few keep its planner quick
 _MAX_ID = 2**63 - 1
+_LOCKED = ("table", "partitioned table")
 __all__ = ["SourceRow", "SourceTable", "Step"]
-
-
-def source_identity(settings: Settings) -> str:
-    """A source's identity from the settings alone; see `SourceTable.identity`.
-
-    Raises:
-        DatabaseUrlError: The source's URL is malformed.
-    """
-    url = parse_url(settings.resolved_source_url, setting="EXTRACTION_SOURCE_URL")
-    table = ".".join(filter(None, (settings.source_schema, settings.source_table)))
-    return fingerprint(url=describe(url), table=table, id_column=settings.source_id_column)
 
 
 class SourceTable(SourceRows):
     """The configured table, reflected and checked.
+
+    Attributes:
+        identity: Tells this source from another; equal to the marks under which it was known before.
 
     Raises:
         SourceTableError: The table or a column is missing, or the id column can't identify records.
@@ -50,8 +38,9 @@ class SourceTable(SourceRows):
 
     def __init__(self, engine: sa.Engine, settings: Settings) -> None:
         super().__init__(engine, settings)
+        self.identity = source_identity(settings)
         # Rows of a table can be locked by PostgreSQL; those of a view may be of many tables, or of none.
-        self._locks = engine.dialect.name == "postgresql" and not self._is_view
+        self._locks = engine.dialect.name == "postgresql" and self.kind in _LOCKED
         self._lock_key: sa.Column[int] = sa.alias(self.table).c[self.id.name] if self._locks else self.id
         self._stays_as_read = self._locks or engine.dialect.name == "sqlite"  # within the transaction that writes
 
@@ -67,9 +56,13 @@ class SourceTable(SourceRows):
     def heads(self, *, only: sa.ColumnElement[bool] | None = None) -> sa.Select[int, str, bool | None]:
         """A query of (id, version, marked done) of the eligible rows, in ascending order of ids."""
         done = sa.and_(*(column.is_(sa.true()) for column in self._marks)) if self._marks else sa.null()
-        version = sa.literal("") if self._version is None else self._version
-        query = sa.select(self.id, version.label("version"), done.label("done")).where(self.eligible)
+        query = sa.select(self.id, self.version_text.label("version"), done.label("done")).where(self.eligible)
         return (query if only is None else query.where(only)).order_by(self.id)
+
+    @property
+    def version_text(self) -> sa.ColumnElement[str]:
+        """The version as the ledger has it, but for bytes that no database takes; empty where there is no column."""
+        return sa.literal("") if self._version is None else self._version
 
     @property
     def has_version(self) -> bool:
@@ -82,11 +75,6 @@ class SourceTable(SourceRows):
         query = sa.select(sa.func.min(newest.c[0]), sa.func.max(newest.c[0]), sa.func.count())
         first, last, number = self._one(query)
         return 1.0 if number < 2 else (last - first) / (number - 1)  # noqa: PLR2004 - two ids make a distance
-
-    @property
-    def identity(self) -> str:
-        """16 hex digits that tell this source from another: the database without its credentials, table, id column."""
-        return source_identity(self._settings)
 
     @property
     def has_marks(self) -> bool:
@@ -188,6 +176,12 @@ class SourceTable(SourceRows):
             return {}
         return self._write_marks(connection, {self._marks[-1].name: False}, sorted(record_ids), None)
 
+    def unmark_others(self, connection: sa.Connection, versions: Mapping[int, str]) -> set[int]:
+        """Clear the last mark of rows that have another version than this one; returns them."""
+        now = self._read_versions(connection, sorted(versions))
+        others = {key: version for key, version in now.items() if version != versions[key]}
+        return set(self._write_marks(connection, {self._marks[-1].name: False}, sorted(others), others))
+
     def _write_marks(
         self,
         connection: sa.Connection,
@@ -205,8 +199,39 @@ class SourceTable(SourceRows):
         else:
             for chunk in chunks(ids):
                 connection.execute(statement.where(self._in_order(self._lock_key.in_(chunk))))
+        self._see_marked(connection, marks, ids)
         after = before if self._version is None else self._read_versions(connection, ids)
         return {key: (before[key], after[key]) for key in ids if key in after}
+
+    def _see_marked(self, connection: sa.Connection, marks: Mapping[str, bool], record_ids: Sequence[int]) -> None:
+        """See that rows have the marks that were written: a policy, a rule or a trigger may have kept them back.
+
+        The number of rows that the database says it changed is no proof: a trigger on a view may count and write none.
+
+        Raises:
+            MarksRefusedError: A row that is there has not.
+        """
+        for name, mark in marks.items():
+            is_otherwise = self.table.c[name].op("IS NOT", is_comparison=True)(sa.true() if mark else sa.false())
+            query = sa.select(self.id).where(is_otherwise).order_by(self.id)
+            for chunk in chunks(record_ids):
+                refused = [int(key) for key in connection.execute(query.where(self.id.in_(chunk))).scalars()]
+                if refused:
+                    raise MarksRefusedError(self.name, refused, name)
+
+    def rehearse(self, record_id: int) -> None:
+        """Mark a row and take it back at once: whether marks can be set is seen before any work is done for them.
+
+        Raises:
+            MarksRefusedError: The database takes the UPDATE and changes nothing.
+            RightsError: This user may not.
+        """
+        if not self._marks:
+            return
+        marks = {column.name: True for column in self._marks}
+        with writing(self._engine, what=f"mark rows of {self.name!r}") as connection:
+            self._write_marks(connection, marks, [record_id], None)
+            connection.rollback()
 
     def _read_versions(self, connection: sa.Connection, record_ids: Sequence[int]) -> dict[int, str]:
         """The versions of these rows, which are locked, in ascending order, where they can be."""
@@ -227,7 +252,12 @@ class SourceTable(SourceRows):
             return
         marks = {column.name: False for column in self._marks}
         above = self._in_order(self._lock_key > after_id)
-        connection.execute(sa.update(self.table).where(above).values(marks))
+        if connection.execute(sa.update(self.table).where(above).values(marks)).rowcount:
+            return
+        for column in self._marks:  # no row was changed: either there is none, or it was not to be
+            query = sa.select(self.id).where(self.id > after_id, column.is_(sa.true())).limit(1)
+            if (refused := connection.execute(query).scalar()) is not None:
+                raise MarksRefusedError(self.name, [int(refused)], column.name)
 
     def _in_order(self, condition: sa.ColumnElement[bool]) -> sa.ColumnElement[bool]:
         """A condition on `_lock_key` for an update, which then locks rows in ascending order of ids where it can."""

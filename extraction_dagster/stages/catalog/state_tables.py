@@ -14,6 +14,7 @@ A new version: change `METADATA`, and add a step to `STEPS` that changes tables 
 
 from __future__ import annotations
 
+import json
 import logging
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,8 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from extraction_dagster import __version__
 from extraction_dagster.errors.catalog import StateError
-from extraction_dagster.stages.catalog.database import describe, reading, writing
+from extraction_dagster.stages.catalog.database import STATE_SCHEMA, describe, file_is_there, reading, writing
+from extraction_dagster.stages.catalog.identity import SourceMark
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _SOURCE, _VERSION, _RELEASE, _CLAIM_BASE = "source", "state_version", "state_release", "claim_base"
+_TOLD, _FORMER = "source_told", "source_former"
 _LOCK = 0x657874726163
 _INSERTS = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 
@@ -58,7 +61,7 @@ UNFINISHED = sa.text("state <> 'done' AND state <> 'parked'")
 FAILED_OR_PARKED = sa.text("(state = 'failed' OR state = 'parked')")
 NOT_CONSUMED = sa.text("consumed_at IS NULL")
 _COUNTED = sa.BigInteger().with_variant(sa.Integer, "sqlite")  # SQLite counts up ids of this type alone
-METADATA = sa.MetaData()
+METADATA = sa.MetaData(schema=STATE_SCHEMA)
 META_TABLE = sa.Table(
     "extraction_meta",
     METADATA,
@@ -95,13 +98,14 @@ ERRORS_TABLE = sa.Table(
     "extraction_errors",
     METADATA,
     sa.Column("id", _COUNTED, sa.Identity(), primary_key=True, autoincrement=True),
-    sa.Column("record_id", sa.BigInteger, nullable=False, index=True),
+    sa.Column("record_id", sa.BigInteger, nullable=False),
     sa.Column("stage", sa.String(16), nullable=False),
     sa.Column("error_type", sa.String(128), nullable=False),
     sa.Column("error_message", sa.Text, nullable=False),
     sa.Column("error_details", sa.Text, nullable=False, server_default=""),
     sa.Column("occurred_at", UtcDateTime, nullable=False),
     sa.Column("run_id", sa.String(64), nullable=False, server_default=""),
+    sa.Index("ix_extraction_errors_record_id", "record_id"),
 )
 REQUESTS_TABLE = sa.Table(
     "extraction_requests",
@@ -145,7 +149,12 @@ def _index_waiting_requests(operations: Operations) -> None:
     try:
         with operations.get_bind().begin_nested():
             operations.create_index(
-                "extraction_requests_waiting", table, ["id"], postgresql_where=condition, sqlite_where=condition
+                "extraction_requests_waiting",
+                table,
+                ["id"],
+                schema=schema_of(operations.get_bind().engine),
+                postgresql_where=condition,
+                sqlite_where=condition,
             )
     except sa.exc.ProgrammingError as error:
         _log.warning("Going on without the index extraction_requests_waiting: %s", type(error.orig).__name__)
@@ -159,7 +168,7 @@ def _add_claims(operations: Operations) -> None:
         sa.Column("address", sa.String(16)),
         sa.Column("generation", sa.String(64)),
     ):
-        operations.add_column(LEDGER_TABLE.name, column)
+        operations.add_column(LEDGER_TABLE.name, column, schema=schema_of(operations.get_bind().engine))
     GONE_TABLE.create(operations.get_bind())
     write_meta(operations.get_bind(), {_CLAIM_BASE: "0"})
 
@@ -167,46 +176,125 @@ def _add_claims(operations: Operations) -> None:
 STEPS: dict[int, Callable[[Operations], None]] = {2: _index_waiting_requests, 3: _add_claims}
 
 
+_WORK = (LEDGER_TABLE, ERRORS_TABLE)
+
+
 def newest_version() -> int:
     """The version of the state tables that this release makes and reads."""
     return max(STEPS)
 
 
-def prepare(engine: sa.Engine, source_identity: str) -> None:
+def schema_of(engine: sa.Engine) -> str | None:
+    """The schema in which an engine's state tables lie; None for the database's default."""
+    schemas: dict[str, str | None] = engine.get_execution_options().get("schema_translate_map") or {}
+    return schemas.get(STATE_SCHEMA)
+
+
+def state_version(engine: sa.Engine) -> int | None:
+    """The version of the state tables that are there; None where there are none."""
+    if not file_is_there(engine.url):
+        return None
+    with reading(engine, what="read the state tables") as connection:
+        kept = _read(connection)
+    return _version(kept) if kept else None
+
+
+def prepare(engine: sa.Engine, source: str, *, told: str = "", creates: bool = True) -> SourceMark:
     """Make a source table's state tables where there are none, and migrate older ones; those of today stay untouched.
+
+    Tables of another source in which no record was ever begun are what a trial left: they become this one's.
+
+    Args:
+        engine: The state database.
+        source: The source's mark.
+        told: The source in words.
+        creates: Make, migrate and take over; otherwise only look, and find nothing wrong in what is still to be made.
+
+    Returns:
+        The mark, equal to those that the source had before it was taken over.
 
     Raises:
         StateError: They belong to another source table, or a newer release wrote them.
-        SourceUnreachableError: The database can't be reached, or its user has no right to make or migrate them.
+        RightsError: The database's user has no right to make or migrate them.
+        SourceUnreachableError: The database can't be reached.
     """
+    source = source if isinstance(source, SourceMark) else SourceMark(source)
+    if not creates and not file_is_there(engine.url):
+        return source
     with reading(engine, what="read the state tables") as connection:
         kept = _read(connection)
-    if _is_current(engine, kept, source_identity):
-        return
+    is_current = bool(kept) and _is_current(engine, kept, source, told)
+    if not creates or (is_current and source.with_former(_former(kept)) == kept.get(_SOURCE)):
+        return source.with_former(_former(kept))
     newest = newest_version()
     what = f"migrate the state tables from version {_version(kept)} to {newest}" if kept else "create the state tables"
     with writing(engine, what=what) as connection:
         if engine.dialect.name == "postgresql":  # SQLite's writers wait for each other anyway
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_LOCK)))
         kept = _read(connection)
-        if _is_current(engine, kept, source_identity):  # another process was first
-            return
-        if kept:
-            _migrate(connection, _version(kept), newest)
-        else:
+        if not kept:
+            _make_schema(connection, schema_of(engine))
             METADATA.create_all(connection)
             # A fresh ledger over shards of an earlier one: its claims are newer than theirs.
             base = str(int(datetime.now(UTC).timestamp() * 1000))
-            own = {_SOURCE: source_identity, _VERSION: str(newest), _RELEASE: __version__, _CLAIM_BASE: base}
+            own = {_SOURCE: str(source), _TOLD: told, _VERSION: str(newest), _RELEASE: __version__, _CLAIM_BASE: base}
             write_meta(connection, own)
+        elif not _is_current(engine, kept, source, told):  # else another process was first
+            _migrate(connection, _version(kept), newest)
+        elif source != kept.get(_SOURCE):
+            _log.warning("The state tables of a trial, in which no record was begun, are now those of %s", told)
+            write_meta(connection, {_SOURCE: str(source), _TOLD: told})
+    return source.with_former(_former(kept))
+
+
+def take_over(engine: sa.Engine, source: SourceMark, *, told: str) -> list[str]:
+    """Let the state tables of a source that moved go on as those of its new address; safe to repeat.
+
+    Returns:
+        The marks that it had before; nothing where there are no tables yet.
+    """
+    with writing(engine, what="take over the state tables") as connection:
+        kept = _read(connection)
+        if not kept:
+            return []
+        former = sorted({*_former(kept), kept.get(_SOURCE, "")} - {str(source), ""})
+        write_meta(connection, {_SOURCE: str(source), _TOLD: told, _FORMER: json.dumps(former)})
+    return former
+
+
+def _former(kept: dict[str, str]) -> list[str]:
+    """The marks that the source had before it was taken over."""
+    try:
+        return [str(mark) for mark in json.loads(kept.get(_FORMER, "[]"))]
+    except (ValueError, TypeError):
+        return []
+
+
+def _make_schema(connection: sa.Connection, schema: str | None) -> None:
+    if schema is not None and schema not in sa.inspect(connection).get_schema_names():
+        connection.execute(sa.schema.CreateSchema(schema, if_not_exists=True))
 
 
 def _read(connection: sa.Connection) -> dict[str, str]:
     """What the tables say of themselves; nothing where there are none."""
-    if not sa.inspect(connection).has_table(META_TABLE.name):
+    if not sa.inspect(connection).has_table(META_TABLE.name, schema=schema_of(connection.engine)):
         return {}
-    query = sa.select(META_TABLE.c.key, META_TABLE.c.value).where(META_TABLE.c.key.in_((_SOURCE, _VERSION, _RELEASE)))
+    own = (_SOURCE, _VERSION, _RELEASE, _TOLD, _FORMER)
+    query = sa.select(META_TABLE.c.key, META_TABLE.c.value).where(META_TABLE.c.key.in_(own))
     return {row.key: row.value for row in connection.execute(query)}
+
+
+def _is_empty(engine: sa.Engine) -> bool:
+    """Whether no record was ever begun under these tables, and none failed."""
+    with reading(engine, what="read the ledger") as connection:
+        there = (connection.execute(sa.select(sa.literal(1)).select_from(table).limit(1)).first() for table in _WORK)
+        return not any(there)
+
+
+def _place(engine: sa.Engine) -> str:
+    """The database of the state tables, and their schema."""
+    schema = schema_of(engine)
+    return describe(engine.url) + (f", schema {schema}" if schema else "")
 
 
 def _version(kept: dict[str, str]) -> int:
@@ -216,21 +304,22 @@ def _version(kept: dict[str, str]) -> int:
     return int(text)
 
 
-def _is_current(engine: sa.Engine, kept: dict[str, str], source_identity: str) -> bool:
-    """Whether the tables can be used as they are; those that never can be are refused."""
-    if not kept:
-        return False
-    if kept.get(_SOURCE) != source_identity:
+def _is_current(engine: sa.Engine, kept: dict[str, str], source: SourceMark, told: str) -> bool:
+    """Whether the tables are of today's version; those that never can be used are refused."""
+    is_own = source.with_former(_former(kept)) == kept.get(_SOURCE)
+    if not is_own and not (_version(kept) == newest_version() and _is_empty(engine)):
+        whose = kept.get(_TOLD) or "another source table or another address"
         raise StateError(
-            f"those in {describe(engine.url)} belong to another source table (its mark is {kept.get(_SOURCE)}, this "
-            f"one's is {source_identity})",
-            "Set EXTRACTION_STATE_URL to a database of its own for each source table.",
+            f"those in {_place(engine)} belong to {whose}, not to {told or 'this one'}",
+            "If it is the same table and its database moved, run 'extraction init --take-over'. If it is another "
+            "table, give it state tables of its own: EXTRACTION_STATE_SCHEMA (PostgreSQL), or EXTRACTION_STATE_URL to "
+            "another database.",
         )
     version, newest = _version(kept), newest_version()
     if version > newest:
         release = kept.get(_RELEASE, "unknown")
         raise StateError(
-            f"those in {describe(engine.url)} have version {version}, written by release {release}; this release, "
+            f"those in {_place(engine)} have version {version}, written by release {release}; this release, "
             f"{__version__}, reads versions up to {newest}",
             f"Nothing was changed. Install extraction-dagster {release} or newer.",
         )

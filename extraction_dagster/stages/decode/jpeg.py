@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import simplejpeg
 
+from extraction_dagster.pictures import MAX_STORED_PIXELS, jpeg_size_px
 from extraction_dagster.records import EncodedFrames, FrameBatch
 
 if TYPE_CHECKING:
@@ -64,20 +65,36 @@ def shrink_jpeg(jpeg: bytes, *, longest_px: int, quality: int) -> bytes | None:
     """Scale a picture down and encode it again, so that only its pixels are left of it.
 
     Args:
-        jpeg: A JPEG file.
+        jpeg: A baseline JPEG file, as frames are stored.
         longest_px: Its longer side at most.
         quality: JPEG quality, 1 to 100.
 
     Returns:
-        A JPEG file; None if the picture is damaged.
+        A JPEG file; None if the picture is damaged, no such JPEG, or larger than a frame can be.
     """
     import cv2
 
+    size_px = jpeg_size_px(jpeg)
+    if size_px is None or size_px[0] * size_px[1] > MAX_STORED_PIXELS:
+        return None
     picture = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR)
     if picture is None:
         return None
+    return encode_small(picture[..., ::-1], longest_px=longest_px, quality=quality)
+
+
+def encode_small(picture: np.ndarray, *, longest_px: int, quality: int = 90) -> bytes:
+    """Scale a picture down and encode it as a JPEG file.
+
+    Args:
+        picture: uint8, shape (H, W, 3), RGB.
+        longest_px: Its longer side at most.
+        quality: JPEG quality, 1 to 100.
+    """
+    import cv2
+
     scale = min(1.0, longest_px / max(picture.shape[:2]))
     size = (max(1, round(picture.shape[1] * scale)), max(1, round(picture.shape[0] * scale)))
-    small = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+    small = cv2.resize(np.ascontiguousarray(picture[..., ::-1]), size, interpolation=cv2.INTER_AREA)
     _, encoded = cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, quality])
     return bytes(encoded)

@@ -59,6 +59,12 @@ class Sampling:
         return {"mode": self.mode, **used, **({"min_frames": self.min_frames} if self.min_frames > 1 else {})}
 
     @property
+    def most_frames(self) -> int:
+        """Most frames that it can select of one video."""
+        uses = SAMPLERS[self.mode].uses
+        return max(self.max_frames if "max_frames" in uses else self.num_frames, self.min_frames)
+
+    @property
     def needs_keyframes(self) -> bool:
         """Whether the choice depends on which frames are keyframes."""
         return SAMPLERS[self.mode].needs_keyframes

@@ -15,6 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from extraction_dagster.addresses import shown_address
 from extraction_dagster.errors import ExtractionError
 from extraction_dagster.records import EncodedFrames, Failure, IdRange, Outcome, VideoRow
 from extraction_dagster.stages.catalog.fetch.fetching import Fetched, Fetcher, fetch_ahead
@@ -102,14 +103,16 @@ def decode_rows(
     batch = _Batch(store, partition, settings)
     fetcher = Fetcher(settings)
     fetched = fetch_ahead(drawing(), fetcher, threads=settings.fetch_threads)
-    decoded = decode_as_ready(_jobs(fetched, settings), PoolOptions.from_settings(settings))
+    downloaded = dict[int, str]()
+    decoded = decode_as_ready(_jobs(fetched, settings, downloaded), PoolOptions.from_settings(settings))
     # The last files are in use until their videos are decoded, long after the last one was fetched.
     with closing(fetcher), closing(fetched), closing(decoded):
         try:
             for item in decoded:
                 if item is not None:
                     fetcher.release(item.outcome.record_id, keep=item.outcome.frames is not None)
-                    batch.add(item, drawn.pop(item.outcome.record_id))
+                    row = drawn.pop(item.outcome.record_id)
+                    batch.add(_by_address(item, row, downloaded.pop(row.record_id, "")), row)
                 if (landed := batch.land_due()) is not None:
                     yield landed
             if not batch.is_empty():
@@ -123,15 +126,31 @@ def decode_rows(
             raise
 
 
-def _jobs(fetched: Iterable[Fetched | None], settings: Settings) -> Iterator[DecodeJob | Decoded | None]:
-    """A job for each row whose file was fetched, a failure for each other row, None while none is ready."""
+def _jobs(
+    fetched: Iterable[Fetched | None], settings: Settings, downloaded: dict[int, str]
+) -> Iterator[DecodeJob | Decoded | None]:
+    """A job for each row whose file was fetched, a failure for each other row, None while none is ready.
+
+    Where a file was downloaded to is noted by record.
+    """
     for item in fetched:
         if item is None:
             yield None
         elif item.path is not None:
+            if Fetcher.is_remote(item.row):
+                downloaded[item.row.record_id] = str(item.path)
             yield DecodeJob.of(item.row, item.path, settings)
         elif item.error is not None:
             yield Decoded(Outcome(item.row.record_id, failure=_fetch_failure(item.row, item.error)))
+
+
+def _by_address(decoded: Decoded, row: VideoRow, cached: str) -> Decoded:
+    """A failure of a downloaded file that names its address, not the file of the cache that is gone soon."""
+    failure = decoded.outcome.failure
+    if failure is None or not cached:
+        return decoded
+    message = failure.message.replace(cached, shown_address(row.uri))
+    return replace(decoded, outcome=replace(decoded.outcome, failure=replace(failure, message=message)))
 
 
 def _fetch_failure(row: VideoRow, error: BaseException) -> Failure:

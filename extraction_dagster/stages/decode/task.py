@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from extraction_dagster.errors import SettingsError
 from extraction_dagster.records import EncodedFrames, VideoRow, fingerprint
-from extraction_dagster.shards.frame_store import FORMAT
 from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits, Decoder
 from extraction_dagster.stages.decode.decoders.decord import decode_with_decord
 from extraction_dagster.stages.decode.decoders.geometry import SCALING
@@ -115,6 +114,8 @@ def decode_job(job: DecodeJob) -> EncodedFrames:
 
 def frames_fingerprint(settings: Settings) -> str:
     """What decides the stored frames: decoder, choice of frames, size, JPEG. Nothing else changes it."""
+    from extraction_dagster.shards.frame_store import FORMAT  # noqa: PLC0415 - a worker starts in half the time
+
     steps = Quality.from_settings(settings).identity
     return fingerprint(
         layout=FORMAT,

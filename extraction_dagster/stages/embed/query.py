@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from extraction_dagster.errors.embed import QueryImageError, QueryVideoError
+from extraction_dagster.files import read_small
 from extraction_dagster.records import VideoRow
 from extraction_dagster.stages.decode.jpeg import decode_frames
 from extraction_dagster.stages.decode.task import DecodeJob
@@ -18,8 +21,6 @@ from extraction_dagster.stages.embed.passes import normalise
 from extraction_dagster.stages.embed.runtime import batch_size
 
 if TYPE_CHECKING:
-    import os
-
     from extraction_dagster.records import EncodedFrames
     from extraction_dagster.settings import Settings
     from extraction_dagster.stages.embed.models.interface import EmbeddingModel
@@ -111,9 +112,10 @@ def embed_query_video(
     shown, file = str(path), Path(path).absolute()
     if not file.is_file():
         raise QueryVideoError(shown, "there is no such file.")
-    frames = _decode(file.resolve(), settings, shown)
+    frames = _decode(file.resolve(), _for_few_frames(settings, max_frames), shown)
     chosen = np.unique(np.linspace(0, len(frames) - 1, min(max_frames, len(frames))).round().astype(int))
-    pictures = decode_frames(frames).data[chosen]
+    frames = _only(frames, chosen)
+    pictures = decode_frames(frames).data
     size = batch_size(settings, model.device)
     raw = np.concatenate(
         [model.embed_images(pictures[start : start + size]) for start in range(0, len(pictures), size)]
@@ -122,8 +124,20 @@ def embed_query_video(
     good = np.array([fault is None for fault in faults])
     if not good.any():
         raise QueryVideoError(shown, f"model {model.name!r} gives its frames vectors with {faults[0]}.")
-    kept = chosen[good]
+    kept = np.flatnonzero(good)
     return QueryVideo(vectors[good], frames.pts_seconds[kept], tuple(frames.jpegs[index] for index in kept))
+
+
+def _for_few_frames(settings: Settings, most: int) -> Settings:
+    """The settings with which no more frames are decoded than are used."""
+    fewer = {name: min(getattr(settings, name), most) for name in ("max_frames", "num_frames", "min_frames")}
+    return settings.model_copy(update=fewer)
+
+
+def _only(frames: EncodedFrames, chosen: np.ndarray) -> EncodedFrames:
+    names = ("pts_seconds", "target_seconds", "frame_number")
+    arrays = {name: getattr(frames, name)[chosen] for name in names}
+    return replace(frames, jpegs=[frames.jpegs[index] for index in chosen], **arrays)
 
 
 def _decode(file: Path, settings: Settings, shown: str) -> EncodedFrames:
@@ -139,11 +153,14 @@ def _decode(file: Path, settings: Settings, shown: str) -> EncodedFrames:
 
 def _read(path: Path) -> bytes:
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise QueryImageError(str(path), f"{path.stat().st_size} bytes", f"at most {_MAX_BYTES}")
-        return path.read_bytes()
+        found = read_small(path.resolve(), max_bytes=_MAX_BYTES)  # no pipe is waited at
+    except ValueError:
+        raise QueryImageError(str(path), f"more than {_MAX_BYTES} bytes", f"at most {_MAX_BYTES}") from None
     except OSError as error:
         raise QueryImageError(str(path), error.strerror or str(error), "a file that can be read") from error
+    if found is None:
+        raise QueryImageError(str(path), os.strerror(errno.ENOENT), "a file that can be read")
+    return found
 
 
 def _size_px(data: bytes) -> tuple[int, int] | None:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from extraction_dagster.errors.embed import EmbeddingDeviceError
+from extraction_dagster.permissions import make_private_folder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -119,7 +120,7 @@ def lease_gpu(devices: Sequence[str], folder: Path) -> str:
     for device, path in paths.items():
         if path in _leases:
             return device
-    folder.mkdir(parents=True, exist_ok=True)
+    make_private_folder(folder)
     for device, path in paths.items():
         lock = FileLock(path)
         with suppress(Timeout):

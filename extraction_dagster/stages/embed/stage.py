@@ -18,6 +18,7 @@ import numpy as np
 
 from extraction_dagster.errors.decode import FrameShardError, StoredFrameError
 from extraction_dagster.errors.embed import InvalidVectorError
+from extraction_dagster.pictures import stored_jpeg_fault
 from extraction_dagster.records import EmbeddingBatch, Failure
 from extraction_dagster.shards.store import ShardRecord
 from extraction_dagster.stages.embed.batching import BatchEmbedder, embed_pieces
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from extraction_dagster.stages.embed.models.interface import EmbeddingModel
 
 _PIECES_AHEAD = 4
+_MOST_PIECE_BYTES = 2**28  # of decoded frames that wait together
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -202,14 +204,18 @@ def _failure(record_id: int, content_version: str, error: ExtractionError) -> Fa
 
 
 def _pieces(parts: Iterable[tuple[FrameShard, Collection[int]]], source: FrameStore, size: int) -> Iterator[_Piece]:
-    """The stream of a reading thread: each record's frames, at most `size` at a time, then its shard's end."""
+    """The stream of a reading thread: each record's frames, at most `size` at a time, then its shard's end.
+
+    Very large frames come in smaller pieces.
+    """
     for shard, wanted in parts:
         error = None
         try:
             for frames in source.read(shard, only=wanted):
                 result = _Result(frames)
-                for start in range(0, len(frames), size):
-                    yield _Piece(shard, wanted, result, range(start, min(start + size, len(frames))))
+                step = max(1, min(size, _MOST_PIECE_BYTES // (3 * frames.width_px * frames.height_px)))
+                for start in range(0, len(frames), step):
+                    yield _Piece(shard, wanted, result, range(start, min(start + step, len(frames))))
         except FrameShardError as said:
             error = said
         yield _Piece(shard, wanted, error=error)
@@ -245,6 +251,9 @@ def _prepared(model: EmbeddingModel, piece: _Piece) -> tuple[_Piece, np.ndarray]
 def _decode(frames: EncodedFrames, n: int) -> np.ndarray:
     import simplejpeg  # noqa: PLC0415 - only a process that embeds needs it
 
+    fault = stored_jpeg_fault(frames.jpegs[n], width_px=frames.width_px, height_px=frames.height_px)
+    if fault is not None:
+        raise StoredFrameError(frames.record_id, int(frames.frame_number[n]), fault)
     try:
         image: np.ndarray = simplejpeg.decode_jpeg(frames.jpegs[n], colorspace="RGB")
     except (ValueError, TypeError, RuntimeError) as error:

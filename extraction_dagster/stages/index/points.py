@@ -10,6 +10,7 @@ import json
 import math
 import uuid
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from decimal import Decimal
@@ -172,16 +173,19 @@ def _record_payload(
         why = f"record {record_id} needs a row and a generation"
         shapes = f"rows {sorted(rows)}, generations {sorted(generations)}"
         raise RecordShapeError(record="PointBatch", why=why, shapes=shapes)
-    row = rows[record_id]
-    return {
-        **_extra_payload(row),
-        "record_id": record_id,
-        "platform": row.platform,
-        "video_code": row.code,
-        "path": _text(shown_address(row.uri)),
-        "created_at": stamp,
-        "generation": generations[record_id],
-    }
+    own = {"record_id": record_id, "created_at": stamp, "generation": generations[record_id]}
+    return {**row_payload(rows[record_id]), **own}
+
+
+def row_payload(row: VideoRow) -> dict[str, Any]:
+    """What the payload of a record's points says of its row.
+
+    Raises:
+        PayloadError: A payload column's value has no JSON form.
+        SettingsError: A payload column has a reserved name.
+    """
+    path = _text(shown_address(row.uri))
+    return {**_extra_payload(row), "platform": row.platform, "video_code": row.code, "path": path}
 
 
 def _extra_payload(row: VideoRow) -> dict[str, Any]:
@@ -207,7 +211,9 @@ def _json_value(value: object, record_id: int, column: str) -> object:  # noqa: 
                 return value
             raise PayloadError(record_id, column, f"{value} does not fit 64 bits")
         case float() | Decimal():
-            return float(value) if math.isfinite(value) else None
+            with suppress(ValueError, OverflowError):  # a signalling NaN
+                return float(value) if math.isfinite(value) else None
+            return None
         case datetime():
             return rfc3339(value)
         case date():

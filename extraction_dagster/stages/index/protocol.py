@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from extraction_dagster.settings import Settings
     from extraction_dagster.stages.index.points import Dialect, PointFilter
 
+_A_LITTLE = 1e-5  # of a cosine: more than the rounding of single precision
 _log = logging.getLogger(__name__)
 VectorDtype = Literal["float16", "float32"]
 Quantization = Literal["none", "scalar"]
@@ -245,8 +246,23 @@ class PointStore(abc.ABC):
         """The points nearest to a vector by cosine, best first; equal scores by record, then frame."""
         self._open("search")
         query = vector.astype(np.float32).tolist()
-        found = self._nearest(query, limit, translate(filters, self._dialect), score_threshold)
+        # The engines' threshold is "more than", and by single precision.
+        least = None if score_threshold is None else score_threshold - _A_LITTLE
+        found = self._nearest(query, limit, translate(filters, self._dialect), least)
+        if score_threshold is not None:
+            wanted = np.float32(score_threshold)
+            found = [point for point in found if np.float32(point.score) >= wanted]
         return sorted((Hit.from_payload(hit.payload or {}, hit.score) for hit in found), key=lambda hit: hit.order)
+
+    def payloads(self, filters: PointFilter | None, keys: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+        """These keys of the points' payloads, in the order of the points' ids."""
+        for page in self._pages(filters, _PAGE, payload=keys):
+            yield from self._payloads(page)
+
+    def set_payload(self, values: Mapping[str, Any], filters: PointFilter) -> None:
+        """Set keys of the payload of points; other keys, and the vectors, stay as they are."""
+        self._open("set a payload")
+        self._set_payload(dict(values), translate(filters, self._dialect))
 
     def point_ids(self, filters: PointFilter | None = None) -> set[str]:
         """The ids of the points."""
@@ -281,13 +297,22 @@ class PointStore(abc.ABC):
 
     def _require_own(self, found: CollectionSpec) -> None:
         if self._source and found.source and found.source != self._source:
-            raise ForeignCollectionError(found.name, repr(self), got=found.source, expected=self._source)
+            raise ForeignCollectionError(found.name, repr(self))
+
+    def take_over(self) -> bool:
+        """Let the open collection be of the source's present mark, where it had an earlier one; safe to repeat.
+
+        Returns whether it has it now.
+        """
+        spec: CollectionSpec = self._open("take a collection over")[0]
+        self._require_own(spec)
+        return str(spec.source) == str(self._source) or self._note_source(str(self._source))
 
     def _claim(self) -> None:
         """Note in the open collection that its points are of this source, unless somebody has."""
         spec: CollectionSpec = self._open("claim a collection")[0]
         if self._source and not spec.source and self._note_source(self._source):
-            _log.warning("Collection %r in %r belongs to source table %s from now on", spec.name, self, self._source)
+            _log.warning("Collection %r in %r belongs to this source table from now on", spec.name, self)
 
     def _pages(
         self, filters: PointFilter | None, size: int, *, payload: bool | Sequence[str] = False, vectors: bool = False
@@ -322,6 +347,10 @@ class PointStore(abc.ABC):
     @abc.abstractmethod
     def _write(self, batch: PointBatch) -> None:
         """Write as many points as one call takes."""
+
+    @abc.abstractmethod
+    def _set_payload(self, values: dict[str, Any], condition: Any) -> None:  # noqa: ANN401 - as above
+        """Set keys of the payload of the points that meet a condition."""
 
     @abc.abstractmethod
     def _remove(self, condition: Any) -> None:  # noqa: ANN401 - the engine's own filter, here and below

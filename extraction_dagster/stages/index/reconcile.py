@@ -9,7 +9,7 @@ Three rows of a window, what the ledger and the store say, and what becomes of t
 
 Rows that are pending, waiting or parked are not compared: their points in the store stay until they are replaced.
 A difference counts only when it is seen twice, since runs go on meanwhile. What is gone is removed at the end, when all
-windows were compared.
+windows were compared. Long because what is found, told and repaired of a window stands together.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from extraction_dagster.stages.index.compare import (
     moved,
     windows,
 )
+from extraction_dagster.stages.index.payloads import changed_payloads, write_payloads
 from extraction_dagster.stages.index.points import rfc3339
 from extraction_dagster.stages.index.purge import Brake, decide, find_returned, let_go, note_gone, take_off
 from extraction_dagster.stages.index.stage import delete_records
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     from extraction_dagster.records import IdRange
     from extraction_dagster.stages.catalog.catalog import Catalog
@@ -65,6 +66,7 @@ class Reconciliation:
         moved: Records that are done with a file of another address than their row has now.
         moved_are_pending: Whether those were made pending.
         returned: Records that were removed, and whose rows came back marked as done; a repair makes them pending.
+        payloads: Records whose points say of their row what it no longer says; a repair writes their payload alone.
     """
 
     repaired: bool
@@ -78,6 +80,7 @@ class Reconciliation:
     moved: list[int] = field(default_factory=list)
     moved_are_pending: bool = False
     returned: list[int] = field(default_factory=list)
+    payloads: set[int] = field(default_factory=set)
 
     def add(self, found: Differences, *, with_moved: bool = True) -> None:
         """Take in what was found within one window; moved rows are the same in each collection."""
@@ -95,7 +98,7 @@ class Reconciliation:
         After a repair, what waits to be found gone once more is not among them; what is held back is.
         """
         gone = self.brake.held_back if self.repaired else sum(len(item.gone) for item in self.differences)
-        return self.num_pending + gone
+        return self.num_pending + gone + (0 if self.repaired else len(self.payloads))
 
     @property
     def num_pending(self) -> int:
@@ -119,7 +122,8 @@ class Reconciliation:
             else f"The collection agrees with the table: {self.records} records, {self.points} points."
         )
         removed = f"Removed {self.removed_points} points." if self.removed_records else ""
-        return " ".join(filter(None, (found, removed, self.brake.summary, self._about_moved(), self._about_returned())))
+        about = (self._about_moved(), self._about_returned(), self._about_payloads())
+        return " ".join(filter(None, (found, removed, self.brake.summary, *about)))
 
     def _about_moved(self) -> str:
         if not self.moved:
@@ -133,6 +137,11 @@ class Reconciliation:
         then = "are pending now" if self.repaired else "stay undone until 'extraction reconcile --repair'"
         shown = f"{len(self.returned)} removed records are back, marked as done ({some(self.returned)}): they {then}."
         return shown if self.returned else ""
+
+    def _about_payloads(self) -> str:
+        then = "it was written" if self.repaired else "'extraction reconcile --repair' writes it"
+        shown = f"{len(self.payloads)} records have another payload than their rows say ({some(sorted(self.payloads))})"
+        return f"{shown}: {then}." if self.payloads else ""
 
     def rows(self, *, limit: int | None = None) -> list[dict[str, int | None]]:
         """The records that differ: `{"record_id": 7, "lost": 1, "stale": None, "gone": None}`."""
@@ -158,6 +167,7 @@ class Reconciliation:
             "gone_held_back_because": self.brake.why or None,
             "moved_records": len(self.moved),
             "returned_records": len(self.returned),
+            "payload_records": len(self.payloads),
             "remaining": self.remaining,
             **{f"{kind}_records": self.total(kind)[0] for kind in ("lost", "stale", "gone")},
             **{f"{kind}_points": self.total(kind)[1] for kind in ("lost", "stale", "gone")},
@@ -208,6 +218,7 @@ def reconcile(  # noqa: PLR0913 - what is compared with what
                     found = found.seen_again(view.compare(turn.store(), window))
                 done.add(found, with_moved=collection == collections[0])
                 gone.add(collection, found)
+                done.payloads.update(view.changed_payloads(turn.store(), window, found, repair=repair))
                 if repair:
                     _make_pending(catalog, found, with_moved=processes_moved)
     first_seen = note_gone(catalog, gone.claims, within=within)
@@ -336,6 +347,28 @@ class _View:
         lost = {**found.lost, **not_in_use}
         return replace(found, lost=lost, gone=gone, claims=claims, moved=tuple(moved(rows, entries)))
 
+    def changed_payloads(
+        self, store: PointStore | None, window: IdRange, found: Differences, *, repair: bool
+    ) -> list[int]:
+        """The records within a window that are whole, and whose payload is not what their row says; repairs write it.
+
+        One whose file has moved keeps the address of the file that its frames are of.
+        """
+        if store is None:
+            return []
+        entries = self.catalog.ledger.entries(window)
+        rows = {row.video.record_id: row for row in self.catalog.source.rows_of(entries)}
+        left = {*found.to_write_again, *found.moved, *moved(rows, entries)}
+        whole = {
+            key: rows[key].video
+            for key in finished(self.catalog, rows, entries)
+            if key not in left and self._is_here(entries[key]) and rows[key].problem is None
+        }
+        changed = changed_payloads(store, whole)
+        if repair:
+            write_payloads(store, changed)
+        return sorted(changed)
+
     def _is_here(self, entry: LedgerEntry) -> bool:
         """Whether an entry's points should be in this collection; those of a dropped one should be in the first."""
         known = {collection.fingerprint for collection in self.all_collections}
@@ -364,24 +397,32 @@ class _View:
         return dict(sorted({**gone, **dict.fromkeys(forgotten, 0)}.items()))
 
 
-def compare_range(catalog: Catalog, store: PointStore | None, *, within: IdRange, fingerprint: str) -> Differences:
+def compare_range(  # noqa: PLR0913 - what is compared, and what is known of it
+    catalog: Catalog,
+    store: PointStore | None,
+    *,
+    within: IdRange,
+    fingerprint: str,
+    only: Collection[int] | None = None,
+    entries: Mapping[int, LedgerEntry] | None = None,
+) -> Differences:
     """Compare the open collection with what was verified for the records of a range; a difference is seen twice.
 
     Without a store, as when the collection was dropped, all that was verified is lost.
-    Only records that are done, and whose vectors are of this fingerprint, are compared; `gone` stays empty.
+    Only records that are done, and whose vectors are of this fingerprint, are compared; `gone` stays empty. `only` is
+    that of `compare_points`; with the range's `entries` the first look reads none.
     """
 
-    def look() -> Differences:
-        entries = catalog.ledger.entries(within)
+    def look(entries: Mapping[int, LedgerEntry]) -> Differences:
         expected = {
             key: expected_points(entry)
             for key, entry in entries.items()
             if entry.state == "done" and entry.embedding_fingerprint == fingerprint
         }
-        return replace(compare_points(store, expected, within=within), gone={})
+        return replace(compare_points(store, expected, within=within, only=only), gone={})
 
-    found = look()
-    return found if found.agrees else found.seen_again(look())
+    found = look(catalog.ledger.entries(within) if entries is None else entries)
+    return found if found.agrees else found.seen_again(look(catalog.ledger.entries(within)))
 
 
 def _make_pending(catalog: Catalog, found: Differences, *, with_moved: bool) -> None:

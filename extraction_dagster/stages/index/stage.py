@@ -15,20 +15,29 @@ steps leaves a state from which the same call arrives at the same points.
 from __future__ import annotations
 
 import contextlib
+import uuid
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from extraction_dagster.errors.index import CollectionMissingError, PayloadError, PointsMissingError, VectorNormError
+from extraction_dagster.errors.index import (
+    CollectionMissingError,
+    PayloadError,
+    PointRefusedError,
+    PointsMissingError,
+    PointStoreError,
+    VectorNormError,
+)
 from extraction_dagster.records import Failure
-from extraction_dagster.stages.catalog.source_table import source_identity
+from extraction_dagster.stages.catalog.identity import source_identity
 from extraction_dagster.stages.index.points import PointFilter, build_points
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from datetime import datetime
 
+    from extraction_dagster.errors import ExtractionError
     from extraction_dagster.records import EmbeddingBatch, VideoRow
     from extraction_dagster.settings import Settings
     from extraction_dagster.stages.index.points import PointBatch
@@ -38,10 +47,13 @@ if TYPE_CHECKING:
 _RECORDS_PER_STEP = 64
 _RECORDS_PER_DELETE = 512
 _RECORDS_SHOWN = 5
+_NOBODY = str(uuid.UUID(int=0))  # no point has it: ours are of version 5
 _PATIENCE_OF_A_PERSON_SECONDS = 20.0
 
 
-def open_point_store(settings: Settings, *, wait_seconds: float = 0.0, attempts: int | None = None) -> PointStore:
+def open_point_store(
+    settings: Settings, *, wait_seconds: float = 0.0, attempts: int | None = None, source: str | None = None
+) -> PointStore:
     """Open the store that the settings choose: a server when `qdrant_url` is set, else the embedded engine.
 
     Collections of another source table than the settings' are refused when they are opened.
@@ -51,8 +63,10 @@ def open_point_store(settings: Settings, *, wait_seconds: float = 0.0, attempts:
         wait_seconds: How long to wait for another process to release the embedded store; with 0 somebody looks on,
             who is not kept waiting for a server either.
         attempts: Tries of each call to a server; as many as the time allows when None.
+        source: The mark of the source table; that of the settings when None.
     """
-    source = source_identity(settings) if _names_source(settings) else ""
+    if source is None:
+        source = source_identity(settings) if _names_source(settings) else ""
     if settings.qdrant_url is None:
         from extraction_dagster.stages.index.edge.store import EdgeStore  # noqa: PLC0415 - one engine is loaded
 
@@ -125,19 +139,64 @@ def index_records(
 ) -> Indexed:
     """Replace the points of these records; a record that can't become points fails alone.
 
+    Where the store takes writes and not these, they are halved until the record is alone that it does not take:
+
+        records 1 … 64    refused; and so are 1 … 32, 17 … 32, …, 23, while all others are written: record 23 fails
+
     Raises:
         PointStoreError: The store failed; no record is to blame.
     """
     left, failures = set(embeddings.record_id.tolist()), list[Failure]()
+
+    def fail(record_id: int, error: ExtractionError) -> None:
+        left.discard(record_id)
+        version, name = rows[record_id].content_version, type(error).__name__
+        failures.append(Failure(record_id, version, "index", name, str(error), error.permanent))
+
     while True:
         try:
-            written = replace_records(store, embeddings.of_records(left), rows=rows, generations=generations)
+            written, refused = _replace_or_halve(store, embeddings, sorted(left), rows=rows, generations=generations)
         except (PayloadError, VectorNormError) as error:
-            left.discard(error.record_id)
-            version, said = rows[error.record_id].content_version, str(error)
-            failures.append(Failure(error.record_id, version, "index", type(error).__name__, said, error.permanent))
-        else:
-            return Indexed(written, tuple(failures))
+            fail(error.record_id, error)
+            continue
+        if len(refused) > 1 and not written:  # none is taken: it is not about one of them
+            raise next(iter(refused.values()))
+        for record_id, refusal in refused.items():
+            fail(record_id, PointRefusedError(record_id, str(refusal)))
+        return Indexed(written, tuple(failures))
+
+
+def _replace_or_halve(
+    store: PointStore,
+    embeddings: EmbeddingBatch,
+    record_ids: Sequence[int],
+    *,
+    rows: Mapping[int, VideoRow],
+    generations: Mapping[int, str],
+) -> tuple[dict[int, int], dict[int, PointStoreError]]:
+    """The points of each record that was written, and the records that the store does not take, each by itself."""
+    try:
+        part = embeddings.of_records(record_ids)
+        return replace_records(store, part, rows=rows, generations=generations), {}
+    except PointStoreError as error:
+        if not error.may_be_content or not _takes_writes(store):
+            raise
+        if len(record_ids) == 1:
+            return {}, {record_ids[0]: error}
+    written, refused, middle = dict[int, int](), dict[int, PointStoreError](), len(record_ids) // 2
+    for half in (record_ids[:middle], record_ids[middle:]):
+        done, not_done = _replace_or_halve(store, embeddings, half, rows=rows, generations=generations)
+        written, refused = written | done, refused | not_done
+    return written, refused
+
+
+def _takes_writes(store: PointStore) -> bool:
+    """Whether the store takes a write whose content nobody can object to: the removal of a point that is not there."""
+    try:
+        store.delete(PointFilter(point_ids=(_NOBODY,)))
+    except PointStoreError:
+        return False
+    return True
 
 
 def replace_records(

@@ -8,10 +8,14 @@ import uuid
 
 import dagster as dg
 import pytest
+import sqlalchemy as sa
 from dagster._core.events import EngineEventData
 
-from extraction_dagster.defs.instance.runs import fail_dead_runs
+from extraction_dagster.defs.instance.runs import fail_dead_runs, silent_runs
 from extraction_dagster.defs.partitions import PROCESS_TAG, process_tags
+from extraction_dagster.stages.catalog.database import make_engine
+from extraction_dagster.stages.catalog.signs import give_sign
+from extraction_dagster.stages.catalog.state_tables import prepare
 
 STARTED, FAILED = dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.FAILURE
 LOCAL = {".dagster/grpc_info": json.dumps({"host": "localhost", "socket": "s"})}
@@ -90,3 +94,57 @@ def test_a_run_that_was_ended_while_its_process_works_on_keeps_its_slot(on_disk)
     on_disk.report_run_canceled(ended, "Marked as canceled by force.")
     fail_dead_runs(on_disk)
     assert not takes_the_slot(on_disk, waiting)
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """The tag of a process on another machine, and the state database that holds its signs of life."""
+    monkeypatch.setenv("EXTRACTION_STATE_URL", f"sqlite:///{tmp_path}/state.db")
+    engine = make_engine(f"sqlite:///{tmp_path}/state.db", setting="EXTRACTION_STATE_URL")
+    prepare(engine, "a" * 16)
+    yield engine, {PROCESS_TAG: "first/other-boot.4026531836:17:1700000000", "dagster/partition": "1-9"}
+    engine.dispose()
+
+
+def let_time_pass(engine, run, seconds):
+    with engine.begin() as connection:
+        moment = f"CAST(CAST(value AS INTEGER) - {seconds} AS TEXT)"
+        statement = f"UPDATE extraction_meta SET value = {moment} WHERE key = 'alive:{run.run_id}'"
+        connection.execute(sa.text(statement))
+
+
+def test_a_run_whose_machine_is_gone_is_ended_once_it_gave_no_sign_of_life_for_long(instance, elsewhere):
+    engine, tags = elsewhere
+    run = add(instance, tags)
+    give_sign(engine, run.run_id)
+    assert status_after_the_check(instance, run) == STARTED
+    let_time_pass(engine, run, 250)
+    assert status_after_the_check(instance, run) == STARTED
+    ((silent, seconds),) = silent_runs(instance)
+    assert (silent.run_id, 250 <= seconds < 290) == (run.run_id, True)
+    give_sign(engine, run.run_id)
+    assert silent_runs(instance)[0][1] < 60
+    let_time_pass(engine, run, 301)
+    assert status_after_the_check(instance, run) == FAILED
+    assert silent_runs(instance) == []
+
+
+def test_a_run_that_never_gave_a_sign_is_not_judged_at_once(instance, elsewhere):
+    assert status_after_the_check(instance, add(instance, elsewhere[1])) == STARTED
+
+
+@pytest.mark.parametrize("name", ["another-name", "first"])
+def test_a_process_of_this_kernel_and_container_is_seen_whatever_the_hosts_name_is_now(
+    name, instance, dead_id, elsewhere
+):
+    own = process_tags("")[PROCESS_TAG]
+    place, number, started = own.rsplit(":", 2)
+    facts = place.partition("/")[2]
+    if not facts:
+        pytest.skip("this system does not tell its kernel and container")
+    alive = add(instance, {PROCESS_TAG: f"{name}/{facts}:{number}:{started}"})
+    dead = add(instance, {PROCESS_TAG: f"{name}/{facts}:{dead_id}:{started}"})
+    assert status_after_the_check(instance, alive) == STARTED
+    assert instance.get_run_by_id(dead.run_id).status == FAILED
+    assert silent_runs(instance) == []
+    assert elsewhere

@@ -127,7 +127,10 @@ def test_migrated_tables_are_those_that_are_made_today(database):
         context = MigrationContext.configure(
             connection, opts={"include_name": lambda name, kind, _: kind != "table" or name in TABLES}
         )
-        assert compare_metadata(context, METADATA) == []
+        today = sa.MetaData()
+        for table in METADATA.tables.values():
+            table.to_metadata(today, schema=None)
+        assert compare_metadata(context, today) == []
 
 
 def test_tables_of_today_are_opened_without_a_write_or_a_lock(database):

@@ -381,3 +381,27 @@ def test_a_row_that_waits_for_another_try_is_no_difference_of_its_range(done, ca
         store.open_collection("video_frames")
         found = compare_range(catalog, store, within=ALL, fingerprint="e1")
     assert (found.agrees, found.compared, found.held) == (True, 4, 9)
+
+
+def shown_platforms(world):
+    with world.store() as store:
+        return {int(item["record_id"]): item["platform"] for item in store.payloads(None, ["record_id", "platform"])}
+
+
+def test_a_payload_that_is_not_what_its_row_says_is_found_and_written_without_the_vectors(done, catalog):
+    before = shown_platforms(done)
+    done.execute("UPDATE insta_content SET platform = 'changed' WHERE id IN (2, 41)")
+    with done.store() as store:
+        vectors = {batch.ids: batch.vectors.tolist() for batch in store.read()}
+    found = done.reconcile(catalog)
+    assert (sorted(found.payloads), found.remaining, found.differences) == ([2, 41], 2, [])
+    assert "2 records have another payload than their rows say" in found.summary
+    assert found.document()["payload_records"] == 2
+    assert shown_platforms(done) == before
+    repaired = done.reconcile(catalog, repair=True)
+    assert (sorted(repaired.payloads), repaired.remaining) == ([2, 41], 0)
+    assert shown_platforms(done) == {**before, 2: "changed", 41: "changed"}
+    with done.store() as store:
+        assert {batch.ids: batch.vectors.tolist() for batch in store.read()} == vectors
+    assert done.process(catalog) == []
+    assert done.reconcile(catalog).remaining == 0

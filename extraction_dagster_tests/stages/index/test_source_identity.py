@@ -20,7 +20,7 @@ from extraction_dagster.stages.index.staging import stage_collection
 OURS, THEIRS = "0123456789abcdef", "fedcba9876543210"
 SPEC, NEXT = CollectionSpec("frames", 8, "abc123"), CollectionSpec("frames", 8, "next")
 QUICK = RetryPolicy(attempts=2, base_seconds=0.05)
-CLAIMED = "belongs to source table"
+CLAIMED = "belongs to this source table"
 
 
 @pytest.fixture(params=["edge", "wire"])
@@ -63,7 +63,7 @@ def attempts(store_of):
 def test_another_sources_collection_is_refused_before_anything_is_read_or_written(store_of, fill):
     fill(OURS)
     for attempt in attempts(store_of):
-        wanted = rf"'frames' in .*another source table \(its mark is {OURS}, that of .* {THEIRS}\).*COLLECTION_NAME"
+        wanted = r"'frames' in .*another source table, or of this one at another address.*COLLECTION_NAME"
         with store_of(THEIRS) as store, pytest.raises(ForeignCollectionError, match=wanted) as refused:
             attempt(store)
         assert "\n" not in str(refused.value)

@@ -1,14 +1,22 @@
 """The index stage: which collection is opened, which record fails alone, what a replacement leaves behind."""
 
+import math
+
+import grpc
 import numpy as np
 import pytest
 
 from extraction_dagster.errors import RecordShapeError
-from extraction_dagster.errors.index import CollectionMismatchError, PointsMissingError, PointStoreError
+from extraction_dagster.errors.index import (
+    CollectionMismatchError,
+    PointsMissingError,
+    PointStoreError,
+    StoreEngineError,
+)
 from extraction_dagster.records import EmbeddingBatch, Failure, VideoRow
 from extraction_dagster.settings import Settings
 from extraction_dagster.stages.index.edge.store import EdgeStore
-from extraction_dagster.stages.index.points import PointBatch, point_id
+from extraction_dagster.stages.index.points import PointBatch, build_points, point_id
 from extraction_dagster.stages.index.protocol import CollectionSpec
 from extraction_dagster.stages.index.server.store import ServerStore
 from extraction_dagster.stages.index.stage import (
@@ -40,6 +48,84 @@ def test_a_value_without_json_form_fails_its_record_alone(edge, embeddings, rows
     assert failure == Failure(8, "v2", "index", "PayloadError", failure.message, permanent=True)
     assert failure.message.startswith("Column 'likes' of record 8 can't be kept in a point's payload")
     assert edge.count_by_record() == {7: 2, 8: 1, 9: 3}
+
+
+MANY = {number: [0, 30] for number in range(1, 101)}
+
+
+@pytest.fixture(params=["edge", "wire"])
+def refusing(request, tmp_path, monkeypatch):
+    """A store that takes no point of some records: `refusing(8, 9)`."""
+
+    def refuse(*record_ids):
+        if request.param == "edge":
+            return edge_with_values_that_it_refuses(tmp_path, monkeypatch, record_ids)
+        return wire_that_refuses(request, monkeypatch, record_ids)
+
+    return refuse
+
+
+def edge_with_values_that_it_refuses(tmp_path, monkeypatch, record_ids):
+    """The engine itself has no number that is none; `build_points` makes null of it."""
+
+    def build(*arguments, **options):
+        batch = build_points(*arguments, **options)
+        spoilt = [{**one, "x": math.nan} if one["record_id"] in record_ids else one for one in batch.payloads]
+        return PointBatch(batch.ids, batch.vectors, spoilt)
+
+    monkeypatch.setattr("extraction_dagster.stages.index.stage.build_points", build)
+    return EdgeStore(tmp_path / "qdrant")
+
+
+def wire_that_refuses(request, monkeypatch, record_ids):
+    points = request.getfixturevalue("wire")._Points
+    upsert = points.Upsert
+
+    def choosy(self, asked, context):
+        if {point.payload["record_id"].integer_value for point in asked.points} & {*record_ids}:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, "Wrong input: x is no number")
+        return upsert(self, asked, context)
+
+    monkeypatch.setattr(points, "Upsert", choosy)
+    return request.getfixturevalue("wire_store")
+
+
+def test_a_point_that_the_store_does_not_take_fails_its_record_alone(refusing, embeddings, rows):
+    bad = {8, 64, 65, 100}
+    with refusing(*bad) as store:
+        store.ensure_collection(OLD)
+        done = index_records(store, embeddings(MANY), rows=rows(*MANY), generations=dict.fromkeys(MANY, "a"))
+        assert store.count_by_record() == {key: 2 for key in MANY if key not in bad} == done.num_points
+    assert {(failure.record_id, failure.error_type, failure.permanent) for failure in done.failures} == {
+        (key, "PointRefusedError", True) for key in bad
+    }
+    assert done.failures[0].message.startswith("The points of record 8 are refused: ")
+
+
+def test_a_single_record_that_is_not_taken_is_to_blame_where_others_would_be(refusing, embeddings, rows):
+    with refusing(8) as store:
+        store.ensure_collection(OLD)
+        done = index_records(store, embeddings({8: [0]}), rows=rows(8), generations={8: "a"})
+        assert [failure.error_type for failure in done.failures] == ["PointRefusedError"]
+
+
+def test_a_store_that_takes_no_record_blames_none(refusing, embeddings, rows):
+    with refusing(*FRAMES) as store:
+        store.ensure_collection(OLD)
+        with pytest.raises(PointStoreError, match="write points"):
+            index_records(store, embeddings(FRAMES), rows=rows(*FRAMES), generations=dict.fromkeys(FRAMES, "a"))
+
+
+def test_a_store_that_takes_no_write_at_all_blames_no_record(edge, embeddings, rows, monkeypatch):
+    edge.ensure_collection(OLD)
+
+    def full(*_):
+        raise StoreEngineError("write points", "here", "No space left on device", may_be_content=True)
+
+    monkeypatch.setattr(edge, "_write", full)
+    monkeypatch.setattr(edge, "_remove", full)
+    with pytest.raises(PointStoreError, match="No space left"):
+        index_records(edge, embeddings({8: [0]}), rows=rows(8), generations={8: "a"})
 
 
 def test_vectors_that_are_not_normalised_fail_their_records_alone(edge, embeddings, rows):

@@ -7,6 +7,7 @@ GOOGLE_APPLICATION_CREDENTIALS), as the stores' own tools read it; a row can onl
 from __future__ import annotations
 
 import importlib.util
+import re
 from typing import TYPE_CHECKING, Any
 
 import fsspec
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 
+_VERSION = "?versionId="
+_NO_VERSION = ("NoSuchVersion", "InvalidArgument", "400")  # what S3 answers for a version that it has not
+_GENERATION = re.compile(r"#\d+$|\?generation=")
 _BLOCK_BYTES = 4 * 2**20
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs"}
 _CREDENTIALS = (
@@ -52,10 +56,13 @@ STORE_PACKAGES = ("aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "goog
 _UNAUTHORIZED = 401
 
 
-def open_store(scheme: str, *, stall_seconds: float) -> Any:  # noqa: ANN401 - fsspec is not typed
-    """The fsspec file system of a scheme, configured by its own environment variables."""
+def open_store(scheme: str, *, stall_seconds: float, of_versions: bool = False) -> Any:  # noqa: ANN401 - fsspec is not typed
+    """The fsspec file system of a scheme, configured by its own environment variables.
+
+    Without `of_versions`, s3fs drops `?versionId=…` of a path and reads the newest version.
+    """
     limits = {"connect_timeout": stall_seconds, "read_timeout": stall_seconds, "retries": {"max_attempts": 1}}
-    options: dict[str, Any] = {"config_kwargs": limits} if scheme == "s3" else {}
+    options: dict[str, Any] = {"config_kwargs": limits, "version_aware": of_versions} if scheme == "s3" else {}
     return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True, **options)
 
 
@@ -63,7 +70,7 @@ class BucketDownload:
     """Downloads from the buckets on the list.
 
     Args:
-        buckets: `s3://name` or `gs://name`.
+        buckets: `s3://name` or `gs://name`; with a folder, `s3://name/folder`, all keys must lie in it.
         max_file_bytes: The largest file that is taken.
         stall_seconds: How long one answer may take.
 
@@ -72,7 +79,12 @@ class BucketDownload:
     """
 
     def __init__(self, buckets: Sequence[str], *, max_file_bytes: int, stall_seconds: float) -> None:
-        self._buckets, self._max_bytes, self._stall_seconds = frozenset(buckets), max_file_bytes, stall_seconds
+        self._max_bytes, self._stall_seconds = max_file_bytes, stall_seconds
+        self._folders = dict[str, list[str]]()
+        for bucket in buckets:
+            scheme, _, path = bucket.partition("://")
+            name, _, folder = path.partition("/")
+            self._folders.setdefault(f"{scheme}://{name}", []).append(folder.strip("/"))
         self._open = dict[str, Any]()
         for scheme in sorted({bucket.partition("://")[0] for bucket in buckets}):
             if importlib.util.find_spec(_PACKAGES[scheme]) is None:
@@ -109,22 +121,31 @@ class BucketDownload:
         scheme, _, path = uri.partition("://")
         scheme = scheme.lower()
         bucket, _, key = path.partition("/")
-        if f"{scheme}://{bucket}" not in self._buckets:
-            fix = "Correct the row, or add the bucket to EXTRACTION_ALLOWED_BUCKETS."
+        fix = "Correct the row, or add the bucket to EXTRACTION_ALLOWED_BUCKETS."
+        folders = self._folders.get(f"{scheme}://{bucket}")
+        if folders is None:
             raise AddressForbiddenError(uri, "its bucket is not an allowed one", fix)
+        if not any(not folder or key.startswith(f"{folder}/") for folder in folders):
+            raise AddressForbiddenError(uri, "it lies in no folder of the bucket that is allowed", fix)
         if not key or any(character < " " for character in key) or not is_text(key):
             raise AddressForbiddenError(uri, "its key is empty or holds a control character", "Correct the row.")
         if not {".", ".."}.isdisjoint(key.split("/")):  # a server or a proxy may take it for a step into another bucket
             raise AddressForbiddenError(uri, "its key holds '.' or '..' between slashes", "Correct the row.")
-        if scheme not in self._open:
-            self._open[scheme] = open_store(scheme, stall_seconds=self._stall_seconds)
-        return self._open[scheme], path
+        if scheme == "gs" and _GENERATION.search(key):
+            raise AddressForbiddenError(uri, "it names a generation of an object", "Name the object alone.")
+        of_versions = scheme == "s3" and _VERSION in key
+        if of_versions and not key.partition(_VERSION)[2]:
+            raise AddressForbiddenError(uri, "its versionId is empty", "Correct the row.")
+        store = f"{scheme}{_VERSION}" if of_versions else scheme
+        if store not in self._open:
+            self._open[store] = open_store(scheme, stall_seconds=self._stall_seconds, of_versions=of_versions)
+        return self._open[store], path
 
     def _look(self, store: Any, path: str, uri: str, deadline: Deadline) -> FileVersion:  # noqa: ANN401 - fsspec is not typed
         """The object's present version."""
         try:
             info = self._ask(store.info, path, uri, deadline)
-        except (FileRefusedError, PassingFaultError):
+        except (FileRefusedError, FileUnavailableError, PassingFaultError):
             # S3 refuses this question without a body that would say why: one byte is asked for, to hear the reason.
             self._ask(store.cat_file, path, uri, deadline, start=0, end=1)
             raise
@@ -151,8 +172,12 @@ def _judged(error: Exception, uri: str) -> Exception:
     name, code = type(error).__name__, _code(error)
     if name in _CREDENTIALS or code in _CREDENTIAL_CODES or code == _UNAUTHORIZED:
         return FetchCredentialsError(uri, str(code or name))
+    if _VERSION in uri and (isinstance(error, FileNotFoundError) or code in _NO_VERSION):
+        return FileRefusedError(uri, f"that there is no such version ({code or 404})")
+    if isinstance(error, FileNotFoundError) and code != "NoSuchBucket":  # as of a folder: it may still arrive
+        return FileUnavailableError(uri, "404 Not Found")
     if isinstance(error, FileNotFoundError):
-        return FileRefusedError(uri, "404 Not Found")
+        return FileRefusedError(uri, "404 Not Found, of its bucket")
     if isinstance(error, PermissionError) or str(error).startswith("Forbidden"):
         return FileRefusedError(uri, "403 Forbidden")
     if isinstance(error, ValueError):

@@ -2,12 +2,12 @@
 
     <key>.lock        held by the process that downloads or uses it; its time is that of the last use
     <key>.json        which version of the file the other two hold
-    <key>.part        what has arrived so far
+    <key>.….part      what has arrived so far; nobody can foresee its name, which the note above says
     <key>.video.mp4   all of it
 
-A download reserves its room before its first byte, so that the folder never exceeds its limit. Room is made by removing
-the entries that were unused for longest; an entry in use is locked and stays. A process that dies here leaves nothing
-worse than a part to go on from, and its locks end with it.
+A download reserves its room before its first byte, so that the folder never exceeds its limit; where nobody says how
+much will come, some, and twice as much each time that this is full. Room is made by removing the entries that were
+unused for longest; an entry in use is locked and stays. What a killed process leaves is a part to go on from.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
+import secrets
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -25,10 +27,11 @@ from filelock import FileLock, Timeout
 from extraction_dagster.errors import ExtractionError
 from extraction_dagster.errors.catalog import DownloadCacheError, DownloadTimeoutError, FileUnavailableError
 from extraction_dagster.files import write_atomically
+from extraction_dagster.permissions import make_private_folder
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 
@@ -37,6 +40,8 @@ _WAIT_SECONDS = 0.1
 _TURN_SECONDS = 0.005
 _PART_SECONDS = 10.0  # for which a part may wait for room: several could wait for each other's room for ever
 _FLAGS = os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+_FIRST_ROOM_BYTES = 2**26  # of a download whose size nobody says
+_PART = re.compile(r"[^/]+\.[0-9a-f]{16}\.part")
 # What an entry needs beside the file itself, and the file of reservations.
 OVERHEAD_BYTES = 16_384
 
@@ -124,10 +129,19 @@ class DownloadCache:
         max_bytes: What it never exceeds.
         max_idle_seconds: An entry that was unused for longer is removed.
         patience_seconds: How long to wait for room, or for an entry that another process has.
+        max_entries: The most entries that are kept: each is looked at when room is made.
     """
 
-    def __init__(self, folder: Path, *, max_bytes: int, max_idle_seconds: float, patience_seconds: float) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        max_bytes: int,
+        max_idle_seconds: float,
+        patience_seconds: float,
+        max_entries: int = 10_000,
+    ) -> None:
+        self.folder, self._max_entries = folder, max_entries
         self._max_bytes, self._max_idle_seconds, self._patience = max_bytes, max_idle_seconds, patience_seconds
 
     def entry(self, key: str, *, suffix: str, deadline: Deadline) -> CacheEntry:
@@ -139,7 +153,7 @@ class DownloadCache:
         """
         end = time.monotonic() + self._patience
         with self.faults():
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private_folder(self.folder)
             while (lock := _try_lock(self.folder / f"{key}.lock")) is None:
                 if time.monotonic() >= end:
                     raise FileUnavailableError(deadline.uri, "another process has been using it all the time")
@@ -186,13 +200,13 @@ class DownloadCache:
                     del reserved[other]
             sizes = {name: max(num_bytes, reserved.get(name, 0)) for name, (num_bytes, _) in held.items()}
             sizes[key] = num_bytes
-            total = sum(sizes.values()) + OVERHEAD_BYTES
+            total, entries = sum(sizes.values()) + OVERHEAD_BYTES, len(sizes)
             for name in sorted(held.keys() - {key}, key=lambda name: held[name][1]):
                 fresh = held[name][1] >= time.time() - self._max_idle_seconds
-                if fresh and total <= self._max_bytes:
+                if fresh and total <= self._max_bytes and entries <= self._max_entries:
                     break
                 if self._remove_unused(name):
-                    total -= sizes[name]
+                    total, entries = total - sizes[name], entries - 1
             if total <= self._max_bytes:
                 reserved[key] = num_bytes
             return total <= self._max_bytes
@@ -252,10 +266,10 @@ class CacheEntry:
     def __init__(self, cache: DownloadCache, key: str, suffix: str, lock: int) -> None:
         self._cache, self._key, self._lock = cache, key, lock
         self.path = cache.folder / f"{key}.video{suffix}"
-        self._part = cache.folder / f"{key}.part"
         self._note = cache.folder / f"{key}.json"
-        self.version = _read_version(self._note)
-        if self.version is None:
+        self.version, part = _read_note(self._note)
+        self._part = cache.folder / (part or _part_name(key))
+        if self.version is None or (part is None and not self.is_complete):
             self.discard()
 
     @property
@@ -273,27 +287,39 @@ class CacheEntry:
     def begin(self, version: FileVersion) -> None:
         """Forget what is there and start with a version of the file."""
         self.discard()
+        self._part = self._cache.folder / _part_name(self._key)
         with self._cache.faults():
-            _write_json(self._note, asdict(version))
+            _write_json(self._note, {**asdict(version), "part": self._part.name})
         self.version = version
 
     @contextmanager
-    def receiving(self, num_bytes: int, deadline: Deadline) -> Iterator[_Receiver]:
-        """Take what arrives, behind what is there; room for `num_bytes` in all is reserved first.
+    def receiving(self, num_bytes: int, deadline: Deadline, *, is_known: bool = True) -> Iterator[_Receiver]:
+        """Take what arrives, behind what is there; room is reserved first.
+
+        Args:
+            num_bytes: How much there will be in all, or at most.
+            deadline: The file's.
+            is_known: Whether there will be so much; else room for it is reserved step by step.
 
         Raises:
             PassingFaultError: There was none for so long that what is there made room for others.
         """
-        try:
-            self._cache.reserve(self._key, num_bytes, deadline, has_part=self.num_bytes > 0)
-        except PassingFaultError:
-            self.discard()
-            raise
+
+        def reserve(room: int) -> int:
+            room = min(room, num_bytes)
+            try:
+                self._cache.reserve(self._key, room, deadline, has_part=self.num_bytes > 0)
+            except PassingFaultError:
+                self.discard()
+                raise
+            return room
+
+        room = reserve(num_bytes if is_known else max(_FIRST_ROOM_BYTES, 2 * self.num_bytes))
         try:
             with self._cache.faults():
                 part = os.open(self._part, os.O_WRONLY | os.O_APPEND | _FLAGS, 0o600)
             try:
-                yield _Receiver(self._cache, part, self.num_bytes)
+                yield _Receiver(self._cache, part, self.num_bytes, room, reserve)
             finally:
                 os.close(part)
         finally:
@@ -307,7 +333,7 @@ class CacheEntry:
     def discard(self) -> None:
         """Remove what is there."""
         with self._cache.faults():
-            for path in (self.path, self._part, self._note):
+            for path in (self.path, self._note, *self._cache.folder.glob(f"{self._key}.*part")):
                 path.unlink(missing_ok=True)
         self.version = None
 
@@ -317,13 +343,15 @@ class CacheEntry:
 
 
 class _Receiver:
-    """An open part."""
+    """An open part, and how much room it has."""
 
-    def __init__(self, cache: DownloadCache, part: int, num_bytes: int) -> None:
-        self._cache, self._part, self.num_bytes = cache, part, num_bytes
+    def __init__(self, cache: DownloadCache, part: int, held: int, room: int, reserve: Callable[[int], int]) -> None:
+        self._cache, self._part, self.num_bytes, self._room, self._reserve = cache, part, held, room, reserve
 
     def append(self, chunk: bytes) -> None:
         """Keep the next bytes."""
+        if self.num_bytes + len(chunk) > self._room:
+            self._room = self._reserve(2 * self._room)
         left = memoryview(chunk)
         with self._cache.faults():
             while left:
@@ -355,10 +383,17 @@ def _read_json(path: Path) -> dict[str, int]:
     return {}
 
 
-def _read_version(path: Path) -> FileVersion | None:
+def _read_note(path: Path) -> tuple[FileVersion | None, str | None]:
+    """Which version the entry holds, and the name of its part."""
     with suppress(OSError, ValueError, TypeError):
-        return FileVersion(**json.loads(path.read_bytes()))
-    return None
+        note = json.loads(path.read_bytes())
+        part = note.pop("part", None)
+        return FileVersion(**note), part if isinstance(part, str) and _PART.fullmatch(part) else None
+    return None, None
+
+
+def _part_name(key: str) -> str:
+    return f"{key}.{secrets.token_hex(8)}.part"
 
 
 def _write_json(path: Path, content: object) -> None:

@@ -13,15 +13,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, quote, urlsplit
 
-from extraction_dagster.addresses import shown_address
+from extraction_dagster.addresses import brief_address
 from extraction_dagster.errors.catalog import AddressForbiddenError, SchemeError
 from extraction_dagster.stages.catalog.fetch.cache import PassingFaultError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    _Network = ipaddress.IPv4Network | ipaddress.IPv6Network
     Refuse = Callable[[str, str], AddressForbiddenError]  # why, and how it is put right
 
+_LONGEST_HOST = 253  # characters of a name, as DNS has it
 _PORTS = {"https": 443, "http": 80}
 _IN_A_PATH = "/%:@!$&'()*+,;=~-._"
 # `ipaddress.is_global` differs between Python's releases and calls some of these global: the registries' own lists.
@@ -101,7 +103,8 @@ class NetworkGuard:
 
     Args:
         hosts: `name`, `*.name` or `name:port`; without a port, the scheme's own.
-        networks: Where besides the public internet an allowed host may lie.
+        networks: Where besides the public internet an allowed host may lie: `10.1.0.0/16`, or `host=10.1.0.0/16` for
+            that host alone, which is written as in `hosts`.
         allow_http: Whether http is allowed beside https.
         resolve: Gives the numeric addresses of a name.
     """
@@ -115,7 +118,8 @@ class NetworkGuard:
         resolve: Callable[[str, int], Sequence[str]] = resolve_host,
     ) -> None:
         self._hosts = frozenset(hosts)
-        self._networks = tuple(ipaddress.ip_network(network) for network in networks)
+        named = [network.rpartition("=") for network in networks]
+        self._networks = tuple((host, ipaddress.ip_network(network)) for host, _, network in named)
         self._allow_http = allow_http
         self._resolve = resolve
 
@@ -134,7 +138,7 @@ class NetworkGuard:
         """
 
         def refuse(why: str, fix: str) -> AddressForbiddenError:
-            led = f"it redirects to {shown_address(url)!r}: " if redirected_from else ""
+            led = f"it redirects to {brief_address(url)!r}: " if redirected_from else ""
             return AddressForbiddenError(asked or url, led + why, fix)
 
         parts = _split(url, refuse)
@@ -151,14 +155,17 @@ class NetworkGuard:
             raise refuse(f"{_with_port(host, port, parts.scheme)} is not an allowed host", fix)
         path = quote(parts.path or "/", safe=_IN_A_PATH)
         query = f"?{quote(parts.query, safe=_IN_A_PATH + '?')}" if parts.query else ""
-        return Target(url, parts.scheme, host, port, path + query, self._addresses(host, port, refuse))
+        networks = self._networks_of(host, port, parts.scheme)
+        return Target(url, parts.scheme, host, port, path + query, self._addresses(host, port, networks, refuse))
 
     def _is_listed(self, host: str, port: int, scheme: str) -> bool:
-        labels = host.split(".")
-        names = [host, *("*." + ".".join(labels[cut:]) for cut in range(1, len(labels)))]
-        return any(_with_port(name, port, scheme) in self._hosts or f"{name}:{port}" in self._hosts for name in names)
+        return not self._hosts.isdisjoint(_spellings(host, port, scheme))
 
-    def _addresses(self, host: str, port: int, refuse: Refuse) -> tuple[str, ...]:
+    def _networks_of(self, host: str, port: int, scheme: str) -> list[_Network]:
+        names = {"", *_spellings(host, port, scheme)}
+        return [network for name, network in self._networks if name in names]
+
+    def _addresses(self, host: str, port: int, networks: Sequence[_Network], refuse: Refuse) -> tuple[str, ...]:
         try:
             found = tuple(self._resolve(host.strip("[]"), port))
         except OSError as error:
@@ -168,7 +175,7 @@ class NetworkGuard:
         for text in found:
             address = ipaddress.ip_address(text.partition("%")[0])
             address = getattr(address, "ipv4_mapped", None) or address
-            if not is_public(address) and not any(address in network for network in self._networks):
+            if not is_public(address) and not any(address in network for network in networks):
                 fix = "Correct the row; if the host is meant, add its network to EXTRACTION_ALLOWED_NETWORKS."
                 raise refuse(f"{host} has the address {text}, which is not public", fix)
         if not found:
@@ -186,7 +193,7 @@ def _split(url: str, refuse: Refuse) -> SplitResult:
         usable = bool(parts.hostname) and parts.port != 0
     except ValueError:
         usable = False
-    if not usable:
+    if not usable or len(parts.hostname or "") > _LONGEST_HOST:
         raise refuse("it names no server that could be asked", "Correct the row.")
     if "@" in parts.netloc:
         raise refuse("it holds a user or a password", "Correct the row; a signed query is the way to give a right.")
@@ -201,6 +208,13 @@ def _ascii_host(parts: SplitResult, refuse: Refuse) -> str:
         return host.encode("idna").decode().lower()
     except UnicodeError:
         raise refuse("its host is no name", "Correct the row.") from None
+
+
+def _spellings(host: str, port: int, scheme: str) -> set[str]:
+    """How a list may name a host: `a.b.c`, `*.b.c`, `*.c`, each with its port, or without where it is the scheme's."""
+    labels = host.split(".")
+    names = [host, *("*." + ".".join(labels[cut:]) for cut in range(1, len(labels)))]
+    return {spelt for name in names for spelt in (_with_port(name, port, scheme), f"{name}:{port}")}
 
 
 def _with_port(host: str, port: int, scheme: str) -> str:

@@ -97,7 +97,7 @@ class HttpsDownload:
             entry.discard()
             raise FileTooLargeError(uri, got_bytes=expected, max_bytes=self._max_bytes)
         limit = self._max_bytes if expected is None else expected
-        with entry.receiving(limit, deadline) as received:
+        with entry.receiving(limit, deadline, is_known=expected is not None) as received:
             while left := limit - received.num_bytes:
                 chunk = response.read1(min(_CHUNK_BYTES, left))
                 if not chunk:

@@ -17,6 +17,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from extraction_dagster.errors.decode import (
+    VideoCodecError,
     VideoEncryptedError,
     VideoFormatError,
     VideoOpenError,
@@ -47,6 +48,22 @@ _LINKS = frozenset({errno.ELOOP, errno.ENOTDIR})
 CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif,mxf"
 # Codecs whose parameters an MP4 holds outside of its packets: none has to be decoded before the stream is known.
 _CARRIED = frozenset({"h264", "hevc", "mpeg4"})
+# Decoders of sound that the library may open while it finds out what a file holds; none is used after that.
+_SOUND = (
+    "aac",
+    "mp3",
+    "mp3float",
+    "mp2",
+    "mp2float",
+    "opus",
+    "libopus",
+    "vorbis",
+    "ac3",
+    "eac3",
+    "flac",
+    "wmav2",
+    "amrnb",
+)
 _MOST_STREAMS = 16  # whose packets are not decoded while the file is opened without a probe
 _MICROSECONDS = 1_000_000
 _MAX_ASPECT = 8.0
@@ -69,8 +86,8 @@ class VideoFile:
         kind: What it is, where it is no container of videos, or may be none.
     """
 
-    def __init__(self, path: Path, descriptor: int) -> None:
-        self.path, self._descriptor = path, descriptor
+    def __init__(self, path: Path, descriptor: int, *, handed_over: bool = False) -> None:
+        self.path, self._descriptor, self._handed_over = path, descriptor, handed_over
         self._start, self._end = 0, os.fstat(descriptor).st_size
         self._start = kinds.motion_part(self.reading()) or 0
         self.kind = kinds.kind_of(self.reading())
@@ -92,9 +109,28 @@ class VideoFile:
 
     @property
     def alias(self) -> str:
-        """A path of this very file, for a library that takes only paths; on Linux it stays valid without the name."""
+        """A path of this very file, for a library that takes only paths; on Linux it stays valid without the name.
+
+        In a worker, which can open no path, it is FFmpeg's name for descriptor 0, and that is the file from here on.
+        """
+        if self._handed_over:
+            os.dup2(self._descriptor, 0)
+            os.lseek(0, 0, os.SEEK_SET)
+            return "fd:"
         alias = f"/proc/self/fd/{self._descriptor}"
         return alias if os.path.exists(alias) else str(self.path)  # noqa: PTH110 - a string for a library
+
+
+# What a worker's parent opened for it, or why it could not; a worker can open nothing by itself.
+_handed_over: list[int | str] = []
+
+
+def hand_over(opened: int | str | None) -> None:
+    """Let the next `open_file` in this process give this descriptor, or fail for this reason; None takes it back."""
+    for descriptor in _handed_over:
+        if isinstance(descriptor, int):
+            os.close(descriptor)
+    _handed_over[:] = [] if opened is None else [opened]
 
 
 @contextmanager
@@ -107,7 +143,23 @@ def open_file(path: Path) -> Iterator[VideoFile]:
     Raises:
         VideoOpenError: It is gone, no regular file, or a link leads to it.
     """
-    path = path.absolute()
+    given = _handed_over.pop() if _handed_over else None
+    if isinstance(given, str):
+        raise VideoOpenError(str(path), given)
+    path = path if given is not None else path.absolute()
+    descriptor = open_descriptor(path) if given is None else given
+    try:
+        yield VideoFile(path, descriptor, handed_over=given is not None)
+    finally:
+        os.close(descriptor)
+
+
+def open_descriptor(path: Path) -> int:
+    """Open a regular file for reading, without following links.
+
+    Raises:
+        VideoOpenError: It is gone, no regular file, or a link leads to it.
+    """
     try:
         descriptor = _open_without_links(path)
     except OSError as error:
@@ -115,12 +167,10 @@ def open_file(path: Path) -> Iterator[VideoFile]:
         raise VideoOpenError(str(path), why or type(error).__name__) from error
     except ValueError as error:  # a NUL byte
         raise VideoOpenError(str(path), str(error)) from error
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise VideoOpenError(str(path), "it is no regular file")
-        yield VideoFile(path, descriptor)
-    finally:
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
+        raise VideoOpenError(str(path), "it is no regular file")
+    return descriptor
 
 
 def _open_without_links(path: Path) -> int:
@@ -261,6 +311,7 @@ def open_video(file: VideoFile, limits: DecodeLimits, *, probe: bool = True) -> 
         VideoOpenError: The file is no complete video.
         VideoFormatError: The file's format is one that is never opened.
         NoVideoStreamError: It holds no moving pictures.
+        VideoCodecError: Their codec is one that is not opened.
         VideoEncryptedError: They are encrypted.
         VideoTooLargeError: They have too many pixels.
     """
@@ -291,6 +342,7 @@ def _open_container(file: VideoFile, limits: DecodeLimits, *, probe: bool) -> In
     # The pixel limit reaches the codecs too, which are run to find out a stream's parameters.
     allowed = named or CONTAINERS
     options = {"protocol_whitelist": "file", "format_whitelist": allowed, "max_pixels": str(limits.max_pixels)}
+    options["codec_whitelist"] = ",".join((limits.codecs, *_SOUND))  # of those that find out a stream's parameters
     unprobed = {"options": options | {"probesize": "32"}, "stream_options": [{"skip_frame": "all"}] * _MOST_STREAMS}
     more = {"options": options} if probe else unprobed
     try:
@@ -351,6 +403,8 @@ def raise_out_of_memory(error: Exception) -> None:
 
 def _check_stream(file: VideoFile, stream: VideoStream, limits: DecodeLimits) -> None:
     context = stream.codec_context
+    if context.name not in limits.codecs.split(","):
+        raise VideoCodecError(str(file.path), context.name)
     if "enc_key_id" in stream.metadata or context.codec_tag == "encv":
         raise VideoEncryptedError(str(file.path), kinds.encryption_scheme(file.reading()))
     width, height = (max(context.width, context.coded_width), max(context.height, context.coded_height))

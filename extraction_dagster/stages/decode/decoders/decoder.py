@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from extraction_dagster.errors.decode import FramesTooManyError
+from extraction_dagster.settings import COMMON_CODECS
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,18 +32,21 @@ class DecodeLimits:
         max_duration_seconds: Longest video.
         max_packet_bytes: Most compressed bytes kept in memory; a larger file is read twice instead.
         max_batch_bytes: Most bytes of sampled frames, uncompressed.
+        codecs: FFmpeg's decoders that may be opened, separated by commas.
     """
 
     max_pixels: int = 8192 * 4320
     max_duration_seconds: float = 6 * 3600.0
     max_packet_bytes: int = 2**28
     max_batch_bytes: int = 2**31
+    codecs: str = ",".join(COMMON_CODECS)
 
     @classmethod
     def from_settings(cls, settings: Settings) -> DecodeLimits:
         """Read the limits from the settings; the byte limits are shares of a worker's memory."""
         memory = settings.decode_memory_bytes
-        return cls(settings.max_pixels, settings.max_duration_seconds, memory // 16, memory // 2)
+        most = settings.max_pixels, settings.max_duration_seconds, memory // 16, memory // 2
+        return cls(*most, ",".join(settings.video_codecs))
 
     def check_batch(self, video: Path, *, num_frames: int, width_px: int, height_px: int) -> None:
         """Refuse frames that together would not fit.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from extraction_dagster.errors.decode import DecoderMissingError, VideoDecodeError, VideoTooLongError
+from extraction_dagster.errors.decode import DecoderMissingError, VideoDecodeError, VideoFormatError, VideoTooLongError
 from extraction_dagster.stages.decode.decoders.container import open_file, open_video, packets_of, raise_out_of_memory
 from extraction_dagster.stages.decode.decoders.decoder import DecodedVideo, DecodeLimits, shortfall
 from extraction_dagster.stages.decode.decoders.geometry import Geometry
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from extraction_dagster.stages.decode.decoders.container import OpenVideo, VideoFile
 
+# Matroska and WebM, Flash, Ogg, ASF, GIF, MXF.
+_MAGIC = (b"\x1a\x45\xdf\xa3", b"FLV\x01", b"OggS", b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", b"GIF8", b"\x06\x0e\x2b\x34")
 _SOURCE_LINE = re.compile(r"^(\[[0-9:]+\] \S+: )+")
 
 
@@ -37,6 +39,7 @@ def decode_with_decord(
     """Decode the frames that decord takes for those shown at the sampled times; see `Decoder`."""
     decord = _import_decord()
     with open_file(video) as file:
+        _require_firm_magic(file)
         return _decode(decord, file, sampling, short_side_px, limits)
 
 
@@ -66,6 +69,14 @@ def _decode(
     covered = float(spans[:, 1].max() - spans[0, 0])
     frames = selection.batch(data, pts_seconds, start_seconds=late)
     return DecodedVideo(frames, claimed, shortfall(covered_seconds=covered, claimed_seconds=claimed), notes)
+
+
+def _require_firm_magic(file: VideoFile) -> None:
+    """Refuse what does not begin as its kind always does: decord takes no list of formats, and guesses by itself."""
+    begin = file.reading().read(16)
+    if begin[4:8] == b"ftyp" or begin.startswith(_MAGIC) or (begin[:4] == b"RIFF" and begin[8:12] == b"AVI "):
+        return
+    raise VideoFormatError(str(file.path), "mp4, mov, matroska, webm, avi, flv, ogg, asf or mxf, for decord")
 
 
 def _import_decord() -> Any:  # noqa: ANN401 - decord has no types

@@ -7,21 +7,35 @@ run can all be the parent. Killing a worker is always safe: it shares no lock wi
 
 from __future__ import annotations
 
+import logging
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING
 
+from extraction_dagster.errors import SettingsError
 from extraction_dagster.errors.decode import (
+    DecodeConfinementError,
     DecodeMemoryError,
+    DecoderMissingError,
     DecodeTimeoutError,
     DecodeWorkerDiedError,
     DecodeWorkerStartError,
+    FramesRejectedError,
+    FramesTooManyError,
+    NoVideoStreamError,
+    VideoEncryptedError,
+    VideoFormatError,
+    VideoTooLargeError,
+    VideoTooLongError,
 )
 from extraction_dagster.records import Failure, Outcome
-from extraction_dagster.stages.decode.workers.process import WorkerProcess
-from extraction_dagster.stages.decode.workers.worker import Fault, Report
+from extraction_dagster.stages.decode.quality import Quality
+from extraction_dagster.stages.decode.workers.cage import Confinement, LackingError, hide
+from extraction_dagster.stages.decode.workers.process import START_SECONDS, WorkerProcess
+from extraction_dagster.stages.decode.workers.wire import Fault, Report, ReportError
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Iterator
@@ -30,8 +44,19 @@ if TYPE_CHECKING:
     from extraction_dagster.settings import Settings
     from extraction_dagster.stages.decode.task import DecodeJob
 
+LIBRARIES = ("av", "numpy.ma", "cv2", "decord")  # what decode jobs import while they run, whatever they ask for
+_log = logging.getLogger(__name__)  # managed by Dagster: these lines are in the run's events too
 _TURN_SECONDS = 0.05  # between two looks for a job that is not ready yet
 _PULSE_SECONDS = 1.0  # after which a caller that nothing new can be told has its turn
+# What the task itself finds, looking at what it was told: no library failed.
+_ORDERLY = frozenset(
+    error.__name__
+    for error in (
+        *(DecoderMissingError, FramesRejectedError, FramesTooManyError, NoVideoStreamError, SettingsError),
+        *(VideoEncryptedError, VideoFormatError, VideoTooLargeError, VideoTooLongError),
+    )
+)
+_told: set[str] = set()
 _MOST_EARLY_ENDS = 8  # of workers, one after the other, before they began with a video: so would all others
 
 
@@ -43,7 +68,7 @@ class _End(Enum):
 
 @dataclass(frozen=True, slots=True)
 class PoolOptions:
-    """How many workers, and what each may cost.
+    """How many workers, and what each may cost and load.
 
     Attributes:
         workers: Most processes at a time.
@@ -51,6 +76,8 @@ class PoolOptions:
         memory_bytes: Address space of a worker beyond its own start.
         max_tasks: Videos after which a worker is replaced, so that a leak in a codec stays small.
         task: What runs on each job, as `module:function`.
+        libraries: What the task imports while it runs: in its cage a worker loads nothing any more.
+        require_confinement: Decode nothing unless a worker's whole cage stands.
     """
 
     workers: int
@@ -58,11 +85,21 @@ class PoolOptions:
     memory_bytes: int
     max_tasks: int = 200
     task: str = "extraction_dagster.stages.decode.task:decode_job"
+    libraries: tuple[str, ...] = LIBRARIES
+    require_confinement: bool = False
 
     @classmethod
     def from_settings(cls, settings: Settings) -> PoolOptions:
         """Read the options from the settings."""
-        return cls(settings.decode_workers, settings.decode_timeout_seconds, settings.decode_memory_bytes)
+        unused = {"cv2"} if not Quality.from_settings(settings).identity else set()
+        unused |= {"decord"} if settings.decoder != "decord" else set()
+        return cls(
+            settings.decode_workers,
+            settings.decode_timeout_seconds,
+            settings.decode_memory_bytes,
+            libraries=tuple(library for library in LIBRARIES if library not in unused),
+            require_confinement=settings.require_confinement,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +128,27 @@ def decode_as_ready(
 
     Raises:
         DecodeWorkerStartError: A worker can't start; no video is to blame.
+        DecodeConfinementError: The options insist on a cage that this machine does not have.
     """
+    with suppress(LackingError):  # what a worker is kept from is out of its reach in this process too
+        hide()
     pool = _Pool(options)
     try:
         yield from pool.run(iter(jobs))
+    finally:
+        pool.stop()
+
+
+def look_at_confinement(options: PoolOptions) -> Confinement:
+    """Start a worker as for a video, and say what holds it.
+
+    Raises:
+        DecodeWorkerStartError: It can't start.
+        DecodeConfinementError: The options insist on more than this machine has.
+    """
+    pool = _Pool(options)
+    try:
+        return pool.look()
     finally:
         pool.stop()
 
@@ -154,8 +208,7 @@ class _Pool:
         while True:
             worker = next((worker for worker in self._workers if worker.job is None), None)
             if worker is None:
-                worker = WorkerProcess(task=self._options.task, memory_bytes=self._options.memory_bytes)
-                self._workers.append(worker)
+                worker = self._start()
             try:
                 worker.give(job, self._options.timeout_seconds)
             except OSError:
@@ -163,6 +216,47 @@ class _Pool:
                 self._drop(worker)
             else:
                 return
+
+    def _start(self) -> WorkerProcess:
+        options = self._options
+        worker = WorkerProcess(
+            task=options.task,
+            memory_bytes=options.memory_bytes,
+            libraries=options.libraries,
+            insist=options.require_confinement,
+        )
+        self._workers.append(worker)
+        return worker
+
+    def look(self) -> Confinement:
+        worker = self._start()
+        until = time.monotonic() + START_SECONDS
+        while worker.confinement is None:
+            wait([worker.wire], timeout=max(0.0, until - time.monotonic()))
+            try:
+                worker.receive()
+            except (EOFError, OSError, ReportError):
+                worker.reap()
+                raise self._no_start(worker) from None
+            if time.monotonic() > until:
+                raise self._no_start(worker)
+        self._tell(worker)
+        return worker.confinement
+
+    def _tell(self, worker: WorkerProcess) -> None:
+        """Log what holds the workers, once in a process; and insist on all of it, where the options do.
+
+        Raises:
+            DecodeConfinementError: Something is lacking.
+        """
+        held = worker.confinement
+        if held is None:
+            return
+        if held.lacking and self._options.require_confinement:
+            raise DecodeConfinementError("; ".join(f"{part} ({why})" for part, why in held.lacking.items()))
+        if str(held) not in _told:
+            _told.add(str(held))
+            _log.log(logging.WARNING if held.lacking else logging.INFO, "Decoding workers are confined: %s", held)
 
     def _collect(self, busy: list[WorkerProcess], *, at_most: float) -> Iterator[Decoded]:
         """Wait for the next report, death or deadline, or for `at_most` seconds."""
@@ -174,29 +268,39 @@ class _Pool:
                 yield self._time_out(worker)
 
     def _hear(self, worker: WorkerProcess) -> Iterator[Decoded]:
+        was_ready = worker.ready
         try:
             report = worker.receive()
         except MemoryError:
-            raise
+            yield from self._bury(worker, "its report did not fit the memory of this process")
+        except ReportError as error:
+            yield from self._bury(worker, f"its report was refused: {error}")
         except Exception:  # noqa: BLE001 - it hung up, or sent what it should not: either is its end
             yield from self._bury(worker)
         else:
+            if worker.ready and not was_ready:
+                self._tell(worker)
             if report is not None:
                 yield self._finish(worker, report)
 
     def _finish(self, worker: WorkerProcess, report: Report) -> Decoded:
         job, worker.job, self._early_ends = _job_of(worker), None, 0
-        fault = report.fault
+        fault, said = report.fault, worker.last_words()
         if fault is None:
-            outcome = Outcome(job.record_id, frames=report.result)
+            outcome = Outcome(job.record_id, frames=report.frames)
         elif fault.out_of_memory:
-            error = DecodeMemoryError(job.path, limit_bytes=self._options.memory_bytes)
-            outcome = _failed(job, error, worker.last_words())
+            outcome = _failed(job, DecodeMemoryError(job.path, limit_bytes=self._options.memory_bytes), said)
         else:
-            outcome = _failed(job, fault, worker.last_words())
-        if worker.tasks >= self._options.max_tasks or (fault is not None and fault.out_of_memory):
+            outcome = _failed(job, fault, said)
+        if worker.tasks >= self._options.max_tasks or self._is_in_doubt(worker, report, said):
             self._drop(worker)
         return Decoded(outcome, report.cpu_seconds)
+
+    def _is_in_doubt(self, worker: WorkerProcess, report: Report, said: str) -> bool:
+        """Whether a library met something in the video that it could not read: who knows what it left behind."""
+        if report.fault is not None:
+            return worker.opened and report.fault.error_type not in _ORDERLY
+        return report.frames is not None and report.frames.partial is not None and said != ""
 
     def _time_out(self, worker: WorkerProcess) -> Decoded:
         if not worker.ready:
@@ -205,16 +309,17 @@ class _Pool:
         self._drop(worker)
         return Decoded(_failed(job, DecodeTimeoutError(job.path, seconds=self._options.timeout_seconds), said))
 
-    def _bury(self, worker: WorkerProcess) -> Iterator[Decoded]:
-        """Blame a worker's death on its video, unless it died before it took it."""
+    def _bury(self, worker: WorkerProcess, why: str = "") -> Iterator[Decoded]:
+        """Blame a worker's death on its video, unless it died before it took it; `why` if it is ended for that."""
         if not worker.taken:
             self._note_early_end(worker)
         job, said = _job_of(worker), worker.last_words()
-        worker.reap()
+        if not why:
+            worker.reap()
         how = self._drop(worker)
         if worker.taken:
             self._early_ends = 0
-            yield Decoded(_failed(job, DecodeWorkerDiedError(job.path, how=how), said))
+            yield Decoded(_failed(job, DecodeWorkerDiedError(job.path, how=why or how), said))
         else:
             self._returned.append(job)
 

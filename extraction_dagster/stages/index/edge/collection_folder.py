@@ -23,6 +23,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from extraction_dagster.errors.index import CollectionInUseError, StoreBusyError, StoreEngineError, StoreUnreadableError
 from extraction_dagster.files import sync_folder, write_atomically
+from extraction_dagster.permissions import make_private_folder
 from extraction_dagster.stages.index.protocol import CollectionSpec
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class EdgeFiles:
         if self._lock is not None:
             return
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_private_folder(self.folder)
             lock = (self.folder / "lock").open("a+", encoding="utf-8")
         except OSError as error:
             raise StoreEngineError("hold the points", str(self.folder), error.strerror or repr(error)) from error

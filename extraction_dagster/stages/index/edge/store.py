@@ -194,12 +194,19 @@ class EdgeStore(PointStore):
         import qdrant_edge as edge
 
         _, _, engine = self._open("write points")
-        points = [
-            edge.Point(point_id, vector, dict(payload))
-            for point_id, vector, payload in zip(batch.ids, batch.vectors.tolist(), batch.payloads, strict=True)
-        ]
         with self._engine_errors("write points"):
+            points = [
+                edge.Point(point_id, vector, dict(payload))
+                for point_id, vector, payload in zip(batch.ids, batch.vectors.tolist(), batch.payloads, strict=True)
+            ]
             engine.update(edge.UpdateOperation.upsert_points(points))
+
+    def _set_payload(self, values: dict[str, Any], condition: Any) -> None:  # noqa: ANN401 - the engine's own filter
+        import qdrant_edge as edge
+
+        _, _, engine = self._open("set a payload")
+        with self._engine_errors("set a payload"):
+            engine.update(edge.UpdateOperation.set_payload_by_filter(condition, values))
 
     def _remove(self, condition: Any) -> None:  # noqa: ANN401 - the engine's own filter
         import qdrant_edge as edge
@@ -254,7 +261,8 @@ class EdgeStore(PointStore):
         try:
             yield
         except Exception as error:
-            raise StoreEngineError(operation, str(self._home), str(error)) from error
+            is_write = operation == "write points"
+            raise StoreEngineError(operation, str(self._home), str(error), may_be_content=is_write) from error
 
 
 def _create(path: Path, *, spec: CollectionSpec) -> None:

@@ -26,6 +26,8 @@ _PASSING_STATUS = (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS)
 # What the server says (1.18.3) when a request is beyond a limit of its own; smaller ones may be taken where `_SPLITS`.
 _LIMIT = re.compile(r"Limit exceeded \d|larger than rate limiter|strict mode|disabled!|Index required", re.IGNORECASE)
 _SPLITS = re.compile(r"larger than rate limiter|upsert limit|filter limit|condition", re.IGNORECASE)
+# What a server says of a request that it understood and does not take.
+_ABOUT_CONTENT = ("INVALID_ARGUMENT", "OUT_OF_RANGE", "HTTP 400", "HTTP 413", "HTTP 422")
 # Failures whose codes may pass, though these do not: what is said, and what helps.
 _LASTING = (
     (_LIMIT, "It is a limit of the collection on the server: docs/collection.md says what each of them does."),
@@ -137,7 +139,8 @@ class RetryPolicy:
             return error
         if _LIMIT.search(str(reason(error))):
             return StoreLimitError(operation, where, reason(error), may_split=bool(_SPLITS.search(reason(error))))
-        return StoreRefusedError(operation, where, reason(error), *filter(None, [_fix(error)]))
+        said, is_content = reason(error), reason(error).startswith(_ABOUT_CONTENT)
+        return StoreRefusedError(operation, where, said, _fix(error), may_be_content=is_content)
 
     def _wait(self, state: tenacity.RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None

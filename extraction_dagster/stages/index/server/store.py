@@ -20,6 +20,7 @@ from extraction_dagster.errors.index import (
     CollectionUnnamedError,
     StoreLimitError,
     StoreNotOpenError,
+    StoreRefusedError,
 )
 from extraction_dagster.stages.index.points import Dialect, PointBatch
 from extraction_dagster.stages.index.protocol import CollectionSpec, PointStore, as_rows
@@ -277,8 +278,21 @@ class ServerStore(PointStore):
 
     def _write_part(self, batch: PointBatch) -> None:
         _, target = self._open("write points")
-        upsert = prepare_upsert(self._client, target, batch, wire=self._wire, timeout_seconds=self._server_seconds)
+        try:
+            upsert = prepare_upsert(self._client, target, batch, wire=self._wire, timeout_seconds=self._server_seconds)
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:  # it can't even be sent
+            said = f"{type(error).__name__}: {error}"
+            raise StoreRefusedError("write points", self.where, said, may_be_content=True) from error
         self._call("write points", lambda: require_completed(upsert))
+
+    def _set_payload(self, values: dict[str, Any], condition: Any) -> None:  # noqa: ANN401 - the engine's own filter
+        _, target = self._open("set a payload")
+        seconds = self._server_seconds
+
+        def write() -> models.UpdateResult:
+            return self._client.set_payload(target, payload=values, points=condition, wait=True, timeout=seconds)
+
+        self._call("set a payload", lambda: require_completed(write))
 
     def _remove(self, condition: Any) -> None:  # noqa: ANN401 - the engine's own filter
         _, target = self._open("remove points")

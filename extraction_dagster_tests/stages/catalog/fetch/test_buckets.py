@@ -106,6 +106,18 @@ def test_a_key_that_could_lead_out_of_its_bucket_is_refused_for_good(key, why, s
     assert store.asked == []
 
 
+def test_a_bucket_can_be_allowed_for_one_of_its_folders(s3, make_fetcher, row):
+    allowed = ("s3://videos/2026/", "s3://videos/old")
+    for key in ("2026/a.mp4", "old/b/c.mp4"):
+        s3.pipe_file(f"videos/{key}", b"video")
+        assert make_fetcher(allowed_buckets=allowed).fetch(row(f"s3://videos/{key}")).read_bytes() == b"video"
+    for key in ("a.mp4", "2026", "20261/a.mp4", "older/a.mp4", "2026secret.mp4", "x/2026/a.mp4"):
+        with pytest.raises(AddressForbiddenError, match="it lies in no folder of the bucket that is allowed"):
+            make_fetcher(allowed_buckets=allowed).fetch(row(f"s3://videos/{key}"))
+    with pytest.raises(AddressForbiddenError, match=r"'\.' or '\.\.'"):
+        make_fetcher(allowed_buckets=allowed).fetch(row("s3://videos/2026/../secret.mp4"))
+
+
 def test_a_download_that_fails_in_the_middle_goes_on_there(s3, make_fetcher, row):
     def fail():
         raise OSError(5, "the store coughed")
@@ -141,15 +153,61 @@ def test_an_object_that_is_there_already_is_only_looked_at(s3, make_fetcher, row
         assert len(store.asked) == reads
 
 
-def test_what_is_missing_is_missing_for_good(s3, make_fetcher, row):
+def test_a_missing_object_may_still_arrive_as_a_missing_file_may(s3, make_fetcher, row):
     s3.pipe_file("videos/folder/a.mp4", b"x")
     fetcher = make_fetcher()
-    for uri, answer in (("s3://videos/none.mp4", "404 Not Found"), ("s3://videos/folder", "that this is a folder")):
-        with pytest.raises(FileRefusedError, match=f"the answer was {answer}") as raised:
-            fetcher.fetch(row(uri))
-        assert raised.value.permanent
+    with pytest.raises(FileUnavailableError, match="is not available: 404 Not Found") as missing:
+        fetcher.fetch(row("s3://videos/none.mp4"))
+    assert not missing.value.permanent
+    with pytest.raises(FileRefusedError, match="the answer was that this is a folder") as raised:
+        fetcher.fetch(row("s3://videos/folder"))
+    assert raised.value.permanent
     with pytest.raises(AddressForbiddenError, match="its key is empty"):
         fetcher.fetch(row("s3://videos/"))
+
+
+@pytest.fixture
+def versions(s3):
+    """The bucket with two versions of `a?b.mp4`; their ids, the older one first."""
+    s3.call_s3("put_bucket_versioning", Bucket="videos", VersioningConfiguration={"Status": "Enabled"})
+    return [
+        s3.call_s3("put_object", Bucket="videos", Key="a?b.mp4", Body=body)["VersionId"] for body in (b"old", b"new")
+    ]
+
+
+def test_a_version_that_is_named_is_read_and_no_other(versions, make_fetcher, row):
+    fetcher, older = make_fetcher(), versions[0]
+    assert fetcher.fetch(row(f"s3://videos/a?b.mp4?versionId={older}")).read_bytes() == b"old"
+    fetcher.release(1, keep=True)
+    assert fetcher.fetch(row("s3://videos/a?b.mp4")).read_bytes() == b"new"
+
+
+@pytest.mark.usefixtures("versions")
+def test_a_version_that_is_not_there_is_refused_for_good(make_fetcher, row):
+    fetcher = make_fetcher()
+    for uri, why in (
+        ("s3://videos/a?b.mp4?versionId=there-is-none", "the answer was that there is no such version"),
+        ("s3://videos/none.mp4?versionId=there-is-none", "the answer was that there is no such version"),
+        ("s3://videos/a?b.mp4?versionId=", "its versionId is empty"),
+    ):
+        with pytest.raises((FileRefusedError, AddressForbiddenError), match=why) as raised:
+            fetcher.fetch(row(uri))
+        assert raised.value.permanent
+        assert uri in str(raised.value)
+
+
+@pytest.mark.parametrize("uri", ["gs://videos/a.mp4#1700000000000000", "gs://videos/a.mp4?generation=17"])
+def test_a_generation_of_an_object_is_refused_and_never_taken_for_the_newest(uri, make_fetcher, row):
+    with pytest.raises(AddressForbiddenError, match="it names a generation of an object"):
+        make_fetcher(allowed_buckets=("gs://videos",)).fetch(row(uri))
+
+
+@pytest.mark.parametrize("key", ["part #1.mp4", "50% off.mp4", "a%20b.mp4", "what?.mp4", "a b+c&d=e.mp4", "#/x.mp4"])
+def test_a_key_is_read_and_named_as_it_is(key, s3, make_fetcher, row):
+    s3.pipe_file(f"videos/{key}", b"it")
+    assert make_fetcher().fetch(row(f"s3://videos/{key}")).read_bytes() == b"it"
+    with pytest.raises(FileTooLargeError, match=re.escape(f"'s3://videos/{key}'")):
+        make_fetcher(max_file_bytes=1).fetch(row(f"s3://videos/{key}", record_id=2))
 
 
 def test_sizes_are_limited_before_anything_is_read(s3, make_fetcher, row):

@@ -1,6 +1,7 @@
 """The cache: never above its limit, nothing in use removed, whatever dies."""
 
 import fcntl
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from extraction_dagster.errors.catalog import DownloadCacheError, FileUnavailableError
+from extraction_dagster.stages.catalog.fetch import cache as cache_module
 from extraction_dagster.stages.catalog.fetch.cache import (
     OVERHEAD_BYTES,
     Deadline,
@@ -177,7 +179,7 @@ def test_a_folder_that_can_not_be_used_is_no_records_fault(tmp_path, deadline):
 def test_a_link_put_in_place_of_a_part_is_not_followed(cache, deadline, tmp_path):
     entry = cache.entry("a", suffix=".mp4", deadline=deadline)
     entry.begin(FileVersion(KB))
-    (cache.folder / "a.part").symlink_to(tmp_path / "elsewhere")
+    entry._part.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(DownloadCacheError, match="symbolic links"), entry.receiving(KB, deadline):
         pass
     entry.release()
@@ -284,3 +286,56 @@ def test_several_processes_together_never_exceed_the_limit(cache, no_longer_than
     assert [process.returncode for process in processes] == [0, 0, 0]
     assert 5 * KB < highest <= cache._max_bytes
     assert num_bytes(cache) <= cache._max_bytes
+
+
+def test_the_name_of_a_part_can_not_be_foreseen_and_is_found_again(cache, deadline):
+    names = set()
+    for _ in range(2):
+        entry = cache.entry("a", suffix=".mp4", deadline=deadline)
+        entry.begin(FileVersion(KB, '"a"', "", joins=True))
+        with entry.receiving(KB, deadline) as received:
+            received.append(b"x" * 10)
+        names.add(entry._part.name)
+        entry.release()
+        again = cache.entry("a", suffix=".mp4", deadline=deadline)
+        assert (again._part.name, again.num_bytes) == (entry._part.name, 10)
+        again.release()
+    assert len(names) == 2
+    assert len(list(cache.folder.glob("*.part"))) == 1
+
+
+def test_a_part_of_an_earlier_release_makes_room(cache, deadline):
+    cache.entry("a", suffix=".mp4", deadline=deadline).release()
+    (cache.folder / "a.part").write_bytes(b"old")
+    (cache.folder / "a.json").write_text('{"num_bytes": 10, "etag": "e", "modified": "", "joins": true}')
+    entry = cache.entry("a", suffix=".mp4", deadline=deadline)
+    assert (entry.version, entry.num_bytes) == (None, 0)
+    assert not (cache.folder / "a.part").exists()
+    entry.release()
+
+
+def test_a_download_of_unknown_length_takes_room_as_it_comes(tmp_path, deadline, monkeypatch):
+    monkeypatch.setattr(cache_module, "_FIRST_ROOM_BYTES", 2 * KB)
+    cache = DownloadCache(tmp_path, max_bytes=10 * KB + OVERHEAD_BYTES, max_idle_seconds=3600, patience_seconds=0.3)
+    store(cache, "kept", 3 * KB, deadline).release()
+    entry = cache.entry("new", suffix=".mp4", deadline=deadline)
+    entry.begin(FileVersion(None, '"new"', "", joins=True))
+    with entry.receiving(10 * KB, deadline, is_known=False) as received:
+        for _ in range(3):
+            received.append(b"x" * KB)
+        assert names(cache) == ["kept.video.mp4"]
+        assert json.loads((cache.folder / "reserved.json").read_text()) == {"new": 4 * KB}
+        for _ in range(5):  # 8 kB are reserved for it now, and the other one goes
+            received.append(b"x" * KB)
+    entry.complete()
+    assert names(cache) == ["new.video.mp4"]
+    entry.release()
+
+
+def test_there_are_never_more_entries_than_may_be(tmp_path, deadline):
+    limits = {"max_bytes": 100 * KB + OVERHEAD_BYTES, "max_idle_seconds": 3600, "patience_seconds": 0.3}
+    cache = DownloadCache(tmp_path, max_entries=3, **limits)
+    now = time.time()
+    for number in range(6):
+        store(cache, f"k{number}", 10, deadline, at=now - 100 + number).release()
+    assert names(cache) == ["k3.video.mp4", "k4.video.mp4", "k5.video.mp4"]

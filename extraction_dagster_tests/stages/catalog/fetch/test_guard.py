@@ -1,4 +1,5 @@
 import ipaddress
+import time
 
 import pytest
 
@@ -83,6 +84,33 @@ def test_a_private_network_is_let_through_where_it_was_allowed_by_name():
     assert inside.vet("https://media.example.com/").addresses == ("10.1.2.3",)
     with pytest.raises(AddressForbiddenError, match=r"10\.2\.0\.1, which is not public"):
         guard(addresses=("10.2.0.1",), networks=("10.1.0.0/16",)).vet("https://media.example.com/")
+
+
+def test_a_private_network_can_be_allowed_for_one_host_alone():
+    networks = ("media.example.com=10.1.0.0/16", "*.cdn.example.com=10.3.0.0/16")
+    hosts = ("media.example.com", "other.example.com", "*.cdn.example.com", "media.example.com:8443")
+
+    def vet(url, address):
+        return guard(*hosts, addresses=(address,), networks=networks).vet(url)
+
+    assert vet("https://media.example.com/", "10.1.2.3").addresses == ("10.1.2.3",)
+    assert vet("https://a.cdn.example.com/", "10.3.2.3").addresses == ("10.3.2.3",)
+    for url, address in (
+        ("https://other.example.com/", "10.1.2.3"),
+        ("https://media.example.com/", "10.3.2.3"),
+        ("https://media.example.com:8443/", "10.1.2.3"),  # another server than the one that was named
+        ("https://a.cdn.example.com/", "10.1.2.3"),
+    ):
+        with pytest.raises(AddressForbiddenError, match="which is not public"):
+            vet(url, address)
+
+
+@pytest.mark.parametrize("host", ["a" * 300, "a." * 200 + "com", "é" * 300, "." * 500, "a." * 400_000])
+def test_a_host_longer_than_a_name_can_be_is_none(host):
+    began = time.process_time()
+    with pytest.raises(AddressForbiddenError, match=r"names no server|no name"):
+        guard("*.example.com").vet(f"https://{host}/")
+    assert time.process_time() - began < 1
 
 
 def test_a_request_says_all_that_is_sent():

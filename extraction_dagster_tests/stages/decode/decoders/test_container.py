@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from extraction_dagster.errors.decode import VideoOpenError
+from extraction_dagster.errors.decode import VideoCodecError, VideoFormatError, VideoOpenError
+from extraction_dagster.settings import COMMON_CODECS, Settings
 from extraction_dagster.stages.decode.decoders.container import open_file
 from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits
+from extraction_dagster.stages.decode.decoders.decord import _require_firm_magic
 from extraction_dagster.stages.decode.sampling import Sampling
 from extraction_dagster.stages.decode.task import DECODERS
 
@@ -109,3 +111,32 @@ def test_no_descriptor_stays_open(place):
         with pytest.raises(VideoOpenError, match="replaced meanwhile"):
             decode("pyav", path / "more")
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_a_codec_that_is_not_listed_is_not_opened(clip_path):
+    limits = DecodeLimits(codecs="hevc,vp9")
+    for decoder in DECODERS:
+        with pytest.raises(VideoCodecError, match="its codec 'h264' is not one of EXTRACTION_VIDEO_CODECS") as refused:
+            DECODERS[decoder](clip_path("h264"), sampling=Sampling(), short_side_px=56, limits=limits)
+        assert refused.value.permanent
+
+
+def test_the_limits_know_the_codecs_of_the_settings():
+    assert DecodeLimits.from_settings(Settings()).codecs.split(",") == [*COMMON_CODECS]
+    assert DecodeLimits.from_settings(Settings(video_codecs="h264, cinepak")).codecs == "h264,cinepak"
+    import av
+
+    assert set(COMMON_CODECS) <= av.codecs_available
+
+
+@pytest.mark.parametrize("begin", [b"#EXTM3U\n", b"ffconcat version 1.0\n", b"\x47" + bytes(187), b"", b"RIFFxxxxWAVE"])
+def test_decord_opens_nothing_that_does_not_begin_as_its_kind_does(begin, tmp_path):
+    path = tmp_path / "video.mp4"
+    path.write_bytes(begin)
+    with pytest.raises(VideoFormatError, match="for decord"), open_file(path) as file:
+        _require_firm_magic(file)
+
+
+def test_decord_opens_what_begins_as_its_kind_does(clip_path):
+    with open_file(clip_path("h264")) as file:
+        _require_firm_magic(file)

