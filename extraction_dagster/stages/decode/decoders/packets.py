@@ -145,6 +145,16 @@ def read_packets(video: OpenVideo, limits: DecodeLimits) -> PacketIndex:
     return builder.build(stopped)
 
 
+def check_length(video: OpenVideo, seconds: float, limits: DecodeLimits) -> None:
+    """Refuse a video that is too long.
+
+    Raises:
+        VideoTooLongError: It is.
+    """
+    if seconds > limits.max_duration_seconds:
+        raise VideoTooLongError(str(video.path), seconds=seconds, max_seconds=limits.max_duration_seconds)
+
+
 def sound_of(video: OpenVideo, limits: DecodeLimits) -> tuple[float, float]:
     """When the file's sound ends, in seconds from the file's start, and how much of it there is, by reading it.
 
@@ -276,11 +286,7 @@ class _Builder:
             self._check_length(packet.time_base)
 
     def _check_length(self, base: Fraction) -> None:
-        seconds = float((self._end - self._start) * base)
-        if seconds > self._limits.max_duration_seconds:
-            raise VideoTooLongError(
-                str(self._video.path), seconds=seconds, max_seconds=self._limits.max_duration_seconds
-            )
+        check_length(self._video, float((self._end - self._start) * base), self._limits)
 
     def _keep(self, packet: Packet[VideoStream]) -> None:
         if self._kept is None:
