@@ -41,6 +41,7 @@ MAX_HEADER_BYTES = 2**18
 _CHUNK_BYTES = 2**20
 _FRAME_BYTES = 4 * 8  # of the body's four arrays
 _MAX_TEXT, _MAX_TRACEBACK, _MAX_NAME = 8000, 20_000, 100
+_MAX_NOTES, _MAX_NOTE = 20, 500
 _MAX_SIDE_PX = 65_500  # of a JPEG
 _JPEG_END = b"\xff\xd9"
 _SPARE_SECONDS = 1.0  # a video may last a frame longer than its frames' times say
@@ -192,6 +193,7 @@ def report_message(report: Report) -> tuple[Header, list[bytes]]:
         "height_px": frames.height_px,
         "duration_seconds": frames.duration_seconds,
         "partial": frames.partial and frames.partial[:_MAX_TEXT],
+        "notes": [note[:_MAX_NOTE] for note in frames.notes[:_MAX_NOTES]],
     }
     times = (np.ascontiguousarray(array, "<f8").tobytes() for array in (frames.pts_seconds, frames.target_seconds))
     sizes = np.array([len(jpeg) for jpeg in frames.jpegs], "<i8").tobytes()
@@ -248,6 +250,7 @@ def read_report(header: Header, body: memoryview, job: DecodeJob) -> Report:
             height_px=height,
             duration_seconds=None if claimed is None else _number(header, "duration_seconds"),
             partial=None if partial is None else _text(header, "partial", _MAX_TEXT),
+            notes=_notes(header),
         )
     except RecordShapeError as error:
         raise ReportError(str(error)) from error
@@ -323,6 +326,15 @@ def _text(header: Mapping[str, object], name: str, most: int) -> str:
     if not isinstance(value, str) or len(value) > most:
         _refuse(f"{name} that is no text of at most {most} characters")
     return value
+
+
+def _notes(header: Mapping[str, object]) -> tuple[str, ...]:
+    notes = header.get("notes")
+    if not isinstance(notes, list) or len(notes) > _MAX_NOTES:
+        _refuse(f"notes that are no list of at most {_MAX_NOTES}")
+    if not all(isinstance(note, str) and len(note) <= _MAX_NOTE for note in notes):
+        _refuse(f"a note that is no text of at most {_MAX_NOTE} characters")
+    return tuple(notes)
 
 
 def _refuse(got: str) -> NoReturn:
