@@ -150,6 +150,18 @@ def test_what_can_not_be_shown_is_told_in_one_line(what, why, tmp_path):
     assert "\n" not in str(done.exception)
 
 
+def test_an_animated_webp_is_decoded_in_the_workers_cage_too(tmp_path):
+    import cv2
+
+    moving = cv2.Animation()
+    moving.frames = [np.full((48, 64, 4), (grey, grey, grey, 255), np.uint8) for grey in (20, 220)]
+    moving.durations = [1000, 1000]
+    assert cv2.imwriteanimation(str(tmp_path / "a.webp"), moving)
+    document = json.loads(extraction(tmp_path / "a.webp", "--json").stdout)
+    assert [frame["pts_seconds"] for frame in document["frames"]] == [0.0, 1.0]
+    assert document["notes"][0] == "an animated WebP: webp, 64x48"
+
+
 def test_cropped_bars_and_frames_left_out_are_noted(tmp_path, monkeypatch):
     monkeypatch.setenv("EXTRACTION_CROP_BARS", "true")
     monkeypatch.setenv("EXTRACTION_DROP_DUPLICATES", "true")

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 # A gap longer than this, and much longer than those between other frames, is a jump of the clock, unless sound goes on
 # meanwhile: a film does not stand still for so long.
 JUMP_SECONDS = 1800.0
+# In broadcast streams a time is due every 0.7 s, and clocks break; ffmpeg takes as much for a break.
+BROADCAST_JUMP_SECONDS = 10.0
 _LONG_GAPS = 50
 # Stamps in the order of decoding are a regular row once they are sorted: its steps, in frames.
 _SHORTEST_STEP, _LONGEST_STEP = 0.75, 3.0

@@ -276,7 +276,8 @@ def _sdr(signal: np.ndarray, colours: Colours, *, mapped: bool, wide: bool) -> n
     """uint8, shape (3, N), of a signal."""
     is_lms = colours.matrix in _LMS_TO_2020
     if not mapped and not wide and not is_lms:
-        return (np.clip(signal, 0, 1) * np.float32(255) + np.float32(0.5)).astype(np.uint8)
+        plain: np.ndarray = (np.clip(signal, 0, 1) * np.float32(255) + np.float32(0.5)).astype(np.uint8)
+        return plain
     light = _look_up(_light(colours.transfer), signal)
     if is_lms:
         light = np.array(_LMS_TO_2020[colours.matrix], np.float32) @ light

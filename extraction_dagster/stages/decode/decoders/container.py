@@ -24,7 +24,7 @@ from extraction_dagster.errors.decode import (
     VideoTooLargeError,
 )
 from extraction_dagster.stages.decode.decoders import kinds
-from extraction_dagster.stages.decode.decoders.clock import JUMP_SECONDS
+from extraction_dagster.stages.decode.decoders.clock import BROADCAST_JUMP_SECONDS, JUMP_SECONDS
 from extraction_dagster.stages.decode.decoders.streams import choose_stream
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ _MAX_ASPECT = 8.0
 # Containers without times of presentation: the library makes some up from the order of decoding.
 _NO_TIMES = frozenset({"avi", "h264", "hevc", "mpegvideo"})
 _SAME_SECONDS = 0.001
+_BROADCAST = frozenset({"mpegts", "mpeg"})
 _REORDERING_SECONDS = 0.5  # by which the first picture of a fragmented MP4 may follow what is decoded first
 
 
@@ -234,6 +235,11 @@ class OpenVideo:
     def guesses_times(self) -> bool:
         """Whether the container has no times of presentation: then the order in which frames are decoded counts."""
         return self.container.format.name in _NO_TIMES
+
+    @property
+    def jump_seconds(self) -> float:
+        """The gap between two frames that may be a jump of the clock."""
+        return BROADCAST_JUMP_SECONDS if self.container.format.name in _BROADCAST else JUMP_SECONDS
 
     @property
     def sound_seconds(self) -> float:

@@ -19,6 +19,8 @@ _HEAD_BYTES = 4096
 _SHOWN_BYTES = 60
 _CHUNK_BYTES = 2**20
 _MOST_JPEG_BYTES = 2**28
+# Steps through a file that is made of nothing but tiny pieces.
+_MOST_SEGMENTS, _MOST_BOXES, _MOST_BRANDS = 10_000, 2_000, 32
 _MOST_INDEX_BYTES = 2**25  # of an MP4's index that is searched for names
 # A box's head: size and name.
 _BOX, _BOX_BYTES = struct.Struct(">I4s"), 8
@@ -225,7 +227,7 @@ def jpeg_end(reading: Reading) -> tuple[int | None, bool]:
     Segments are stepped over, since thumbnails in them have an end of their own; after the first scan, an end is one.
     """
     at, has_more = 2, False
-    while True:
+    for _ in range(_MOST_SEGMENTS):
         reading.seek(at)
         head = reading.read(8)
         if len(head) < 8 or head[0] != 0xFF:  # noqa: PLR2004 - marker, length, beginning
@@ -238,6 +240,7 @@ def jpeg_end(reading: Reading) -> tuple[int | None, bool]:
         if head[1] == 0xDA:  # noqa: PLR2004 - start of scan
             found = find(reading, b"\xff\xd9", at)
             return (None if found is None else found + 2), has_more
+    return None, has_more
 
 
 def find(reading: Reading, wanted: bytes, start: int) -> int | None:
@@ -270,7 +273,10 @@ def motion_part(reading: Reading) -> int | None:
 
 def _mp4_from(reading: Reading, start: int) -> int | None:
     at: int | None = start
-    while at is not None and (at := find(reading, b"ftyp", at)) is not None:
+    for _ in range(_MOST_BRANDS):
+        at = find(reading, b"ftyp", at)
+        if at is None:
+            return None
         if {b"moov", b"mdat"} <= {name for name, _, _ in boxes(reading, at - 4)}:
             return at - 4
         at += 4
@@ -280,9 +286,14 @@ def _mp4_from(reading: Reading, start: int) -> int | None:
 def boxes(reading: Reading, at: int = 0) -> Iterator[tuple[bytes, int, int]]:
     """The outermost boxes of an MP4, a MOV, a HEIC: name, where it begins, where it ends, as far as that is sound."""
     end = reading.seek(0, 2)
-    while at + _BOX_BYTES <= end:
+    for _ in range(_MOST_BOXES):
+        if at + _BOX_BYTES > end:
+            return
         reading.seek(at)
-        size, name = _BOX.unpack(reading.read(_BOX_BYTES))
+        head = reading.read(_BOX_BYTES)
+        if len(head) < _BOX_BYTES:  # it was cut off meanwhile
+            return
+        size, name = _BOX.unpack(head)
         if size == 1:
             size = int.from_bytes(reading.read(8))
         elif size == 0:

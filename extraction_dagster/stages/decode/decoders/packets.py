@@ -17,7 +17,7 @@ import numpy as np
 
 from extraction_dagster.errors.decode import VideoEncryptedError, VideoTooLongError
 from extraction_dagster.stages.decode.decoders import kinds
-from extraction_dagster.stages.decode.decoders.clock import JUMP_SECONDS, has_jump
+from extraction_dagster.stages.decode.decoders.clock import has_jump
 from extraction_dagster.stages.decode.decoders.container import OpenVideo, open_video, packets_of, raise_out_of_memory
 from extraction_dagster.stages.decode.decoders.decoder import shortfall
 
@@ -145,23 +145,35 @@ def read_packets(video: OpenVideo, limits: DecodeLimits) -> PacketIndex:
     return builder.build(stopped)
 
 
-def sound_lasts(video: OpenVideo, limits: DecodeLimits) -> float:
-    """When the file's sound ends, in seconds from the file's start, by reading it; 0 without sound.
+def check_length(video: OpenVideo, seconds: float, limits: DecodeLimits) -> None:
+    """Refuse a video that is too long.
 
-    Asked only where a container claims one length for all of its streams, and pictures end before it.
+    Raises:
+        VideoTooLongError: It is.
+    """
+    if seconds > limits.max_duration_seconds:
+        raise VideoTooLongError(str(video.path), seconds=seconds, max_seconds=limits.max_duration_seconds)
+
+
+def sound_of(video: OpenVideo, limits: DecodeLimits) -> tuple[float, float]:
+    """When the file's sound ends, in seconds from the file's start, and how much of it there is, by reading it.
+
+    Asked only where pictures end before what a container claims for all of its streams, or stand still for very long.
     """
     import av
 
-    end = 0.0
+    end = amount = 0.0
     with open_video(video.file, limits) as again:
-        sound, start = again.container.streams.audio, (again.container.start_time or 0) / _MICROSECONDS
+        sound, start = again.container.streams.audio[:1], (again.container.start_time or 0) / _MICROSECONDS
         try:
             for packet in again.container.demux(*sound) if sound else ():
+                lasts = float((packet.duration or 0) * packet.time_base) if packet.time_base else 0.0
+                amount += lasts
                 if packet.pts is not None and packet.time_base:
-                    end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base) - start)
+                    end = max(end, float(packet.pts * packet.time_base) + lasts - start)
         except (av.error.FFmpegError, IndexError) as error:  # what was read until then counts
             raise_out_of_memory(error)
-    return end
+    return end, amount
 
 
 def missing(
@@ -174,7 +186,7 @@ def missing(
     short = shortfall(covered_seconds=covered_seconds, claimed_seconds=claimed_seconds)
     if short is None or not video.claim_is_shared:
         return short
-    return shortfall(covered_seconds=sound_lasts(video, limits), claimed_seconds=claimed_seconds) and short
+    return shortfall(covered_seconds=sound_of(video, limits)[0], claimed_seconds=claimed_seconds) and short
 
 
 def fed_packets(video: OpenVideo, index: PacketIndex, limits: DecodeLimits) -> Iterator[Packet[VideoStream]]:
@@ -204,7 +216,7 @@ class _Builder:
         self._start, self._end, self._last_duration = 0, _BEFORE_ALL, 0
         self._irregular: str | None = None
         self._base = base = video.stream.time_base
-        self._jump_ticks = round(JUMP_SECONDS / base) if base else -_BEFORE_ALL
+        self._jump_ticks = round(video.jump_seconds / base) if base else -_BEFORE_ALL
         self._late_ticks = round(_LATEST_SECONDS / base) if base else -_BEFORE_ALL
         self._jumps = False
 
@@ -274,11 +286,7 @@ class _Builder:
             self._check_length(packet.time_base)
 
     def _check_length(self, base: Fraction) -> None:
-        seconds = float((self._end - self._start) * base)
-        if seconds > self._limits.max_duration_seconds:
-            raise VideoTooLongError(
-                str(self._video.path), seconds=seconds, max_seconds=self._limits.max_duration_seconds
-            )
+        check_length(self._video, float((self._end - self._start) * base), self._limits)
 
     def _keep(self, packet: Packet[VideoStream]) -> None:
         if self._kept is None:

@@ -24,7 +24,14 @@ from extraction_dagster.stages.decode.decoders.container import (
 )
 from extraction_dagster.stages.decode.decoders.decoder import DecodedVideo, DecodeLimits
 from extraction_dagster.stages.decode.decoders.kinds import ANIMATED_WEBP
-from extraction_dagster.stages.decode.decoders.packets import PacketIndex, Run, fed_packets, missing, read_packets
+from extraction_dagster.stages.decode.decoders.packets import (
+    PacketIndex,
+    Run,
+    check_length,
+    fed_packets,
+    missing,
+    read_packets,
+)
 from extraction_dagster.stages.decode.decoders.pictures import Pictures
 from extraction_dagster.stages.decode.decoders.sequential import decode_sequentially
 from extraction_dagster.stages.decode.decoders.webp import decode_webp
@@ -89,6 +96,7 @@ def _decode_planned(  # noqa: PLR0913 - the decoder's arguments, and how to open
         claimed = video.claimed_seconds(int(ticks[0]), covered_seconds=covered)
         partial = _missing(video, index, limits, covered_seconds=covered, claimed_seconds=claimed)
         late = video.late_seconds(int(ticks[0]))
+        check_length(video, late + float(seconds[-1]), limits)
         frames = selection.batch(painter.together(pictures), seconds, start_seconds=late)
         return DecodedVideo(frames, claimed, partial, (*video.notes(late), *painter.notes))
 

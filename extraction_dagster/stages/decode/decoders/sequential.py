@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from extraction_dagster.errors.decode import VideoDecodeError, VideoTooLongError
-from extraction_dagster.stages.decode.decoders.clock import JUMP_SECONDS, display_times
+from extraction_dagster.errors.decode import VideoDecodeError
+from extraction_dagster.stages.decode.decoders.clock import display_times
 from extraction_dagster.stages.decode.decoders.container import open_video, packets_of, raise_out_of_memory
 from extraction_dagster.stages.decode.decoders.decoder import DecodedVideo, DecodeLimits
-from extraction_dagster.stages.decode.decoders.packets import missing
+from extraction_dagster.stages.decode.decoders.packets import check_length, missing, sound_of
 from extraction_dagster.stages.decode.decoders.pictures import Pictures
 from extraction_dagster.stages.decode.sampling import Sampling, Selection, select_frames
 
@@ -95,13 +95,12 @@ def _look(video: OpenVideo, tally: _Tally, limits: DecodeLimits) -> _Found:
         raise VideoDecodeError(str(video.path), listed_frames=video.stream.frames, why=why)
     base = video.stream.time_base or _DEFAULT_TIME_BASE
     times = [time for time, _ in seen]
-    gap, jump = _gap(video, tally, times, base), float(max(JUMP_SECONDS, video.sound_seconds) / base)
+    gap, jump = _gap(video, tally, times, base), float(_jump_seconds(video, times, base, limits) / base)
     ticks, first = display_times(times, gap_ticks=gap, jump_ticks=jump, guessed=video.guesses_times)
     seconds = ticks * base.numerator / base.denominator
-    if seconds[-1] > limits.max_duration_seconds:
-        raise VideoTooLongError(str(video.path), seconds=float(seconds[-1]), max_seconds=limits.max_duration_seconds)
     covered = float((ticks[-1] + gap) * base)
     late, claimed = video.late_seconds(first), video.claimed_seconds(first, covered_seconds=covered)
+    check_length(video, late + float(seconds[-1]), limits)
     is_whole = tally.errors == 0 and 0 < video.stream.frames <= tally.packets
     # Where a jump was closed, the container's claim is as wrong as its stamps.
     known = [time for time in times if time is not None]
@@ -110,6 +109,13 @@ def _look(video: OpenVideo, tally: _Tally, limits: DecodeLimits) -> _Found:
     mended = sum(time is None or abs(tick + first - time) >= gap / 2 for tick, time in zip(ticks, times, strict=True))
     keyframe = np.array([key for _, key in seen], bool)
     return _Found(seconds, keyframe, late, claimed, short, video.notes(late, mended=mended))
+
+
+def _jump_seconds(video: OpenVideo, times: list[int | None], base: Fraction, limits: DecodeLimits) -> float:
+    """The gap that is a jump of the clock: pictures may stand still as long as sound goes on."""
+    steps = np.abs(np.diff([time for time in times if time is not None]))
+    longest = float(steps.max(initial=0) * base)
+    return video.jump_seconds if longest <= video.jump_seconds else max(video.jump_seconds, sound_of(video, limits)[1])
 
 
 def _gap(video: OpenVideo, tally: _Tally, times: list[int | None], base: Fraction) -> int:

@@ -91,8 +91,9 @@ class PoolOptions:
     @classmethod
     def from_settings(cls, settings: Settings) -> PoolOptions:
         """Read the options from the settings."""
-        unused = {"cv2"} if not Quality.from_settings(settings).identity else set()
-        unused |= {"decord"} if settings.decoder != "decord" else set()
+        unused = {"decord"} if settings.decoder != "decord" else set()
+        if settings.decoder != "pyav" and not Quality.from_settings(settings).identity:
+            unused |= {"cv2"}  # which `pyav` needs for animated WebP
         return cls(
             settings.decode_workers,
             settings.decode_timeout_seconds,

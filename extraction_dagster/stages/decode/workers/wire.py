@@ -309,15 +309,6 @@ def _fault(header: Header) -> Fault:
     return Fault(name, message, permanent=permanent, traceback=traceback, out_of_memory=out_of_memory)
 
 
-def _notes(header: Mapping[str, object]) -> tuple[str, ...]:
-    notes = header.get("notes")
-    if not isinstance(notes, list) or len(notes) > _MAX_NOTES:
-        _refuse("notes that are no list")
-    if not all(isinstance(note, str) and len(note) <= _MAX_NOTE for note in notes):
-        _refuse("a note that is no text")
-    return tuple(notes)
-
-
 def _count(header: Mapping[str, object], name: str, most: int) -> int:
     value = header.get(name)
     if type(value) is not int or not 1 <= value <= most:
@@ -337,6 +328,15 @@ def _text(header: Mapping[str, object], name: str, most: int) -> str:
     if not isinstance(value, str) or len(value) > most:
         _refuse(f"{name} that is no text of at most {most} characters")
     return value
+
+
+def _notes(header: Mapping[str, object]) -> tuple[str, ...]:
+    notes = header.get("notes")
+    if not isinstance(notes, list) or len(notes) > _MAX_NOTES:
+        _refuse(f"notes that are no list of at most {_MAX_NOTES}")
+    if not all(isinstance(note, str) and len(note) <= _MAX_NOTE for note in notes):
+        _refuse(f"a note that is no text of at most {_MAX_NOTE} characters")
+    return tuple(notes)
 
 
 def _refuse(got: str) -> NoReturn:

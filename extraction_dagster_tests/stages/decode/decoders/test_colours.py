@@ -65,11 +65,12 @@ def sdr_ways():
 
 
 def every_sdr_way():
+    """Every combination of codec, container, pixel format, matrix and range; the transfers in turn."""
+    transfers = itertools.cycle(TRANSFERS)
     for codec, matrices in MATRICES.items():
         ranges = (False,) if codec in NEVER_FULL else (False, True)
-        for way in itertools.product((codec,), CONTAINERS[codec], PIXELS[codec], matrices, ranges, TRANSFERS):
-            if way[1] not in {"avi", "flv"} or codec == "h264":
-                yield way
+        for way in itertools.product((codec,), CONTAINERS[codec], PIXELS[codec], matrices, ranges):
+            yield *way, next(transfers)
 
 
 def hdr_ways():
@@ -137,7 +138,7 @@ def test_patches_come_back_from_every_combination(draw, decode, farthest, drawn_
     ways = list(every_sdr_way())
     for way in ways:
         look_at_sdr(way, draw, decode, farthest, drawn_number)
-    print(f"{len(ways)} combinations of codec, container, pixel format, matrix, range and transfer")
+    print(f"{len(ways)} combinations of codec, container, pixel format, matrix and range")
 
 
 @pytest.mark.soak
