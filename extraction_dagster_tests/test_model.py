@@ -224,6 +224,10 @@ class StandInFetcher:
     def __init__(self, settings):
         self.root = settings.allowed_roots[0]
 
+    @staticmethod
+    def is_remote(row):  # noqa: ARG004 - the interface
+        return False
+
     def release(self, record_id, *, keep):
         """Nothing is cached."""
 
@@ -428,6 +432,11 @@ class MemoryPoints(PointStore):
         with World.now.watching({payload["record_id"] for payload in batch.payloads}):
             rows = zip(batch.ids, batch.vectors, batch.payloads, strict=True)
             self._held.points.update({key: (vector, dict(payload)) for key, vector, payload in rows})
+
+    def _set_payload(self, values, condition):
+        before("write")
+        for key in self._chosen(condition):
+            self._held.points[key][1].update(values)
 
     def _remove(self, condition):
         before("write")

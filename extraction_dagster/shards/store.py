@@ -13,6 +13,8 @@ Several shards may hold a record. What counts is its newest copy, by the claim u
 name: a writer that was frozen for hours writes late, under a claim that is older.
 
     A   record 7, claim 12      B   record 7, claim 15      C   record 7, claim 12, written last      B counts
+
+Long because both kinds of shard, frames and vectors, are written, listed, read and judged by this one store.
 """
 
 from __future__ import annotations
