@@ -36,7 +36,7 @@ from pydantic_settings import (
 
 from extraction_dagster.errors import SettingsError
 from extraction_dagster.permissions import dotenv_warning, home_warning
-from extraction_dagster.pictures import COMMON_CODECS
+from extraction_dagster.media import COMMON_CODECS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

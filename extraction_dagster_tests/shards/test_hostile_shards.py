@@ -14,7 +14,7 @@ import pytest
 import simplejpeg
 
 from extraction_dagster.errors.decode import EmbeddingShardError, FrameShardError, ShardError
-from extraction_dagster.jpeg_header import jpeg_size_px, stored_jpeg_fault
+from extraction_dagster.media import jpeg_size_px, stored_jpeg_fault
 from extraction_dagster.records import EmbeddingBatch, EncodedFrames, IdRange
 from extraction_dagster.shards.checked_parquet import CheckedParquet, Layout
 from extraction_dagster.shards.embedding_store import EmbeddingStore

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import simplejpeg
 
-from extraction_dagster.jpeg_header import MAX_STORED_PIXELS, jpeg_size_px
+from extraction_dagster.media import MAX_STORED_PIXELS, jpeg_size_px
 from extraction_dagster.records import EncodedFrames, FrameBatch
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import numpy as np
 
 from extraction_dagster.errors.decode import FrameShardError, StoredFrameError
 from extraction_dagster.errors.embed import InvalidVectorError
-from extraction_dagster.jpeg_header import stored_jpeg_fault
+from extraction_dagster.media import stored_jpeg_fault
 from extraction_dagster.records import EmbeddingBatch, Failure
 from extraction_dagster.shards.store import ShardRecord
 from extraction_dagster.stages.embed.batching import BatchEmbedder, embed_pieces

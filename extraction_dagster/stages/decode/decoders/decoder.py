@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from extraction_dagster.errors.decode import FramesTooManyError
-from extraction_dagster.pictures import COMMON_CODECS
+from extraction_dagster.media import COMMON_CODECS
 
 if TYPE_CHECKING:
     from pathlib import Path
