@@ -35,8 +35,8 @@ from pydantic_settings import (
 )
 
 from extraction_dagster.errors import SettingsError
-from extraction_dagster.permissions import dotenv_warning, home_warning
 from extraction_dagster.media import COMMON_CODECS
+from extraction_dagster.permissions import dotenv_warning, home_warning
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
