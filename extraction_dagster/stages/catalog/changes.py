@@ -242,7 +242,8 @@ class Versions:
         number, end = self._connection.execute(query).one()
         if not number:
             return None
-        end = _checked(end)
+        if (end := _checked(end)) is None:
+            return None
         if number == size:  # others of the last version may follow
             before = sa.select(self._read(sa.func.max(column))).where(beyond, column < self._write(end))
             if (whole := self._value(before)) is None:
@@ -320,9 +321,9 @@ def changed(
     versions = {int(key): storable(version) for key, version in found}
     query = sa.select(entries.record_id, entries.source_version)
     with reading(rows.ledger.engine, what="read the ledger") as ledger:
-        known = {
-            key: version
-            for chunk in chunks(sorted(versions))
-            for key, version in ledger.execute(query.where(entries.record_id.in_(chunk)))
-        }
+        known = dict[int, str]()
+        for chunk in chunks(sorted(versions)):
+            known.update(
+                (int(key), str(text)) for key, text in fetch_all(ledger, query.where(entries.record_id.in_(chunk)))
+            )
     return sorted(key for key, version in known.items() if version != versions[key])

@@ -125,7 +125,7 @@ def embed_query_video(
     if not good.any():
         raise QueryVideoError(shown, f"model {model.name!r} gives its frames vectors with {faults[0]}.")
     kept = np.flatnonzero(good)
-    return QueryVideo(vectors[good], frames.pts_seconds[kept], tuple(frames.jpegs[index] for index in kept))
+    return QueryVideo(vectors[good], frames.pts_seconds[kept], tuple(frames.jpegs[index] for index in kept.tolist()))
 
 
 def _for_few_frames(settings: Settings, most: int) -> Settings:
