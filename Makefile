@@ -66,7 +66,8 @@ clean: ## Remove the virtual environment, caches and builds; data (.extraction) 
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	@echo "Removed .venv, caches and builds. Data, if any, is still in .extraction."
 
-# The stamp is written last: an interrupted installation is taken up again by the next call.
+# The stamp is written last: an interrupted installation is taken up again by the next call. torch comes first, by its
+# version alone: by hashes, pip takes the CUDA build of an index, 3 GB of it, before a CPU build that lies on the machine.
 $(STAMP): pyproject.toml setup.cfg constraints.txt requirements.txt
 	@if ! version=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2]); sys.exit(sys.version_info < (3, 11))' 2>/dev/null); then \
 	  echo "This project needs Python 3.11 or newer, and $(PYTHON) is $${version:-not there}." >&2; \
@@ -80,6 +81,7 @@ $(STAMP): pyproject.toml setup.cfg constraints.txt requirements.txt
 	fi
 	@rm -f $@
 	@echo "Installing the versions of requirements.txt, each file by its hash"
+	@$(PIP_INSTALL) --no-deps -c constraints.txt torch
 	@$(PIP_INSTALL) --require-hashes --no-deps -r requirements.txt
 	@$(PIP_INSTALL) -c constraints.txt --no-build-isolation -e '.[dev,transformers]'
 	@echo '$(CURDIR)' > $@
