@@ -402,5 +402,5 @@ def transparent_image() -> np.ndarray:
 def transparent_clip(tmp_path) -> Path:
     """Three such pictures."""
     return encode(
-        tmp_path / "alpha.mov", [half_transparent()] * 3, codec="qtrle", pix_fmt="argb", options={}, source="rgba"
+        tmp_path / "alpha.mov", [half_transparent()] * 3, codec="png", pix_fmt="rgba", options={}, source="rgba"
     )

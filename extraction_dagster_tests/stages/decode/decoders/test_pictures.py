@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from extraction_dagster.errors.decode import DolbyVisionError
+from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits
 from extraction_dagster.stages.decode.decoders.pictures import _cropping, _dolby_vision
 
 IN_ORDER = {"qp": "10", "bf": "0"}
@@ -175,7 +176,7 @@ def test_what_is_transparent_comes_out_on_black(  # noqa: PLR0913, PLR0917 - fix
     path = encoded(
         tmp_path / name, [transparent_image] * 3, codec=codec, pix_fmt=pix_fmt, options=options, source="rgba"
     )
-    video = decode(path)
+    video = decode(path, limits=DecodeLimits(codecs=codec if codec != "prores_ks" else "prores"))
     seen = [video.frames.data[1][24:40, x : x + 10].reshape(-1, 3).mean(0).round().tolist() for x in (10, 43, 80)]
     assert seen == [
         pytest.approx([200, 100, 50], abs=4),
@@ -188,7 +189,7 @@ def test_what_is_transparent_comes_out_on_black(  # noqa: PLR0913, PLR0917 - fix
 def test_opaque_pictures_with_an_alpha_channel_are_what_they_are_without(tmp_path, decode, encoded):
     image = np.full((64, 96, 4), 255, np.uint8)
     image[..., :3] = np.random.default_rng(3).integers(0, 255, (64, 96, 3))
-    path = encoded(tmp_path / "opaque.mov", [image] * 3, codec="qtrle", pix_fmt="argb", options={}, source="rgba")
+    path = encoded(tmp_path / "opaque.mov", [image] * 3, codec="png", pix_fmt="rgba", options={}, source="rgba")
     video = decode(path)
     assert np.array_equal(video.frames.data[1], image[..., :3])
     assert not any("transparency" in note for note in video.notes)
