@@ -46,6 +46,7 @@ def make(checkout, tmp_path):
 def install_calls():
     pip = "-m pip --disable-pip-version-check install --quiet --progress-bar off"
     return [
+        f"{pip} --no-deps -c constraints.txt torch",
         f"{pip} --require-hashes --no-deps -r requirements.txt",
         f"{pip} -c constraints.txt --no-build-isolation -e .[dev,transformers]",
     ]
