@@ -4,6 +4,8 @@ A path was judged before it reached a decoder. It is opened once, and every read
 first: if a folder or a file is swapped for a link in between, the result is an error, never another file's frames.
 The container format is whitelisted and the only protocol is `file`: a playlist or a script named .mp4 would otherwise
 make the library read other files or open sockets. What a file is beside a container is `kinds`' affair.
+
+Long because opening, and all that is known of what is open, share one file's descriptor: name, container, clock, claim.
 """
 
 from __future__ import annotations

@@ -272,14 +272,14 @@ def motion_part(reading: Reading) -> int | None:
 
 
 def _mp4_from(reading: Reading, start: int) -> int | None:
-    at: int | None = start
+    at = start
     for _ in range(_MOST_BRANDS):
-        at = find(reading, b"ftyp", at)
-        if at is None:
+        found = find(reading, b"ftyp", at)
+        if found is None:
             return None
-        if {b"moov", b"mdat"} <= {name for name, _, _ in boxes(reading, at - 4)}:
-            return at - 4
-        at += 4
+        if {b"moov", b"mdat"} <= {name for name, _, _ in boxes(reading, found - 4)}:
+            return found - 4
+        at = found + 4
     return None
 
 

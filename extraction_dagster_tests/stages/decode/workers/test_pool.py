@@ -444,5 +444,7 @@ def test_real_videos_are_decoded_and_broken_ones_explained(clip_path, tmp_path):
     assert [len(outcomes[number].frames) for number in (41, 43)] == [2, 2]
     torn = failure(outcomes[42])
     assert (torn.stage, torn.error_type, torn.permanent) == ("decode", "VideoOpenError", False)
-    assert torn.message.startswith(f"Record 42: Video '{tmp_path}/torn.mp4' can't be opened: Invalid data found")
+    assert torn.message.startswith(
+        f"Record 42: Video '{tmp_path}/torn.mp4' can't be opened: it is an MP4 without its index"
+    )
     assert "moov atom not found" in torn.details
