@@ -52,7 +52,7 @@ def _decode(
     with open_video(file, limits) as opened:
         (width, height), first = _first_frame(opened, short_side_px)
         claimed, late, notes = opened.claimed_seconds(first), opened.late_seconds(first), opened.notes(0.0)
-    _require_firm_magic(file)
+    _require_firm_magic(file)  # after the look by PyAV, which says what else it is
     try:
         reader = decord.VideoReader(
             file.alias, ctx=decord.cpu(0), width=width, height=height, num_threads=1, fault_tol=-1
