@@ -395,7 +395,8 @@ def demo_run(shared_folder, one_worker, demo_folder):
     with one_worker("demo"):
         if not (kept / "printed").exists():
             shutil.rmtree(kept, ignore_errors=True)
-            (kept / "folder" / ".extraction").mkdir(parents=True)
+            (kept / "folder").mkdir(parents=True)
+            (kept / "folder" / ".extraction").mkdir(mode=0o700)
             (kept / "folder" / ".extraction" / "videos").symlink_to(demo_folder)
             for name in ("dagster.yaml", "workspace.yaml"):
                 shutil.copy(Path(__file__).parents[1] / name, kept / "folder")

@@ -82,9 +82,9 @@ def test_no_other_setting_is_so_much_as_looked_at(settings):
     on = {"reject_solid": True, "crop_bars": True, "drop_duplicates": True, "sampling": "scene"}
     asked = Asked(settings(**on))
     code_versions(asked)
-    frames = {"decoder", "fps", "jpeg_quality", "max_frames", "min_frames", "num_frames", "short_side_px", *on}
+    frames = {"decoder", "fps", "jpeg_quality", "max_frames", "min_frames", "num_frames", "short_side_px", "tone_map"}
     numbers = {"duplicate_bits", "scene_distance", "solid_deviation"}
-    assert asked.names == frames | numbers | {"embed_dtype", "embedding_dim", "model", "resize_on"}
+    assert asked.names == frames | {*on} | numbers | {"embed_dtype", "embedding_dim", "model", "resize_on"}
 
 
 def test_a_model_concerns_vectors_and_points(settings, saved_models):

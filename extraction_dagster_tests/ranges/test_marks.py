@@ -26,8 +26,8 @@ class Kill:
         self._monkeypatch, self._is_armed, self.written = monkeypatch, False, []
         honest = Catalog.__init__
 
-        def watched(catalog, settings):
-            honest(catalog, settings)
+        def watched(catalog, settings, **options):
+            honest(catalog, settings, **options)
             for name, engine in (("source", catalog.source_engine), ("state", catalog.state_engine)):
                 sa.event.listen(engine, "before_cursor_execute", self._watcher(name))
 
