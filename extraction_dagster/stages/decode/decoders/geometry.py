@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from extraction_dagster.stages.decode.decoders.colours import Colours, picture_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from av.video.frame import VideoFrame
     from av.video.reformatter import VideoReformatter
@@ -125,7 +125,9 @@ def _fitted(picture: np.ndarray, shape: tuple[int, ...], reformatter: VideoRefor
 def _display_matrix(frame: VideoFrame) -> tuple[int, int, int, int]:
     """The turning part (a, b, c, d) of the display matrix: x' = a*x + c*y, y' = b*x + d*y."""
     try:
-        side_data = frame.side_data.get("DISPLAYMATRIX")
+        side_data = next(
+            (item for item in cast("Iterable[Any]", frame.side_data) if item.type.name == "DISPLAYMATRIX"), None
+        )
     except ValueError:  # side data that PyAV has no name for (Exif, say) hides the rest
         return _QUARTER_TURNS[round(frame.rotation / 90) % 4]
     matrix = np.frombuffer(cast("bytes", side_data), np.int32) if side_data is not None else np.empty(0)

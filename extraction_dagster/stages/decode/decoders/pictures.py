@@ -35,6 +35,7 @@ _DOLBY_ALONE, _DOLBY_ALONE_IF_INCOMPATIBLE = 5, frozenset({10, 20})
 _ASPECT_IN_STREAM = frozenset({"h264", "hevc", "vvc", "mpeg1video", "mpeg2video", "mpeg4", "vc1"})
 _SIDE_DATA = ("mov", "matroska", "mpegts")  # containers that crop, or say what Dolby Vision is
 _OPAQUE = 0xFF  # of 8 bits
+_has_alpha: dict[str, bool] = {}  # by pixel format: asking one costs as much as many a step
 _NO_SURPRISE = MATRICES | {RGB, UNSAID}
 _BOTTOM_FIRST = frozenset({3, 4})  # of libavcodec's field orders: bottom shown first, coded first or not
 
@@ -66,10 +67,12 @@ class Pictures:
         self._size, self._crop = (context.width, context.height), _cropping(said, context)
         _refuse_dolby_alone(video, _dolby_vision(said))
         self._may_change_aspect = context.name in _ASPECT_IN_STREAM
-        self._aspects: tuple[Fraction | None, Fraction | None] | None = None  # the codec's first one, and today's
+        # Width of a pixel over its height, and what the codec says of it; before the first frame nothing is known.
+        self._aspect: float | None = None
+        self._codec_aspect: Fraction | None = None
         self._graphs: dict[tuple[object, ...], tuple[Graph, FilterContext, FilterContext]] = {}
         self._reformatter = VideoReformatter()
-        self._colours: Colours | None = None  # of the frame before
+        self._before: tuple[tuple[object, ...], Colours] | None = None  # the frame before, as it was understood
         self.notes: dict[str, None] = {}
 
     def show(self, frame: VideoFrame, *, num_frames: int) -> np.ndarray:
@@ -78,17 +81,23 @@ class Pictures:
         Raises:
             FramesTooManyError: `num_frames` of its size don't fit the memory.
         """
-        colours = Colours.of(frame, self._opened)
-        if colours != self._colours:
-            self._colours = colours
-            if colours.matrix != RGB and frame.colorspace not in _NO_SURPRISE:
-                self.notes[f"matrix {frame.colorspace} is not known"] = None
-            self.notes[f"colours: {colours}" + (", shown as SDR" if colours.is_hdr and self._tone_map else "")] = None
+        colours = self._colours_of(frame)
         shown, size = self._shown_part(frame, colours)
-        geometry = Geometry.of(frame, sample_aspect=self._aspect(), short_side_px=self._short_side_px, size=size)
+        geometry = Geometry.of(frame, sample_aspect=self._aspect or 1.0, short_side_px=self._short_side_px, size=size)
         width, height = geometry.shown_size
         self._limits.check_batch(self._video.path, num_frames=num_frames, width_px=width, height_px=height)
         return geometry.show(shown, self._reformatter, colours, tone_map=self._tone_map)
+
+    def _colours_of(self, frame: VideoFrame) -> Colours:
+        said = frame.colorspace, frame.color_primaries, frame.color_trc, frame.color_range
+        key = (*said, frame.format.name, frame.width, frame.height)
+        if self._before is None or self._before[0] != key:
+            colours = Colours.of(frame, self._opened)
+            if colours.matrix != RGB and frame.colorspace not in _NO_SURPRISE:
+                self.notes[f"matrix {frame.colorspace} is not known"] = None
+            self.notes[f"colours: {colours}" + (", shown as SDR" if colours.is_hdr and self._tone_map else "")] = None
+            self._before = key, colours
+        return self._before[1]
 
     def together(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
         """All pictures in one size: uint8, shape (N, H, W, 3)."""
@@ -99,15 +108,13 @@ class Pictures:
 
     def watch(self, frame: VideoFrame) -> None:
         """Look at every frame that is decoded, shown or not: a codec says a new aspect a few frames too early."""
-        if not self._may_change_aspect or (self._aspects is not None and not frame.key_frame):
+        if self._aspect is not None and not (self._may_change_aspect and frame.key_frame):
             return
         now = self._video.stream.codec_context.sample_aspect_ratio
-        self._aspects = (now if self._aspects is None else self._aspects[0]), now
-
-    def _aspect(self) -> float:
-        """Width of a pixel over its height: the container's, or the codec's once that has changed in mid-file."""
-        first, now = self._aspects or (None, None)
-        return self._video.sample_aspect if now == first else sound_aspect(now)
+        if self._aspect is None:
+            self._aspect, self._codec_aspect = self._video.sample_aspect, now  # the container's, if it says one
+        elif now != self._codec_aspect:
+            self._aspect, self._codec_aspect = sound_aspect(now), now
 
     def _shown_part(self, frame: VideoFrame, colours: Colours) -> tuple[VideoFrame, tuple[int, int]]:
         """The part of a frame that is shown, and its size, to which a field counts as whole."""
@@ -158,7 +165,10 @@ def _refuse_dolby_alone(video: OpenVideo, dolby: tuple[int, int] | None) -> None
 
 def _is_transparent(frame: VideoFrame) -> bool:
     """Whether a pixel of a frame may let something through that lies behind it."""
-    if not frame.format.has_palette and not any(component.is_alpha for component in frame.format.components):
+    name = frame.format.name
+    if name not in _has_alpha:
+        _has_alpha[name] = frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
+    if not _has_alpha[name]:
         return False
     if frame.format.name in {"rgba", "bgra", "argb", "abgr"}:
         plane = frame.planes[0]
