@@ -86,8 +86,8 @@ MUTANTS = (
     ),
     mutant(
         "the ledger of another source is used",
-        "    if kept.get(_SOURCE) != source_identity:\n",
-        "    if kept.get(_SOURCE) is None:\n",
+        "    is_own = source.with_former(_former(kept)) == kept.get(_SOURCE)\n",
+        "    is_own = kept.get(_SOURCE) is not None\n",
         "test_state_tables_of_another_source_are_refused",
     ),
     mutant(
@@ -342,8 +342,8 @@ MUTANTS = (
     ),
     mutant(
         "rows below the watermark are never looked at",
-        "swept=[] if found else [*looks.moved(), *looks.sweep()],",
-        "swept=[] if found else [*looks.moved()],",
+        "swept=[] if found else [*changed, *looks.moved(), *looks.sweep()],",
+        "swept=[] if found else [*changed, *looks.moved()],",
         "test_a_row_that_commits_late_is_found_below_the_watermark",
     ),
     mutant(
@@ -528,7 +528,7 @@ MUTANTS = (
     # The network guard
     mutant(
         "a private address is let through",
-        "if not is_public(address) and not any(address in network for network in self._networks):",
+        "if not is_public(address) and not any(address in network for network in networks):",
         "if address is None:",
         "test_one_private_address_among_public_ones_is_enough",
         "test_what_is_not_the_public_internet_is_refused",

@@ -94,7 +94,7 @@ def secretive(settings):
         ("401 for key-of-the-kingdom", "401 for (hidden)"),
         ("posting to https://hooks.example.com/services/T0/B0/abcdef", "posting to (hidden)"),
         ("GET https://me:pw@host/a.mp4?sig=abc&x=1 failed", "GET https://host/a.mp4?… failed"),
-        ("s3://bucket/a.mp4?versionId=7", "s3://bucket/a.mp4?…"),
+        ("s3://bucket/a.mp4?versionId=7", "s3://bucket/a.mp4?versionId=7"),
         ("two\n  lines\tand more", "two lines and more"),
         ("is it up? yes", "is it up? yes"),
     ],

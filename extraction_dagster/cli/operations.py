@@ -213,9 +213,10 @@ def _catalog(settings: Settings) -> str:
         told = ", ".join([catalog.source.name, f"{catalog.source.count()} eligible rows", *tls]) + f"; {growth.told}"
         _rehearse(catalog)
         version = state_version(catalog.state_engine)
+    told += f"\n  {growth.sql};" if growth.sql else ""
     if version != newest_version():
-        told += f"; the state tables (version {version or 'none yet'}) are made or migrated by 'extraction init'"
-    return f"{told}\n  {growth.sql};" if growth.sql else told
+        told += f"\n  the state tables (version {version or 'none yet'}) are made or migrated by 'extraction init'"
+    return told
 
 
 def _instance(settings: Settings) -> str:
