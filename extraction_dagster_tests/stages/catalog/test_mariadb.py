@@ -19,7 +19,7 @@ from extraction_dagster.stages.catalog.pending import scan
 
 TODAY, ALL = Fingerprints("f1", "e1"), IdRange(-9, 99)
 PROGRAMS = f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin"
-pytestmark = [pytest.mark.servers, pytest.mark.slow]
+pytestmark = pytest.mark.servers
 COLUMNS = (
     "id BIGINT PRIMARY KEY, path TEXT, platform VARCHAR(20), code VARCHAR(20), is_extracted TINYINT(1),"
     " is_embedded TINYINT(1), updated_at DATETIME(6), mood ENUM('ready', 'gone'), document JSON"

@@ -302,7 +302,6 @@ def test_a_worker_that_ignores_every_signal_and_closes_everything_ends_with_its_
 
 
 @pytest.mark.parametrize("user", ["root", "an ordinary user"])
-@pytest.mark.slow
 @needs_linux
 def test_strace_sees_each_try_refused(user, folder):
     lacking = what_is_lacking()
