@@ -7,6 +7,7 @@ import pytest
 import sqlalchemy as sa
 
 from extraction_dagster.records import IdRange
+from extraction_dagster.stages.catalog.database import STATE_SCHEMA
 from extraction_dagster.stages.catalog.state_tables import METADATA
 from extraction_dagster.ticks.memory import Memory, recall, remember
 from extraction_dagster.ticks.places import History, Patience
@@ -24,10 +25,12 @@ MEMORY = Memory(
     address_after_id=6,
 )
 
+IN_NO_SCHEMA = {"schema_translate_map": {STATE_SCHEMA: None}}
+
 
 @pytest.fixture
 def engine(tmp_path):
-    engine = sa.create_engine(f"sqlite:///{tmp_path}/state.db", poolclass=sa.NullPool)
+    engine = sa.create_engine(f"sqlite:///{tmp_path}/state.db", poolclass=sa.NullPool, execution_options=IN_NO_SCHEMA)
     METADATA.create_all(engine)
     return engine
 
@@ -40,15 +43,16 @@ def test_a_new_process_remembers_what_the_last_tick_left(engine):
 
 
 def test_two_daemons_that_keep_something_at_once_do_not_disturb_each_other(database):
-    METADATA.create_all(database.engine)
+    engine = database.engine.execution_options(**IN_NO_SCHEMA)
+    METADATA.create_all(engine)
 
     def keep(number):
         for ticks in range(50):
-            remember(database.engine, Memory(ticks=100 * number + ticks))
+            remember(engine, Memory(ticks=100 * number + ticks))
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(keep, range(4))) == [None] * 4
-    assert recall(database.engine).ticks in {49, 149, 249, 349}
+    assert recall(engine).ticks in {49, 149, 249, 349}
 
 
 def test_what_an_earlier_release_left_is_still_read():
