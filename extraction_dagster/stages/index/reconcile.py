@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from extraction_dagster.records import IdRange
     from extraction_dagster.stages.catalog.catalog import Catalog
     from extraction_dagster.stages.catalog.ledger import LedgerEntry
+    from extraction_dagster.stages.catalog.source_table import SourceRow
     from extraction_dagster.stages.index.protocol import PointStore
 
 _WINDOW_RECORDS = 1000
@@ -213,12 +214,14 @@ def reconcile(  # noqa: PLR0913 - what is compared with what
         view = _View(catalog, collection, collections, adopts_addresses=repair)
         with contextlib.closing(turns[collection]) as turn:
             for window in windows(catalog, within, window_records):
-                found = view.compare(turn.store(), window)
+                store, seen = turn.store(), view.look(window)
+                found = view.compare(store, seen)
                 if not found.agrees:
-                    found = found.seen_again(view.compare(turn.store(), window))
+                    store, seen = turn.store(), view.look(window)
+                    found = found.seen_again(view.compare(store, seen))
                 done.add(found, with_moved=collection == collections[0])
                 gone.add(collection, found)
-                done.payloads.update(view.changed_payloads(turn.store(), window, found, repair=repair))
+                done.payloads.update(view.changed_payloads(store, seen, found, repair=repair))
                 if repair:
                     _make_pending(catalog, found, with_moved=processes_moved)
     first_seen = note_gone(catalog, gone.claims, within=within)
@@ -320,6 +323,16 @@ class _Turns:
 
 
 @dataclass(frozen=True, slots=True)
+class _Seen:
+    """What the ledger and the table say of the records of a window at one look."""
+
+    window: IdRange
+    entries: Mapping[int, LedgerEntry]
+    rows: Mapping[int, SourceRow]
+    finished: Collection[int]
+
+
+@dataclass(frozen=True, slots=True)
 class _View:
     """What the ledger and the table say of one collection."""
 
@@ -328,15 +341,20 @@ class _View:
     all_collections: list[_Collection]
     adopts_addresses: bool
 
-    def compare(self, store: PointStore | None, window: IdRange) -> Differences:
-        """The differences within a window."""
+    def look(self, window: IdRange) -> _Seen:
+        """Read the window's entries, and their rows."""
         entries = self.catalog.ledger.entries(window)
         rows = {row.video.record_id: row for row in self.catalog.source.rows_of(entries)}
-        done = {record_id: entries[record_id] for record_id in finished(self.catalog, rows, entries)}
+        return _Seen(window, entries, rows, finished(self.catalog, rows, entries))
+
+    def compare(self, store: PointStore | None, seen: _Seen) -> Differences:
+        """The differences within a window."""
+        entries, rows = seen.entries, seen.rows
+        done = {record_id: entries[record_id] for record_id in seen.finished}
         expected = {record_id: expected_points(entry) for record_id, entry in done.items() if self._is_here(entry)}
         if self.adopts_addresses:  # of entries that an earlier release wrote
             self.catalog.adopt_addresses(rows[key] for key, entry in done.items() if entry.address is None)
-        found = compare_points(store, expected, within=window)
+        found = compare_points(store, expected, within=seen.window)
         not_in_use = {
             record_id: entry.num_points or 0
             for record_id, entry in done.items()
@@ -347,22 +365,18 @@ class _View:
         lost = {**found.lost, **not_in_use}
         return replace(found, lost=lost, gone=gone, claims=claims, moved=tuple(moved(rows, entries)))
 
-    def changed_payloads(
-        self, store: PointStore | None, window: IdRange, found: Differences, *, repair: bool
-    ) -> list[int]:
+    def changed_payloads(self, store: PointStore | None, seen: _Seen, found: Differences, *, repair: bool) -> list[int]:
         """The records within a window that are whole, and whose payload is not what their row says; repairs write it.
 
         One whose file has moved keeps the address of the file that its frames are of.
         """
         if store is None:
             return []
-        entries = self.catalog.ledger.entries(window)
-        rows = {row.video.record_id: row for row in self.catalog.source.rows_of(entries)}
-        left = {*found.to_write_again, *found.moved, *moved(rows, entries)}
+        left = {*found.to_write_again, *moved(seen.rows, seen.entries)}
         whole = {
-            key: rows[key].video
-            for key in finished(self.catalog, rows, entries)
-            if key not in left and self._is_here(entries[key]) and rows[key].problem is None
+            key: seen.rows[key].video
+            for key in seen.finished
+            if key not in left and self._is_here(seen.entries[key]) and seen.rows[key].problem is None
         }
         changed = changed_payloads(store, whole)
         if repair:

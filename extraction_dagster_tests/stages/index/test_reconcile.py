@@ -325,7 +325,7 @@ def test_a_difference_that_is_gone_at_the_second_look_does_not_count(done, catal
 
     monkeypatch.setattr(catalog.source, "rows_of", rows_again)
     assert done.reconcile(catalog, repair=True).differences == []
-    assert len(looks) == 3  # the last one compares payloads
+    assert len(looks) == 2
     assert done.points() == FRAMES
 
 
@@ -340,7 +340,7 @@ def test_a_row_that_blinks_between_two_looks_is_neither_gone_nor_lost(done, cata
 
     monkeypatch.setattr(catalog.ledger, "entries", look)
     found = done.reconcile(catalog, repair=True)
-    assert (len(looks), found.differences, found.removed_points) == (3, [], 0)  # the last one for payloads
+    assert (len(looks), found.differences, found.removed_points) == (2, [], 0)
     assert done.points() == FRAMES
 
 
@@ -350,7 +350,7 @@ def test_the_store_is_let_go_of_between_windows(done, catalog):
     done.opened = 0
     done.reconcile(catalog, window_records=2, hold_seconds=-1)
     assert once == 2  # to see what there is, and to compare
-    assert done.opened == 7  # and anew for each of three windows, once to compare points and once payloads
+    assert done.opened == 4  # and anew for each of three windows
 
 
 def test_room_is_given_back_when_much_was_removed(done, catalog, monkeypatch):
