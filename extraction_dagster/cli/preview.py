@@ -30,33 +30,10 @@ _THUMBNAIL_PX, _COLUMN_PX = 96, 8
 _KITTY_CHUNK = 4096  # bytes of base64 in one escape sequence
 _SIXEL_LEVELS = 6  # of each colour
 _COLUMNS = ("frame", "second", "asked for", "bytes")
-# The policy keeps the page harmless even where a text would slip through unescaped.
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 15px/1.4 system-ui, sans-serif; margin: 1.5rem; color: #222; background: #fafafa; }}
-ol {{ display: flex; flex-wrap: wrap; gap: 1rem; padding: 0; list-style: none; }}
-figure {{ margin: 0; background: #fff; border: 1px solid #ddd; border-radius: 6px; padding: 8px; }}
-img {{ display: block; max-width: 100%; }}
-h1, li {{ overflow-wrap: anywhere; }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-<ul>
-{notes}
-</ul>
-<ol>
-{figures}
-</ol>
-</body>
-</html>
-"""
+_STYLE = """ol { display: flex; flex-wrap: wrap; gap: 1rem; padding: 0; list-style: none; }
+figure { margin: 0; background: #fff; border: 1px solid #ddd; border-radius: 6px; padding: 8px; }
+img { display: block; max-width: 100%; }
+h1, li { overflow-wrap: anywhere; }"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,15 +171,16 @@ def _print(shown: _Shown) -> None:
 
 
 def _write_page(shown: _Shown, out: Path | None) -> Path:
-    from extraction_dagster.stages.index.search import write_gallery
+    from extraction_dagster.stages.index.search import render_page, write_gallery
 
-    figures = [
+    figures = "\n".join(
         f'<li><figure><img alt="frame {number}" src="data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}">'
         f"<figcaption>{second:.3f} s, frame {number}</figcaption></figure></li>"
         for (number, second, *_), jpeg in zip(_rows(shown.frames), shown.frames.jpegs, strict=True)
-    ]
+    )
     notes = "\n".join(f"<li>{html.escape(fact)}</li>" for fact in shown.facts)
-    page = _PAGE.format(title=html.escape(f"Preview of {shown.what}"), notes=notes, figures="\n".join(figures))
+    body = f"<ul>\n{notes}\n</ul>\n<ol>\n{figures}\n</ol>"
+    page = render_page(f"Preview of {shown.what}", style=_STYLE, body=body)
     if out is None:
         out = Path(tempfile.mkdtemp(prefix="extraction-preview-")) / "preview.html"
     write_gallery(out, page)

@@ -34,7 +34,7 @@ _FRAMES_PER_VIDEO = 8
 _VOTES_PER_FRAME = 50
 _THUMBNAIL_PX = 200
 _THUMBNAIL_QUALITY = 80
-# The policy keeps the file harmless even where a text would slip through unescaped.
+# The policy keeps a page harmless even where a text would slip through unescaped.
 _PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -44,24 +44,21 @@ _PAGE = """<!doctype html>
 <title>{title}</title>
 <style>
 body {{ font: 15px/1.4 system-ui, sans-serif; margin: 1.5rem; color: #222; background: #fafafa; }}
-.query, ol {{ display: flex; flex-wrap: wrap; gap: 1rem; padding: 0; list-style: none; }}
-li, figure {{ margin: 0; width: 220px; background: #fff; border: 1px solid #ddd; border-radius: 6px; padding: 8px; }}
-img, .none {{ width: 100%; height: 200px; object-fit: contain; background: #eee; display: block; }}
-.none {{ line-height: 200px; text-align: center; color: #777; }}
-b {{ font-size: 1.1em; }}
-p {{ margin: .3rem 0 0; overflow-wrap: anywhere; }}
+{style}
 </style>
 </head>
 <body>
 <h1>{title}</h1>
-<div class="query">{query}</div>
-<h2>{count} found</h2>
-<ol>
-{cards}
-</ol>
+{body}
 </body>
 </html>
 """
+_GALLERY_STYLE = """.query, ol { display: flex; flex-wrap: wrap; gap: 1rem; padding: 0; list-style: none; }
+li, figure { margin: 0; width: 220px; background: #fff; border: 1px solid #ddd; border-radius: 6px; padding: 8px; }
+img, .none { width: 100%; height: 200px; object-fit: contain; background: #eee; display: block; }
+.none { line-height: 200px; text-align: center; color: #777; }
+b { font-size: 1.1em; }
+p { margin: .3rem 0 0; overflow-wrap: anywhere; }"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,16 +215,19 @@ class Card:
 
 def render_gallery(title: str, *, query_jpegs: Sequence[bytes], cards: Sequence[Card]) -> str:
     """The page; every text is escaped."""
-    return _PAGE.format(
-        title=html.escape(title),
-        query="".join(f"<figure>{_image(jpeg, 'query')}</figure>" for jpeg in query_jpegs),
-        count=len(cards),
-        cards="\n".join(map(_card, cards)),
-    )
+    query = "".join(f"<figure>{_image(jpeg, 'query')}</figure>" for jpeg in query_jpegs)
+    found = "\n".join(map(_card, cards))
+    body = f'<div class="query">{query}</div>\n<h2>{len(cards)} found</h2>\n<ol>\n{found}\n</ol>'
+    return render_page(title, style=_GALLERY_STYLE, body=body)
+
+
+def render_page(title: str, *, style: str, body: str) -> str:
+    """A page that may load nothing and run nothing; the title is escaped, whoever makes the body escapes its texts."""
+    return _PAGE.format(title=html.escape(title), style=style, body=body)
 
 
 def write_gallery(path: Path, page: str) -> None:
-    """Write the page: whole, or not at all.
+    """Write a page: whole, or not at all.
 
     Raises:
         GalleryError: It can't be written there.
