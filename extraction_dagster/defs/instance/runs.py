@@ -85,18 +85,12 @@ def fail_dead_runs(instance: dg.DagsterInstance) -> None:
     process can't be seen from here, since its machine or container is another, is ended once it has given no sign of
     life for EXTRACTION_DEAD_AFTER_SECONDS.
     """
-    for run, seconds in silent_runs(instance):
-        if seconds >= load_settings().dead_after_seconds:
-            with _alone(run):
-                host = host_of(_process_of(run))
-                why = f"It gave no sign of life for {seconds:.0f} s (it was at work on host {host})"
-                instance.report_run_failed(run, f"{why}. Its range is asked for again and goes on where it was.")
-                free_slots(instance, run.run_id)
-    for record in instance.get_run_records(dg.RunsFilter(statuses=_ACTIVE)):
+    records = instance.get_run_records(dg.RunsFilter(statuses=_ACTIVE))
+    silent = {run.run_id: seconds for run, seconds in _silent(records)}
+    for record in records:
         run = record.dagster_run
         with _alone(run):
-            why = "Its process is gone" if _has_died(instance, run) else _takes_too_long(record)
-            if why:
+            if why := _is_silent(run, silent.get(run.run_id)) or _has_died(instance, run) or _takes_too_long(record):
                 instance.report_run_failed(run, f"{why}. Its range is asked for again and goes on where it was.")
                 free_slots(instance, run.run_id)
     # The code server ends a run whose process was killed within a second; Dagster itself frees its slots minutes later,
@@ -113,8 +107,12 @@ def silent_runs(instance: dg.DagsterInstance) -> list[tuple[dg.DagsterRun, float
 
     One that never gave a sign counts from its start, by this machine's clock, and only after an hour.
     """
-    records = instance.get_run_records(dg.RunsFilter(statuses=_AT_WORK))
-    away = [(record, tag) for record in records if (tag := _process_of(record.dagster_run)) and not is_here(tag)]
+    return _silent(instance.get_run_records(dg.RunsFilter(statuses=_AT_WORK)))
+
+
+def _silent(records: Iterable[dg.RunRecord]) -> list[tuple[dg.DagsterRun, float]]:
+    at_work = (record for record in records if record.dagster_run.status in _AT_WORK)
+    away = [record for record in at_work if (tag := _process_of(record.dagster_run)) and not is_here(tag)]
     if not away:
         return []
     settings = load_settings()
@@ -129,7 +127,7 @@ def silent_runs(instance: dg.DagsterInstance) -> list[tuple[dg.DagsterRun, float
     finally:
         engine.dispose()
     found = []
-    for record, _ in away:
+    for record in away:
         run = record.dagster_run
         began_at = record.start_time or record.create_timestamp.replace(tzinfo=UTC).timestamp()
         unknown = max(time.time() - began_at - _SILENT.total_seconds(), 0.0)
@@ -146,11 +144,20 @@ def _alone(run: dg.DagsterRun) -> Iterator[None]:
         _log.warning("Run %s can't be judged: %s", run.run_id, str(error).partition("\n")[0])
 
 
-def _has_died(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
-    """Whether the process that works on a run is gone; a run that waits in the queue has none."""
+def _is_silent(run: dg.DagsterRun, seconds: float | None) -> str:
+    """Why a run is taken for dead since it gave no sign of life; empty when it is not."""
+    if seconds is None or seconds < load_settings().dead_after_seconds:
+        return ""
+    return f"It gave no sign of life for {seconds:.0f} s (it was at work on host {host_of(_process_of(run))})"
+
+
+def _has_died(instance: dg.DagsterInstance, run: dg.DagsterRun) -> str:
+    """Why a run is taken for dead since its process is gone; empty when it is not. One that is queued has none."""
     if run.status == dg.DagsterRunStatus.NOT_STARTED:  # a command's own run, made and stopped before its first step
-        return is_dead(_process_of(run))
-    return run.status in _AT_WORK and _has_lost_its_process(instance, run)
+        is_gone_now = is_dead(_process_of(run))
+    else:
+        is_gone_now = run.status in _AT_WORK and _has_lost_its_process(instance, run)
+    return "Its process is gone" if is_gone_now else ""
 
 
 def _takes_too_long(record: dg.RunRecord) -> str:
