@@ -1,4 +1,7 @@
-"""What a JPEG file says of itself, read without decoding anything: its header must fit before a decoder gets it."""
+"""What is known of pictures and videos before a decoder gets them: a JPEG's header, which must fit, and common codecs.
+
+Loads nothing else, since each decoding worker loads it.
+"""
 
 from __future__ import annotations
 
