@@ -573,14 +573,14 @@ MUTANTS = (
     ),
     mutant(
         "a difference is believed at the first look",
-        "found = found.seen_again(view.compare(turn.store(), window))",
+        "found = found.seen_again(view.compare(store, seen))",
         "pass",
         "test_a_difference_that_is_gone_at_the_second_look",
     ),
     mutant(
         "only the second look counts",
-        "found = found.seen_again(view.compare(turn.store(), window))",
-        "found = view.compare(turn.store(), window)",
+        "found = found.seen_again(view.compare(store, seen))",
+        "found = view.compare(store, seen)",
         "test_a_row_that_blinks_between_two_looks",
     ),
     # Whose points, which names
