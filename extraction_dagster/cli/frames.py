@@ -32,7 +32,7 @@ def export(
     from extraction_dagster.shards.frame_export import export_frames
     from extraction_dagster.shards.frame_store import FrameStore
     from extraction_dagster.shards.place import Source
-    from extraction_dagster.stages.decode.task import frames_fingerprint
+    from extraction_dagster.stages.decode.fingerprint import frames_fingerprint
 
     if to.suffix.lower() in _PACKED:
         raise typer.BadParameter(f"--to expects a folder or a name that ends in .tar, not {to.suffix}")

@@ -62,7 +62,8 @@ def init(
     if propose is not None:
         _print_proposal(propose)
         return
-    from extraction_dagster.defs.instance.launching import open_instance, template
+    from extraction_dagster.defs.instance.glance import template
+    from extraction_dagster.defs.instance.launching import open_instance
     from extraction_dagster.defs.instance.private_api import retry_only_new_failures
 
     settings = load_settings()

@@ -101,7 +101,7 @@ def daemon_statuses(
         daemon_types: SENSOR, BACKFILL and so on.
         ignore_errors: Count a daemon that reports errors as healthy.
     """
-    from dagster._daemon.controller import get_daemon_statuses  # noqa: PLC0415 - half a CPU second, seldom needed
+    from dagster._daemon.controller import get_daemon_statuses
 
     return get_daemon_statuses(
         instance, daemon_types, ignore_errors=ignore_errors, heartbeat_tolerance_seconds=_SILENCE_SECONDS
