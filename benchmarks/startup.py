@@ -4,8 +4,8 @@
     python benchmarks/startup.py --rounds 9 --only status,run
     python benchmarks/startup.py --python OTHER/.venv/bin/python --only help     # of another checkout
 
-The table has 1,000 rows that are marked as done, so that `run` finds nothing due. Every measured command is a process of
-its own; the first `run`, which has a first report to make, is not measured.
+The table has 1,000 rows that are marked as done, so that `run` finds nothing due. Every measured command is a process
+of its own; the first `run`, which has a first report to make, is not measured.
 """
 
 import argparse

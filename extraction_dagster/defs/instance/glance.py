@@ -1,8 +1,8 @@
 """What Dagster's storage says, read without Dagster, whose import costs more than all else that a look needs.
 
 Only out of this project's own storage (`defs/storage.py`), in the layout that is known here, and only what a command
-asks that has nothing to do: where the cursor is, and whether anything goes on. Whatever is otherwise than expected is no
-answer, and the caller asks Dagster, which has the words for it. `test_glance.py` holds both answers equal.
+asks that has nothing to do: where the cursor is, and whether anything goes on. Whatever is otherwise than expected is
+no answer, and the caller asks Dagster, which has the words for it. `test_glance.py` holds both answers equal.
 """
 
 import json

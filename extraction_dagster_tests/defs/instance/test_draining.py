@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from dagster._daemon.types import DaemonHeartbeat
 
-from extraction_dagster.defs.instance import draining
+from extraction_dagster.defs.instance import draining, launching
 from extraction_dagster.defs.instance.cursor_store import CursorStore
 from extraction_dagster.defs.instance.draining import drain
 from extraction_dagster.defs.instance.launching import FinishedRun, open_instance
@@ -122,7 +122,7 @@ def launched(world, monkeypatch):
             world.sql(done, first, last)
         return FinishedRun("r", success=not error, error=error)
 
-    monkeypatch.setattr(draining, "launch", launch)
+    monkeypatch.setattr(launching, "launch", launch)
     return kept
 
 
