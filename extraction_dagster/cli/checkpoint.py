@@ -21,7 +21,7 @@ app = typer.Typer(no_args_is_help=True, help="Look at the checkpoint, or say whe
 @app.command()
 def show(*, as_json: console.AsJson = False) -> None:
     """Show the cursor, its mirror and the requests that wait for the next tick."""
-    from extraction_dagster.defs.instance.glance import ask
+    from extraction_dagster.defs.instance.opening import ask
 
     settings = load_settings()
     with open_catalog(settings) as catalog:

@@ -43,7 +43,7 @@ def status(*, as_json: console.AsJson = False) -> None:
 
 def _progress(settings: Settings, catalog: Catalog) -> Progress:
     """The record that the charts and the metrics show as well; a cursor that can't be used is left out."""
-    from extraction_dagster.defs.instance.glance import ask
+    from extraction_dagster.defs.instance.opening import ask
 
     seen = ask(settings)
     try:

@@ -6,14 +6,13 @@ Where nothing is due and nothing goes on, Dagster itself is never loaded: a look
 import logging
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING
 
-from extraction_dagster.defs.instance.glance import Glance, glance
+from extraction_dagster.defs.instance.opening import LateInstance, opened_when_needed
 from extraction_dagster.errors.runs import RangeBusyError, RunFailedError, SensorBusyError
 from extraction_dagster.interrupts import check_interrupts
 from extraction_dagster.records import IdRange
@@ -29,7 +28,6 @@ from extraction_dagster.watch.progress import last_report, take_look
 if TYPE_CHECKING:
     import dagster as dg
 
-    from extraction_dagster.defs.instance.cursor_store import CursorStore
     from extraction_dagster.defs.instance.runs import InstanceRuns
 
 _log = logging.getLogger(__name__)
@@ -75,11 +73,11 @@ def drain(instance: "dg.DagsterInstance | None", settings: Settings, *, follow: 
         HomeError, InstanceError, StorageError: What `open_instance` says.
         KeyboardInterrupt: Ctrl+C; finished shards are kept.
     """
-    with _opened_when_needed(instance, settings) as dagster:
+    with opened_when_needed(settings, instance) as dagster:
         return _drain(dagster, settings, follow=follow)
 
 
-def _drain(dagster: "_Dagster", settings: Settings, *, follow: bool) -> Drained:
+def _drain(dagster: LateInstance, settings: Settings, *, follow: bool) -> Drained:
     ticks = _Ticks(dagster, settings, follow=follow)
     finished, in_a_row = Counter[str](), 0
     while True:
@@ -108,50 +106,7 @@ def _drain(dagster: "_Dagster", settings: Settings, *, follow: bool) -> Drained:
     return Drained(finished["done"], finished["parked"], ticked.num_waiting, ticked.num_active)
 
 
-@contextmanager
-def _opened_when_needed(instance: "dg.DagsterInstance | None", settings: Settings) -> Iterator["_Dagster"]:
-    with ExitStack() as opened:
-        yield _Dagster(instance, settings, opened)
-
-
-class _Dagster:
-    """Dagster's side: a look at its storage as long as nothing goes on there, its instance from then on."""
-
-    def __init__(self, instance: "dg.DagsterInstance | None", settings: Settings, opened: ExitStack) -> None:
-        self._instance, self._settings, self._opened = instance, settings, opened
-
-    @property
-    def instance(self) -> "dg.DagsterInstance":
-        """The instance, which stays open."""
-        if self._instance is None:
-            from extraction_dagster.defs.instance.launching import open_instance
-
-            self._instance = self._opened.enter_context(open_instance(self._settings))
-        return self._instance
-
-    @property
-    def store(self) -> "CursorStore":
-        """The cursor store of the instance."""
-        from extraction_dagster.defs.instance.cursor_store import CursorStore
-
-        return CursorStore(self.instance)
-
-    def at_rest(self, *, with_rate: bool = False) -> Glance | None:
-        """What a look says where nothing goes on; None where the instance is to be asked."""
-        seen = None if self._instance is not None else glance(self._settings, with_rate=with_rate)
-        return None if seen is None or seen.goes_on else seen
-
-    def is_ticking(self) -> bool:
-        """Whether a daemon ticks the sensor."""
-        return self.at_rest() is None and self.store.is_ticking()
-
-    def cursor(self) -> str | None:
-        """The stored cursor."""
-        seen = self.at_rest()
-        return self.store.read() if seen is None else seen.cursor
-
-
-def _report(dagster: _Dagster, settings: Settings, *, at_once: bool = False) -> None:
+def _report(dagster: LateInstance, settings: Settings, *, at_once: bool = False) -> None:
     """Report to the charts how far things are, unless the same was reported a while ago."""
     if (seen := dagster.at_rest(with_rate=True)) is not None:
         now, rate = datetime.now(UTC), seen.videos_per_second
@@ -201,7 +156,7 @@ class _Waits:
 class _RunsBeside:
     """The runs, for a command that has no second try for a range of which its own run failed."""
 
-    def __init__(self, dagster: _Dagster, failed: Collection[IdRange]) -> None:
+    def __init__(self, dagster: LateInstance, failed: Collection[IdRange]) -> None:
         self._dagster, self._failed = dagster, failed
 
     @property
@@ -234,7 +189,7 @@ class _RunsBeside:
 class _Ticks:
     """The ticks of one command; what they remember is kept, so that the next command goes on there."""
 
-    def __init__(self, dagster: _Dagster, settings: Settings, *, follow: bool) -> None:
+    def __init__(self, dagster: LateInstance, settings: Settings, *, follow: bool) -> None:
         self.failed = dict[IdRange, RunFailedError]()
         self.whole: Round | None = None
         self._waits = _Waits(settings)

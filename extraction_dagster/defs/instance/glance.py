@@ -51,23 +51,6 @@ class Glance:
     videos_per_second: float | None = None
 
 
-def ask(settings: Settings) -> Glance:
-    """Look once, with the rate; where a look is no answer, Dagster is asked.
-
-    Raises:
-        HomeError, InstanceError, StorageError: What `open_instance` says.
-    """
-    if (seen := glance(settings, with_rate=True)) is not None:
-        return seen
-    from extraction_dagster.defs.instance.cursor_store import CursorStore
-    from extraction_dagster.defs.instance.launching import open_instance
-    from extraction_dagster.defs.instance.runs import active_runs, video_rate
-
-    with open_instance(settings) as instance:
-        cursor, active = CursorStore(instance).read(), len(active_runs(instance))
-        return Glance(cursor, active, goes_on=True, videos_per_second=video_rate(instance))
-
-
 def glance(settings: Settings, *, with_rate: bool = False) -> Glance | None:
     """Look once; None when only Dagster can tell."""
     with suppress(sa.exc.SQLAlchemyError, ExtractionError, OSError, ValueError, LookupError, TypeError, AttributeError):
