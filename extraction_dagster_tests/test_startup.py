@@ -1,4 +1,4 @@
-"""What a command loads, seen from fresh interpreters: what it has no use for is missing; and helps without loading."""
+"""What commands, definitions and decoding workers load, seen from fresh interpreters: nothing that they don't use."""
 
 import contextlib
 import json
@@ -26,6 +26,9 @@ ABSENT = {
     "init": NEVER | {"numpy", "extraction_dagster.definitions"},
 }
 OF_DEFINITIONS = (LIBRARIES | {"sqlalchemy", "extraction_dagster.ranges", "extraction_dagster.ticks"}) - {"filelock"}
+OF_WORKERS = (LIBRARIES | {"dagster", "sqlalchemy", "pydantic", "urllib.request", "http.client", "ssl", "asyncio"}) - {
+    *("numpy", "av", "cv2", "decord"),  # which decode
+}
 PROGRAM = """
 import json, sys
 names = sys.argv.pop(1).split()
@@ -73,6 +76,24 @@ def test_the_definitions_load_what_pages_show_and_no_more():
     code = f"import json, sys; import extraction_dagster.definitions; found = {names!r}; "
     told = "print(json.dumps([name for name in found if name in sys.modules]), file=sys.stderr)"
     assert fresh("-c", code + told) == []
+
+
+def test_a_decoding_worker_loads_what_decodes_and_no_more():
+    names = sorted(OF_WORKERS)
+    code = f"""
+import importlib, json, sys
+from extraction_dagster.stages.decode.workers.pool import LIBRARIES
+for name in [*sys.modules]:  # the pool itself is the parent's
+    if name.startswith("extraction_dagster."):
+        del sys.modules[name]
+before = set(sys.modules)
+from extraction_dagster.stages.decode.workers import worker
+importlib.import_module("extraction_dagster.stages.decode.task")
+for library in LIBRARIES:
+    worker._load(library)
+print(json.dumps([name for name in {names!r} if name in sys.modules and name not in before]), file=sys.stderr)
+"""
+    assert fresh("-c", code) == []
 
 
 @pytest.mark.parametrize("name", COMMANDS)
