@@ -171,7 +171,8 @@ class _RunsBeside:
 
     def backfilled(self) -> list[IdRange]:
         """Ranges that are taken care of, and those that failed: others are looked for."""
-        return [*(self._runs.backfilled() if self._dagster.at_rest() is None else ()), *self._failed]
+        others = self._runs.backfilled() if self._dagster.at_rest() is None else ()
+        return [*others, *self._failed]
 
     def partitions(self, record_ids: Sequence[int]) -> Iterable[IdRange]:
         """The ranges that hold any of these ids."""
