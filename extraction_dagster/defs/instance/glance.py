@@ -68,21 +68,32 @@ def template(name: str) -> str:
 def _is_ours() -> bool:
     """Whether the instance keeps its data in this project's storage.
 
-    DAGSTER_HOME's file may have other values than ours, of runs at a time say; another key is for Dagster to judge.
+    DAGSTER_HOME's file may have other values than ours, of runs at a time say; another section is for Dagster to judge.
     """
     home = os.environ.get("DAGSTER_HOME")
     if not home:
         return True
-    said, ours = Path(home, "dagster.yaml").read_text(), template("dagster.yaml")
-    if said == ours:
-        return True
-    import yaml
+    said, ours = (_sections(text) for text in (Path(home, "dagster.yaml").read_text(), template("dagster.yaml")))
+    return said.keys() <= ours.keys() and said.get("storage") == ours["storage"]
 
-    try:
-        own, usual = yaml.safe_load(said), yaml.safe_load(ours)
-    except yaml.YAMLError:
-        return False
-    return own.keys() <= usual.keys() and own.get("storage") == usual["storage"]
+
+def _sections(text: str) -> dict[str, list[str]]:
+    """The lines of each section of a dagster.yaml in our style, without comments.
+
+    Raises:
+        ValueError: It is written otherwise.
+    """
+    found, section = dict[str, list[str]](), list[str]()
+    for line in text.splitlines():
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        if not line[0].isspace():
+            name, _, rest = line.partition(":")
+            if not name.isidentifier() or name in found or rest.strip():
+                raise ValueError(f"a section begins with {line!r}")
+            section = found[name] = []
+        section.append(line.rstrip())
+    return found
 
 
 @contextmanager

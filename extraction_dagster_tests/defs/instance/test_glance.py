@@ -201,9 +201,10 @@ def test_a_dagster_yaml_of_ones_own_may_differ_in_values(monkeypatch, tmp_path):
     for text, is_known in [
         (ours, True),
         (ours.replace("max_concurrent_runs: 3", "max_concurrent_runs: 9"), True),
-        (f"{ours}\nodd_key: 1\n", False),
+        (f"{ours}\nodd_section:\n  key: 1\n", False),
         (ours.replace("class: ExtractionStorage", "class: AnotherStorage"), False),
         ("storage: {sqlite: {base_dir: /tmp}}", False),
+        (f"{ours}\nstorage:\n  sqlite: {{}}\n", False),
         ("[", False),
         ("", False),
     ]:
