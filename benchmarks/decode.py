@@ -28,12 +28,12 @@ import numpy as np
 import simplejpeg
 
 from extraction_dagster.errors import ExtractionError
+from extraction_dagster.media import SUBSAMPLING
 from extraction_dagster.stages.decode.decoders.container import open_file, open_video
 from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits
 from extraction_dagster.stages.decode.decoders.geometry import Geometry
 from extraction_dagster.stages.decode.decoders.packets import read_packets
 from extraction_dagster.stages.decode.decoders.pyav import _SKIPS_NONREF, _display_order, _seconds, decode_with_pyav
-from extraction_dagster.stages.decode.jpeg import SUBSAMPLING
 from extraction_dagster.stages.decode.quality import Quality, refine
 from extraction_dagster.stages.decode.sampling import Sampling, select_frames
 from extraction_dagster.stages.decode.task import DecodeJob, decode_job

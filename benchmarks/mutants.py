@@ -473,8 +473,8 @@ MUTANTS = (
     ),
     mutant(
         "a command asks for a range that failed once more",
-        "return [*super().backfilled(), *self._failed]",
-        "return super().backfilled()",
+        "return [*others, *self._failed]",
+        "return [*others]",
         "test_a_range_that_fails_stops_no_other_and_is_what_the_command_ends_with",
     ),
     mutant(

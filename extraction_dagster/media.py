@@ -13,6 +13,11 @@ _BASELINE: Final = 0xC0
 _FRAMES: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # how a picture is coded; the three are tables
 _WITHOUT_LENGTH: Final = frozenset({0x01, *range(0xD0, 0xDA)})
 MAX_STORED_PIXELS: Final = 2**26
+# How frames are made and kept, in a word each for fingerprints: how they are scaled, the colour resolution of their
+# JPEGs (4:2:0 would blur what an embedding model sees), the layout of their shards.
+SCALING: Final = "area, full chroma"
+SUBSAMPLING: Final = "444"
+FRAMES_LAYOUT: Final = 1
 # What players and cameras write today, and what archives are full of.
 COMMON_CODECS: Final = (
     *("h264", "hevc", "libdav1d", "av1", "vp8", "vp9", "mpeg4", "mpeg2video", "mpeg1video", "mpegvideo", "h263"),

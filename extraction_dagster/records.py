@@ -12,10 +12,9 @@ import re
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-import numpy as np
-
 from extraction_dagster.addresses import capped
 from extraction_dagster.errors import PartitionKeyError, RecordShapeError
+from extraction_dagster.late import np
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence

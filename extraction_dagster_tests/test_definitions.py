@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from extraction_dagster.defs.instance.launching import template
+from extraction_dagster.defs.instance.glance import template
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent

@@ -21,12 +21,11 @@ app = typer.Typer(no_args_is_help=True, help="Look at the checkpoint, or say whe
 @app.command()
 def show(*, as_json: console.AsJson = False) -> None:
     """Show the cursor, its mirror and the requests that wait for the next tick."""
-    from extraction_dagster.defs.instance.cursor_store import CursorStore
-    from extraction_dagster.defs.instance.launching import open_instance
+    from extraction_dagster.defs.instance.opening import ask
 
     settings = load_settings()
-    with open_catalog(settings) as catalog, open_instance(settings) as instance:
-        document = _document(settings, catalog, CursorStore(instance).read())
+    with open_catalog(settings) as catalog:
+        document = _document(settings, catalog, ask(settings).cursor)
     if as_json:
         console.print_json(document)
     else:

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from rich.table import Table
 
 from extraction_dagster.cli import console
+from extraction_dagster.cli.arguments import AnyRange
 from extraction_dagster.settings import Settings, load_settings
 from extraction_dagster.stages.catalog.catalog import open_catalog
 from extraction_dagster.stages.index import reconcile as reconciling
@@ -27,7 +28,7 @@ _MOST_SHOWN = 50
 
 
 def reconcile(
-    id_range: console.AnyRange = None,
+    id_range: AnyRange = None,
     *,
     repair: Annotated[
         bool,

@@ -10,30 +10,20 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand
 
 from extraction_dagster import step_progress
-from extraction_dagster.records import IdRange
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-Range = Annotated[
-    IdRange,
-    typer.Argument(metavar="FIRST-LAST", parser=IdRange.parse, help="Range of ids, both ends included: 1-1000."),
-]
-AnyRange = Annotated[
-    IdRange | None,
-    typer.Argument(
-        metavar="[FIRST-LAST]", parser=IdRange.parse, help="Range of ids, both ends included; all when left out."
-    ),
-]
 
 _MIN_ID = -(2**63)
 _NEGATIVE = re.compile(r"-\d.*")
@@ -126,9 +116,9 @@ def print_values(values: Iterable[tuple[str, object]], *, title: str | None = No
 class _Bars:
     """One bar per step, for a terminal."""
 
-    def __init__(self, bars: Progress) -> None:
+    def __init__(self, bars: "Progress") -> None:
         self._bars = bars
-        self._tasks: dict[str, TaskID] = {}
+        self._tasks = dict[str, "TaskID"]()
 
     def begin(self, step: str, total: int) -> None:
         if step in self._tasks:
@@ -140,7 +130,9 @@ class _Bars:
         self._bars.advance(self._tasks[step], number)
 
 
-def _bars() -> Progress:
+def _bars() -> "Progress":
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=err, transient=True, disable=not err.is_terminal)
 
@@ -173,6 +165,8 @@ def long_work() -> Iterator[None]:
         with _logged(_log_lines(), logging.INFO):
             yield
         return
+    from rich.logging import RichHandler
+
     lines = RichHandler(console=err, show_path=False, show_time=False)
     lines.setFormatter(_PlainFormatter("%(message)s"))
     with _logged(lines, logging.WARNING), _bars() as bars, step_progress.listening(_Bars(bars)):

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from extraction_dagster.cli import console
+from extraction_dagster.cli.arguments import AnyRange, Range
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import load_settings
 from extraction_dagster.stages.catalog.catalog import open_catalog
@@ -22,7 +23,7 @@ _MIB = 2**20
 
 @app.command()
 def export(
-    id_range: console.Range,
+    id_range: Range,
     *,
     to: Annotated[
         Path, typer.Option("--to", metavar="FOLDER|OUT.tar", help="A new folder of JPEGs, or a WebDataset tar.")
@@ -32,7 +33,7 @@ def export(
     from extraction_dagster.shards.frame_export import export_frames
     from extraction_dagster.shards.frame_store import FrameStore
     from extraction_dagster.shards.place import Source
-    from extraction_dagster.stages.decode.task import frames_fingerprint
+    from extraction_dagster.stages.decode.fingerprint import frames_fingerprint
 
     if to.suffix.lower() in _PACKED:
         raise typer.BadParameter(f"--to expects a folder or a name that ends in .tar, not {to.suffix}")
@@ -45,7 +46,7 @@ def export(
 
 
 @app.command()
-def prune(id_range: console.AnyRange = None) -> None:
+def prune(id_range: AnyRange = None) -> None:
     """Remove frame shards whose records are all done, when EXTRACTION_KEEP_FRAMES says that they go.
 
     With them go the frames and vectors of former settings, once their records are done with today's.
@@ -75,7 +76,7 @@ def prune(id_range: console.AnyRange = None) -> None:
 
 @app.command()
 def compact(
-    id_range: console.AnyRange = None,
+    id_range: AnyRange = None,
     *,
     older_than: Annotated[
         float,

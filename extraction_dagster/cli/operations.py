@@ -23,7 +23,6 @@ from extraction_dagster.stages.catalog.database import describe_tls
 from extraction_dagster.stages.catalog.indexing import make_pending_index
 from extraction_dagster.stages.catalog.rights import require_rights
 from extraction_dagster.stages.catalog.state_tables import newest_version, state_version
-from extraction_dagster.stages.index.stage import open_point_store
 
 if TYPE_CHECKING:
     from extraction_dagster.watch.scrape import Scrape
@@ -62,7 +61,8 @@ def init(
     if propose is not None:
         _print_proposal(propose)
         return
-    from extraction_dagster.defs.instance.launching import open_instance, template
+    from extraction_dagster.defs.instance.glance import template
+    from extraction_dagster.defs.instance.launching import open_instance
     from extraction_dagster.defs.instance.private_api import retry_only_new_failures
 
     settings = load_settings()
@@ -106,6 +106,7 @@ def _take_over(settings: Settings, catalog: Catalog) -> None:
     from extraction_dagster.shards.embedding_store import EmbeddingStore
     from extraction_dagster.shards.frame_store import FrameStore
     from extraction_dagster.shards.place import Source
+    from extraction_dagster.stages.index.stage import open_point_store
 
     source = Source(catalog.source.identity, catalog.source.name)
     FrameStore(settings.resolved_frames_uri, "", source=source).take_over()
@@ -264,6 +265,8 @@ def _store(settings: Settings) -> str:
         return describe(settings)
     if not (settings.home / "qdrant").exists():
         return f"collection {settings.collection_name} is made by the first run"
+    from extraction_dagster.stages.index.stage import open_point_store
+
     with open_point_store(settings) as store:
         try:
             store.open_collection(settings.collection_name)

@@ -43,19 +43,17 @@ def status(*, as_json: console.AsJson = False) -> None:
 
 def _progress(settings: Settings, catalog: Catalog) -> Progress:
     """The record that the charts and the metrics show as well; a cursor that can't be used is left out."""
-    from extraction_dagster.defs.instance.cursor_store import CursorStore
-    from extraction_dagster.defs.instance.launching import open_instance
-    from extraction_dagster.defs.instance.runs import active_runs, video_rate
+    from extraction_dagster.defs.instance.opening import ask
 
-    with open_instance(settings) as instance:
-        stored, active, rate = CursorStore(instance).read(), len(active_runs(instance)), video_rate(instance)
+    seen = ask(settings)
     try:
-        cursor = CursorState.from_json(stored, source=catalog.source.identity) if stored else None
+        cursor = CursorState.from_json(seen.cursor, source=catalog.source.identity) if seen.cursor else None
     except CursorError as error:
         console.err.print(f"warning: {error}", markup=False)
         cursor = None
     memory = recall_progress(catalog.state_engine)
-    return measure_progress(catalog, cursor, memory, now=datetime.now(UTC), active_runs=active, videos_per_second=rate)
+    of_runs: dict[str, Any] = {"active_runs": seen.num_active, "videos_per_second": seen.videos_per_second}
+    return measure_progress(catalog, cursor, memory, now=datetime.now(UTC), **of_runs)
 
 
 def _duration(seconds: float) -> str:

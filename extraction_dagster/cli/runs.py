@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from extraction_dagster.cli import console
+from extraction_dagster.cli.arguments import Range
 from extraction_dagster.errors import PartitionKeyError
 from extraction_dagster.errors.catalog import EmptyRangeError
 from extraction_dagster.errors.runs import BackfillFailedError, DaemonMissingError, RunFailedError
@@ -40,14 +41,13 @@ def run(
     For example: extraction run --follow
     """
     from extraction_dagster.defs.instance.draining import drain
-    from extraction_dagster.defs.instance.launching import open_instance
 
     settings = load_settings()
     require_rights(settings)
     with open_catalog(settings):
         pass  # refuses a table that can't be used before anything is started
-    with open_instance(settings) as instance, console.long_work():
-        drained = drain(instance, settings, follow=follow)
+    with console.long_work():
+        drained = drain(None, settings, follow=follow)
     if as_json:
         waiting = {"failed": drained.num_waiting, "busy_ranges": drained.num_active}
         console.print_json({"done": drained.num_done, "parked": drained.num_parked, **waiting})
@@ -76,7 +76,7 @@ def _tell_waiting(settings: Settings, number: int) -> None:
         console.out.print(f"  and {number - len(waiting)} more: 'extraction errors' lists them")
 
 
-def launch(wanted: console.Range, *, as_json: console.AsJson = False) -> None:
+def launch(wanted: Range, *, as_json: console.AsJson = False) -> None:
     """Process one range of ids now: video_frames, frame_embeddings, qdrant_points.
 
     The run is in Dagster's run history like any other. Records that are done already are skipped.

@@ -175,7 +175,7 @@ def _write_gallery(settings: Settings, query: _Query, hits: list[Hit] | list[Vid
     from extraction_dagster.shards.frame_export import find_frames
     from extraction_dagster.shards.frame_store import FrameStore
     from extraction_dagster.shards.place import Source
-    from extraction_dagster.stages.decode.task import frames_fingerprint
+    from extraction_dagster.stages.decode.fingerprint import frames_fingerprint
     from extraction_dagster.stages.index.search import Card, render_gallery, write_gallery
 
     source = Source.for_reading(settings)

@@ -5,7 +5,7 @@ here is what Dagster shows of it: checks, metadata, versions.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
@@ -21,12 +21,11 @@ from extraction_dagster.defs.metadata import (
 from extraction_dagster.defs.partitions import id_ranges
 from extraction_dagster.defs.resources import Extraction, open_step
 from extraction_dagster.errors.index import PointsChangedError, PointsMissingError
-from extraction_dagster.ranges.decode import decode_range
-from extraction_dagster.ranges.embed import embed_range
-from extraction_dagster.ranges.index import index_range
-from extraction_dagster.ranges.work import RangeWork, Report
 from extraction_dagster.run_options import describe_options
 from extraction_dagster.settings import load_settings
+
+if TYPE_CHECKING:
+    from extraction_dagster.ranges.work import RangeWork, Report
 
 _settings = load_settings()
 _versions = code_versions(_settings)
@@ -60,6 +59,8 @@ source_table = dg.AssetSpec(
 )
 def video_frames(context: dg.AssetExecutionContext, extraction: Extraction) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """Fetch, decode and sample the range's pending rows; finished shards of an earlier try are kept."""
+    from extraction_dagster.ranges.decode import decode_range
+
     with open_step(context, extraction, begins=True) as work:
         report = decode_range(work)
         found = [
@@ -81,6 +82,8 @@ def video_frames(context: dg.AssetExecutionContext, extraction: Extraction) -> d
 )
 def frame_embeddings(context: dg.AssetExecutionContext, extraction: Extraction) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """Embed the frame shards that hold a pending row and have no vectors yet."""
+    from extraction_dagster.ranges.embed import embed_range
+
     with open_step(context, extraction) as work:
         report = embed_range(work)
         num_vectors = int(report.numbers["frames"])
@@ -102,6 +105,8 @@ def qdrant_points(
     context: dg.AssetExecutionContext, extraction: Extraction
 ) -> Iterator[dg.AssetCheckResult | dg.MaterializeResult]:  # type: ignore[type-arg]
     """Replace the points of every pending row whose vectors are stored; mark a row once its points are verified."""
+    from extraction_dagster.ranges.index import index_range
+
     with open_step(context, extraction) as work:
         try:
             report = index_range(work)
@@ -116,7 +121,7 @@ def qdrant_points(
 
 
 def _result(
-    asset: str, work: RangeWork, report: Report, found: list[dg.AssetCheckResult], options: Mapping[str, object]
+    asset: str, work: "RangeWork", report: "Report", found: list[dg.AssetCheckResult], options: Mapping[str, object]
 ) -> dg.MaterializeResult:  # type: ignore[type-arg]
     """A materialization: numbers that plot over time, failures, a contact sheet; and what it was made with."""
     entries = work.entries()

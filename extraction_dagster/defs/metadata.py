@@ -2,15 +2,18 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import dagster as dg
 
 from extraction_dagster.addresses import capped, scrubbed
 from extraction_dagster.records import Failure, fingerprint
 from extraction_dagster.settings import Settings
-from extraction_dagster.stages.catalog.ledger import LedgerEntry
-from extraction_dagster.stages.decode.task import frames_fingerprint
+from extraction_dagster.stages.decode.fingerprint import frames_fingerprint
 from extraction_dagster.stages.embed.models.registry import embedding_settings_fingerprint
+
+if TYPE_CHECKING:
+    from extraction_dagster.stages.catalog.ledger import LedgerEntry
 
 CODE_VERSION_TAG = "dagster/code_version"
 MOST_FAILURES_SHOWN = 100
@@ -53,14 +56,14 @@ def failures_table(failures: Sequence[Failure]) -> dict[str, dg.TableMetadataVal
     return {"failures_table": dg.MetadataValue.table(records, schema=_COLUMNS)}
 
 
-def stopped_table(name: str, entries: Sequence[LedgerEntry]) -> dict[str, dg.TableMetadataValue]:
+def stopped_table(name: str, entries: Sequence["LedgerEntry"]) -> dict[str, dg.TableMetadataValue]:
     """Records that are failed or parked, as a table of this name; nothing when there is none."""
     if not entries:
         return {}
     return {name: dg.MetadataValue.table([_stopped(entry) for entry in entries[:MOST_FAILURES_SHOWN]])}
 
 
-def _stopped(entry: LedgerEntry) -> dg.TableRecord:
+def _stopped(entry: "LedgerEntry") -> dg.TableRecord:
     kind, _, message = (entry.last_error or "").partition(": ")
     return dg.TableRecord(
         {
@@ -101,7 +104,7 @@ def code_versions(settings: Settings) -> dict[str, str]:
     return {"video_frames": frames, "frame_embeddings": vectors, "qdrant_points": vectors}
 
 
-def data_version(asset: str, entries: Mapping[int, LedgerEntry]) -> dg.DataVersion:
+def data_version(asset: str, entries: Mapping[int, "LedgerEntry"]) -> dg.DataVersion:
     """Names what a range of an asset holds: changes with any record, stays when a run finds nothing to do."""
     held = [
         [entry.record_id, entry.content_version, entry.frames_fingerprint, entry.num_frames]

@@ -1,13 +1,16 @@
 """A sensor that tells people of failed runs, as EXTRACTION_NOTIFY says; whatever goes wrong, its tick goes on."""
 
+from typing import TYPE_CHECKING
+
 import dagster as dg
 
-from extraction_dagster.defs.instance.runs import InstanceRuns, first_failure, range_of
 from extraction_dagster.defs.resources import Extraction
 from extraction_dagster.errors import ExtractionError
-from extraction_dagster.notify import RunFailure, deliver, make_notifier, redact
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import load_settings
+
+if TYPE_CHECKING:
+    from extraction_dagster.notify import RunFailure
 
 _WILL_RETRY_TAG = "dagster/will_retry"
 _TOLD = frozenset({1, 2, 4, 8})  # of failures in a row of one range; at the 12th there is one an hour, and each is told
@@ -24,6 +27,8 @@ _EACH_FROM = 12
 )
 def run_failure_notices(context: dg.RunFailureSensorContext, extraction: Extraction) -> None:
     """Tell of one failed run."""
+    from extraction_dagster.notify import deliver, make_notifier
+
     try:
         settings = extraction.settings
         notifier = make_notifier(settings)
@@ -45,7 +50,10 @@ def run_failure_notices(context: dg.RunFailureSensorContext, extraction: Extract
         context.log.error("A notice was not delivered: %s was raised", type(error).__name__)  # noqa: TRY400 - likewise
 
 
-def _describe(context: dg.RunFailureSensorContext, extraction: Extraction) -> RunFailure:
+def _describe(context: dg.RunFailureSensorContext, extraction: Extraction) -> "RunFailure":
+    from extraction_dagster.defs.instance.runs import InstanceRuns, first_failure, range_of
+    from extraction_dagster.notify import RunFailure, redact
+
     run = context.dagster_run
     id_range = range_of(run)
     step, error = first_failure(context.get_step_failure_events())

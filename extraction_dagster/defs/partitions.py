@@ -8,7 +8,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import dagster as dg
-import psutil
 
 from extraction_dagster.errors import PartitionKeyError
 from extraction_dagster.records import IdRange
@@ -43,6 +42,8 @@ def valid_ranges(keys: Iterable[str]) -> Iterator[IdRange]:
 
 def process_tags(run_id: str) -> dict[str, str]:
     """The tags that say that this process works on a run: place, process id, and start time, for ids are used again."""
+    import psutil
+
     this_process = f"{_place()}:{os.getpid()}:{int(psutil.Process().create_time())}"
     return {PROCESS_TAG: this_process, PROCESS_RUN_TAG: run_id}
 
@@ -82,6 +83,8 @@ def is_dead(tag: str) -> bool:
 
 def is_gone(process_id: int, *, since: float = 0.0, until: float) -> bool:
     """Whether no process with this id that began between two moments lives; False where that can't be seen."""
+    import psutil
+
     try:
         process = psutil.Process(process_id)
         return not since <= process.create_time() < until or process.status() == psutil.STATUS_ZOMBIE

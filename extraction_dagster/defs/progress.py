@@ -4,29 +4,23 @@ It is materialized whenever something has moved or nothing is pending, and only 
 moves. So its freshness says whether the watermark keeps up, and its check why not.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from extraction_dagster.defs.instance.cursor_store import CursorStore
-from extraction_dagster.defs.instance.runs import active_runs, video_rate
 from extraction_dagster.defs.metadata import as_metadata
 from extraction_dagster.defs.resources import Extraction, plain_failures
 from extraction_dagster.settings import Settings, load_settings
-from extraction_dagster.stages.catalog.catalog import Catalog, open_catalog
-from extraction_dagster.ticks.cursor import CursorState
-from extraction_dagster.ticks.memory import recall_text, remember_text
-from extraction_dagster.watch.progress import Progress, measure_progress, recall_progress, remember_progress
+
+if TYPE_CHECKING:
+    from extraction_dagster.stages.catalog.catalog import Catalog
+    from extraction_dagster.watch.progress import Progress
 
 _settings = load_settings()
 _KEY = dg.AssetKey("extraction_progress")
 _CHECK = "watermark_moves"
-_REPORTED_KEY = "progress_reported"
-# While nothing changes, it is reported a few times within the time after which silence counts as standing still.
-_REPORTS_PER_STUCK = 4
 
 extraction_progress = dg.AssetSpec(
     _KEY,
@@ -73,52 +67,44 @@ def watermark_moves(context: dg.AssetCheckExecutionContext, extraction: Extracti
 
 def report_progress(instance: dg.DagsterInstance, settings: Settings, *, at_once: bool = False) -> None:
     """What the sensor does, for a process that works without a daemon; at once, or not more often than it would."""
+    from extraction_dagster.stages.catalog.catalog import open_catalog
+    from extraction_dagster.watch.progress import last_report
+
     now = datetime.now(UTC)
     with open_catalog(settings) as catalog:
-        last, _ = _last_reported(catalog)
+        last = last_report(catalog.state_engine).at
         if at_once or last is None or now - last >= timedelta(seconds=settings.progress_interval_seconds):
             for event in progress_events(instance, catalog, now=now):
                 instance.report_runless_asset_event(event)
 
 
-def progress_events(instance: dg.DagsterInstance, catalog: Catalog, *, now: datetime) -> Sequence[Event]:
+def progress_events(instance: dg.DagsterInstance, catalog: "Catalog", *, now: datetime) -> Sequence[Event]:
     """The events that say how far things are; none when nothing has changed since the last ones, and not long ago."""
-    progress, (reported_at, reported) = _measure(instance, catalog, now=now), _last_reported(catalog)
-    numbers = progress.numbers()
-    # The rate is another one at each look: it alone is no reason to report.
-    steady = {name: value for name, value in numbers.items() if name not in {"videos_per_second", "eta_seconds"}}
-    again_after = timedelta(seconds=catalog.settings.stuck_seconds / _REPORTS_PER_STUCK)
-    if reported_at is not None and steady == reported and now - reported_at < again_after:
+    from extraction_dagster.watch.progress import last_report, remember_report
+
+    progress, last = _measure(instance, catalog, now=now), last_report(catalog.state_engine)
+    if not last.is_outdated(progress, now=now, stuck_seconds=catalog.settings.stuck_seconds):
         return ()
-    metadata = as_metadata(numbers, {})
-    moved = reported_at is None or progress.moved_at > reported_at
+    metadata = as_metadata(progress.numbers(), {})
+    moved = last.at is None or progress.moved_at > last.at
     made: Event = dg.AssetMaterialization(_KEY, metadata=metadata)
     seen: Event = dg.AssetObservation(_KEY, metadata=metadata)
-    remember_text(catalog.state_engine, _REPORTED_KEY, json.dumps({"at": now.isoformat(), "numbers": steady}))
+    remember_report(catalog.state_engine, progress, now=now)
     verdict = dg.AssetCheckEvaluation(asset_key=_KEY, check_name=_CHECK, **_verdict(progress, catalog.settings))
     return [made if moved else seen, verdict]
 
 
-def _measure(instance: dg.DagsterInstance, catalog: Catalog, *, now: datetime) -> Progress:
+def _measure(instance: dg.DagsterInstance, catalog: "Catalog", *, now: datetime) -> "Progress":
     """Take a look, and remember it for the next one."""
-    stored, memory = CursorStore(instance).read(), recall_progress(catalog.state_engine)
-    cursor = CursorState.from_json(stored, source=catalog.source.identity) if stored else None
-    active, rate = len(active_runs(instance)), video_rate(instance)
-    progress = measure_progress(catalog, cursor, memory, now=now, active_runs=active, videos_per_second=rate)
-    remember_progress(catalog.state_engine, memory)
-    return progress
+    from extraction_dagster.defs.instance.cursor_store import CursorStore
+    from extraction_dagster.defs.instance.runs import active_runs, video_rate
+    from extraction_dagster.watch.progress import take_look
+
+    stored, active, rate = CursorStore(instance).read(), len(active_runs(instance)), video_rate(instance)
+    return take_look(catalog, stored, now=now, active_runs=active, videos_per_second=rate)
 
 
-def _last_reported(catalog: Catalog) -> tuple[datetime | None, Mapping[str, float]]:
-    """When figures were last reported, and which; nothing when that can't be read."""
-    try:
-        values = json.loads(recall_text(catalog.state_engine, _REPORTED_KEY) or "")
-        return datetime.fromisoformat(values["at"]), dict(values["numbers"])
-    except (ValueError, KeyError, TypeError):
-        return None, {}
-
-
-def _verdict(progress: Progress, settings: Settings) -> dict[str, Any]:
+def _verdict(progress: "Progress", settings: Settings) -> dict[str, Any]:
     """The parts of a check's result."""
     waiting = {"pending_rows": progress.pending_rows, "seconds_without_work": round(progress.stalled_seconds)}
     return {
@@ -128,7 +114,7 @@ def _verdict(progress: Progress, settings: Settings) -> dict[str, Any]:
     }
 
 
-def _in_words(progress: Progress, settings: Settings) -> str:
+def _in_words(progress: "Progress", settings: Settings) -> str:
     last = progress.last_processed_id
     where = "no record is done yet" if last is None else f"at ID {last}"
     if progress.pending_rows == 0:

@@ -7,12 +7,8 @@ from pydantic import Field
 
 from extraction_dagster.defs.assets import qdrant_points
 from extraction_dagster.defs.resources import Extraction, plain_failures
-from extraction_dagster.ranges.work import fingerprints_of
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import load_settings
-from extraction_dagster.stages.catalog.catalog import open_catalog
-from extraction_dagster.stages.index.compare import WHOLE
-from extraction_dagster.stages.index.reconcile import reconcile
 
 _MOST_RECORDS_SHOWN = 100
 
@@ -44,7 +40,11 @@ def points_agree_with_table(
     context: dg.AssetCheckExecutionContext, config: ReconcileConfig, extraction: Extraction
 ) -> dg.AssetCheckResult:
     """Compare every record of the ledger with the store; in a run of one range, those of the range."""
-    from extraction_dagster.stages.index.stage import open_point_store  # noqa: PLC0415 - loads the engine
+    from extraction_dagster.ranges.work import fingerprints_of
+    from extraction_dagster.stages.catalog.catalog import open_catalog
+    from extraction_dagster.stages.index.compare import WHOLE
+    from extraction_dagster.stages.index.reconcile import reconcile
+    from extraction_dagster.stages.index.stage import open_point_store
 
     started = time.perf_counter()
     settings = extraction.settings

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 from pydantic import Field
@@ -16,7 +16,6 @@ from extraction_dagster.defs.partitions import above_floor, add_ranges, process_
 from extraction_dagster.errors import ExtractionError
 from extraction_dagster.errors.runs import OtherModelError, SettingsChangedError
 from extraction_dagster.interrupts import redeliver_dropped_interrupts
-from extraction_dagster.ranges.work import RangeWork, fingerprints_of, open_range, vectors_fingerprint
 from extraction_dagster.records import IdRange
 from extraction_dagster.run_options import (
     OVERRIDABLE,
@@ -26,8 +25,10 @@ from extraction_dagster.run_options import (
     settings_with,
 )
 from extraction_dagster.settings import Settings, load_settings
-from extraction_dagster.stages.catalog.catalog import Catalog, Fingerprints, open_catalog
-from extraction_dagster.stages.catalog.signs import signs_of_life
+
+if TYPE_CHECKING:
+    from extraction_dagster.ranges.work import RangeWork
+    from extraction_dagster.stages.catalog.catalog import Catalog, Fingerprints
 
 _log = logging.getLogger(__name__)  # managed by Dagster: these lines are in the run's events too
 OPTIONS_TAG = "extraction/options"
@@ -100,12 +101,14 @@ class Extraction(dg.ConfigurableResource):  # type: ignore[type-arg]  # not gene
         return settings_with(self.options)
 
     @contextmanager
-    def catalog(self) -> Iterator[Catalog]:
+    def catalog(self) -> Iterator["Catalog"]:
         """The source table and the ledger, as the settings are now; for work that makes no frames or vectors."""
+        from extraction_dagster.stages.catalog.catalog import open_catalog
+
         with open_catalog(self.settings) as catalog:
             yield catalog
 
-    def refuse_unstaged_model(self, settings: Settings, fingerprints: Fingerprints) -> None:
+    def refuse_unstaged_model(self, settings: Settings, fingerprints: "Fingerprints") -> None:
         """Refuse options that give other vectors than the settings do, unless a collection was staged for them.
 
         Args:
@@ -115,10 +118,12 @@ class Extraction(dg.ConfigurableResource):  # type: ignore[type-arg]  # not gene
         Raises:
             OtherModelError: There is no such collection; nothing was done yet.
         """
+        from extraction_dagster.ranges.work import fingerprints_of
+
         wanted = fingerprints.embedding
         if not self.options or wanted == fingerprints_of(load_settings()).embedding:
             return
-        from extraction_dagster.stages.index.stage import open_point_store  # noqa: PLC0415
+        from extraction_dagster.stages.index.stage import open_point_store
 
         with open_point_store(settings, wait_seconds=settings.qdrant_timeout_seconds) as store:
             there = store.collections(settings.collection_name)
@@ -147,7 +152,7 @@ def plain_failures() -> Iterator[None]:
 @contextmanager
 def open_step(
     context: dg.AssetExecutionContext, extraction: Extraction, *, begins: bool = False
-) -> Iterator[RangeWork]:
+) -> Iterator["RangeWork"]:
     """Open what a step needs; whatever is wrong with the run's options or its range is refused here, before any work.
 
     Args:
@@ -155,6 +160,9 @@ def open_step(
         extraction: The run's options; the settings are read once, here.
         begins: It is the first asset: rows that are asked for again get their new revision.
     """
+    from extraction_dagster.ranges.work import fingerprints_of, open_range, vectors_fingerprint
+    from extraction_dagster.stages.catalog.signs import signs_of_life
+
     with (
         plain_failures(),
         _log_how_to_resume(context.partition_key),

@@ -2,17 +2,18 @@
 
 from datetime import UTC, datetime
 from functools import partial
+from typing import TYPE_CHECKING
 
 import dagster as dg
 
-from extraction_dagster.defs.instance.cursor_store import SENSOR_NAME
-from extraction_dagster.defs.instance.runs import PARTITION_TAG, InstanceRuns
+from extraction_dagster.defs.instance import SENSOR_NAME
 from extraction_dagster.defs.jobs import extraction_job
 from extraction_dagster.defs.partitions import FLOOR_TAG, id_ranges
 from extraction_dagster.defs.resources import Extraction
 from extraction_dagster.settings import load_settings
-from extraction_dagster.ticks.memory import recall, remember
-from extraction_dagster.ticks.tick import Ticked, tick
+
+if TYPE_CHECKING:
+    from extraction_dagster.ticks.tick import Ticked
 
 
 @dg.sensor(
@@ -24,6 +25,10 @@ from extraction_dagster.ticks.tick import Ticked, tick
 )
 def extraction_sensor(context: dg.SensorEvaluationContext, extraction: Extraction) -> dg.SensorResult:
     """Tick once."""
+    from extraction_dagster.defs.instance.runs import PARTITION_TAG, InstanceRuns
+    from extraction_dagster.ticks.memory import recall, remember
+    from extraction_dagster.ticks.tick import tick
+
     runs = InstanceRuns(context.instance, under_daemon=True)
     with extraction.catalog() as catalog:
         memory = recall(catalog.state_engine)
@@ -51,7 +56,7 @@ def extraction_sensor(context: dg.SensorEvaluationContext, extraction: Extractio
     )
 
 
-def _skip_reason(ticked: Ticked) -> str:
+def _skip_reason(ticked: "Ticked") -> str:
     """Why no run was requested, for the sensor's page."""
     last = ticked.cursor.last_processed_id
     so_far = "No row is done yet" if last is None else f"Every row up to ID {last} is done or parked"

@@ -52,9 +52,9 @@ class ExtractionStorage(_ConfiguredBySettings, DagsterStorage, ConfigurableClass
             make_private_folder(folder)
             with FileLock(folder / "storage.lock"):  # two processes that create the tables at once would collide
                 return DagsterSqliteStorage.from_local(str(folder), inst_data=inst_data)
-        from dagster_postgres import DagsterPostgresStorage  # noqa: PLC0415 - only where it is used
+        from dagster_postgres import DagsterPostgresStorage
 
-        from extraction_dagster.stages.catalog.database import parse_url  # noqa: PLC0415
+        from extraction_dagster.stages.catalog.database import parse_url
 
         url = parse_url(settings.postgres_url.get_secret_value(), setting="EXTRACTION_POSTGRES_URL")
         return DagsterPostgresStorage(url.render_as_string(hide_password=False), inst_data=inst_data)

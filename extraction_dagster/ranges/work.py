@@ -23,7 +23,7 @@ from extraction_dagster.shards.place import Source
 from extraction_dagster.shards.store import Copy, S, newest_copies
 from extraction_dagster.stages.catalog.catalog import Fingerprints, open_catalog
 from extraction_dagster.stages.catalog.error_retention import prune_errors
-from extraction_dagster.stages.decode.task import frames_fingerprint
+from extraction_dagster.stages.decode.fingerprint import frames_fingerprint
 from extraction_dagster.stages.embed.models.registry import embedding_fingerprint
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ import numpy as np
 
 from extraction_dagster.errors import ExtractionError, RecordShapeError, one_line
 from extraction_dagster.errors.decode import FrameShardError, FrameStoreError
+from extraction_dagster.media import FRAMES_LAYOUT
 from extraction_dagster.records import EncodedFrames
 from extraction_dagster.shards.checked_parquet import CheckedParquet, Layout
 from extraction_dagster.shards.store import Shard, ShardRecord, ShardStore
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from extraction_dagster.records import IdRange
 
-FORMAT = 1
+FORMAT = FRAMES_LAYOUT
 _ROWS_PER_GROUP = 300
 _LONGEST_SIDE = 65_500  # JPEG has no longer one
 _LONGEST_TEXT = 10_000

@@ -12,8 +12,8 @@ metrics remember where the watermark was, in the state database, and so share on
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
-from datetime import datetime
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 from extraction_dagster.records import IdRange
@@ -22,6 +22,8 @@ from extraction_dagster.ticks.cursor import CursorState
 from extraction_dagster.ticks.memory import recall_text, remember_text
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import sqlalchemy as sa
 
     from extraction_dagster.stages.catalog.catalog import Catalog
@@ -31,7 +33,12 @@ MOST_COUNTED = 100_000
 MOST_SCANNED = 20_000
 _MOST_LOOKS = 10  # of so many rows
 _KEY = "progress_memory"
+_REPORT_KEY = "progress_reported"
 _NOT_CHARTED = {"moved_at", "stalled_seconds", "is_stuck"}
+# The rate is another one at each look: it alone is no reason to report.
+_UNSTEADY = {"videos_per_second", "eta_seconds"}
+# While nothing changes, it is reported a few times within the time after which silence counts as standing still.
+_REPORTS_PER_STUCK = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +115,43 @@ class ProgressMemory:
     moved_at: datetime | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What was last reported to the charts of the UI.
+
+    Attributes:
+        at: When; None when it was not yet, or when that can't be read.
+        steady: The figures, without those that differ at each look.
+    """
+
+    at: datetime | None = None
+    steady: Mapping[str, float] = field(default_factory=dict)
+
+    def is_outdated(self, progress: Progress, *, now: datetime, stuck_seconds: float) -> bool:
+        """Whether to report again: something changed, or it is long ago."""
+        if self.at is None or _steady(progress) != self.steady:
+            return True
+        return now - self.at >= timedelta(seconds=stuck_seconds / _REPORTS_PER_STUCK)
+
+
+def _steady(progress: Progress) -> dict[str, float]:
+    return {name: value for name, value in progress.numbers().items() if name not in _UNSTEADY}
+
+
+def last_report(engine: sa.Engine) -> Report:
+    """What was last reported."""
+    try:
+        values = json.loads(recall_text(engine, _REPORT_KEY) or "")
+        return Report(datetime.fromisoformat(values["at"]), dict(values["numbers"]))
+    except (ValueError, KeyError, TypeError):
+        return Report()
+
+
+def remember_report(engine: sa.Engine, progress: Progress, *, now: datetime) -> None:
+    """Note what is reported now."""
+    remember_text(engine, _REPORT_KEY, json.dumps({"at": now.isoformat(), "numbers": _steady(progress)}))
+
+
 def eta_seconds(pending: int, videos_per_second: float | None) -> int | None:
     """How long pending rows take at a rate; None without one."""
     if not pending:
@@ -129,6 +173,23 @@ def remember_progress(engine: sa.Engine, memory: ProgressMemory) -> None:
     """Keep it for the next look."""
     moved_at = memory.moved_at and memory.moved_at.isoformat()
     remember_text(engine, _KEY, json.dumps({"watermark": memory.last_processed_id, "moved_at": moved_at}))
+
+
+def take_look(
+    catalog: Catalog, stored: str | None, *, now: datetime, active_runs: int, videos_per_second: float | None
+) -> Progress:
+    """Measure with the cursor as it is stored, and remember the look for the next one.
+
+    Raises:
+        CursorError: The cursor can't be used.
+    """
+    memory = recall_progress(catalog.state_engine)
+    cursor = CursorState.from_json(stored, source=catalog.source.identity) if stored else None
+    progress = measure_progress(
+        catalog, cursor, memory, now=now, active_runs=active_runs, videos_per_second=videos_per_second
+    )
+    remember_progress(catalog.state_engine, memory)
+    return progress
 
 
 def measure_progress(  # noqa: PLR0913 - the table, the cursor, and what Dagster's instance says

@@ -15,7 +15,7 @@ from extraction_dagster.settings import load_settings
 from extraction_dagster.shards.frame_store import FrameStore
 from extraction_dagster.stages.catalog.catalog import open_catalog
 from extraction_dagster.stages.catalog.database import make_engine, writing
-from extraction_dagster.stages.decode.task import frames_fingerprint
+from extraction_dagster.stages.decode.fingerprint import frames_fingerprint
 from extraction_dagster.stages.embed.models.registry import embedding_fingerprint
 
 

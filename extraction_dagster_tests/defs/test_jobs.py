@@ -330,7 +330,7 @@ def test_a_run_that_is_stopped_says_what_it_leaves_and_how_to_go_on(world, monke
     def stopped(_work):
         raise DagsterExecutionInterruptedError
 
-    monkeypatch.setattr(f"extraction_dagster.defs.assets.{step}_range", stopped)
+    monkeypatch.setattr(f"extraction_dagster.ranges.{step}.{step}_range", stopped)
     with caplog.at_level("INFO", "extraction_dagster"):
         result = world.run()
     assert not result.success

@@ -4,7 +4,7 @@ import dagster as dg
 import pytest
 from dagster._core.instance.config import PoolGranularity
 
-from extraction_dagster.defs.instance.launching import template
+from extraction_dagster.defs.instance.glance import template
 
 
 @pytest.fixture

@@ -200,7 +200,7 @@ def test_what_nobody_thought_of_fails_no_tick(daemon, instance, hook, monkeypatc
     def explode(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("extraction_dagster.defs.notify.first_failure", explode)
+    monkeypatch.setattr("extraction_dagster.defs.instance.runs.first_failure", explode)
     fail(instance)
     daemon.tick()
     assert hook.posted == []

@@ -11,7 +11,7 @@ from extraction_dagster.errors.decode import FrameShardError, FrameStoreError
 from extraction_dagster.records import EncodedFrames, IdRange
 from extraction_dagster.settings import Settings
 from extraction_dagster.shards.frame_store import FrameRecord, FrameStore
-from extraction_dagster.stages.decode.task import frames_fingerprint
+from extraction_dagster.stages.decode.fingerprint import frames_fingerprint
 
 RANGE = IdRange(1, 1000)
 

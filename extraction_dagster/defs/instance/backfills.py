@@ -152,7 +152,7 @@ class Backfills:
         chosen = tuple(name for name in ASSETS if name in assets)
         wanted = [*cover.ranges]
         if stale_only:
-            from extraction_dagster.definitions import defs  # noqa: PLC0415 - definitions import this folder
+            from extraction_dagster.definitions import defs
 
             keys = [dg.AssetKey(name) for name in chosen]
             stale = stale_ranges(self.instance, defs.resolve_asset_graph(), wanted, keys)

@@ -2,6 +2,7 @@
 
 import dagster as dg
 
+from extraction_dagster.defs.instance import LOCATION_NAME, SENSOR_NAME
 from extraction_dagster.defs.instance.private_api import (
     InstigatorState,
     InstigatorStatus,
@@ -12,8 +13,6 @@ from extraction_dagster.defs.instance.private_api import (
     sensor_states,
 )
 
-SENSOR_NAME = "extraction_sensor"
-LOCATION_NAME = "extraction_dagster"
 _MODULE = "extraction_dagster.definitions"  # as in workspace.yaml
 
 

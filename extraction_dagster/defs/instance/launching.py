@@ -9,12 +9,12 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 import dagster as dg
 import sqlalchemy as sa
 
+from extraction_dagster.defs.instance.glance import template
 from extraction_dagster.defs.instance.runs import (
     PARTITION_TAG,
     attended_runs,
@@ -47,11 +47,6 @@ class FinishedRun:
     run_id: str
     success: bool
     error: str
-
-
-def template(name: str) -> str:
-    """The text of a configuration file that this package carries."""
-    return (resources.files("extraction_dagster") / "templates" / name).read_text()
 
 
 @contextmanager
@@ -138,7 +133,7 @@ def launch(
         RangeBusyError: The range has an active run already.
         KeyboardInterrupt: Ctrl+C; finished shards are kept, and the range can be launched again.
     """
-    from extraction_dagster.definitions import defs  # noqa: PLC0415 - definitions import this folder
+    from extraction_dagster.definitions import defs
 
     ExtractionComputeLogManager.captures = False
     fail_dead_runs(instance)

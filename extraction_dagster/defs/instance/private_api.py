@@ -3,7 +3,7 @@
 Other files import these names from here, and `test_boundaries.py` refuses an import from `dagster._…` anywhere else.
 `test_upstream.py` asserts what we rely on, so that its failure reads "the dependency changed". Beside these, methods of
 `DagsterInstance` are used that Dagster does not document: runs are read, counted, tagged and failed, backfills and
-instigator states are read and written.
+instigator states are read and written. And `glance.py` reads the tables of its storages without loading it.
 """
 
 import importlib
@@ -101,7 +101,7 @@ def daemon_statuses(
         daemon_types: SENSOR, BACKFILL and so on.
         ignore_errors: Count a daemon that reports errors as healthy.
     """
-    from dagster._daemon.controller import get_daemon_statuses  # noqa: PLC0415 - half a CPU second, seldom needed
+    from dagster._daemon.controller import get_daemon_statuses
 
     return get_daemon_statuses(
         instance, daemon_types, ignore_errors=ignore_errors, heartbeat_tolerance_seconds=_SILENCE_SECONDS

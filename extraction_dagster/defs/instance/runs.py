@@ -8,9 +8,11 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 
 import dagster as dg
 
+from extraction_dagster.defs.instance.glance import rates
 from extraction_dagster.defs.instance.private_api import (
     GRPC_INFO_TAG,
     AssetGraphSubset,
@@ -57,9 +59,6 @@ _SILENT = timedelta(hours=1)  # without a run: a backfill that nobody works off,
 _LOOK_BACK = 12
 _LOOK_BACK_AT_ALL = 50
 _STARTED_PROCESS = re.compile(r"Started process for run \(pid: (\d+)\)")  # Dagster's own words, before the first step
-_RATE_SECONDS = 900.0
-_MOST_EVENTS = 200
-_FEWEST_EVENTS = 5  # ranges that take long end seldom: fewer say little
 # Where each rate is read: the asset, and the numbers in its metadata.
 _MADE = {"qdrant_points": ("videos", "points"), "video_frames": ("frames",)}
 
@@ -331,38 +330,33 @@ def video_rate(instance: dg.DagsterInstance) -> float | None:
 
 def recent_rates(instance: dg.DagsterInstance, *, assets: Iterable[str] = tuple(_MADE)) -> dict[str, float]:
     """Videos, frames and points a second over the newest runs; none of them when no run has ended lately."""
-    rates, now = dict[str, float](), time.time()
-    for asset in assets:
-        records, since = _newest(instance, dg.AssetKey(asset), now)
-        for name in _MADE[asset] if records else ():
-            made = sum(_number(record, name) for record in records)
-            rates[name] = round(made / max(now - since, 1.0), 4)
-    return rates
+    found = [
+        rates(partial(_made, instance, dg.AssetKey(asset)), _MADE[asset], is_busy=lambda: bool(active_runs(instance)))
+        for asset in assets
+    ]
+    return {name: rate for of_asset in found for name, rate in of_asset.items()}
 
 
-def _newest(instance: dg.DagsterInstance, asset: dg.AssetKey, now: float) -> tuple[Sequence[dg.EventLogRecord], float]:
-    """The materializations that a rate is made of, and the moment since when they were made.
+class _Record:
+    """A materialization as Dagster hands it out."""
 
-    Those of the last quarter of an hour; and where they are few, for ranges that take long, the newest five while runs
-    are at work. Where nothing older than the oldest is known, that one only says since when.
-    """
+    def __init__(self, record: dg.EventLogRecord) -> None:
+        self._record, self.timestamp = record, record.timestamp
 
-    def found(limit: int, after: float | None = None, before: float | None = None) -> Sequence[dg.EventLogRecord]:
-        wanted = dg.AssetRecordsFilter(asset_key=asset, after_timestamp=after, before_timestamp=before)
-        return instance.fetch_materializations(wanted, limit=limit).records
-
-    start = now - _RATE_SECONDS
-    records = found(_MOST_EVENTS, after=start)
-    if _FEWEST_EVENTS <= len(records) < _MOST_EVENTS and found(1, before=start):
-        return records, start
-    if not records and not active_runs(instance):
-        return (), start
-    if len(records) < _FEWEST_EVENTS:
-        records = found(_FEWEST_EVENTS)
-    return (records[:-1], records[-1].timestamp) if records else ((), start)
+    def number(self, name: str) -> int:
+        materialization = self._record.asset_materialization
+        found = materialization.metadata.get(name) if materialization else None
+        return found.value if found is not None and isinstance(found.value, int) else 0
 
 
-def _number(record: dg.EventLogRecord, name: str) -> int:
-    materialization = record.asset_materialization
-    found = materialization.metadata.get(name) if materialization else None
-    return found.value if found is not None and isinstance(found.value, int) else 0
+def _made(
+    instance: dg.DagsterInstance,
+    asset: dg.AssetKey,
+    limit: int,
+    *,
+    after: float | None = None,
+    before: float | None = None,
+) -> Sequence[_Record]:
+    """The newest materializations of an asset between two moments."""
+    wanted = dg.AssetRecordsFilter(asset_key=asset, after_timestamp=after, before_timestamp=before)
+    return [_Record(record) for record in instance.fetch_materializations(wanted, limit=limit).records]

@@ -7,14 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import simplejpeg
 
-from extraction_dagster.media import MAX_STORED_PIXELS, jpeg_size_px
+from extraction_dagster.media import MAX_STORED_PIXELS, SUBSAMPLING, jpeg_size_px
 from extraction_dagster.records import EncodedFrames, FrameBatch
 
 if TYPE_CHECKING:
     from extraction_dagster.stages.decode.decoders.decoder import DecodedVideo
-
-# Full colour resolution: 4:2:0 would blur what an embedding model sees.
-SUBSAMPLING = "444"
 
 
 def encode_frames(video: DecodedVideo, *, record_id: int, content_version: str, quality: int) -> EncodedFrames:

@@ -15,9 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from extraction_dagster.errors.decode import FramesRejectedError
+from extraction_dagster.late import np
 from extraction_dagster.stages.decode.sampling import evenly
 
 if TYPE_CHECKING:

@@ -13,8 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from extraction_dagster.late import np
 from extraction_dagster.records import FrameBatch
 
 if TYPE_CHECKING:

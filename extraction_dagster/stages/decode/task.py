@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from extraction_dagster.errors import SettingsError
-from extraction_dagster.records import EncodedFrames, VideoRow, fingerprint
 from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits, Decoder
 from extraction_dagster.stages.decode.decoders.decord import decode_with_decord
-from extraction_dagster.stages.decode.decoders.geometry import SCALING
 from extraction_dagster.stages.decode.decoders.library_log import write_errors
 from extraction_dagster.stages.decode.decoders.pyav import decode_with_pyav
-from extraction_dagster.stages.decode.jpeg import SUBSAMPLING, encode_frames
+from extraction_dagster.stages.decode.fingerprint import frames_fingerprint
+from extraction_dagster.stages.decode.jpeg import encode_frames
 from extraction_dagster.stages.decode.quality import Quality, refine
 from extraction_dagster.stages.decode.sampling import Sampling
 
 if TYPE_CHECKING:
+    from extraction_dagster.records import EncodedFrames, VideoRow
     from extraction_dagster.settings import Settings
+
+__all__ = ["DECODERS", "DecodeJob", "NamedDecoder", "decode_job", "frames_fingerprint", "make_decoder"]
 
 # By the names of the setting EXTRACTION_DECODER; a decoder imports its library once it decodes.
 DECODERS: dict[str, Decoder] = {"pyav": decode_with_pyav, "decord": decode_with_decord}
@@ -110,21 +112,3 @@ def decode_job(job: DecodeJob) -> EncodedFrames:
         cv2.setNumThreads(1)  # there is a worker a core: threads inside one would only slow each other down
     video = refine(video, job.quality, path=job.path)
     return encode_frames(video, record_id=job.record_id, content_version=job.content_version, quality=job.jpeg_quality)
-
-
-def frames_fingerprint(settings: Settings) -> str:
-    """What decides the stored frames: decoder, choice of frames, size, JPEG. Nothing else changes it."""
-    from extraction_dagster.shards.frame_store import FORMAT  # noqa: PLC0415 - a worker starts in half the time
-
-    steps = Quality.from_settings(settings).identity
-    return fingerprint(
-        layout=FORMAT,
-        decoder=settings.decoder,
-        sampling=Sampling.from_settings(settings).identity,
-        short_side_px=settings.short_side_px,
-        scaling=SCALING,
-        jpeg_quality=settings.jpeg_quality,
-        jpeg_subsampling=SUBSAMPLING,
-        **({"quality": steps} if steps else {}),  # without a step, nothing that could differ
-        **({"tone_map": settings.tone_map} if settings.tone_map != "on" else {}),
-    )

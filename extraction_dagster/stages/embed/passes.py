@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
+from extraction_dagster.late import np
 
 if TYPE_CHECKING:
     from collections.abc import Callable

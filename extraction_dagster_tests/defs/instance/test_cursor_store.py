@@ -10,8 +10,9 @@ from dagster._core.workspace.load_target import WorkspaceFileTarget
 from dagster._daemon.types import DaemonHeartbeat
 from dagster._utils.error import SerializableErrorInfo
 
-from extraction_dagster.defs.instance.cursor_store import SENSOR_NAME, CursorStore
-from extraction_dagster.defs.instance.launching import template
+from extraction_dagster.defs.instance import SENSOR_NAME
+from extraction_dagster.defs.instance.cursor_store import CursorStore
+from extraction_dagster.defs.instance.glance import template
 
 
 @pytest.fixture

@@ -4,12 +4,13 @@ import contextlib
 import time
 from types import SimpleNamespace
 
+import dagster as dg
 import pytest
 from dagster._daemon.types import DaemonHeartbeat
 
-from extraction_dagster.defs.instance import draining
+from extraction_dagster.defs.instance import draining, launching
 from extraction_dagster.defs.instance.cursor_store import CursorStore
-from extraction_dagster.defs.instance.draining import drain
+from extraction_dagster.defs.instance.draining import Drained, drain
 from extraction_dagster.defs.instance.launching import FinishedRun, open_instance
 from extraction_dagster.errors.runs import RangeBusyError, RunFailedError, SensorBusyError
 from extraction_dagster.settings import load_settings
@@ -18,8 +19,9 @@ from extraction_dagster.stages.embed.models.registry import embedding_fingerprin
 from extraction_dagster.stages.index.protocol import CollectionSpec
 from extraction_dagster.stages.index.stage import open_point_store
 from extraction_dagster.ticks import looks
-from extraction_dagster.ticks.cursor import CursorState
+from extraction_dagster.ticks.cursor import CursorState, Requests
 from extraction_dagster.ticks.memory import Memory, recall, remember
+from extraction_dagster.watch import progress
 
 
 @pytest.fixture
@@ -122,7 +124,7 @@ def launched(world, monkeypatch):
             world.sql(done, first, last)
         return FinishedRun("r", success=not error, error=error)
 
-    monkeypatch.setattr(draining, "launch", launch)
+    monkeypatch.setattr(launching, "launch", launch)
     return kept
 
 
@@ -174,3 +176,60 @@ def test_a_command_that_was_stopped_within_its_look_at_the_whole_goes_on_there(i
     drain(instance, load_settings(), follow=False)
     assert scanned[3] == came_to
     assert launched.ranges == ["1-1", "2-2", "3-3", "4-4"]
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """How often a command opened Dagster's instance."""
+    kept, open_really = [], launching.open_instance
+
+    def opening(settings):
+        kept.append(settings)
+        return open_really(settings)
+
+    monkeypatch.setattr(launching, "open_instance", opening)
+    return kept
+
+
+def test_where_nothing_is_due_and_nothing_goes_on_the_instance_is_not_opened(instance, world, launched, opened):
+    drain(instance, load_settings(), follow=False)
+    stored = CursorStore(instance).read()
+    assert drain(None, load_settings(), follow=False) == Drained(0, 0, 0, 0)
+    assert (opened, CursorStore(instance).read()) == ([], stored)
+    world.sql("INSERT INTO insta_content (id, path) SELECT 7, path FROM insta_content WHERE id = 1")
+    drain(None, load_settings(), follow=False)
+    assert (launched.ranges[4:], len(opened)) == (["5-7"], 1)
+    assert CursorState.from_json(CursorStore(instance).read(), source=identity()).last_processed_id == 7
+
+
+def test_what_an_operator_asked_for_is_applied_without_a_row_that_is_due(instance, launched, opened):
+    drain(instance, load_settings(), follow=False)
+    with open_catalog(load_settings()) as catalog:
+        Requests(catalog.state_engine).add("set", 2)
+    drain(None, load_settings(), follow=False)
+    assert CursorState.from_json(CursorStore(instance).read(), source=identity()).floor_id == 2
+    assert (launched.ranges[4:], len(opened)) == ([], 1)
+
+
+def test_the_charts_hear_again_of_what_does_not_change_once_it_is_long_ago(instance, launched, opened, monkeypatch):
+    def reports():
+        made = instance.fetch_materializations(dg.AssetKey("extraction_progress"), limit=10).records
+        return len(made) + len(instance.fetch_observations(dg.AssetKey("extraction_progress"), limit=10).records)
+
+    drain(instance, load_settings(), follow=False)
+    before = reports()
+    drain(None, load_settings(), follow=False)
+    assert (reports(), opened) == (before, [])
+    monkeypatch.setattr(progress, "_REPORTS_PER_STUCK", 10**9)  # any time is long
+    drain(None, load_settings(), follow=False)
+    assert (reports(), len(opened)) == (before + 1, 1)
+    assert launched.ranges == ["1-1", "2-2", "3-3", "4-4"]
+
+
+@pytest.mark.usefixtures("launched")
+def test_a_daemon_is_seen_by_who_has_opened_nothing(instance, opened):
+    drain(instance, load_settings(), follow=False)
+    begin_to_tick(instance)
+    with pytest.raises(SensorBusyError, match="A Dagster daemon is running the sensor"):
+        drain(None, load_settings(), follow=False)
+    assert len(opened) == 1

@@ -11,7 +11,7 @@ from dagster._core.scheduler.instigation import InstigatorStatus, SensorInstigat
 from dagster._core.test_utils import create_run_for_test
 from dagster._daemon.types import DaemonHeartbeat
 
-from extraction_dagster.defs.instance import measuring, runs
+from extraction_dagster.defs.instance import glance, measuring
 from extraction_dagster.defs.instance.cursor_store import CursorStore
 from extraction_dagster.defs.instance.measuring import InstanceMeter, read_instance
 from extraction_dagster.defs.instance.runs import recent_rates, video_rate
@@ -110,7 +110,7 @@ def test_where_all_there_is_was_made_just_now_the_first_only_says_since_when(ins
 
 
 def test_of_very_many_runs_the_newest_say_the_rate(instance, monkeypatch):
-    monkeypatch.setattr(runs, "_MOST_EVENTS", 6)
+    monkeypatch.setattr(glance, "_MOST_EVENTS", 6)
     for number in reversed(range(8)):
         materialize(instance, seconds_ago=20 * number, videos=10, points=0)
     assert rates(instance)["videos"] == pytest.approx(0.5, rel=0.05)

@@ -11,6 +11,7 @@ from extraction_dagster.errors.decode import FramesRejectedError
 from extraction_dagster.records import FrameBatch
 from extraction_dagster.settings import Settings
 from extraction_dagster.stages.decode.decoders.decoder import DecodedVideo
+from extraction_dagster.stages.decode.fingerprint import frames_fingerprint
 from extraction_dagster.stages.decode.jpeg import decode_frames
 from extraction_dagster.stages.decode.quality import (
     Quality,
@@ -21,7 +22,7 @@ from extraction_dagster.stages.decode.quality import (
     refine,
 )
 from extraction_dagster.stages.decode.sampling import Sampling
-from extraction_dagster.stages.decode.task import DecodeJob, decode_job, frames_fingerprint
+from extraction_dagster.stages.decode.task import DecodeJob, decode_job
 
 BLACK, WHITE, RED, BLUE = (0, 0, 0), (255, 255, 255), (200, 30, 30), (30, 30, 200)
 SIZE = (96, 160)  # height, width

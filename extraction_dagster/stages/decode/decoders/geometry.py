@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.reformatter import VideoReformatter
 
-# How pixels are made, in a word for fingerprints.
-SCALING = "area, full chroma"
 _MAX_SIDE_PX = 16_384
 _MATRIX_ENTRIES = 9
 # By counterclockwise quarter turns.

@@ -24,9 +24,9 @@ import numpy as np
 import simplejpeg
 
 from extraction_dagster.errors import RecordShapeError
+from extraction_dagster.media import SUBSAMPLING
 from extraction_dagster.records import EncodedFrames
 from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits
-from extraction_dagster.stages.decode.jpeg import SUBSAMPLING
 from extraction_dagster.stages.decode.quality import Quality
 from extraction_dagster.stages.decode.sampling import Sampling
 from extraction_dagster.stages.decode.task import DecodeJob

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from extraction_dagster.stages.decode.task import DecodeJob
 
 _INPUT = 0
+_NEVER_NEEDED = ("__main__", ".datasets")  # of av: its command, and what fetches samples, with all that speaks HTTP
 
 
 def serve(wire_fd: int, task: str, memory_bytes: int, libraries: str, *, insist: bool) -> None:
@@ -87,7 +88,7 @@ def _load(library: str) -> None:
             loaded.setNumThreads(1)
         if library == "av":  # it imports parts of itself once they are needed
             for part in pkgutil.walk_packages(loaded.__path__, "av."):
-                if not part.name.endswith("__main__"):
+                if not part.name.endswith(_NEVER_NEEDED):
                     importlib.import_module(part.name)
 
 

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
+from extraction_dagster.late import np
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
