@@ -15,7 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from extraction_dagster.addresses import shown_address
+from extraction_dagster.addresses import brief_address
 from extraction_dagster.errors import ExtractionError
 from extraction_dagster.records import EncodedFrames, Failure, IdRange, Outcome, VideoRow
 from extraction_dagster.stages.catalog.fetch.fetching import Fetched, Fetcher, fetch_ahead
@@ -149,8 +149,14 @@ def _by_address(decoded: Decoded, row: VideoRow, cached: str) -> Decoded:
     failure = decoded.outcome.failure
     if failure is None or not cached:
         return decoded
-    message = failure.message.replace(cached, shown_address(row.uri))
-    return replace(decoded, outcome=replace(decoded.outcome, failure=replace(failure, message=message)))
+    shown = brief_address(row.uri)
+    texts = {name: _renamed(getattr(failure, name), cached, shown) for name in ("message", "details")}
+    return replace(decoded, outcome=replace(decoded.outcome, failure=replace(failure, **texts)))
+
+
+def _renamed(text: str, path: str, name: str) -> str:
+    """A text in which a path stands, as it is or as Python quotes it."""
+    return text.replace(path, name).replace(repr(path)[1:-1], name)
 
 
 def _fetch_failure(row: VideoRow, error: BaseException) -> Failure:
