@@ -19,6 +19,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from extraction_dagster.addresses import brief_address
 from extraction_dagster.cli import console
 from extraction_dagster.errors.decode import PreviewError
 from extraction_dagster.records import EncodedFrames, VideoRow
@@ -67,7 +68,13 @@ def preview(
     """Decode one record or file and show what a run would store of it.
 
     Nothing is stored and no mark is set. The pictures are shown in terminals that can show them.
+
+    For example: extraction preview 12345, or extraction preview clip.mp4 --open
     """
+    if html_file is not None:
+        from extraction_dagster.stages.index.search import require_place
+
+        require_place(html_file)
     shown = _decode(what, load_settings())
     page = _write_page(shown, html_file) if html_file is not None or open_page else None
     if as_json:
@@ -104,11 +111,11 @@ def _file(what: str, settings: Settings) -> Iterator[tuple[str, VideoRow, Path]]
     if _ID.fullmatch(what) is None:
         path = Path(what).absolute()
         if not path.is_file():
-            raise PreviewError(repr(what), "there is no such file.")
+            raise PreviewError(repr(what), "it is no regular file." if path.exists() else "there is no such file.")
         yield repr(what), VideoRow(0, str(path)), path.resolve()
         return
     row = _row(int(what), settings)
-    name = f"record {row.record_id} ({row.uri!r})"
+    name = f"record {row.record_id} ({brief_address(row.uri)!r})"
     if not Fetcher.is_remote(row):
         yield name, row, fetch_local(row, settings.resolved_allowed_roots)
         return
@@ -158,9 +165,9 @@ def _rows(frames: EncodedFrames) -> list[tuple[int, float, float, int]]:
 
 
 def _print(shown: _Shown) -> None:
-    console.out.print(console.printable(shown.what), markup=False)
+    console.out.print(console.plain_line(shown.what), markup=False)
     for fact in shown.facts:
-        console.out.print(f"  {console.printable(fact)}", markup=False)
+        console.out.print(f"  {console.plain_line(fact)}", markup=False)
     show = _picture_protocol()
     if show is not None:
         sys.stdout.write(show(_strip(shown.frames)) + "\n")
