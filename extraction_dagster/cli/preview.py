@@ -89,12 +89,15 @@ def preview(
 
 def _decode(what: str, settings: Settings) -> _Shown:
     """What a run would make of it, by a worker like a run's."""
+    from extraction_dagster.stages.catalog.fetch.fetching import Fetcher
+    from extraction_dagster.stages.decode.stage import named_by_address
     from extraction_dagster.stages.decode.task import DecodeJob
     from extraction_dagster.stages.decode.workers.pool import PoolOptions, decode_as_ready
 
     with _file(what, settings) as (name, row, path):
         job = DecodeJob.of(row, path, settings)
         (decoded,) = filter(None, decode_as_ready([job], replace(PoolOptions.from_settings(settings), workers=1)))
+    decoded = named_by_address(decoded, row, str(path) if Fetcher.is_remote(row) else "")
     failure, frames = decoded.outcome.failure, decoded.outcome.frames
     if frames is None:
         said = failure.message if failure else "it gave no frame."
