@@ -628,6 +628,10 @@ class Settings(BaseSettings):
         if self.source_read_only and self.state_url is None:
             message = "source_read_only needs state_url: the ledger can't be kept in a database that is never written"
             raise ValueError(message)
+        if self.state_schema is not None and self.resolved_state_url.startswith("sqlite"):
+            raise ValueError(
+                "state_schema needs PostgreSQL for the state (source_url or state_url): SQLite has no schemas"
+            )
         if self.min_frames > self.max_frames:
             raise ValueError(f"min_frames ({self.min_frames}) must not be greater than max_frames ({self.max_frames})")
         return self

@@ -34,7 +34,7 @@ FLOORS = {
     "shards": ("stages.catalog",),
     "stages.decode": ("stages.catalog", "shards"),
     "stages.embed": ("shards", "stages.decode"),
-    "stages.index": ("stages.catalog", "stages.decode"),
+    "stages.index": ("stages.catalog", "shards", "stages.decode"),
     "ranges": ("stages.catalog", "shards", "stages.decode", "stages.embed", "stages.index"),
     "ticks": ("stages.catalog",),
     "watch": ("stages.catalog", "stages.index", "ticks"),

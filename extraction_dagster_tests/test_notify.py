@@ -4,7 +4,6 @@ import json
 import socket
 import sys
 import threading
-import time
 
 import pytest
 
@@ -121,11 +120,9 @@ def test_no_cut_leaves_half_of_a_secret(secretive, monkeypatch):
     assert redact("it says post", secretive) == "it says post"
 
 
-def test_the_cost_of_a_text_grows_no_faster_than_its_length(secretive):
+def test_the_cost_of_a_text_grows_no_faster_than_its_length(secretive, least_seconds):
     for shape in ("a", "://", "a:", "@", " ", "'", "key-"):
-        began = time.process_time()
-        redact(shape * 1_000_000, secretive)
-        assert time.process_time() - began < 1
+        assert least_seconds(redact, shape * 1_000_000, secretive) < 1
 
 
 def test_by_default_nobody_is_told(settings):

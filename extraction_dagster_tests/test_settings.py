@@ -1,7 +1,6 @@
 """Settings from the environment and .env: what is read, what is refused, what is never shown."""
 
 import contextlib
-import time
 from pathlib import Path
 
 import pytest
@@ -293,13 +292,14 @@ def test_buckets_take_folders_and_networks_take_hosts(monkeypatch):
 
 
 @pytest.mark.parametrize("shape", ["a", "'", '"', "\\", "$", "${", "#", " ", "=", "a=", "export "])
-def test_a_line_of_the_env_file_takes_no_time_however_long_it_is(tmp_path, shape):
-    for length in (4_000, 1_000_000):
-        (tmp_path / ".env").write_text(f"OTHER={shape * (length // len(shape))}\n")
-        began = time.process_time()
+def test_a_line_of_the_env_file_takes_no_time_however_long_it_is(tmp_path, shape, least_seconds):
+    def load():
         with contextlib.suppress(SettingsError):
             load_settings()
-        assert time.process_time() - began < 3
+
+    for length in (4_000, 1_000_000):
+        (tmp_path / ".env").write_text(f"OTHER={shape * (length // len(shape))}\n")
+        assert least_seconds(load) < 3
     with pytest.raises(SettingsError, match=r"Setting file \.env is with a line of \d+ bytes, expected at most 8192"):
         load_settings()
 

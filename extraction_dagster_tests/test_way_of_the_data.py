@@ -101,6 +101,10 @@ def test_a_second_demo_does_nothing_new_and_says_so(demo, run):
     assert "Processed 0 records: everything was done already." in printed
     assert "ranges processed now  │ none" in printed
     assert points_by_record(folder) == before
+    said = json.loads(run("extraction", "demo", "--json", cwd=folder).stdout)
+    assert (said["ranges_processed_now"], said["records_processed_now"]) == ([], 0)
+    assert (said["points_in_Qdrant"], said["videos_that_failed"]) == (expected_frames(folder), 2)
+    assert said["first_hit_is_right"] is True
 
 
 def test_status_errors_and_search_speak_json(demo, run):

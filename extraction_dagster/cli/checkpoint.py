@@ -15,12 +15,18 @@ from extraction_dagster.stages.catalog.catalog import Catalog, open_catalog
 from extraction_dagster.ticks.cursor import CursorState, Requests
 from extraction_dagster.ticks.mirrors import make_mirror, read_legacy_checkpoint
 
-app = typer.Typer(no_args_is_help=True, help="Look at the checkpoint, or say where to start.")
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Look at the checkpoint, or say where to start.\n\nFor example: extraction checkpoint show",
+)
 
 
 @app.command()
 def show(*, as_json: console.AsJson = False) -> None:
-    """Show the cursor, its mirror and the requests that wait for the next tick."""
+    """Show the cursor, its mirror and the requests that wait for the next tick.
+
+    For example: extraction checkpoint show
+    """
     from extraction_dagster.defs.instance.opening import ask
 
     settings = load_settings()
@@ -65,16 +71,22 @@ def _document(settings: Settings, catalog: Catalog, stored: str | None) -> dict[
 
 @app.command("set", cls=console.TakesNegativeIds)
 def set_(
-    last_processed_id: Annotated[int, typer.Argument(metavar="ID", parser=console.parse_id)],
+    last_processed_id: Annotated[
+        int, typer.Argument(metavar="ID", parser=console.parse_id, help="The last id that counts as processed.")
+    ],
     *,
     reprocess: Annotated[bool, typer.Option("--reprocess", help="Rows above ID that are done become pending.")] = False,
+    as_json: console.AsJson = False,
 ) -> None:
-    """Start after ID: rows at or below are left alone, rows above are processed; done ones stay done."""
+    """Start after ID: rows at or below are left alone, rows above are processed; done ones stay done.
+
+    For example: extraction checkpoint set 46336
+    """
     settings = load_settings()
     with open_catalog(settings) as catalog:
         if reprocess:
             catalog.reprocess_after(last_processed_id)
-        _ask(settings, catalog, "set", last_processed_id)
+        _ask(settings, catalog, "set", last_processed_id, console.Answer(as_json))
 
 
 @app.command()
@@ -84,18 +96,23 @@ def reset(
         Literal["all", "cursor", "json", "table"],
         typer.Option(help="What to reset; a mirror alone is written by the next tick."),
     ] = "all",
+    as_json: console.AsJson = False,
 ) -> None:
-    """Start from the beginning: every row that is not done is processed; done ones stay done."""
-    settings = load_settings()
+    """Start from the beginning: every row that is not done is processed; done ones stay done.
+
+    For example: extraction checkpoint reset
+    """
+    settings, say = load_settings(), console.Answer(as_json)
     with open_catalog(settings) as catalog:
         if storage in {"json", "table"}:
             mirrored = settings.model_copy(update={"checkpoint_mirror": storage})
             mirror = make_mirror(mirrored, catalog.state_engine)
             if mirror is not None:
                 mirror.write(None, now=datetime.now(UTC))
-                console.out.print(f"Cleared {mirror.name}; the next tick writes the watermark where it is used.")
+                say.text(f"Cleared {mirror.name}; the next tick writes the watermark where it is used.")
+            say.document({"state": "cleared", "mirror": mirror.name if mirror else None})
             return
-        _ask(settings, catalog, "reset", None)
+        _ask(settings, catalog, "reset", None, say)
 
 
 @app.command("import")
@@ -103,17 +120,29 @@ def import_(
     source: Annotated[
         Path | None, typer.Argument(metavar="[FILE]", help="The file; the table extraction_checkpoint when left out.")
     ] = None,
+    *,
+    as_json: console.AsJson = False,
 ) -> None:
-    """Start where the earlier script stopped: read its checkpoint file or table, and set it."""
-    settings = load_settings()
+    """Start where the earlier script stopped: read its checkpoint file or table, and set it.
+
+    For example: extraction checkpoint import checkpoint.json
+    """
+    settings, say = load_settings(), console.Answer(as_json)
     with open_catalog(settings) as catalog:
         # Where the state is kept elsewhere, a table of that name there is our own mirror.
         found = read_legacy_checkpoint(source, catalog.source_engine, catalog.state_engine)
-        console.out.print(f"Read {found.last_processed_id} from {found.told}", markup=False)
-        _ask(settings, catalog, "set", found.last_processed_id)
+        say.text(f"Read {found.last_processed_id} from {found.told}")
+        _ask(settings, catalog, "set", found.last_processed_id, say, read_from=found.told)
 
 
-def _ask(settings: Settings, catalog: Catalog, kind: Literal["set", "reset"], value: int | None) -> None:
+def _ask(
+    settings: Settings,
+    catalog: Catalog,
+    kind: Literal["set", "reset"],
+    value: int | None,
+    say: console.Answer,
+    **more: str,
+) -> None:
     """Leave a request for the next tick; apply it at once where no daemon ticks."""
     from extraction_dagster.defs.instance.cursor_store import CursorStore
     from extraction_dagster.defs.instance.launching import open_instance
@@ -124,14 +153,17 @@ def _ask(settings: Settings, catalog: Catalog, kind: Literal["set", "reset"], va
     with open_instance(settings) as instance:
         store = CursorStore(instance)
         if store.is_ticking():
-            console.out.print(f"The next tick of the sensor starts {what}.")
+            say.text(f"The next tick of the sensor starts {what}.")
+            say.document({"state": "waiting", "last_processed_id": value, **more})
             return
         now, source = datetime.now(UTC), catalog.source.identity
         state = _usable(store.read(), source) or CursorState.first(source, now=now)
         state = requests.apply(state, now=now)
         store.write(state.to_json())  # the next tick consumes the request, or applies it to what was stored meanwhile
-    console.out.print(f"Processing starts {what}.")
-    console.out.print(json.dumps({"last_processed_id": state.last_processed_id, "floor_id": state.floor_id}))
+    reached = {"last_processed_id": state.last_processed_id, "floor_id": state.floor_id}
+    say.text(f"Processing starts {what}.")
+    say.text(json.dumps(reached))
+    say.document({"state": "applied", **reached, **more})
 
 
 def _usable(stored: str | None, source: str) -> CursorState | None:

@@ -43,6 +43,11 @@ def plain(text: str) -> str:
     return text if text.isprintable() else "".join(map(_plain_letter, text))
 
 
+def plain_line(text: str) -> str:
+    """The same in one line: the ends of lines are shown by their names."""
+    return plain(text).replace("\n", "\\n")
+
+
 def _plain_letter(letter: str) -> str:
     return letter if letter.isprintable() or letter in "\n\t" else ascii(letter)[1:-1]
 
@@ -51,7 +56,7 @@ class _PlainFormatter(logging.Formatter):
     """Lines of the log: what is said in one of them stays in that line."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's own name
-        record.message = plain(record.message).replace("\n", "\\n")
+        record.message = plain_line(record.message)
         return super().formatMessage(record)
 
     def format(self, record: logging.LogRecord) -> str:
@@ -94,15 +99,20 @@ class Answer:
         if not self.as_json:
             out.print(line, markup=False)
 
+    def table(self, table: Table) -> None:
+        """Print a table, unless JSON was asked for."""
+        if not self.as_json:
+            out.print(table, soft_wrap=False)
+
+    def values(self, values: Iterable[tuple[str, object]], *, title: str | None = None) -> None:
+        """Print names and values, unless JSON was asked for."""
+        if not self.as_json:
+            print_values(values, title=title)
+
     def document(self, document: dict[str, Any]) -> None:
         """Print the document if JSON was asked for; its keys are stable."""
         if self.as_json:
             print_json(document)
-
-
-def printable(text: str) -> str:
-    """A text that a terminal shows and does not obey: control characters become replacements."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def print_values(values: Iterable[tuple[str, object]], *, title: str | None = None) -> None:

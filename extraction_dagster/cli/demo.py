@@ -4,7 +4,7 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from extraction_dagster.cli import console
 from extraction_dagster.cli.search import hits_table, search_image
@@ -33,26 +33,29 @@ class _Work:
     finished: int = 0
 
 
-def command() -> None:
+def command(*, as_json: console.AsJson = False) -> None:
     """Build a table of videos, process it through Dagster over several ranges of ids, and search it by image.
 
     Safe to repeat: what is done is not done again. Everything lies under EXTRACTION_HOME (default ./.extraction).
+
+    For example: extraction demo
     """
+    say = console.Answer(as_json)
     os.environ.setdefault("EXTRACTION_MAX_ATTEMPTS", "1")  # the broken videos stay broken: park them at once
     settings = load_settings()
     refuse_foreign_targets(settings)
-    videos = _prepare(settings)
+    videos = _prepare(settings, say)
     work = _process(settings)
-    _report(settings, work)
-    _search(settings, choose_query(settings.home, videos))
-    _next_steps(settings, videos)
+    document = _report(settings, work, say)
+    say.document(document | _search(settings, choose_query(settings.home, videos), say))
+    _next_steps(settings, videos, say)
 
 
-def _prepare(settings: Settings) -> list[DemoVideo]:
+def _prepare(settings: Settings, say: console.Answer) -> list[DemoVideo]:
     with console.counting("videos") as count:
         videos = make_videos(settings.home / "videos", on_finished=count)
     added = make_table(settings.resolved_source_url, videos)
-    console.out.print(f"Source table {settings.source_table!r}: {len(videos)} videos, {added} of them new.")
+    say.text(f"Source table {settings.source_table!r}: {len(videos)} videos, {added} of them new.")
     return videos
 
 
@@ -77,7 +80,7 @@ def _process(settings: Settings) -> _Work:
     return work
 
 
-def _report(settings: Settings, work: _Work) -> None:
+def _report(settings: Settings, work: _Work, say: console.Answer) -> dict[str, Any]:
     """What there is now, read from the table and the store, not from memory."""
     with open_catalog(settings) as catalog, open_point_store(settings) as store:
         status, failures = catalog.status(), catalog.ledger.errors(limit=20)
@@ -94,26 +97,28 @@ def _report(settings: Settings, work: _Work) -> None:
         ("points in Qdrant", points),
         ("videos that failed", len(failures)),
     )
-    console.print_values(values, title="The demo's collection")
+    say.values(values, title="The demo's collection")
     for failure in failures:
-        console.out.print(f"  {failure.state}: {failure.error_message}", markup=False)
+        say.text(f"  {failure.state}: {failure.error_message}")
     if not work.finished:
-        console.out.print("Processed 0 records: everything was done already.")
+        say.text("Processed 0 records: everything was done already.")
+    return {name.replace(" ", "_"): value for name, value in values} | {"ranges_processed_now": [*map(str, work.runs)]}
 
 
-def _search(settings: Settings, query: DemoQuery) -> None:
+def _search(settings: Settings, query: DemoQuery, say: console.Answer) -> dict[str, Any]:
     hits = search_image(settings, query.image, limit=5)
-    console.out.print(f"\nWhich videos look like {query.image}? (a degraded frame of record {query.record_id})")
-    console.out.print(hits_table(hits), soft_wrap=False)
+    say.text(f"\nWhich videos look like {query.image}? (a degraded frame of record {query.record_id})")
+    say.table(hits_table(hits))
     right = bool(hits) and hits[0].record_id == query.record_id
-    console.out.print("The first hit is the right video." if right else "The first hit is NOT the right video.")
+    say.text("The first hit is the right video." if right else "The first hit is NOT the right video.")
+    return {"query": str(query.image), "query_record_id": query.record_id, "first_hit_is_right": right}
 
 
-def _next_steps(settings: Settings, videos: list[DemoVideo]) -> None:
+def _next_steps(settings: Settings, videos: list[DemoVideo], say: console.Answer) -> None:
     hint = real_clips_hint(videos)
     if hint:
-        console.out.print(hint, markup=False)
-    console.out.print(
+        say.text(hint)
+    say.text(
         "\nNext:\n"
         "  extraction status                         how far things are\n"
         "  extraction errors                         which records failed, and why\n"

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,8 +13,13 @@ from extraction_dagster.records import IdRange
 from extraction_dagster.settings import load_settings
 from extraction_dagster.stages.catalog.catalog import open_catalog
 
+if TYPE_CHECKING:
+    from extraction_dagster.shards.retention import Removed
+
 app = typer.Typer(
-    help="Take the stored frames elsewhere; merge small shards, remove needless ones.", no_args_is_help=True
+    help="Take the stored frames elsewhere; merge small shards, remove needless ones.\n\n"
+    "For example: extraction frames export 1-1000 --to frames",
+    no_args_is_help=True,
 )
 
 _PACKED = {".gz", ".tgz", ".zip", ".zst", ".xz", ".bz2"}
@@ -28,8 +33,12 @@ def export(
     to: Annotated[
         Path, typer.Option("--to", metavar="FOLDER|OUT.tar", help="A new folder of JPEGs, or a WebDataset tar.")
     ],
+    as_json: console.AsJson = False,
 ) -> None:
-    """Write the stored frames of a range as JPEG files with a table (frames.csv), or as one WebDataset tar."""
+    """Write the stored frames of a range as JPEG files with a table (frames.csv), or as one WebDataset tar.
+
+    For example: extraction frames export 1-1000 --to frames
+    """
     from extraction_dagster.shards.frame_export import export_frames
     from extraction_dagster.shards.frame_store import FrameStore
     from extraction_dagster.shards.place import Source
@@ -42,23 +51,28 @@ def export(
     store = FrameStore(settings.resolved_frames_uri, frames_fingerprint(settings), source=source)
     with console.counting("videos") as count:
         videos, frames = export_frames(store, id_range, to, on_video=count)
-    console.out.print(f"Wrote {frames} frames of {videos} videos to {to}", markup=False)
+    say = console.Answer(as_json)
+    say.text(f"Wrote {frames} frames of {videos} videos to {to}")
+    say.document({"to": str(to), "frames": frames, "videos": videos})
 
 
 @app.command()
-def prune(id_range: AnyRange = None) -> None:
+def prune(id_range: AnyRange = None, *, as_json: console.AsJson = False) -> None:
     """Remove frame shards whose records are all done, when EXTRACTION_KEEP_FRAMES says that they go.
 
     With them go the frames and vectors of former settings, once their records are done with today's.
+
+    For example: extraction frames prune
     """
     from extraction_dagster.ranges.work import fingerprints_of, open_stores
     from extraction_dagster.shards.place import Source
     from extraction_dagster.shards.retention import Removed, keep_time, prune_former, prune_frames
 
-    settings = load_settings()
+    settings, say = load_settings(), console.Answer(as_json)
     keep = keep_time(settings.keep_frames)
     if keep is None:
-        console.out.print("EXTRACTION_KEEP_FRAMES is 'all': every frame stays. Set it to none, or to a number of days.")
+        say.text("EXTRACTION_KEEP_FRAMES is 'all': every frame stays. Set it to none, or to a number of days.")
+        say.document({"keep_frames": settings.keep_frames, **_removed(Removed(), Removed())})
         return
     made_with = fingerprints_of(settings)
     of_today, of_former = Removed(), Removed()
@@ -69,9 +83,15 @@ def prune(id_range: AnyRange = None) -> None:
             of_today += prune_frames(frames, partition, entries, made_with, keep=keep)
             of_former += prune_former(frames, partition, entries, made_with, keep=keep)
             of_former += prune_former(vectors, partition, entries, made_with, keep=keep)
-    console.out.print(f"Removed {of_today.shards} frame shards, {of_today.num_bytes / _MIB:.1f} MiB")
+    say.text(f"Removed {of_today.shards} frame shards, {of_today.num_bytes / _MIB:.1f} MiB")
     if of_former.shards:
-        console.out.print(f"Removed {of_former.shards} shards of former settings, {of_former.num_bytes / _MIB:.1f} MiB")
+        say.text(f"Removed {of_former.shards} shards of former settings, {of_former.num_bytes / _MIB:.1f} MiB")
+    say.document({"keep_frames": settings.keep_frames, **_removed(of_today, of_former)})
+
+
+def _removed(of_today: "Removed", of_former: "Removed") -> dict[str, int]:
+    of_former_settings = {"former_shards": of_former.shards, "former_bytes": of_former.num_bytes}
+    return {"frame_shards": of_today.shards, "frame_bytes": of_today.num_bytes, **of_former_settings}
 
 
 @app.command()
@@ -82,8 +102,12 @@ def compact(
         float,
         typer.Option(min=0, metavar="MINUTES", help="Leave younger shards alone, which a run may be about to read."),
     ] = 60.0,
+    as_json: console.AsJson = False,
 ) -> None:
-    """Merge the small shards of frames and of vectors that killed runs and a slow trickle of rows leave behind."""
+    """Merge the small shards of frames and of vectors that killed runs and a slow trickle of rows leave behind.
+
+    For example: extraction frames compact --older-than 120
+    """
     from extraction_dagster.ranges.work import fingerprints_of, open_stores
     from extraction_dagster.shards.compaction import Compacted, CompactionOptions
     from extraction_dagster.shards.compaction import compact as compact_shards
@@ -99,8 +123,10 @@ def compact(
         for partition in _enclosed({*frames.partitions(), *vectors.partitions()}, id_range):
             of_frames += compact_shards(frames, partition, options, entries=catalog.ledger.entries(partition))
             of_vectors += compact_shards(vectors, partition, options)
-    for what, done in (("frame", of_frames), ("embedding", of_vectors)):
-        console.out.print(f"{done.removed} {what} shards became {done.written}")
+    say, merged = console.Answer(as_json), {"frame": of_frames, "embedding": of_vectors}
+    for what, done in merged.items():
+        say.text(f"{done.removed} {what} shards became {done.written}")
+    say.document({f"{what}_shards": {"merged": it.removed, "written": it.written} for what, it in merged.items()})
 
 
 def _enclosed(partitions: Iterable[IdRange], within: IdRange | None) -> list[IdRange]:

@@ -121,7 +121,8 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     name="extraction",
     cls=_Commands,
-    help="Keep a Qdrant collection of video frames in step with a growing table of videos.",
+    help="Keep a Qdrant collection of video frames in step with a growing table of videos.\n\n"
+    "For example: extraction init, then extraction run",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,

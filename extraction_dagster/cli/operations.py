@@ -49,6 +49,7 @@ def init(
             help="Look at the tables of this database, print the settings for the likeliest one, and do nothing.",
         ),
     ] = None,
+    as_json: console.AsJson = False,
 ) -> None:
     """Prepare everything that a run needs; safe to repeat.
 
@@ -58,8 +59,9 @@ def init(
 
     For example: extraction init --propose postgresql://me@db/media > .env, then extraction init
     """
+    say = console.Answer(as_json)
     if propose is not None:
-        _print_proposal(propose)
+        _print_proposal(propose, say)
         return
     from extraction_dagster.defs.instance.glance import template
     from extraction_dagster.defs.instance.launching import open_instance
@@ -68,30 +70,35 @@ def init(
     settings = load_settings()
     require_rights(settings)
     with open_catalog(settings, takes_over=takes_over) as catalog:
-        console.out.print(
-            f"Source table {catalog.source.name!r} can be used: {catalog.source.count()} eligible rows", markup=False
-        )
+        done = {"table": catalog.source.name, "eligible_rows": catalog.source.count()}
+        say.text(f"Source table {catalog.source.name!r} can be used: {done['eligible_rows']} eligible rows")
         _rehearse(catalog)
         if takes_over:
             _take_over(settings, catalog)
-        console.out.print(f"The state tables are ready (version {newest_version()})")
-        console.out.print(_index_told(catalog), markup=False)
-    for name in ("workspace.yaml", "dagster.yaml"):
-        if not Path(name).exists():
-            Path(name).write_text(template(name))
-            console.out.print(f"Wrote {name}")
+            say.text("What was made of this table at an earlier address is taken over: work goes on where it was")
+        say.text(f"The state tables are ready (version {newest_version()})")
+        index = _index_told(catalog)
+        say.text(index)
+    wrote = [name for name in ("workspace.yaml", "dagster.yaml") if not Path(name).exists()]
+    for name in wrote:
+        Path(name).write_text(template(name))
+        say.text(f"Wrote {name}")
     with open_instance(settings) as instance:
         retry_only_new_failures(instance)
-        console.out.print(f"Dagster's storage is ready under {settings.home / 'dagster'}")
+    say.text(f"Dagster's storage is ready under {settings.home / 'dagster'}")
+    done |= {"taken_over": takes_over, "state_version": newest_version(), "index": index, "wrote": wrote}
+    say.document(done | {"storage": str(settings.home / "dagster")})
 
 
-def _print_proposal(url: str) -> None:
+def _print_proposal(url: str, say: console.Answer) -> None:
     from extraction_dagster.stages.catalog.proposing import propose
 
     found = propose(url)
-    console.err.print(f"Likeliest table: {found.table} ({found.why})", markup=False)
+    if not say.as_json:
+        console.err.print(f"Likeliest table: {found.table} ({found.why})", markup=False)
     for line in found.lines:
-        console.out.print(line, markup=False)
+        say.text(line)
+    say.document({"table": found.table, "why": found.why, "lines": list(found.lines)})
 
 
 def _rehearse(catalog: Catalog) -> None:
@@ -116,7 +123,6 @@ def _take_over(settings: Settings, catalog: Catalog) -> None:
             for fingerprint in store.collections(settings.collection_name):
                 store.open_collection(settings.collection_name, fingerprint=fingerprint)
                 store.take_over()
-    console.out.print("What was made of this table at an earlier address is taken over: work goes on where it was")
 
 
 def _index_told(catalog: Catalog) -> str:
@@ -140,6 +146,8 @@ def doctor(
     """Show the settings that were changed, then check rights, source table, state, Dagster, the model and the store.
 
     Only looks: it makes no file and no table. Ends with exit code 1 where a check failed; the others are made anyway.
+
+    For example: extraction doctor --all
     """
     settings = load_settings()
     checks = {
@@ -159,17 +167,25 @@ def doctor(
         for name, value, default in shown:
             table.add_row(name, value, default)
         console.out.print(table if shown else "Every setting has its default ('extraction doctor --all' shows them).")
-        for warning in permission_warnings(settings):
-            console.out.print(f"WARNING {warning}", markup=False)
+    warnings = [*permission_warnings(settings), *_missing_roots(settings)]
+    for warning in warnings:
+        say.text(f"WARNING {warning}")
     done = {name: _outcome(name, check, settings, say) for name, check in checks.items()}
     say.document(
         {
             "settings": {name: value for name, value, _ in shown},
+            "warnings": warnings,
             "checks": [{"name": name, "ok": passed, "told": told} for name, (passed, told) in done.items()],
         }
     )
     if not all(passed for passed, _ in done.values()):
         raise typer.Exit(1)
+
+
+def _missing_roots(settings: Settings) -> list[str]:
+    """The folders from which files should be read, and which are none; the one by default may come later."""
+    roots = settings.resolved_allowed_roots if settings.allowed_roots else ()
+    return [f"EXTRACTION_ALLOWED_ROOTS names {str(root)!r}, which is no folder" for root in roots if not root.is_dir()]
 
 
 def _changed(settings: Settings, *, every: bool) -> list[tuple[str, str, str]]:
@@ -283,8 +299,11 @@ def _notices(settings: Settings) -> str:
     return f"{settings.notify}; 'extraction notify' sends a test"
 
 
-def notify() -> None:
-    """Send a test notice, as EXTRACTION_NOTIFY says: what a failed run would send."""
+def notify(*, as_json: console.AsJson = False) -> None:
+    """Send a test notice, as EXTRACTION_NOTIFY says: what a failed run would send.
+
+    For example: extraction notify
+    """
     from extraction_dagster.notify import RunFailure, deliver, make_notifier
 
     settings = load_settings()
@@ -295,7 +314,9 @@ def notify() -> None:
     failure = RunFailure("0000-test", "extraction_job", "1-1000", "video_frames", error, failed_records=0, is_test=True)
     with console.warnings():
         deliver(notifier, failure)
-    console.out.print(f"A test notice was delivered ({settings.notify}).")
+    say = console.Answer(as_json)
+    say.text(f"A test notice was delivered ({settings.notify}).")
+    say.document({"delivered": True, "notify": settings.notify})
 
 
 def metrics(
@@ -312,6 +333,8 @@ def metrics(
 
     Each call costs the same whatever the table's size; rows are counted now and then. extraction_up is 0 when a
     database, the store or Dagster's storage can't be read; the command itself goes on.
+
+    For example: extraction metrics --serve 9464
     """
     if textfile is not None and serve is not None:
         raise typer.BadParameter("give --textfile or --serve, not both")

@@ -19,6 +19,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from extraction_dagster.addresses import brief_address
 from extraction_dagster.cli import console
 from extraction_dagster.errors.decode import PreviewError
 from extraction_dagster.records import EncodedFrames, VideoRow
@@ -67,7 +68,13 @@ def preview(
     """Decode one record or file and show what a run would store of it.
 
     Nothing is stored and no mark is set. The pictures are shown in terminals that can show them.
+
+    For example: extraction preview 12345, or extraction preview clip.mp4 --open
     """
+    if html_file is not None:
+        from extraction_dagster.stages.index.search import require_place
+
+        require_place(html_file)
     shown = _decode(what, load_settings())
     page = _write_page(shown, html_file) if html_file is not None or open_page else None
     if as_json:
@@ -82,12 +89,15 @@ def preview(
 
 def _decode(what: str, settings: Settings) -> _Shown:
     """What a run would make of it, by a worker like a run's."""
+    from extraction_dagster.stages.catalog.fetch.fetching import Fetcher
+    from extraction_dagster.stages.decode.stage import named_by_address
     from extraction_dagster.stages.decode.task import DecodeJob
     from extraction_dagster.stages.decode.workers.pool import PoolOptions, decode_as_ready
 
     with _file(what, settings) as (name, row, path):
         job = DecodeJob.of(row, path, settings)
         (decoded,) = filter(None, decode_as_ready([job], replace(PoolOptions.from_settings(settings), workers=1)))
+    decoded = named_by_address(decoded, row, str(path) if Fetcher.is_remote(row) else "")
     failure, frames = decoded.outcome.failure, decoded.outcome.frames
     if frames is None:
         said = failure.message if failure else "it gave no frame."
@@ -104,11 +114,11 @@ def _file(what: str, settings: Settings) -> Iterator[tuple[str, VideoRow, Path]]
     if _ID.fullmatch(what) is None:
         path = Path(what).absolute()
         if not path.is_file():
-            raise PreviewError(repr(what), "there is no such file.")
+            raise PreviewError(repr(what), "it is no regular file." if path.exists() else "there is no such file.")
         yield repr(what), VideoRow(0, str(path)), path.resolve()
         return
     row = _row(int(what), settings)
-    name = f"record {row.record_id} ({row.uri!r})"
+    name = f"record {row.record_id} ({brief_address(row.uri)!r})"
     if not Fetcher.is_remote(row):
         yield name, row, fetch_local(row, settings.resolved_allowed_roots)
         return
@@ -158,9 +168,9 @@ def _rows(frames: EncodedFrames) -> list[tuple[int, float, float, int]]:
 
 
 def _print(shown: _Shown) -> None:
-    console.out.print(console.printable(shown.what), markup=False)
+    console.out.print(console.plain_line(shown.what), markup=False)
     for fact in shown.facts:
-        console.out.print(f"  {console.printable(fact)}", markup=False)
+        console.out.print(f"  {console.plain_line(fact)}", markup=False)
     show = _picture_protocol()
     if show is not None:
         sys.stdout.write(show(_strip(shown.frames)) + "\n")

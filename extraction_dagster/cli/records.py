@@ -1,5 +1,6 @@
 """`extraction status`, `errors` and `retry`: how far records are, which failed and why, and their tries given back."""
 
+import difflib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -16,11 +17,16 @@ from extraction_dagster.stages.catalog.ledger import ErrorRow
 from extraction_dagster.ticks.cursor import CursorState
 from extraction_dagster.watch.progress import Progress, eta_seconds, measure_progress, recall_progress
 
+_ERRORS_LOOKED_AT = 1000
+_MOST_SHOWN = 20
 _SECONDS = ((86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
 
 
 def status(*, as_json: console.AsJson = False) -> None:
-    """Show the watermark, how many records are done, pending, failed and parked, the rate, and when it will be done."""
+    """Show the watermark, how many records are done, pending, failed and parked, the rate, and when it will be done.
+
+    For example: extraction status --json
+    """
     settings = load_settings()
     with open_catalog(settings) as catalog:
         progress = _progress(settings, catalog)
@@ -79,6 +85,7 @@ def errors(
     """
     with open_catalog(load_settings()) as catalog:
         rows = catalog.ledger.errors(limit=limit, error_type=error_type, current_only=not history)
+        others = [] if rows or error_type is None else _types(catalog, current_only=not history)
         addresses = catalog.source.shown_addresses([row.record_id for row in rows])
     summary = Counter((row.error_type, row.state) for row in rows)
     if as_json:
@@ -91,6 +98,9 @@ def errors(
                 ],
             }
         )
+        return
+    if others:
+        console.out.print(_no_such_type(error_type, others), markup=False)
         return
     if not rows:
         console.out.print("No record has failed." if not history else "No error was ever recorded.")
@@ -105,6 +115,17 @@ def errors(
         console.out.print(f"  {row.error_message}", markup=False)
     told = ", ".join(f"{kind} {number} {state}" for (kind, state), number in summary.most_common())
     console.out.print(f"{len(rows)} shown: {told}", markup=False)
+
+
+def _types(catalog: Catalog, *, current_only: bool = True) -> list[str]:
+    """The types of the newest errors."""
+    return sorted({row.error_type for row in catalog.ledger.errors(limit=_ERRORS_LOOKED_AT, current_only=current_only)})
+
+
+def _no_such_type(wanted: str | None, there: list[str]) -> str:
+    alike = difflib.get_close_matches(wanted or "", there, n=1)
+    perhaps = f" ({alike[0]}, perhaps?)" if alike else ""
+    return f"No error is of type {wanted!r}{perhaps}; there is {', '.join(there)}."
 
 
 def _plain(row: ErrorRow, addresses: Mapping[int, str]) -> dict[str, Any]:
@@ -129,12 +150,16 @@ def retry(
     if sum((bool(record_ids), everything, error_type is not None)) != 1:
         raise typer.BadParameter("give record ids, or --all, or --error TYPE: exactly one of them")
     with open_catalog(load_settings()) as catalog:
+        others = [] if error_type is None else _types(catalog)
         brought_back = catalog.ledger.retry(record_ids=record_ids, error_type=error_type)
     missed = sorted(set(record_ids or ()) - set(brought_back))
     if as_json:
         console.print_json({"pending": brought_back, "left": missed})
     else:
         console.out.print(f"{len(brought_back)} records are pending now.")
+    if others and not brought_back:
+        console.err.print(_no_such_type(error_type, others), markup=False)
     if missed:
-        console.err.print(f"Not failed or parked, left as they are: {', '.join(map(str, missed))}")
+        shown = ", ".join(map(str, missed[:_MOST_SHOWN])) + (", …" if len(missed) > _MOST_SHOWN else "")
+        console.err.print(f"Not failed or parked, left as they are: {shown}. 'extraction errors' lists those that are.")
         raise typer.Exit(1)

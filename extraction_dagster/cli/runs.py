@@ -134,6 +134,8 @@ def backfill(  # noqa: PLR0913 - each is an option that a person may type
 
     Ranges that exist are used as they are; where there is none, new ones are cut at the batch size. A range on
     which a run is working is left out. Records that are done already are skipped.
+
+    For example: extraction backfill 1-50000 --wait
     """
     if sum((span is not None, everything, watch is not None, cancel is not None)) != 1:
         raise typer.BadParameter("give FIRST-LAST, or --all, or --watch ID, or --cancel ID: exactly one of them")
@@ -147,7 +149,7 @@ def backfill(  # noqa: PLR0913 - each is an option that a person may type
     with open_instance(settings) as instance:
         backfills = Backfills(instance)
         if cancel is not None:
-            _cancel(backfills, cancel)
+            _cancel(backfills, cancel, say)
         elif watch is not None:
             _watch(backfills, watch, {}, say)
         else:
@@ -252,11 +254,11 @@ def _launch(  # noqa: PLR0913 - a plan, and how it is told
     say.text(_how_to(backfill_id))
 
 
-def _cancel(backfills: "Backfills", backfill_id: str) -> None:
-    if backfills.cancel(backfill_id):
-        console.out.print(f"Backfill {backfill_id} is being cancelled, with its runs. What was finished is kept.")
-    else:
-        console.out.print(f"Backfill {backfill_id} was over already.")
+def _cancel(backfills: "Backfills", backfill_id: str, say: console.Answer) -> None:
+    is_cancelled = backfills.cancel(backfill_id)
+    what = "is being cancelled, with its runs. What was finished is kept." if is_cancelled else "was over already."
+    say.text(f"Backfill {backfill_id} {what}")
+    say.document({"backfill_id": backfill_id, "state": "cancelling" if is_cancelled else "over"})
 
 
 def _watch(backfills: "Backfills", backfill_id: str, document: dict[str, Any], say: console.Answer) -> None:

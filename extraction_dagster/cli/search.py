@@ -19,7 +19,14 @@ from extraction_dagster.stages.embed.models.interface import EmbeddingModel, Tex
 from extraction_dagster.stages.embed.passes import normalise
 from extraction_dagster.stages.index.points import PointFilter
 from extraction_dagster.stages.index.protocol import CollectionSpec, Hit
-from extraction_dagster.stages.index.search import VideoHit, open_for_search, search_images, search_videos
+from extraction_dagster.stages.index.search import (
+    VideoHit,
+    open_for_search,
+    require_place,
+    search_images,
+    search_videos,
+    why_nothing,
+)
 from extraction_dagster.stages.index.stage import open_point_store
 
 _MOST_QUERY_PICTURES = 8
@@ -68,6 +75,8 @@ def command(  # noqa: PLR0913 - the options of the command
     """Search the collection for what looks like a picture or a video; 1 is the same, and more is more alike.
 
     A video is compared frame by frame: the score is the mean over its frames of the best match in the found video.
+
+    For example: extraction search --image photo.jpg --platform insta --min-score 0.5
     """
     if sum(item is not None for item in (image, video, text)) != 1:
         raise typer.BadParameter("give exactly one of --image, --video and --text")
@@ -76,6 +85,8 @@ def command(  # noqa: PLR0913 - the options of the command
     since, until = _moment(after, "--after"), _moment(before, "--before")
     if since and until and since >= until:
         raise typer.BadParameter(f"--after {after} is not earlier than --before {before}: nothing lies between them")
+    if html is not None:
+        require_place(html)
     filters = PointFilter(record_id_range=ids, platform=platform, created_from=since, created_before=until)
     settings = load_settings()
     query = _query(settings, image=image, video=video, text=text)
@@ -87,13 +98,15 @@ def command(  # noqa: PLR0913 - the options of the command
             if query.kind == "video"
             else search_images(store, query.vectors[0], group_by_video=group, **asked)
         )
+        notes = [] if hits else why_nothing(store, filters, score_threshold=min_score)
     if html is not None:
         _write_gallery(settings, query, hits, html)
     if as_json:
-        console.print_json({"query": query.shown, "kind": query.kind, "hits": [_plain(hit) for hit in hits]})
+        found = {"query": query.shown, "kind": query.kind, "hits": [_plain(hit) for hit in hits]}
+        console.print_json({**found, "notes": notes})
         return
     if not hits:
-        console.out.print("Nothing was found.")
+        console.out.print(" ".join(["Nothing was found.", *notes]), markup=False)
     else:
         console.out.print(hits_table(hits), soft_wrap=False)
     if html is not None:
@@ -122,8 +135,8 @@ def hits_table(hits: list[Hit] | list[VideoHit]) -> Table:
 
 
 def _cell(text: str | None) -> Text:
-    """A text letter for letter: brackets are no markup, and control characters are shown as replacements."""
-    return Text(console.printable(text or "-"))
+    """A text letter for letter: brackets are no markup, and control characters are shown by their numbers."""
+    return Text(console.plain_line(text or "-"))
 
 
 def _query(settings: Settings, *, image: Path | None, video: Path | None, text: str | None) -> _Query:

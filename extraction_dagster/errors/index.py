@@ -211,6 +211,21 @@ class ExportError(ExtractionError):
         super().__init__(f"Points can't be exported to {path!r}: {why}. No file was left behind.")
 
 
+class PointFileError(ExtractionError):
+    """A file of points can't be read, or holds what no export of ours would."""
+
+    def __init__(self, path: str, where: str, why: str, fix: str = "", *, written: int = 0) -> None:
+        self._facts = (path, where, why, fix)
+        kept = f"{written} points before it were written and stay" if written else "Nothing was written"
+        fix = fix or "Export the points again with 'extraction points export'."
+        super().__init__(f"""Points can't be imported from {path!r}{f", {where}" if where else ""}: {why}. {kept}.
+            {fix}""")
+
+    def after(self, written: int) -> "PointFileError":
+        """The same, of a file that changed after it was checked."""
+        return PointFileError(*self._facts, written=written)
+
+
 class PointsChangedError(PointStoreError):
     """Points that were verified when their rows were marked are not what is there at the end of the same run."""
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterator, Mapping
 
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -38,6 +38,10 @@ class Layout:
         dictionaries: The columns whose values may stand in a dictionary.
         max_group_rows: Most rows of a row group.
         max_bytes: Most bytes of all pages, unpacked.
+        max_group_bytes: Most bytes of the pages of each row group instead, for a file of any length.
+        nullable: The columns that may hold NULL.
+        list_sizes: How many numbers each value of a column of lists has.
+        as_dictionaries: The columns of texts that are read as they stand in the file: each text once.
     """
 
     schema: pa.Schema
@@ -45,6 +49,10 @@ class Layout:
     dictionaries: Collection[str] = field(default=())
     max_group_rows: int = 2**31
     max_bytes: int = 2**32
+    max_group_bytes: int | None = None
+    nullable: Collection[str] = field(default=())
+    list_sizes: Mapping[str, int] = field(default_factory=dict)
+    as_dictionaries: Collection[str] = field(default=())
 
 
 class CheckedParquet:
@@ -62,7 +70,11 @@ class CheckedParquet:
         import pyarrow.parquet as pq  # noqa: PLC0415 - 0.3 s that importing the room need not pay
 
         self._file, self._layout, self._left = file, layout, layout.max_bytes
-        self._parquet = pq.ParquetFile(file, page_checksum_verification=True, pre_buffer=False)
+        there = pq.read_metadata(file)
+        kept = [name for name in layout.as_dictionaries if name in there.schema.names]
+        self._parquet = pq.ParquetFile(
+            file, metadata=there, page_checksum_verification=True, pre_buffer=False, read_dictionary=kept
+        )
         self._size = file.seek(0, 2)
         metadata = self._parquet.metadata
         if metadata.num_row_groups > _MOST_GROUPS:
@@ -76,18 +88,21 @@ class CheckedParquet:
             raise ValueError(f"it has row groups of {wrong or self.group_rows} rows, {metadata.num_rows} in all")
 
     def read(self, group: int) -> pa.Table:
-        """A row group; no value of it is NULL."""
+        """A row group; no value of it is NULL, unless its column may hold that."""
         rows = self._parquet.metadata.row_group(group)
+        self._left = self._layout.max_group_bytes or self._left
         for number, name in enumerate(self._layout.schema.names):
             self._check(rows.column(number), name, rows.num_rows)
         table = self._parquet.read_row_group(group, use_threads=False)
-        if any(column.null_count for column in table.columns):
+        if any(table[name].null_count for name in table.schema.names if name not in self._layout.nullable):
             raise ValueError("it has values that are NULL")
         return table.replace_schema_metadata()
 
     def _check(self, column: pq.ColumnChunkMetaData, name: str, num_rows: int) -> None:
         """See that a column's pages are what the footer says, and no more than may be."""
-        if column.path_in_schema != name or column.num_values != num_rows:
+        size = self._layout.list_sizes.get(name)
+        path, values = (name, num_rows) if size is None else (f"{name}.list.element", num_rows * size)
+        if column.path_in_schema != path or column.num_values != values:
             raise ValueError(f"column {name} has {column.num_values} values in {num_rows} rows")
         if column.compression != self._layout.codec:
             raise ValueError(f"column {name} is packed by {column.compression}")
@@ -100,13 +115,15 @@ class CheckedParquet:
         pages = self._file.read(length)
         if len(pages) != length:
             raise ValueError("it is cut short")
-        for unpacked, packed in _page_sizes(pages, num_rows, may_look_up=name in self._layout.dictionaries):
+        may_look_up, may_be_null = name in self._layout.dictionaries, name in self._layout.nullable
+        for unpacked, packed in _page_sizes(pages, values, may_look_up=may_look_up, may_be_null=may_be_null):
             self._left -= unpacked
             if self._left < 0 or (column.compression == "UNCOMPRESSED" and unpacked != packed):
-                raise ValueError(f"column {name} has pages of more than {self._layout.max_bytes} bytes")
+                most = self._layout.max_group_bytes or self._layout.max_bytes
+                raise ValueError(f"column {name} has pages of more than {most} bytes")
 
 
-def _page_sizes(data: bytes, num_values: int, *, may_look_up: bool) -> Iterator[tuple[int, int]]:
+def _page_sizes(data: bytes, num_values: int, *, may_look_up: bool, may_be_null: bool) -> Iterator[tuple[int, int]]:
     """The unpacked and the packed size of each page, up to the last value."""
     at = seen = 0
     while seen < num_values:
@@ -123,7 +140,8 @@ def _page_sizes(data: bytes, num_values: int, *, may_look_up: bool) -> Iterator[
         if kind == _DATA_PAGE:
             seen += values
         looked_up = kind == _DICTIONARY_PAGE or encoding in _DICTIONARY_ENCODINGS
-        if (encoding != _PLAIN and not looked_up) or (looked_up and not may_look_up) or values == 0:
+        is_empty = values == 0 and not (may_be_null and kind == _DICTIONARY_PAGE)  # of a column of NULLs alone
+        if (encoding != _PLAIN and not looked_up) or (looked_up and not may_look_up) or is_empty:
             raise ValueError(f"it has pages of kind {kind} and encoding {encoding}")
         yield unpacked, packed
     if seen != num_values:

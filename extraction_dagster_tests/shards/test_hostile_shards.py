@@ -4,7 +4,6 @@ import io
 import json
 import random
 import struct
-import time
 from pathlib import Path
 
 import numpy as np
@@ -191,13 +190,12 @@ def test_a_footer_of_vectors_that_says_what_can_not_be_is_none(change, tmp_path)
     assert store.shards(RANGE) == []
 
 
-def test_a_footer_without_end_is_not_read(tmp_path, said):
+def test_a_footer_without_end_is_not_read(tmp_path, said, least_seconds):
     store, shard = frames_of(tmp_path)
     path = Path(shard.path)
     path.write_bytes(path.read_bytes()[:-8] + struct.pack("<I", 2**32 - 1) + b"PAR1")
-    began = time.process_time()
     assert store.shards(RANGE) == []
-    assert time.process_time() - began < 2
+    assert least_seconds(store.shards, RANGE) < 2
     assert "its footer has 4294967295 bytes, expected at most 67108864" in said()[-1]
 
 

@@ -56,19 +56,24 @@ class BoundedColumns:
             return column
         return sa.case((length <= self._most(column), column), else_=sa.null()).label(column.name)
 
-    def overlong(self, columns: Iterable[sa.Column[Any]]) -> sa.ColumnElement[Any]:
-        """`name:length` of the first column that is far too long to be read; NULL for none."""
-        found = [(column, length) for column in columns if (length := self._length(column)) is not None]
-        if not found:
-            return sa.null().label(OVERLONG_LABEL)
+    def overlong(
+        self, columns: Iterable[sa.Column[Any]], texts: Mapping[str, tuple[sa.ColumnElement[str], Cap]]
+    ) -> sa.ColumnElement[Any]:
+        """`name:length` of the first column, or text by its name, that is far too long to be read; NULL for none."""
+        found = [(column.name, self._length(column), self._most(column)) for column in columns]
+        found += [(name, self._length_of_text(text), _SLACK * cap.num_bytes) for name, (text, cap) in texts.items()]
         cases = [
-            (length > self._most(column), sa.literal(f"{column.name}:") + sa.cast(length, sa.Text))
-            for column, length in found
+            (length > most, sa.literal(f"{name}:") + sa.cast(length, sa.Text))
+            for name, length, most in found
+            if length is not None
         ]
-        return sa.case(*cases, else_=sa.null()).label(OVERLONG_LABEL)
+        return (sa.case(*cases, else_=sa.null()) if cases else sa.null()).label(OVERLONG_LABEL)
 
     def version(self, column: sa.ColumnElement[str], cap: Cap) -> sa.ColumnElement[str]:
-        """A version that is far too long to be read or kept, told by its length alone."""
+        """A version; one that is far too long to be read or kept is told by its length alone.
+
+        That it is such a one is said by `overlong`: a version may be any text.
+        """
         length = self._length_of_text(column)
         if length is None:
             return column

@@ -98,8 +98,9 @@ class SourceRows:
         self._checked = list(checked.items())
         self._set_caps(settings, optional)
         # As text, made by the database: one form for reading and for comparing.
-        text = None if version is None else sa.func.coalesce(sa.cast(version, sa.Text), "")
-        self._version = None if text is None else self._bounded.version(text, self._label_cap)
+        whole = None if version is None else sa.func.coalesce(sa.cast(version, sa.Text), "")
+        self._version = None if whole is None else self._bounded.version(whole, self._label_cap)
+        self._whole_versions = {} if whole is None else {_VERSION_LABEL: (whole, self._label_cap)}
         # As it is configured: a folder that moves with all that lies in it makes no file another.
         self._first_root = settings.allowed_roots[0] if settings.allowed_roots else "videos"
         self.eligible: sa.ColumnElement[bool] = sa.true()
@@ -116,6 +117,7 @@ class SourceRows:
             **{column.name: self._payload_cap for column in self._payload},
             **{column.name: self._uri_cap for column in self._uri_columns},
             **{column.name: self._label_cap for column in (*labels, *self._marks)},
+            _VERSION_LABEL: self._label_cap,
         }
         self._bounded = BoundedColumns(self._engine, self._caps)
 
@@ -235,7 +237,7 @@ class SourceRows:
         version = sa.literal("") if self._version is None else self._version
         once = {column.name: column for column in columns if column.name != self.id.name}
         read = [self._bounded.select(column) for column in once.values()]
-        overlong = self._bounded.overlong(once.values())
+        overlong = self._bounded.overlong(once.values(), self._whole_versions)
         return sa.select(self.id, *read, version.label(_VERSION_LABEL), overlong).where(self.eligible)
 
     def _source_row(self, row: Mapping[Any, Any]) -> SourceRow:
@@ -264,7 +266,7 @@ class SourceRows:
                 continue
             if not is_text(value):
                 return self._unreadable(record_id, column, "it is no UTF-8")
-            if isinstance(value, dict | list) and _is_deep(value):
+            if isinstance(value, dict | list) and is_deep(value):
                 return self._unreadable(record_id, column, f"it is nested deeper than {_DEEPEST} levels")
             if isinstance(value, bytes | memoryview) and column not in self._payload:
                 return self._unreadable(record_id, column, "it is binary")
@@ -282,8 +284,6 @@ class SourceRows:
         version = row[_VERSION_LABEL]
         if len(version) > self._label_cap.num_bytes // 4 and size_bytes(version) > self._label_cap.num_bytes:
             return self._too_long(video.record_id, _VERSION_LABEL, size_bytes(version), self._label_cap)
-        if version.startswith("too long: "):
-            return self._too_long(video.record_id, _VERSION_LABEL, version.removeprefix("too long: "), self._label_cap)
         if size_bytes(video.uri) > self._uri_cap.num_bytes:
             return self._too_long(video.record_id, self._uri_names[0], size_bytes(video.uri), self._uri_cap)
         if video.payload and (size := size_bytes(dict(video.payload))) > self._payload_cap.num_bytes:
@@ -315,7 +315,7 @@ def _text(value: object) -> str | None:
     return None if value is None else str(value)
 
 
-def _is_deep(value: object) -> bool:
+def is_deep(value: object) -> bool:
     """Whether a value of JSON is nested deeper than what takes it further can follow."""
     level: list[Any] = [value]
     for _ in range(_DEEPEST):

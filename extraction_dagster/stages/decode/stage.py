@@ -15,7 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from extraction_dagster.addresses import shown_address
+from extraction_dagster.addresses import brief_address
 from extraction_dagster.errors import ExtractionError
 from extraction_dagster.records import EncodedFrames, Failure, IdRange, Outcome, VideoRow
 from extraction_dagster.stages.catalog.fetch.fetching import Fetched, Fetcher, fetch_ahead
@@ -112,7 +112,7 @@ def decode_rows(
                 if item is not None:
                     fetcher.release(item.outcome.record_id, keep=item.outcome.frames is not None)
                     row = drawn.pop(item.outcome.record_id)
-                    batch.add(_by_address(item, row, downloaded.pop(row.record_id, "")), row)
+                    batch.add(named_by_address(item, row, downloaded.pop(row.record_id, "")), row)
                 if (landed := batch.land_due()) is not None:
                     yield landed
             if not batch.is_empty():
@@ -144,13 +144,21 @@ def _jobs(
             yield Decoded(Outcome(item.row.record_id, failure=_fetch_failure(item.row, item.error)))
 
 
-def _by_address(decoded: Decoded, row: VideoRow, cached: str) -> Decoded:
+def named_by_address(decoded: Decoded, row: VideoRow, cached: str) -> Decoded:
     """A failure of a downloaded file that names its address, not the file of the cache that is gone soon."""
     failure = decoded.outcome.failure
     if failure is None or not cached:
         return decoded
-    message = failure.message.replace(cached, shown_address(row.uri))
-    return replace(decoded, outcome=replace(decoded.outcome, failure=replace(failure, message=message)))
+    shown = brief_address(row.uri)
+    message, details = (_renamed(text, cached, shown) for text in (failure.message, failure.details))
+    return replace(
+        decoded, outcome=replace(decoded.outcome, failure=replace(failure, message=message, details=details))
+    )
+
+
+def _renamed(text: str, path: str, name: str) -> str:
+    """A text in which a path stands, as it is or as Python quotes it."""
+    return text.replace(path, name).replace(repr(path)[1:-1], name)
 
 
 def _fetch_failure(row: VideoRow, error: BaseException) -> Failure:

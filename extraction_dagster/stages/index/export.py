@@ -1,10 +1,13 @@
-"""Take points elsewhere: into one Parquet file, or into another store."""
+"""Take points elsewhere: into one file, or into another store."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import gzip
 import json
 import os
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -13,31 +16,36 @@ import pyarrow.parquet as pq
 from extraction_dagster.errors.index import ExportError, PointsMissingError
 from extraction_dagster.files import replacing
 from extraction_dagster.settings import RESERVED_PAYLOAD_KEYS
+from extraction_dagster.stages.index.point_files import (
+    ENDINGS,
+    POINTS_PER_GROUP,
+    Head,
+    ending_of,
+    parquet_schema,
+)
 from extraction_dagster.stages.index.stage import wrong_counts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
     from extraction_dagster.stages.index.points import PointBatch
     from extraction_dagster.stages.index.protocol import CollectionSpec, PointStore
 
-_POINTS_PER_GROUP = 2048
-
 
 def export_points(
     store: PointStore, spec: CollectionSpec, path: Path, *, on_written: Callable[[int], None] | None = None
 ) -> int:
-    """Write every point of the open collection to a Parquet file: whole, or not at all.
+    """Write every point of the open collection to a file, in the format of its ending: whole, or not at all.
 
-    Columns: `id`, `record_id`, `frame_number`, `frame_second`, `platform`, `video_code`, `path`, `created_at`,
-    `generation`, `payload` (further columns, as JSON; null when there are none) and `vector` (float32, dim). The file's
-    metadata says which embedding made it.
+    Parquet has the columns `id`, `record_id`, `frame_number`, `frame_second`, `platform`, `video_code`, `path`,
+    `created_at`, `generation`, `payload` (further columns, as JSON; null when there are none) and `vector` (float32,
+    dim). Lines of JSON have `id`, `payload` and `vector`. The file says which embedding made it, of which source table.
 
     Args:
         store: With its collection open.
         spec: What it holds.
-        path: The file; one that is there is replaced.
+        path: The file, of an ending in `ENDINGS`; one that is there is replaced.
         on_written: Told the number of points written so far.
 
     Returns:
@@ -50,9 +58,10 @@ def export_points(
         raise ExportError(str(path), os.strerror(errno.EISDIR))
     try:
         with replacing(path, mode=None, durable=False) as beside:
-            written = _write(store, spec, beside, on_written)
+            head, batches = Head.of(spec, points=store.count()), store.read(batch_size=POINTS_PER_GROUP)
+            written = _write_points(beside, ending_of(path) or ENDINGS[0], head, batches, on_written=on_written)
             expected = store.count()
-            if written != expected:
+            if not written == expected == head.points:
                 why = f"{written} points were written, and the store holds {expected}: try again"
                 raise ExportError(str(path), why)
     except OSError as error:
@@ -92,26 +101,43 @@ def copy_points(source: PointStore, target: PointStore, *, on_copied: Callable[[
     return copied
 
 
-def _write(store: PointStore, spec: CollectionSpec, path: Path, on_written: Callable[[int], None] | None) -> int:
+def _write_points(
+    path: Path,
+    ending: str,
+    head: Head,
+    batches: Iterable[PointBatch],
+    *,
+    on_written: Callable[[int], None] | None = None,
+) -> int:
+    """Write points to a file in the format of an ending; returns how many there were."""
     written = 0
-    schema = _schema(spec)
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        for batch in store.read(batch_size=_POINTS_PER_GROUP):
-            writer.write_table(_table(batch, schema))
+    with _parquet_writer(path, head) if ending == ".parquet" else _lines_writer(path, ending, head) as write:
+        for batch in batches:
+            write(batch)
             written += len(batch)
             if on_written is not None:
                 on_written(written)
     return written
 
 
-def _schema(spec: CollectionSpec) -> pa.Schema:
-    types = {"record_id": pa.int64(), "frame_number": pa.int64(), "frame_second": pa.float64()}
-    fields = [("id", pa.string()), *((key, types.get(key, pa.string())) for key in RESERVED_PAYLOAD_KEYS)]
-    metadata = {"collection": spec.name, "dim": str(spec.dim), "fingerprint": spec.fingerprint}
-    vector = pa.list_(pa.float32(), spec.dim)
-    return pa.schema(
-        [*fields, ("payload", pa.string()), ("vector", vector)], metadata={"extraction": json.dumps(metadata)}
-    )
+@contextlib.contextmanager
+def _parquet_writer(path: Path, head: Head) -> Iterator[Callable[[PointBatch], None]]:
+    about = {key: value for key, value in asdict(head).items() if key != "points"} | {"dim": str(head.dim)}
+    schema = parquet_schema(head).with_metadata({"extraction": json.dumps(about)})
+    with pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
+        yield lambda batch: writer.write_table(_table(batch, schema), row_group_size=POINTS_PER_GROUP)
+
+
+@contextlib.contextmanager
+def _lines_writer(path: Path, ending: str, head: Head) -> Iterator[Callable[[PointBatch], None]]:
+    with gzip.open(path, "wt", compresslevel=6) if ending.endswith(".gz") else path.open("w") as file:
+
+        def write(batch: PointBatch) -> None:
+            for point_id, payload, vector in zip(batch.ids, batch.payloads, batch.vectors.tolist(), strict=True):
+                file.write(json.dumps({"id": point_id, "payload": payload, "vector": vector}) + "\n")
+
+        file.write(json.dumps({"extraction": asdict(head)}) + "\n")
+        yield write
 
 
 def _table(batch: PointBatch, schema: pa.Schema) -> pa.Table:

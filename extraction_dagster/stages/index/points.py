@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _NAMESPACE = uuid.UUID("8c1f4bb4-5d0a-5b6e-9c3e-2f6f1f0d7a51")
 # Vectors come in float16, whose rounding moves a unit norm by about 0.0005.
-_NORM_TOLERANCE = 0.01
+NORM_TOLERANCE = 0.01
 _MIN_INT, _MAX_INT = -(2**63), 2**63 - 1
 
 
@@ -157,7 +157,7 @@ def rfc3339(moment: datetime) -> str:
 def _unit(embeddings: EmbeddingBatch) -> np.ndarray:
     vectors = embeddings.vectors.astype(np.float32)
     norms = np.linalg.norm(vectors, axis=1)
-    wrong = np.flatnonzero(np.abs(norms - 1) > _NORM_TOLERANCE)
+    wrong = np.flatnonzero(np.abs(norms - 1) > NORM_TOLERANCE)
     if len(wrong):
         first = int(wrong[0])
         raise VectorNormError(

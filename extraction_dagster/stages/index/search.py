@@ -6,8 +6,10 @@ What was found can be shown as one HTML file that needs nothing else: thumbnails
 from __future__ import annotations
 
 import base64
+import difflib
 import errno
 import html
+import itertools
 import os
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from extraction_dagster.errors import RecordShapeError
+from extraction_dagster.errors import RecordShapeError, one_line
 from extraction_dagster.errors.index import GalleryError
 from extraction_dagster.files import write_atomically
 from extraction_dagster.stages.decode.jpeg import shrink_jpeg
@@ -32,6 +34,8 @@ _TIES = 32
 _FRAMES_PER_VIDEO = 8
 # Videos for which each frame of a query video votes, at least.
 _VOTES_PER_FRAME = 50
+_FRAMES_LOOKED_AT = 4096  # for the platforms that there are
+_PLATFORMS_SHOWN = 5
 _THUMBNAIL_PX = 200
 _THUMBNAIL_QUALITY = 80
 # The policy keeps a page harmless even where a text would slip through unescaped.
@@ -179,6 +183,35 @@ def search_videos(
     return sorted(wanted, key=lambda hit: (-hit.score, hit.record_id))[:limit]
 
 
+def why_nothing(store: PointStore, filters: PointFilter, *, score_threshold: float | None = None) -> list[str]:
+    """Say of a search that found nothing which of its filters no frame of the collection meets."""
+    if not store.count():
+        return ["The collection has no frames yet."]
+    ids, times = filters.record_id_range, (filters.created_from, filters.created_before)
+    said = []
+    if filters.platform is not None and not store.count(PointFilter(platform=filters.platform)):
+        said.append(f"No frame is of platform {filters.platform!r}{_platforms(store, filters.platform)}.")
+    if ids is not None and not store.count(PointFilter(record_id_range=ids)):
+        said.append(f"No frame is of a record from {ids.first_id} to {ids.last_id}.")
+    if any(times) and not store.count(PointFilter(created_from=times[0], created_before=times[1])):
+        said.append("No frame was indexed in that time.")
+    if said:
+        return said
+    number = store.count(filters)
+    if number and score_threshold is not None:
+        return [f"{number} frames meet the filters; none of them has a score of {score_threshold:g} or more."]
+    return [] if number else ["Each filter has frames that meet it, and no frame meets all of them."]
+
+
+def _platforms(store: PointStore, wanted: str) -> str:
+    """The platforms of some frames, those that are spelled alike first."""
+    some = itertools.islice(store.payloads(None, ["platform"]), _FRAMES_LOOKED_AT)
+    names = sorted({str(name) for payload in some if (name := payload.get("platform")) is not None})
+    alike = difflib.get_close_matches(wanted, names, n=1)
+    shown = ", ".join(map(repr, [*alike, *(name for name in names if name not in alike)][:_PLATFORMS_SHOWN]))
+    return f"; there is {one_line(shown)}" if names else ", and none has a platform"
+
+
 def _best_of_videos(
     store: PointStore, unit: np.ndarray, *, limit: int, filters: PointFilter | None, score_threshold: float | None
 ) -> list[Hit]:
@@ -226,14 +259,25 @@ def render_page(title: str, *, style: str, body: str) -> str:
     return _PAGE.format(title=html.escape(title), style=style, body=body)
 
 
+def require_place(path: Path) -> None:
+    """See that a page could be written there, before there is one.
+
+    Raises:
+        GalleryError: It is a folder, or there is no folder for it.
+    """
+    if path.is_dir():
+        raise GalleryError(str(path), os.strerror(errno.EISDIR))
+    if not path.absolute().parent.is_dir():
+        raise GalleryError(str(path), os.strerror(errno.ENOENT))
+
+
 def write_gallery(path: Path, page: str) -> None:
     """Write a page: whole, or not at all.
 
     Raises:
         GalleryError: It can't be written there.
     """
-    if path.is_dir():
-        raise GalleryError(str(path), os.strerror(errno.EISDIR))
+    require_place(path)
     try:
         write_atomically(path, page.encode(), mode=None, durable=False)
     except OSError as error:

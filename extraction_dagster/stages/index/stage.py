@@ -66,7 +66,7 @@ def open_point_store(
         source: The mark of the source table; that of the settings when None.
     """
     if source is None:
-        source = source_identity(settings) if _names_source(settings) else ""
+        source = source_identity(settings) if names_source(settings) else ""
     if settings.qdrant_url is None:
         from extraction_dagster.stages.index.edge.store import EdgeStore  # noqa: PLC0415 - one engine is loaded
 
@@ -91,12 +91,12 @@ def require_store(settings: Settings, fingerprint: str) -> None:
         return
     from extraction_dagster.stages.index.server.store import ServerStore  # noqa: PLC0415 - one engine is loaded
 
-    source = source_identity(settings) if _names_source(settings) else ""
+    source = source_identity(settings) if names_source(settings) else ""
     with ServerStore.connect(settings, source=source) as store:
         store.require_writable(settings.collection_name, fingerprint)
 
 
-def _names_source(settings: Settings) -> bool:
+def names_source(settings: Settings) -> bool:
     """Whether the settings lead to a source table: a machine that only searches may know of none."""
     return settings.source_url is not None or (settings.home / "source.db").exists()
 

@@ -37,6 +37,7 @@ BAD = {
 GOOD = {
     "nothing": ("path", "path"),
     "a platform of 1,024": ("platform", "{label}"),
+    "a version that says it is too long": ("version", "'too long: 100000'"),
     "a caption with everything": ("caption", "'\x1b[31m, \t, \u202e, \x7f'"),
     "JSON, 30 levels": ("extra", f"'{'[' * 30}{']' * 30}'"),
     "JSON, beyond 64 bits": ("extra", "'[1e999, 18446744073709551616]'"),

@@ -71,6 +71,30 @@ def test_every_row_lands_once_with_frames_or_a_failure(clip_path, settings, stor
     assert all(f.message.startswith(f"Record {f.record_id}: ") for f in failures)
 
 
+def test_a_broken_object_is_named_by_its_address_and_not_by_the_file_of_the_cache(clip_path, settings, store, s3_root):
+    import s3fs  # noqa: PLC0415 - lazy: slow to import
+
+    bucket, broken = s3fs.S3FileSystem(skip_instance_cache=True), clip_path("h264").read_bytes()[:900]
+    name = s3_root.removeprefix("s3://")
+    bucket.call_s3("put_bucket_versioning", Bucket=name, VersioningConfiguration={"Status": "Enabled"})
+    keys = ["part #1.mp4", "what?.mp4", "50% off.mp4", "a%20b.mp4", "a b/ü'.mp4"]
+    for key in keys:
+        bucket.pipe_file(f"{name}/{key}", broken)
+    older = bucket.call_s3("put_object", Bucket=name, Key="v?.mp4", Body=broken)["VersionId"]
+    bucket.call_s3("put_object", Bucket=name, Key="v?.mp4", Body=clip_path("h264").read_bytes())
+    keys += [f"v?.mp4?versionId={older}"]
+    work = [VideoRow(number, f"{s3_root}/{key}") for number, key in enumerate(keys, 1)]
+    home = settings.home / "it's \\ here"  # which Python quotes otherwise
+    chosen = settings.model_copy(update={"allowed_buckets": (s3_root,), "home": home})
+    landed = list(decode_rows(work, store=store, partition=RANGE, settings=chosen))
+    failures = {failure.record_id: failure for item in landed for failure in item.failures}
+    assert {failure.error_type for failure in failures.values()} == {"VideoOpenError"}
+    assert sorted(failures) == list(range(1, len(keys) + 1))
+    for number, key in enumerate(keys, 1):
+        assert f"{s3_root}/{key}" in failures[number].message
+        assert "cache" not in failures[number].message + failures[number].details
+
+
 def test_the_stored_frames_are_those_shown_at_the_sampled_times(clip_path, settings, store):
     landed = list(decode_rows(rows(clip_path, 1), store=store, partition=RANGE, settings=settings))
     stored = next(store.read(landed[0].shard))

@@ -1,5 +1,6 @@
 """Search over every store. The gallery: everything escaped, nothing fetched, seen in a real browser."""
 
+import functools
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,8 +20,10 @@ from extraction_dagster.stages.index.search import (
     render_gallery,
     search_images,
     search_videos,
+    why_nothing,
     write_gallery,
 )
+from extraction_dagster.stages.index.stage import replace_records
 
 
 def _towards(cosine):
@@ -103,6 +106,34 @@ def test_grouping_finds_videos_behind_one_that_fills_every_page(scored):
     hits = search_images(store, QUERY, limit=3, group_by_video=True)
     assert _found(hits) == [(1, 0), (5, 1), (6, 0)]
     assert _found(search_images(store, QUERY, limit=9, group_by_video=True)) == [(1, 0), (5, 1), (6, 0), (4, 0)]
+
+
+def test_a_search_that_finds_nothing_says_which_filter_names_what_is_not_there(scored):
+    store = scored({(7, 0): 0.9, (8, 0): 0.8, (2**60 + 1, 0): 0.7}, platforms={8: "tiktok"})
+    of = functools.partial(why_nothing, store)
+    assert of(PointFilter(platform="instaa")) == ["No frame is of platform 'instaa'; there is 'insta', 'tiktok'."]
+    assert of(PointFilter(record_id_range=IdRange(9, 2**60))) == [f"No frame is of a record from 9 to {2**60}."]
+    late = datetime(2030, 1, 1, tzinfo=UTC)
+    assert of(PointFilter(created_from=late)) == ["No frame was indexed in that time."]
+    assert of(PointFilter(platform="x", record_id_range=IdRange(1, 6), created_before=late)) == [
+        "No frame is of platform 'x'; there is 'insta', 'tiktok'.",
+        "No frame is of a record from 1 to 6.",
+    ]
+    assert of(PointFilter(platform="tiktok", record_id_range=IdRange(7, 7))) == [
+        "Each filter has frames that meet it, and no frame meets all of them."
+    ]
+    assert of(PointFilter(platform="insta"), score_threshold=0.99) == [
+        "2 frames meet the filters; none of them has a score of 0.99 or more."
+    ]
+    assert of(PointFilter()) == []
+
+
+def test_an_empty_collection_and_one_without_platforms_say_so(opened, embeddings):
+    assert why_nothing(opened, PointFilter(platform="insta")) == ["The collection has no frames yet."]
+    replace_records(opened, embeddings({7: [0]}), rows={7: VideoRow(7, "v.mp4")}, generations={7: "a"})
+    assert why_nothing(opened, PointFilter(platform="insta")) == [
+        "No frame is of platform 'insta', and none has a platform."
+    ]
 
 
 def test_a_missing_platform_and_code_come_back_as_none(opened, embeddings):

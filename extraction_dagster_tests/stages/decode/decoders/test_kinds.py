@@ -2,7 +2,6 @@
 
 import io
 import struct
-import time
 import zipfile
 
 import numpy as np
@@ -362,20 +361,24 @@ def test_photos_are_opened_by_the_default_decoder_alone(  # noqa: PLR0913, PLR09
 
 
 @pytest.mark.parametrize("piece", [b"\xff\xe0\0\0", b"\xff", b"\xff\xe0\0\2"], ids=["empty", "padding", "shortest"])
-def test_a_jpeg_of_nothing_but_tiny_segments_is_given_up_soon(piece, tmp_path):
+def test_a_jpeg_of_nothing_but_tiny_segments_is_given_up_soon(piece, tmp_path, least_seconds):
     (tmp_path / "a.jpg").write_bytes(b"\xff\xd8" + piece * (2**22 // len(piece)))
-    began = time.process_time()
-    with open_file(tmp_path / "a.jpg") as file:
-        assert file.kind is not None
-        assert file.kind.is_cut
-    assert time.process_time() - began < 2
+
+    def look():
+        with open_file(tmp_path / "a.jpg") as file:
+            assert file.kind is not None
+            assert file.kind.is_cut
+
+    assert least_seconds(look) < 2
 
 
-def test_boxes_and_brands_without_end_are_given_up_soon(photo, tmp_path):
+def test_boxes_and_brands_without_end_are_given_up_soon(photo, tmp_path, least_seconds):
     (tmp_path / "a.jpg").write_bytes(photo(".jpg") + b"\0\0\0\x08ftyp" * 2**19)
     (tmp_path / "a.heic").write_bytes(struct.pack(">I4s4s", 12, b"ftyp", b"heic") + b"\0\0\0\x08free" * 2**19)
-    began = time.process_time()
-    for name in ("a.jpg", "a.heic"):
-        with open_file(tmp_path / name) as file:
-            assert not file.is_motion_photo
-    assert time.process_time() - began < 2
+
+    def look():
+        for name in ("a.jpg", "a.heic"):
+            with open_file(tmp_path / name) as file:
+                assert not file.is_motion_photo
+
+    assert least_seconds(look) < 2
