@@ -15,14 +15,25 @@ PYTEST_ARGS ?= -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker
 
 VENV := .venv
 STAMP := $(VENV)/.installed
+DEMO := $(VENV)/.installed-demo
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --quiet --progress-bar off
+# On disk as measured on Linux; what is downloaded is an estimate.
+CPU_SIZES := 0.5 GB to download, 1.8 GB on disk,
+CUDA_SIZES := 2.5 GB and 4.6 GB
 # Dagster's own, about its own command: the one it names comes with another package.
 QUIET := ignore:Function `dev_command` is superseded
 
 # A virtual environment does not survive a move: the stamp holds the folder it was made for.
-ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
+ifneq ($(shell cat $(DEMO) 2>/dev/null),$(CURDIR))
+.PHONY: $(DEMO)
+endif
+# The demo needs no tests' tools; where they are installed, so is all that it needs.
+ifeq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
+RUNNABLE := $(STAMP)
+else
 .PHONY: $(STAMP)
+RUNNABLE := $(DEMO)
 endif
 
 .PHONY: help demo test soak ui lint types check docs screenshots clean
@@ -30,7 +41,7 @@ endif
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' Makefile
 
-demo: $(STAMP) ## Make videos, process them through Dagster, search them by an image
+demo: $(RUNNABLE) ## Make videos, process them through Dagster, search them by an image
 	@$(BIN)/extraction demo
 
 # Where Python is told to keep nothing that it compiled, each of the suite's many processes would compile all of it.
@@ -40,7 +51,7 @@ test: $(STAMP) ## Run the whole suite; narrow it with PYTEST_ARGS="-k words"
 soak: $(STAMP) ## Run what 'make test' leaves out: real daemons under fire, about half an hour
 	@EXTRACTION_TEST_PROFILE=full $(BIN)/python -m pytest -m soak -s -o timeout=2400 -o faulthandler_timeout=2700
 
-ui: $(STAMP) ## Open Dagster's UI and daemon at PORT (3000), for this machine only; on the demo's data if there is no other
+ui: $(RUNNABLE) ## Open Dagster's UI and daemon at PORT (3000), for this machine only; on the demo's data if there is no other
 	@$(BIN)/extraction status >/dev/null 2>&1 || $(BIN)/extraction demo || $(BIN)/extraction status
 	@$(BIN)/extraction init
 	@echo "Dagster's UI: http://127.0.0.1:$(PORT) (Ctrl+C ends it)"
@@ -66,20 +77,43 @@ clean: ## Remove the virtual environment, caches and builds; data (.extraction) 
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	@echo "Removed .venv, caches and builds. Data, if any, is still in .extraction."
 
-# The stamp is written last: an interrupted installation is taken up again by the next call. torch comes first, by its
+# The stamps are written last: an interrupted installation is taken up again by the next call. torch comes first, by its
 # version alone: by hashes, pip takes the CUDA build of an index, 3 GB of it, before a CPU build that lies on the machine.
-$(STAMP): pyproject.toml setup.cfg constraints.txt requirements.txt
+define environment
 	@if ! version=$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2]); sys.exit(sys.version_info < (3, 11))' 2>/dev/null); then \
 	  echo "This project needs Python 3.11 or newer, and $(PYTHON) is $${version:-not there}." >&2; \
 	  echo "Name another one: make $(or $(MAKECMDGOALS),demo) PYTHON=python3.12" >&2; \
 	  exit 1; \
 	fi
-	@if [ "$$(cat $@ 2>/dev/null || echo '$(CURDIR)')" != '$(CURDIR)' ] \
+	@if [ "$$({ cat $(STAMP) $(DEMO) 2>/dev/null || true; } | grep -m 1 . || echo '$(CURDIR)')" != '$(CURDIR)' ] \
 	  || ! $(BIN)/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 	  echo "Creating .venv (first time: about two minutes)"; \
 	  $(PYTHON) -m venv --clear $(VENV); \
 	fi
 	@rm -f $@
+endef
+
+INPUTS := pyproject.toml setup.cfg constraints.txt requirements.txt
+
+$(DEMO): $(INPUTS)
+	$(environment)
+	@echo "Installing what the demo needs, the versions of requirements.txt, each file by its hash."
+	@echo "About $(CPU_SIZES) with torch's CPU build; on Linux, $(CUDA_SIZES) more with the build for CUDA."
+	@if command -v uv >/dev/null; then \
+	  echo "uv takes the build that fits this machine."; \
+	  uv pip install --quiet --python $(BIN)/python --torch-backend=auto --no-deps -c constraints.txt torch \
+	    || { echo "uv could not (see above): pip goes on." >&2; $(PIP_INSTALL) --no-deps -c constraints.txt torch; }; \
+	else \
+	  echo "There is no uv, so pip takes the build of its index: README.md says how to have the CPU build."; \
+	  $(PIP_INSTALL) --no-deps -c constraints.txt torch; \
+	fi
+	@sed '/^# For tests/,$$d' requirements.txt > $(VENV)/requirements.txt
+	@$(PIP_INSTALL) --require-hashes --no-deps -r $(VENV)/requirements.txt
+	@$(PIP_INSTALL) -c constraints.txt --no-build-isolation -e .
+	@echo '$(CURDIR)' > $@
+
+$(STAMP): $(INPUTS)
+	$(environment)
 	@echo "Installing the versions of requirements.txt, each file by its hash"
 	@$(PIP_INSTALL) --no-deps -c constraints.txt torch
 	@$(PIP_INSTALL) --require-hashes --no-deps -r requirements.txt

@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import urllib.parse
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
 
@@ -509,6 +510,13 @@ class Settings(BaseSettings):
         le=1,
         description="Share of a range's records that may be failed or parked before the check failure_rate warns.",
     )
+    keep_runs: str = Field(
+        "90",
+        pattern=r"^(all|[1-9][0-9]{0,4}[hd]?)$",
+        description="How long Dagster's ended runs and their events stay: a number of days, of hours (12h), or all. "
+        "What the partitions page shows stays in any case: the newest materialization of each range, and the failed "
+        "run of one that has none since.",
+    )
     progress_interval_seconds: int = Field(
         300,
         ge=30,
@@ -690,6 +698,14 @@ class Settings(BaseSettings):
     def resolved_state_url(self) -> str:
         """The state's SQLAlchemy URL, default applied; holds the password: never print it."""
         return self.state_url.get_secret_value() if self.state_url else self.resolved_source_url
+
+    @property
+    def runs_kept_for(self) -> timedelta | None:
+        """How long runs of Dagster stay; None for ever."""
+        if self.keep_runs == "all":
+            return None
+        number = int(self.keep_runs.rstrip("hd"))
+        return timedelta(hours=number) if self.keep_runs.endswith("h") else timedelta(days=number)
 
     @property
     def resolved_frames_uri(self) -> str:

@@ -1,6 +1,7 @@
 """The Makefile's own logic, with a Python that only writes down what it was asked to do."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -50,6 +51,80 @@ def install_calls():
         f"{pip} --require-hashes --no-deps -r requirements.txt",
         f"{pip} -c constraints.txt --no-build-isolation -e .[dev,transformers]",
     ]
+
+
+def demo_calls(torch="pip"):
+    pip = "-m pip --disable-pip-version-check install --quiet --progress-bar off"
+    return [
+        *([f"{pip} --no-deps -c constraints.txt torch"] if torch == "pip" else []),
+        f"{pip} --require-hashes --no-deps -r .venv/requirements.txt",
+        f"{pip} -c constraints.txt --no-build-isolation -e .",
+    ]
+
+
+@pytest.fixture
+def demo(make, checkout):
+    """`make demo`, with an `extraction` that does nothing; what it called."""
+
+    def run():
+        (checkout / ".venv/bin").mkdir(parents=True, exist_ok=True)
+        (checkout / ".venv/bin/extraction").write_text("#!/bin/bash\n")
+        (checkout / ".venv/bin/extraction").chmod(0o755)
+        return make("demo")
+
+    return run
+
+
+@pytest.fixture
+def path(tmp_path, monkeypatch):
+    """A folder that comes first in PATH, without any uv behind it."""
+    folder = tmp_path / "path"
+    folder.mkdir()
+    others = [part for part in os.environ["PATH"].split(":") if not (Path(part) / "uv").exists()]
+    monkeypatch.setenv("PATH", ":".join([str(folder), *others]))
+    return folder
+
+
+@pytest.mark.usefixtures("path")
+def test_the_demo_installs_what_it_needs_and_says_before_how_much_that_is(demo, checkout):
+    done, calls = demo()
+    assert done.returncode == 0, done.stderr
+    assert calls == ["-m venv --clear .venv", *demo_calls()]
+    said = done.stdout.splitlines()
+    assert said[0] == "Creating .venv (first time: about two minutes)"
+    assert re.match(
+        r"About [\d.]+ GB to download, [\d.]+ GB on disk, with torch's CPU build; on Linux, [\d.]+ GB", said[2]
+    )
+    assert "There is no uv" in said[3]
+    needed = (checkout / ".venv/requirements.txt").read_text()
+    assert [name in needed for name in ("\ndagster==", "\ntorch==", "\nsetuptools==")] == [True] * 3
+    assert [name in needed for name in ("playwright", "ruff", "mypy", "pytest", "transformers", "moto")] == [False] * 6
+    assert demo()[1] == []
+
+
+@pytest.mark.parametrize(("code", "torch"), [(0, "uv"), (2, "pip")])
+def test_where_there_is_uv_it_takes_the_build_of_torch_that_fits_and_pip_where_it_can_not(demo, path, code, torch):
+    (path / "uv").write_text(f'#!/bin/bash\necho "$*" >> "{path}/calls"\necho unknown option >&2\nexit {code}\n')
+    (path / "uv").chmod(0o755)
+    done, calls = demo()
+    assert (done.returncode, calls) == (0, ["-m venv --clear .venv", *demo_calls(torch)]), done.stderr
+    options = "--python .venv/bin/python --torch-backend=auto --no-deps -c constraints.txt torch"
+    assert (path / "calls").read_text() == f"pip install --quiet {options}\n"
+    assert ("uv could not (see above): pip goes on." in done.stderr) == (torch == "pip")
+
+
+@pytest.mark.usefixtures("path")
+def test_after_the_demo_the_tests_install_the_rest_into_the_same_environment_and_not_the_other_way_round(demo, make):
+    demo()
+    assert make("test")[1] == [*install_calls(), "-m pytest -q"]
+    assert demo()[1] == []
+
+
+@pytest.mark.usefixtures("path")
+def test_a_checkout_that_moved_after_the_demo_gets_a_new_environment(demo, make, checkout, tmp_path):
+    demo()
+    moved = checkout.rename(tmp_path / "moved")
+    assert make("test", folder=moved)[1] == ["-m venv --clear .venv", *install_calls(), "-m pytest -q"]
 
 
 def test_help_is_the_default_and_lists_every_target(make):

@@ -1,6 +1,7 @@
 """Settings from the environment and .env: what is read, what is refused, what is never shown."""
 
 import contextlib
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -338,3 +339,18 @@ def test_a_servers_address_with_an_odd_port_is_refused_in_our_own_words(url, mon
     with pytest.raises(SettingsError, match=r"EXTRACTION_QDRANT_URL is .*expected an address such as") as told:
         load_settings()
     assert ("canary" in str(told.value)) == ("@" not in url)
+
+
+@pytest.mark.parametrize(
+    ("text", "kept_for"),
+    [("90", timedelta(days=90)), ("7d", timedelta(days=7)), ("12h", timedelta(hours=12)), ("all", None)],
+)
+def test_runs_are_kept_for_days_or_hours_or_for_ever(text, kept_for):
+    assert Settings(keep_runs=text).runs_kept_for == kept_for
+
+
+@pytest.mark.parametrize("text", ["0", "0h", "-1", "30m", "none", "1.5"])
+def test_a_time_to_keep_runs_that_is_none_is_refused(text, monkeypatch):
+    monkeypatch.setenv("EXTRACTION_KEEP_RUNS", text)
+    with pytest.raises(SettingsError, match=f"EXTRACTION_KEEP_RUNS is '{text}', expected"):
+        load_settings()

@@ -111,6 +111,8 @@ def test_status_errors_and_search_speak_json(demo, run):
     folder, _ = demo
     status = json.loads(run("extraction", "status", "--json", cwd=folder).stdout)
     assert (status["failed"], status["parked"], status["pending"]) == (0, 2, 0)
+    assert (status["done"], status["lag_rows"], status["eta_seconds"]) == (status["eligible"] - 2, 0, 0)
+    assert "\nextraction_lag_rows 0.0\n" in run("extraction", "metrics", cwd=folder).stdout
     errors = json.loads(run("extraction", "errors", "--json", cwd=folder).stdout)["errors"]
     assert sorted(error["record_id"] for error in errors) == [9, 108]
     image = str(folder / ".extraction" / "query.jpg")
@@ -119,6 +121,30 @@ def test_status_errors_and_search_speak_json(demo, run):
     ]
     assert len(hits) == 3
     assert hits[0]["score"] > hits[1]["score"] > hits[2]["score"]
+
+
+def test_show_tells_all_of_one_record(demo, run):
+    folder, _ = demo
+    done = json.loads(run("extraction", "show", "3", "--json", cwd=folder).stdout)
+    ((code,),) = rows(folder, "SELECT code FROM insta_content WHERE id = 3")
+    ((run_id,),) = rows(folder, "SELECT claimed_by FROM extraction_ledger WHERE record_id = 3")
+    assert (done["record_id"], done["status"], done["points"], done["errors"]) == (3, "done", 8, [])
+    assert (done["row"]["code"], done["row"]["embedded"], done["runs"]) == (code, True, [run_id])
+    assert (done["ledger"]["state"], done["ledger"]["num_frames"], done["ledger"]["num_points"]) == ("done", 8, 8)
+    assert done["address"].endswith(f"/{code}.mp4")
+
+    parked = run("extraction", "show", "9", cwd=folder).stdout
+    assert parked.startswith("Record 9")
+    cells = [[cell.strip() for cell in line.strip("│ ").split("│")] for line in parked.splitlines()]
+    assert [cell for cell in cells if cell[0] in {"status", "points", "row: code", "num frames"}] == [
+        ["status", "parked"],
+        ["points", "0"],
+        ["row: code", "truncated"],
+        ["num frames", "-"],
+    ]
+    assert "decode, VideoOpenError, run " in parked
+    assert "truncated.mp4" in parked
+    assert run("extraction", "show", "4711", cwd=folder, expect=1).stderr.startswith("error: Record 4711")
 
 
 def test_a_cleared_mark_brings_a_record_back(demo, run):

@@ -15,7 +15,7 @@ from extraction_dagster.settings import Settings, load_settings
 from extraction_dagster.stages.catalog.catalog import Catalog, open_catalog
 from extraction_dagster.stages.catalog.ledger import ErrorRow
 from extraction_dagster.ticks.cursor import CursorState
-from extraction_dagster.watch.progress import Progress, eta_seconds, measure_progress, recall_progress
+from extraction_dagster.watch.progress import Progress, eta_seconds, measure_progress, recall_progress, whole_lag
 
 _ERRORS_LOOKED_AT = 1000
 _MOST_SHOWN = 20
@@ -30,14 +30,11 @@ def status(*, as_json: console.AsJson = False) -> None:
     settings = load_settings()
     with open_catalog(settings) as catalog:
         progress = _progress(settings, catalog)
-        lag = progress.lag_rows if progress.is_lag_counted else catalog.source.count_above(progress.after_id)
         document: dict[str, Any] = catalog.status(floor_id=progress.floor_id)
+        lag = progress.lag_rows if progress.is_lag_counted else whole_lag(catalog, progress.after_id, document)
     document |= {name: getattr(progress, name) for name in ("last_processed_id", "frontier_id", "floor_id")}
-    document |= {"lag_rows": 0, "active_runs": progress.active_runs, "videos_per_second": progress.videos_per_second}
-    # What is done or parked above the watermark, of a range that was launched by hand, say, lags no more.
-    unfinished = max(document["eligible"] - document["done"] - document["parked"], 0)
-    document["lag_rows"] = min(lag, unfinished)
-    is_due = document["pending"] or not document["lag_rows"]  # else rows wait for something, and nobody knows how long
+    document |= {"lag_rows": lag, "active_runs": progress.active_runs, "videos_per_second": progress.videos_per_second}
+    is_due = document["pending"] or not lag  # else rows wait for something, and nobody knows how long
     document["eta_seconds"] = eta_seconds(document["pending"], progress.videos_per_second) if is_due else None
     if as_json:
         console.print_json(document)

@@ -1,4 +1,7 @@
-"""The cursor sensor: finds new rows, requests runs, and keeps the last processed ID in Dagster's cursor store."""
+"""The cursor sensor: finds new rows, requests runs, and keeps the last processed ID in Dagster's cursor store.
+
+Beside it, the sensor that removes old runs.
+"""
 
 from datetime import UTC, datetime
 from functools import partial
@@ -14,6 +17,8 @@ from extraction_dagster.settings import load_settings
 
 if TYPE_CHECKING:
     from extraction_dagster.ticks.tick import Ticked
+
+_PRUNE_EVERY_SECONDS = 600
 
 
 @dg.sensor(
@@ -54,6 +59,25 @@ def extraction_sensor(context: dg.SensorEvaluationContext, extraction: Extractio
         skip_reason=None if ticked.requests else _skip_reason(ticked),
         cursor=ticked.cursor.to_json(),
     )
+
+
+@dg.sensor(
+    name="history_sensor",
+    minimum_interval_seconds=_PRUNE_EVERY_SECONDS,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Removes runs that ended longer ago than EXTRACTION_KEEP_RUNS, and their events, but for what the "
+    "partitions page shows; starts no run.",
+)
+def history_sensor(context: dg.SensorEvaluationContext, extraction: Extraction) -> dg.SensorResult:
+    """Look once; its cursor says where the next look goes on when time was up."""
+    from extraction_dagster.defs.instance.pruning import prune
+
+    kept_for = extraction.settings.runs_kept_for
+    if kept_for is None:
+        return dg.SensorResult(skip_reason="EXTRACTION_KEEP_RUNS is all: every run stays.", cursor="")
+    pruned = prune(context.instance, before=datetime.now(UTC) - kept_for, after=context.cursor or None)
+    said = f"{pruned.runs} runs and {pruned.events} reports of progress removed (EXTRACTION_KEEP_RUNS)."
+    return dg.SensorResult(skip_reason=said, cursor=pruned.reached or "")
 
 
 def _skip_reason(ticked: "Ticked") -> str:

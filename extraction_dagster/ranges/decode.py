@@ -5,7 +5,7 @@
     marks     extracted        failed           extracted
 
 A row that fails is written to the errors table when it fails, not at the end of the range. A contact sheet shows a few
-of the frames in Dagster's UI, as Markdown: pictures inside, nothing fetched.
+of the range's frames in Dagster's UI, also those of earlier runs, as Markdown: pictures inside, nothing fetched.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from contextlib import closing
 from typing import TYPE_CHECKING
 
 from extraction_dagster import step_progress
+from extraction_dagster.errors.decode import FrameShardError
 from extraction_dagster.ranges.work import RangeWork, Report, Stopwatch
+from extraction_dagster.shards.store import by_shard, newest_copies
 from extraction_dagster.stages.decode.jpeg import shrink_jpeg
 from extraction_dagster.stages.decode.sampling import evenly
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
     from extraction_dagster.shards.store import ShardRecord
     from extraction_dagster.stages.catalog.catalog import PlannedRow
@@ -71,6 +73,7 @@ def decode_range(work: RangeWork) -> Report:
             counts.update(videos_partial=sum(record.partial is not None for record in records))
     num_failed = len(report.failures)
     report.failures.extend(work.unreadable)
+    _add_earlier(work, sheet, decoded={row.record_id for row in rows})
     report.contact_sheet = sheet.markdown()
     report.numbers = {
         "videos": len(rows) - num_failed,
@@ -127,6 +130,28 @@ def _mark_extracted(work: RangeWork, num_frames: Mapping[int, int]) -> None:
         _log.info("Marked %d records as extracted", len(num_frames))
 
 
+def _add_earlier(work: RangeWork, sheet: ContactSheet, *, decoded: Collection[int]) -> None:
+    """Let the sheet tell of the whole range, also where this run did a few of its rows: from the stored frames."""
+    from extraction_dagster.stages.decode.stage import preview_of  # noqa: PLC0415 - loads what decodes
+
+    if not work.settings.contact_sheet_frames:
+        return
+    with_frames = {key for key, entry in work.entries().items() if key in work.plan and entry.state in _HAS_FRAMES}
+    earlier = with_frames.difference(decoded)
+    copies = newest_copies(work.frame_store.shards(work.id_range)) if earlier else {}
+    others = {key: copy for key, copy in copies.items() if key in earlier}
+
+    def read(record_ids: Collection[int]) -> Iterator[Preview]:
+        for shard, wanted in by_shard({key: others[key] for key in record_ids}):
+            try:
+                yield from map(preview_of, work.frame_store.read(shard, only=wanted))
+            except FrameShardError as error:  # whoever needs what is damaged makes it again; here it is left out
+                _log.info("The contact sheet lacks records %s: %s", ", ".join(map(str, wanted)), error)
+
+    if others:
+        sheet.spread(others, read)
+
+
 class ContactSheet:
     """Gathers previews of a whole run while it goes on, evenly, in little memory.
 
@@ -147,6 +172,19 @@ class ContactSheet:
             self._seen += 1
             if len(self._kept) >= 4 * self._limit:
                 self._kept, self._stride = self._kept[::2], 2 * self._stride
+
+    def spread(self, others: Collection[int], read: Callable[[Collection[int]], Iterable[Preview]]) -> None:
+        """Show videos that were not added as well: evenly of all of them, and only so many are read.
+
+        Args:
+            others: Records whose frames are stored.
+            read: Gives previews of some of them.
+        """
+        added = {preview.record_id: preview for preview in self._kept}
+        known = sorted(added.keys() | others)
+        chosen = [known[index] for index in evenly(len(known), min(self._limit, len(known)))]
+        stored = read([key for key in chosen if key not in added])
+        self._kept = [*(added[key] for key in chosen if key in added), *stored]
 
     def markdown(self) -> str | None:
         """A table of thumbnails, each over its record and second; None when there is none to show."""

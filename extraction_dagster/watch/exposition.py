@@ -81,7 +81,7 @@ def _of_progress(progress: Progress, census: Census | None) -> Iterator[Metric]:
         ("frontier_id", "The end of the last range that was handed out.", progress.frontier_id),
         ("floor_id", "The operator's floor: rows at or below are left alone.", progress.floor_id),
         ("newest_id", "The greatest eligible id.", progress.newest_id),
-        ("lag_rows", "Eligible rows above the watermark and the floor.", lag),
+        ("lag_rows", "Eligible rows above the watermark and the floor, not done, not parked.", lag),
         ("due_rows", "Pending rows above the watermark and the floor, up to 20,000.", progress.pending_rows),
         ("waiting_rows", "Failed rows that wait for their next try.", progress.waiting_rows),
         ("watermark_moved_timestamp_seconds", "When something last moved, or nothing was pending.", moved_at),

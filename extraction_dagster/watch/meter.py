@@ -25,7 +25,7 @@ from extraction_dagster.stages.index.stage import open_point_store
 from extraction_dagster.ticks.cursor import CursorState
 from extraction_dagster.ticks.memory import recall_text, remember_text
 from extraction_dagster.ticks.mirrors import make_mirror
-from extraction_dagster.watch.progress import Progress, measure_progress, recall_progress, remember_progress
+from extraction_dagster.watch.progress import Progress, measure_progress, recall_progress, remember_progress, whole_lag
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -81,7 +81,7 @@ class Census:
         taken_at: When, in seconds since the epoch.
         seconds: How long it took.
         rows: Eligible rows by state: done, pending.
-        lag_rows: Eligible rows above the watermark and the floor.
+        lag_rows: Eligible rows above the watermark and the floor that are neither done nor parked.
         frames: Stored frames of the rows that are done.
         points: Verified points of the rows that are done.
         errors: Errors ever recorded, by stage and type.
@@ -208,7 +208,7 @@ class Meter:
         status = catalog.status(floor_id=floor_id)
         rows = {name: int(status[name] or 0) for name in ("done", "pending")}
         frames, points = catalog.ledger.totals()
-        lag, errors = catalog.source.count_above(after_id), _all_errors(catalog)
+        lag, errors = whole_lag(catalog, after_id, status), _all_errors(catalog)
         held, is_up = self._count_points()
         counted_at = None if held is None else now
         if held is None and before is not None:  # a run holds the store: what was counted before is the best there is

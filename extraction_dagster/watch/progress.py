@@ -51,7 +51,8 @@ class Progress:
         floor_id: The operator's floor.
         newest_id: The greatest eligible id.
         lag_ids: How far the watermark is behind the newest id; None before there is a watermark.
-        lag_rows: Eligible rows above the watermark and the floor, up to `MOST_COUNTED`.
+        lag_rows: Eligible rows above the watermark and the floor that are neither done nor parked, up to
+            `MOST_COUNTED`; done ones count from there on.
         pending_rows: Rows among them that may be processed now; rows are looked at up to `MOST_SCANNED`,
             and further while none of them is pending.
         waiting_rows: Failed rows among them that wait for their next try.
@@ -214,7 +215,7 @@ def measure_progress(  # noqa: PLR0913 - the table, the cursor, and what Dagster
     cursor = cursor or CursorState(catalog.source.identity)
     last, frontier, floor = cursor.last_processed_id, cursor.frontier_id, cursor.floor_id
     after, newest = _highest(last, floor), catalog.source.newest_id()
-    (pending, waiting), stopped = _count_ahead(catalog, after), catalog.ledger.count_failed_and_parked()
+    (pending, waiting, is_whole), stopped = _count_ahead(catalog, after), catalog.ledger.count_failed_and_parked()
     moved = [memory.moved_at, _last_mark(catalog, after, frontier)]
     if pending == 0 or memory.moved_at is None or memory.last_processed_id != last:
         moved.append(now)
@@ -227,7 +228,7 @@ def measure_progress(  # noqa: PLR0913 - the table, the cursor, and what Dagster
         floor_id=floor,
         newest_id=newest,
         lag_ids=None if newest is None or after is None else max(newest - after, 0),
-        lag_rows=catalog.source.count_next(after, MOST_COUNTED),
+        lag_rows=pending + waiting if is_whole else max(pending + waiting, _count_lag(catalog, after)),
         pending_rows=pending,
         waiting_rows=waiting,
         failed_records=stopped["failed"],
@@ -240,8 +241,32 @@ def measure_progress(  # noqa: PLR0913 - the table, the cursor, and what Dagster
     )
 
 
-def _count_ahead(catalog: Catalog, after_id: int | None) -> tuple[int, int]:
-    """Rows that may be processed now, and rows that wait: one look, and more while it finds none of the first."""
+def whole_lag(catalog: Catalog, after_id: int | None, status: Mapping[str, int | str | None]) -> int:
+    """The lag where it is more than `MOST_COUNTED`; reads the whole table.
+
+    Args:
+        catalog: The source table and the ledger.
+        after_id: The watermark, or the floor above it.
+        status: Of the catalog: every row counted.
+    """
+    eligible, *settled = (int(status[name] or 0) for name in ("eligible", "done", "parked"))
+    return min(catalog.source.count_above(after_id), max(eligible - sum(settled), 0))
+
+
+def _count_lag(catalog: Catalog, after_id: int | None) -> int:
+    """The lag where more rows are ahead than are looked at one by one, from counts that end at `MOST_COUNTED`."""
+    ahead = catalog.source.count_next(after_id, MOST_COUNTED)
+    if ahead == MOST_COUNTED:
+        return ahead
+    settled = ("parked",) if catalog.source.has_marks else ("done", "parked")
+    return ahead - catalog.ledger.count_next(settled, after_id, MOST_COUNTED)
+
+
+def _count_ahead(catalog: Catalog, after_id: int | None) -> tuple[int, int, bool]:
+    """Rows that may be processed now, and rows that wait: one look, and more while it finds none of the first.
+
+    Returns whether that was all there is, as well.
+    """
     pending = waiting = 0
     for _ in range(_MOST_LOOKS):
         found = scan(catalog, after_id=after_id, up_to_id=None, budget=MOST_SCANNED)
@@ -250,7 +275,7 @@ def _count_ahead(catalog: Catalog, after_id: int | None) -> tuple[int, int]:
         if pending or found.reached_id is None:
             break
         after_id = found.reached_id
-    return pending, waiting
+    return pending, waiting, found.reached_id is None
 
 
 def _highest(*ids: int | None) -> int | None:

@@ -73,6 +73,38 @@ def test_doctor_says_how_changed_versions_are_found_and_which_index_helps(tmp_pa
     assert state == "the state tables (version none yet) are made or migrated by 'extraction init'"
 
 
+def test_the_settings_that_init_proposes_for_a_database_are_enough_to_prepare_it(database, tmp_path, monkeypatch):
+    database.create(ids=(1, 2, 3))
+    for sql in (
+        "CREATE TABLE people (id INTEGER PRIMARY KEY, name TEXT)",
+        "CREATE TABLE old_links (code TEXT PRIMARY KEY, url TEXT)",
+        "CREATE TABLE extraction_ours (id INTEGER PRIMARY KEY, path TEXT, platform TEXT, code TEXT, version TEXT)",
+    ):
+        database.execute(sql)
+    done = CliRunner().invoke(app, ["init", "--propose", database.url])
+    assert (done.exit_code, done.stderr) == (
+        0,
+        "Likeliest table: insta_content (an integer key and 'path')\n",
+    )
+    assert done.stdout.splitlines() == [
+        f"EXTRACTION_SOURCE_URL={database.url}",
+        "EXTRACTION_SOURCE_TABLE=insta_content",
+        "EXTRACTION_SOURCE_ID_COLUMN=id",
+        "EXTRACTION_SOURCE_URI_COLUMN=path",
+        "EXTRACTION_SOURCE_PLATFORM_COLUMN=platform",
+        "EXTRACTION_SOURCE_CODE_COLUMN=code",
+        "EXTRACTION_SOURCE_EXTRACTED_COLUMN=is_extracted",
+        "EXTRACTION_SOURCE_EMBEDDED_COLUMN=is_embedded",
+        "EXTRACTION_SOURCE_VERSION_COLUMN=updated_at",
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".db") == []  # it only looked
+    (tmp_path / ".env").write_text(done.stdout)
+    monkeypatch.setenv("DAGSTER_HOME", "")
+    made = CliRunner().invoke(app, ["init"])
+    assert made.exit_code == 0, (made.output, made.exception)
+    assert "Source table 'insta_content' can be used: 3 eligible rows" in made.stdout
+
+
 @pytest.mark.usefixtures("table")
 def test_a_file_is_replaced_at_once_and_may_be_read_by_others(tmp_path):
     before = os.umask(0o077)

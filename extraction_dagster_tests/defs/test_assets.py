@@ -110,10 +110,14 @@ def test_the_second_run_of_a_range_finds_nothing_to_do_and_says_so(world):
     assert "failures_table" not in frames
     (stopped,) = frames["earlier_failures"].records
     assert (stopped.data["record"], stopped.data["state"], stopped.data["type"]) == (4, "parked", "VideoOpenError")
-    assert "contact_sheet" not in frames
+    assert thumbnails(frames) == ["1", "2", "3"]  # of the range, from what is stored
     assert "frames_per_second" not in frames
     assert (vectors["videos"], vectors["frames"]) == (0, 0)
     assert (points["points"], points["points_in_range"]) == (0, 9)
+
+
+def thumbnails(frames):
+    return re.findall(r"!\[(\d+) at 1\.0 s\]\(data:image/jpeg;base64,[A-Za-z0-9+/=]+\)", frames["contact_sheet"])
 
 
 def test_the_contact_sheet_shows_a_frame_of_each_video_as_a_small_picture(world):
@@ -175,16 +179,29 @@ def test_each_range_keeps_its_own_result(world):
     assert found == {"1-3": 0, "4-4": 1}
 
 
-def test_a_retry_of_one_row_leaves_the_numbers_of_the_whole_range(world):
+def test_a_retry_of_one_row_leaves_the_numbers_and_pictures_of_the_whole_range(world):
     world.run()
     world.sql("UPDATE insta_content SET is_embedded = 0 WHERE id = 2")
     shown = world.shown(world.run(), "video_frames")
+    assert thumbnails(shown) == ["1", "2", "3"]
     assert {name: shown[name] for name in ("videos", "frames", "videos_in_range", "frames_in_range")} == {
         "videos": 1,
         "frames": 3,
         "videos_in_range": 3,
         "frames_in_range": 9,
     }
+
+
+def test_a_contact_sheet_of_stored_frames_holds_so_many_thumbnails_and_is_worth_no_run(world, monkeypatch):
+    world.run()
+    monkeypatch.setenv("EXTRACTION_CONTACT_SHEET_FRAMES", "2")
+    assert len(thumbnails(world.shown(world.run(), "video_frames"))) == 2
+    for path in world.home.glob("frames/*/1-4/*.parquet"):
+        content = path.read_bytes()
+        path.write_bytes(content[:4] + bytes(2000) + content[2004:])  # its footer is whole
+    again = world.run()
+    assert again.success
+    assert "contact_sheet" not in world.shown(again, "video_frames")
 
 
 def test_a_record_marked_without_a_frame_fails_the_run_before_anything_is_embedded(world):

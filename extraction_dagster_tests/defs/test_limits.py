@@ -36,5 +36,6 @@ def test_sensors_work_by_themselves_schedules_and_notices_once_they_are_switched
         "extraction_sensor": "RUNNING",
         "progress_sensor": "RUNNING",
         "run_failure_notices": "STOPPED",
+        "history_sensor": "RUNNING",
         "reconcile_schedule": "STOPPED",
     }

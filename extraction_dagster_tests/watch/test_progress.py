@@ -16,6 +16,7 @@ from extraction_dagster.watch.progress import (
     measure_progress,
     recall_progress,
     remember_progress,
+    whole_lag,
 )
 
 MADE_WITH = Fingerprints(frames="f", embedding="e")
@@ -67,7 +68,7 @@ def test_the_figures_of_a_table_that_is_half_done(catalog):
         "frontier_id": 6,
         "newest_id": 10,
         "lag_ids": 7,
-        "lag_rows": 7,
+        "lag_rows": 5,
         "pending_rows": 4,
         "waiting_rows": 1,
         "failed_records": 1,
@@ -122,6 +123,24 @@ def test_counting_ends_at_its_limit_whatever_the_backlog(catalog):
     assert catalog.source.count_next(2, 5) == 5
     assert catalog.source.count_next(7, 5) == 3
     assert catalog.source.count_next(None, 100) == 10
+
+
+@pytest.mark.parametrize("has_marks", [True, False])
+def test_a_lag_that_is_too_long_to_look_at_each_row_is_counted_without_what_is_done_or_parked(
+    database, monkeypatch, has_marks
+):
+    marks = {} if has_marks else {"source_extracted_column": None, "source_embedded_column": None}
+    database.create(ids=range(1, 11))
+    catalog = database.catalog(max_attempts=2, retry_delay_seconds=600, **marks)
+    finish(catalog, 1, 2, 3, 5)
+    fail(catalog, 6, permanent=True)
+    monkeypatch.setattr(progress, "MOST_SCANNED", 2)
+    assert [look(catalog, cursor(last_processed_id=last), ProgressMemory()).lag_rows for last in (None, 3)] == [5, 5]
+    monkeypatch.setattr(progress, "MOST_COUNTED", 5)
+    found = look(catalog, None, ProgressMemory())
+    assert (found.lag_rows, found.is_lag_counted) == (5, False)
+    assert whole_lag(catalog, None, {"eligible": 10, "done": 4, "parked": 1}) == 5
+    catalog.close()
 
 
 # Whether anything moves

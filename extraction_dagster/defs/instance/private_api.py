@@ -7,10 +7,14 @@ instigator states are read and written. And `glance.py` reads the tables of its 
 """
 
 import importlib
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Container, Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
+import sqlalchemy as sa
 
 # A backfill of assets is a record that Dagster's daemon works off and the UI shows; no public call makes one.
 from dagster._core.definitions.assets.graph.asset_graph_subset import AssetGraphSubset
@@ -80,6 +84,7 @@ _STORAGE_CLASSES = {
     "LocalArtifactStorage": "dagster._core.storage.root",
     "LocalComputeLogManager": "dagster._core.storage.local_compute_log_manager",
 }
+_OF_CHECKS = {dg.DagsterEventType.ASSET_CHECK_EVALUATION, dg.DagsterEventType.ASSET_CHECK_EVALUATION_PLANNED}
 _SILENCE_SECONDS = 150.0  # beside the 30 s between two heartbeats: after three minutes a daemon counts as gone
 # Where Dagster's daemon keeps how far it has read the events of runs that it may retry.
 _RETRY_CURSORS = {f"EVENT_LOG_CONSUMER_CURSOR-{event}" for event in ("PIPELINE_FAILURE", "PIPELINE_SUCCESS")}
@@ -140,6 +145,142 @@ def newest_materializations(instance: dg.DagsterInstance, asset: dg.AssetKey) ->
     """The storage id of the newest materialization of each partition of an asset, in one query."""
     event = dg.DagsterEventType.ASSET_MATERIALIZATION
     return instance.event_log_storage.get_latest_storage_id_by_partition(asset, event)
+
+
+def newest_asset_events(instance: dg.DagsterInstance, run_id: str) -> Mapping[int, tuple[str, str | None, str]]:
+    """A run's events that are the newest of their kind of an asset's partition: what the partitions page shows.
+
+    Returns:
+        By storage id: the asset's key as it is stored, the partition, the kind of event.
+    """
+    events = _events().c
+    mine = sa.select(events.id, events.asset_key, events.partition, events.dagster_event_type).where(
+        events.run_id == run_id, events.asset_key.is_not(None)
+    )
+    newest = {}
+    with instance.event_log_storage.index_connection() as connection:  # type: ignore[attr-defined]  # of SQL storages
+        for row_id, asset, partition, kind in connection.execute(mine).all():
+            same = (events.asset_key == asset, events.dagster_event_type == kind, events.partition == partition)
+            if connection.execute(sa.select(sa.func.max(events.id)).where(*same)).scalar_one() == row_id:
+                newest[row_id] = (asset, partition, kind)
+    return newest
+
+
+def forget_run(instance: dg.DagsterInstance, run_id: str, *, keep: Mapping[int, tuple[str, str | None, str]]) -> None:
+    """Remove a run, its tags, what its steps printed, its checks' results, and its events but for some.
+
+    `DagsterInstance.delete_run` would take each partition's materialization along, and on SQLite leave the tags and the
+    run's own file. The run's row goes last, so that what a kill left undone is done again.
+
+    Args:
+        instance: Its storages are SQLite's or PostgreSQL's.
+        run_id: Of a run that has ended.
+        keep: Events that stay, as `newest_asset_events` gives them.
+    """
+    from dagster._core.storage.event_log import SqliteEventLogStorage  # noqa: PLC0415 - as the classes below
+    from dagster._core.storage.runs.schema import RunTagsTable  # noqa: PLC0415
+
+    storage: Any = instance.event_log_storage
+    results = storage.get_logs_for_run(run_id, of_type=_OF_CHECKS)
+    checks = {event.dagster_event.event_specific_data.asset_check_key for event in results}
+    shown = {(asset, partition) for asset, partition, _ in keep.values()}
+    mine = _events().c.run_id == run_id
+    with storage.index_connection() as connection:
+        for key in checks:
+            _forget_check(connection, key, run_id, shown)
+        _forget_events(connection, sa.and_(mine, _events().c.id.not_in(keep)))
+    storage.free_concurrency_slots_for_run(run_id)
+    if isinstance(storage, SqliteEventLogStorage):
+        for suffix in ("", "-wal", "-shm"):
+            Path(storage.path_for_shard(run_id) + suffix).unlink(missing_ok=True)
+        storage._initialized_dbs.discard(run_id)  # noqa: SLF001 - it takes the file for made
+    with suppress(NotImplementedError):
+        instance.compute_log_manager.delete_logs(prefix=[run_id])
+    with instance.run_storage.connect() as connection:  # type: ignore[attr-defined]  # as above
+        connection.execute(sa.delete(RunTagsTable).where(RunTagsTable.c.run_id == run_id))
+    instance.run_storage.delete_run(run_id)
+
+
+def forget_runless_events(instance: dg.DagsterInstance, asset: dg.AssetKey, *, before: datetime, most: int) -> int:
+    """Remove old events of an asset that no run made, but for the newest of each kind. Returns how many, up to `most`.
+
+    Args:
+        instance: Its storages are SQLite's or PostgreSQL's.
+        asset: The asset, without partitions.
+        before: Timezone-aware.
+        most: Of a kind, at one time.
+    """
+    from dagster._core.storage.event_log import SqliteEventLogStorage  # noqa: PLC0415 - as the classes below
+
+    storage: Any = instance.event_log_storage
+    events, checks, key = _events().c, _checks().c, asset.to_string()
+    old = before.astimezone(UTC).replace(tzinfo=None)  # as Dagster stores moments
+    newest = sa.select(sa.func.max(events.id)).where(events.asset_key == key).group_by(events.dagster_event_type)
+    shown = sa.select(sa.func.max(checks.id)).where(checks.asset_key == key).group_by(checks.check_name)
+    of_asset = sa.select(events.id).where(
+        events.asset_key == key, events.run_id == "", events.timestamp < old, events.id.not_in(newest)
+    )
+    of_checks = sa.select(checks.id, checks.evaluation_event_storage_id).where(
+        checks.asset_key == key,
+        checks.run_id == "",
+        checks.evaluation_event_timestamp < old,
+        checks.id.not_in(shown),
+    )
+    with storage.index_connection() as connection:
+        ids = list(connection.execute(of_asset.order_by(events.id).limit(most)).scalars())
+        results = connection.execute(of_checks.order_by(checks.id).limit(most)).all()
+        ids += [event_id for _, event_id in results if event_id is not None]
+        _forget_events(connection, events.id.in_(ids))
+        connection.execute(sa.delete(_checks()).where(checks.id.in_([row_id for row_id, _ in results])))
+    if ids and isinstance(storage, SqliteEventLogStorage):  # there, they are in a file of their own as well
+        with storage.run_connection("") as connection:
+            mine = sa.or_(events.asset_key == key, events.asset_key.is_(None))
+            connection.execute(sa.delete(_events()).where(mine, events.timestamp < old))
+    return len(ids)
+
+
+def _forget_events(connection: sa.Connection, which: sa.ColumnElement[bool]) -> None:
+    from dagster._core.storage.event_log.schema import AssetEventTagsTable  # noqa: PLC0415 - as below
+
+    ids = sa.select(_events().c.id).where(which)
+    connection.execute(sa.delete(AssetEventTagsTable).where(AssetEventTagsTable.c.event_id.in_(ids)))
+    connection.execute(sa.delete(_events()).where(which))
+
+
+def _forget_check(
+    connection: sa.Connection, key: dg.AssetCheckKey, run_id: str, shown: Container[tuple[str, str | None]]
+) -> None:
+    """Remove a check's results in a run, but for those of shown partitions and the check's newest of all."""
+    checks, asset = _checks().c, key.asset_key.to_string()
+    same = (checks.asset_key == asset, checks.check_name == key.name)
+    newest = connection.execute(sa.select(sa.func.max(checks.id)).where(*same)).scalar_one()
+    mine = sa.select(checks.id, checks.partition).where(*same, checks.run_id == run_id)
+    rows = connection.execute(mine).all()
+    gone = [row_id for row_id, partition in rows if row_id != newest and (asset, partition) not in shown]
+    connection.execute(sa.delete(_checks()).where(checks.id.in_(gone)))
+
+
+def _events() -> sa.Table:
+    from dagster._core.storage.event_log.schema import SqlEventLogStorageTable  # noqa: PLC0415 - as the classes below
+
+    return SqlEventLogStorageTable
+
+
+def _checks() -> sa.Table:
+    from dagster._core.storage.event_log.schema import AssetCheckExecutionsTable  # noqa: PLC0415 - as above
+
+    return AssetCheckExecutionsTable
+
+
+def has_sql_storages(instance: dg.DagsterInstance) -> bool:
+    """Whether runs and events lie in databases whose tables are known here."""
+    return hasattr(instance.event_log_storage, "index_connection") and hasattr(instance.run_storage, "connect")
+
+
+def live_backfills(instance: dg.DagsterInstance) -> set[str]:
+    """The ids of the backfills that have not ended."""
+    alive = [status for status in BulkActionStatus if status not in BULK_ACTION_TERMINAL_STATUSES]
+    return {found.backfill_id for found in instance.get_backfills(BulkActionsFilter(statuses=alive))}
 
 
 def requested_backfills(instance: dg.DagsterInstance) -> Sequence[PartitionBackfill]:

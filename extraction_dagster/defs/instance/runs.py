@@ -52,7 +52,7 @@ _ACTIVE = [
     dg.DagsterRunStatus.CANCELING,
 ]
 _AT_WORK = _ACTIVE[2:]
-_ENDED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
+ENDED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
 _BACKFILL_DAEMONS = ("BACKFILL", "QUEUED_RUN_COORDINATOR")
 _LONGEST_SECONDS = 3 * 86_400.0  # of a run that does not say how long it may take
 _SILENT = timedelta(hours=1)  # without a run: a backfill that nobody works off, although a daemon runs
@@ -95,7 +95,7 @@ def fail_dead_runs(instance: dg.DagsterInstance) -> None:
     # The code server ends a run whose process was killed within a second; Dagster itself frees its slots minutes later,
     # and a pool of one would stand still until then.
     if holders := slot_holders(instance):
-        for run in instance.get_runs(dg.RunsFilter(run_ids=list(holders), statuses=_ENDED)):
+        for run in instance.get_runs(dg.RunsFilter(run_ids=list(holders), statuses=ENDED)):
             with _alone(run):
                 if _has_lost_its_process(instance, run):
                     free_slots(instance, run.run_id)
@@ -224,7 +224,7 @@ class InstanceRuns:
 
     def history(self, id_range: IdRange) -> History:
         """The ended runs of a range."""
-        wanted = dg.RunsFilter(tags={PARTITION_TAG: id_range.partition_key}, statuses=_ENDED)
+        wanted = dg.RunsFilter(tags={PARTITION_TAG: id_range.partition_key}, statuses=ENDED)
         records = self._instance.get_run_records(wanted, limit=_LOOK_BACK)
         if not records:
             return History()
@@ -236,7 +236,7 @@ class InstanceRuns:
 
     def outcomes(self) -> Outcomes:
         """How the newest runs of all ranges ended."""
-        records = self._instance.get_run_records(dg.RunsFilter(statuses=_ENDED), limit=_LOOK_BACK_AT_ALL)
+        records = self._instance.get_run_records(dg.RunsFilter(statuses=ENDED), limit=_LOOK_BACK_AT_ALL)
         ended = [record for record in records if range_of(record.dagster_run)]
 
         def newest(status: dg.DagsterRunStatus) -> datetime | None:

@@ -269,6 +269,13 @@ class Ledger:
         held_back = sa.or_(table.state == "parked", table.not_before > now)
         return int(self._value(sa.select(sa.func.count()).where(FAILED_OR_PARKED, held_back, _within(id_range))))
 
+    def count_next(self, states: Collection[str], after_id: int | None, most: int) -> int:
+        """The number of records in some states among the next `most` above an id, so that counting never takes long."""
+        table = LEDGER_TABLE.c
+        rows = sa.select(table.state).order_by(table.record_id).limit(most)
+        looked_at = (rows if after_id is None else rows.where(table.record_id > after_id)).subquery()
+        return int(self._value(sa.select(sa.func.count()).where(looked_at.c.state.in_(states))))
+
     def last_change(self, id_range: IdRange, most: int) -> datetime | None:
         """When an entry of a range was last written, by the clocks of those who write; looks at the last `most`."""
         table = LEDGER_TABLE.c

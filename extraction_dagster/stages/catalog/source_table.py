@@ -112,8 +112,12 @@ class SourceTable(SourceRows):
         return self.count(None if record_id is None else IdRange(min(record_id + 1, _MAX_ID), _MAX_ID))
 
     def count_next(self, record_id: int | None, most: int) -> int:
-        """The number of eligible rows among the next `most` rows above an id, so that counting never takes long."""
+        """The number of eligible rows among the next `most` rows above an id, so that counting never takes long.
+
+        Where there are marks, rows that are marked as done are left out, by the index over the others.
+        """
         rows = sa.select(sa.case((self.eligible, 1), else_=0)).select_from(self.table).order_by(self.id).limit(most)
+        rows = rows if self.unmarked is None else rows.where(self.unmarked)
         looked_at = (rows if record_id is None else rows.where(self.id > record_id)).subquery()
         return int(self._one(sa.select(sa.func.coalesce(sa.func.sum(looked_at.c[0]), 0)))[0])
 

@@ -242,7 +242,10 @@ class _Batch:
 def _previews(videos: Sequence[EncodedFrames]) -> tuple[Preview, ...]:
     """The middle frames of a few of the videos, evenly spread."""
     few = [videos[index] for index in evenly(len(videos), min(len(videos), _PREVIEWS_PER_SHARD))]
-    return tuple(
-        Preview(video.record_id, float(video.pts_seconds[len(video) // 2]), bytes(video.jpegs[len(video) // 2]))
-        for video in few
-    )
+    return tuple(map(preview_of, few))
+
+
+def preview_of(video: EncodedFrames) -> Preview:
+    """The middle frame of a video."""
+    middle = len(video) // 2
+    return Preview(video.record_id, float(video.pts_seconds[middle]), bytes(video.jpegs[middle]))
