@@ -328,8 +328,8 @@ class Settings(BaseSettings):
     # Pods of runs, on Kubernetes
     run_cpu: Annotated[str, _like(_CPU, "cores such as 4, 1.5 or 500m")] | None = Field(
         None,
-        description="Cores of the pod of each run, requested and limited, under Dagster's K8sRunLauncher: 4, 1.5, 500m. "
-        "As the launcher says when unset, as all settings of this section are.",
+        description="Cores of the pod of each run, requested and limited, under K8sRunLauncher: 4, 1.5, 500m; "
+        "as the launcher says when unset, like each setting of this section.",
     )
     run_memory: Annotated[str, _like(_MEMORY, "bytes with their unit, such as 8Gi or 512Mi")] | None = Field(
         None, description="Memory of the pod of each run, requested and limited: 8Gi, 512Mi."
