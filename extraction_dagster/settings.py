@@ -19,9 +19,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
 
 from pydantic import (
     AfterValidator,
+    BaseModel,
     BeforeValidator,
+    ConfigDict,
     Field,
     SecretStr,
+    TypeAdapter,
     ValidationError,
     field_validator,
     model_validator,
@@ -87,6 +90,60 @@ _INJECTED = re.compile(r"SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT(?:_\d+_(?:TCP|U
 _NOTIFIERS = ("none", "log", "webhook", "slack")
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 _OWNER = re.compile(r"team:[A-Za-z0-9_.-]{1,100}|[A-Za-z0-9_.+-]{1,100}@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+")
+# A quantity of Kubernetes: cores or thousandths of one; bytes with a unit, since a bare number is a slip more often.
+_CPU = re.compile(r"(?!0*\.?0*$)\d{1,4}(?:\.\d{1,3})?|[1-9]\d{0,6}m")
+_MEMORY = re.compile(r"[1-9]\d{0,6}(?:\.\d{1,3})?(?:[KMGT]i|[kMGT])")
+_OBJECT_NAME = re.compile(r"[a-z0-9](?:[-a-z0-9]{0,61}[a-z0-9])?")
+_LABEL_NAME = r"[A-Za-z0-9](?:[-\w.]{0,61}[A-Za-z0-9])?"
+_LabelKey = Annotated[str, Field(pattern=rf"^(?:[a-z0-9](?:[-a-z0-9.]{{0,251}}[a-z0-9])?/)?{_LABEL_NAME}$")]
+_LabelValue = Annotated[str, Field(pattern=rf"^(?:{_LABEL_NAME})?$")]
+
+
+class _Toleration(BaseModel):
+    """A toleration, by the names and rules of Kubernetes' API."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    key: _LabelKey | None = None
+    operator: Literal["Equal", "Exists"] = "Equal"
+    value: _LabelValue | None = None
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+    tolerationSeconds: int | None = None  # noqa: N815 - Kubernetes' name
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        exists = self.operator == "Exists"
+        if (exists and self.value) or (self.key is None and not exists):
+            raise ValueError("Exists has no value, and all keys are meant by Exists alone")
+        if self.tolerationSeconds is not None and self.effect != "NoExecute":
+            raise ValueError("tolerationSeconds belongs to NoExecute")
+        return self
+
+
+def _like(pattern: re.Pattern[str], examples: str) -> AfterValidator:
+    """Refuse a text that the pattern does not match as a whole."""
+
+    def check(value: str) -> str:
+        if not pattern.fullmatch(value):
+            raise ValueError(examples)
+        return value
+
+    return AfterValidator(check)
+
+
+def _json_like(kind: Any, example: str) -> AfterValidator:  # noqa: ANN401 - a type, in pydantic's sense
+    """Refuse a text that is no JSON of this kind; what passes is kept as the text that it is."""
+
+    def check(value: str) -> str:
+        try:
+            TypeAdapter(kind).validate_json(value)
+        except ValidationError as error:
+            first = error.errors(include_input=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ValueError(f"JSON such as {example} ({f'{where}: ' if where else ''}{first['msg']})") from None
+        return value
+
+    return AfterValidator(check)
 
 
 def _split(value: object) -> object:
@@ -268,6 +325,33 @@ class Settings(BaseSettings):
         "none", description="Where the watermark is copied to: none, json (checkpoint_path) or table."
     )
     checkpoint_path: Path | None = Field(None, description="The JSON mirror; home/.checkpoint when unset.")
+
+    # Pods of runs, on Kubernetes
+    run_cpu: Annotated[str, _like(_CPU, "cores such as 4, 1.5 or 500m")] | None = Field(
+        None,
+        description="Cores of the pod of each run, requested and limited, under K8sRunLauncher: 4, 1.5, 500m; "
+        "as the launcher says when unset, like each setting of this section.",
+    )
+    run_memory: Annotated[str, _like(_MEMORY, "bytes with their unit, such as 8Gi or 512Mi")] | None = Field(
+        None, description="Memory of the pod of each run, requested and limited: 8Gi, 512Mi."
+    )
+    run_gpus: int | None = Field(
+        None, ge=1, le=64, description="GPUs (nvidia.com/gpu) of the pods of jobs that embed; other jobs ask for none."
+    )
+    run_node_selector: Annotated[str, _json_like(dict[_LabelKey, _LabelValue], '{"pool": "gpu"}')] | None = Field(
+        None,
+        description='Labels of the nodes on which jobs that embed run, as JSON: {"pool": "gpu"}.',
+    )
+    run_tolerations: (
+        Annotated[str, _json_like(list[_Toleration], '[{"key": "nvidia.com/gpu", "operator": "Exists"}]')] | None
+    ) = Field(
+        None,
+        description='Taints that the pods of jobs that embed tolerate, as JSON: [{"key": "nvidia.com/gpu", "operator": '
+        '"Exists", "effect": "NoSchedule"}].',
+    )
+    run_queue: Annotated[str, _like(_OBJECT_NAME, "the name of a LocalQueue, such as extraction")] | None = Field(
+        None, description="Kueue's LocalQueue in which the job of each run waits (label kueue.x-k8s.io/queue-name)."
+    )
 
     # Fetching
     allowed_roots: Names = Field(

@@ -354,3 +354,55 @@ def test_a_time_to_keep_runs_that_is_none_is_refused(text, monkeypatch):
     monkeypatch.setenv("EXTRACTION_KEEP_RUNS", text)
     with pytest.raises(SettingsError, match=f"EXTRACTION_KEEP_RUNS is '{text}', expected"):
         load_settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("RUN_CPU", "4"),
+        ("RUN_CPU", "0.5"),
+        ("RUN_CPU", "500m"),
+        ("RUN_MEMORY", "8Gi"),
+        ("RUN_MEMORY", "1.5G"),
+        ("RUN_NODE_SELECTOR", '{"cloud.google.com/gke-accelerator": "nvidia-l4", "spot": ""}'),
+        ("RUN_TOLERATIONS", '[{"operator": "Exists"}, {"key": "gpu", "value": "yes", "effect": "NoSchedule"}]'),
+        ("RUN_TOLERATIONS", '[{"key": "gpu", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 60}]'),
+        ("RUN_QUEUE", "video-frames"),
+    ],
+)
+def test_what_kubernetes_takes_for_a_pod_is_kept_as_it_is(monkeypatch, name, value):
+    monkeypatch.setenv(f"EXTRACTION_{name}", value)
+    assert getattr(load_settings(), name.lower()) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("RUN_CPU", "0", "cores such as 4, 1.5 or 500m"),
+        ("RUN_CPU", "four", "cores such as"),
+        ("RUN_CPU", "-1", "cores such as"),
+        ("RUN_MEMORY", "8", "bytes with their unit, such as 8Gi"),
+        ("RUN_MEMORY", "8GB", "bytes with their unit"),
+        ("RUN_MEMORY", "0Gi", "bytes with their unit"),
+        ("RUN_GPUS", "0", "Input should be greater than or equal to 1"),
+        ("RUN_NODE_SELECTOR", "pool=gpu", r"JSON such as \{\"pool\": \"gpu\"\} \(Invalid JSON"),
+        ("RUN_NODE_SELECTOR", '{"pool": 1}', r"JSON such as .* \(pool: Input should be a valid string"),
+        ("RUN_NODE_SELECTOR", '{"po ol": "gpu"}', "JSON such as .*String should match pattern"),
+        ("RUN_NODE_SELECTOR", "[]", "JSON such as .*an object"),
+        ("RUN_TOLERATIONS", '{"key": "gpu"}', "JSON such as .*valid array"),
+        ("RUN_TOLERATIONS", '[{"kye": "gpu"}]', r"JSON such as .* \(0\.kye: Extra inputs are not permitted"),
+        (
+            "RUN_TOLERATIONS",
+            '[{"key": "gpu", "operator": "Exists", "value": "x"}]',
+            ".*Exists has no value",
+        ),
+        ("RUN_TOLERATIONS", '[{"value": "x"}]', "JSON such as .*all keys are meant by Exists alone"),
+        ("RUN_TOLERATIONS", '[{"key": "gpu", "tolerationSeconds": 5}]', "JSON such as .*belongs to NoExecute"),
+        ("RUN_QUEUE", "Video Frames", "the name of a LocalQueue, such as extraction"),
+    ],
+)
+def test_what_kubernetes_would_refuse_is_refused_in_one_line(monkeypatch, name, value, expected):
+    monkeypatch.setenv(f"EXTRACTION_{name}", value)
+    with pytest.raises(SettingsError, match=f"^Setting EXTRACTION_{name} is .*, expected {expected}") as refused:
+        load_settings()
+    assert "\n" not in str(refused.value)

@@ -6,6 +6,7 @@ import dagster as dg
 from pydantic import Field
 
 from extraction_dagster.defs.assets import qdrant_points
+from extraction_dagster.defs.jobs import pod_tags
 from extraction_dagster.defs.resources import Extraction, plain_failures
 from extraction_dagster.records import IdRange
 from extraction_dagster.settings import load_settings
@@ -76,6 +77,7 @@ reconcile_job = dg.define_asset_job(
     name="reconcile_job",
     selection=dg.AssetSelection.checks(points_agree_with_table),
     executor_def=dg.in_process_executor,
+    tags=pod_tags(load_settings(), embeds=False) or None,
     description="Compare Qdrant with the table, and repair when asked to.",
 )
 

@@ -7,6 +7,8 @@ import dagster as dg
 import pytest
 from dagster._core.errors import DagsterExecutionInterruptedError
 
+from extraction_dagster.defs import jobs
+from extraction_dagster.defs.jobs import pod_tags
 from extraction_dagster.defs.resources import DecoderChoice, Extraction, SamplingChoice
 from extraction_dagster.run_options import OVERRIDABLE
 from extraction_dagster.settings import Settings, load_settings
@@ -61,6 +63,61 @@ def test_work_on_what_is_stored_waits_for_new_rows():
     }
     assert priority == {"extraction_job": None, "embedding_job": "-1"}
     assert defs.resolve_job_def("indexing_job").tags["dagster/priority"] == "-1"
+
+
+PODS = {
+    "RUN_CPU": "4",
+    "RUN_MEMORY": "8Gi",
+    "RUN_GPUS": "1",
+    "RUN_NODE_SELECTOR": '{"pool": "gpu"}',
+    "RUN_TOLERATIONS": '[{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]',
+    "RUN_QUEUE": "video-frames",
+}
+
+
+def pod_of(tags):
+    """The job of Kubernetes that dagster-k8s itself makes of a run with these tags."""
+    from dagster_k8s.job import (  # noqa: PLC0415 - loads Kubernetes' client
+        DagsterK8sJobConfig,
+        construct_dagster_k8s_job,
+        get_user_defined_k8s_config,
+    )
+
+    config = DagsterK8sJobConfig(job_image="x", dagster_home="/x", instance_config_map="x")
+    job = construct_dagster_k8s_job(
+        config, args=["x"], job_name="x", user_defined_k8s_config=get_user_defined_k8s_config(tags)
+    )
+    spec = job.spec.template.spec
+    return job.metadata.labels, spec, spec.containers[0].resources
+
+
+def test_settings_shape_the_pods_of_runs_and_gpus_are_for_jobs_that_embed(monkeypatch):
+    for name, value in PODS.items():
+        monkeypatch.setenv(f"EXTRACTION_{name}", value)
+    labels, spec, resources = pod_of(pod_tags(load_settings(), embeds=True))
+    assert labels["kueue.x-k8s.io/queue-name"] == "video-frames"
+    assert resources.limits == resources.requests == {"cpu": "4", "memory": "8Gi", "nvidia.com/gpu": "1"}
+    assert spec.node_selector == {"pool": "gpu"}
+    assert [(taint.key, taint.operator, taint.effect) for taint in spec.tolerations] == [
+        ("nvidia.com/gpu", "Exists", "NoSchedule")
+    ]
+    labels, spec, resources = pod_of(pod_tags(load_settings(), embeds=False))
+    assert labels["kueue.x-k8s.io/queue-name"] == "video-frames"
+    assert resources.limits == {"cpu": "4", "memory": "8Gi"}
+    assert (spec.node_selector, spec.tolerations) == (None, None)
+
+
+def test_without_such_settings_no_run_has_such_a_tag(monkeypatch):
+    from extraction_dagster.definitions import defs  # noqa: PLC0415 - reads the environment
+
+    assert pod_tags(load_settings(), embeds=True) == {}
+    assert "dagster-k8s/config" not in defs.resolve_job_def("extraction_job").tags
+    monkeypatch.setenv("EXTRACTION_RUN_QUEUE", "video-frames")
+    job = jobs._job("x_job", *CHAIN, tags={"a": "b"}, description="x")
+    assert job.tags == {
+        "a": "b",
+        "dagster-k8s/config": '{"job_metadata": {"labels": {"kueue.x-k8s.io/queue-name": "video-frames"}}}',
+    }
 
 
 def launchpad_fields():

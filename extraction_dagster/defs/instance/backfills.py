@@ -39,6 +39,7 @@ from extraction_dagster.defs.instance.runs import (
     range_of,
     waiting_ranges,
 )
+from extraction_dagster.defs.jobs import pod_tags
 from extraction_dagster.defs.partitions import add_ranges, id_ranges, valid_ranges
 from extraction_dagster.errors.runs import BackfillUnknownError, RangeBusyError
 from extraction_dagster.records import IdRange
@@ -170,7 +171,11 @@ class Backfills:
         backfill = PartitionBackfill.from_asset_graph_subset(
             backfill_id=make_new_backfill_id(),
             backfill_timestamp=time.time(),
-            tags={"dagster/max_runtime_seconds": str(settings.max_run_seconds), "dagster/priority": _LAST},
+            tags={
+                "dagster/max_runtime_seconds": str(settings.max_run_seconds),
+                "dagster/priority": _LAST,
+                **pod_tags(settings, embeds="frame_embeddings" in plan.assets),  # the runs are of no job of ours
+            },
             dynamic_partitions_store=self.instance,
             asset_graph_subset=AssetGraphSubset(  # type: ignore[call-arg]  # its decorator hides the fields
                 partitions_subsets_by_asset_key={dg.AssetKey(name): subset for name in plan.assets}

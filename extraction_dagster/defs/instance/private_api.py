@@ -177,8 +177,8 @@ def forget_run(instance: dg.DagsterInstance, run_id: str, *, keep: Mapping[int, 
         run_id: Of a run that has ended.
         keep: Events that stay, as `newest_asset_events` gives them.
     """
-    from dagster._core.storage.event_log import SqliteEventLogStorage  # noqa: PLC0415 - as the classes below
-    from dagster._core.storage.runs.schema import RunTagsTable  # noqa: PLC0415
+    from dagster._core.storage.event_log import SqliteEventLogStorage
+    from dagster._core.storage.runs.schema import RunTagsTable
 
     storage: Any = instance.event_log_storage
     results = storage.get_logs_for_run(run_id, of_type=_OF_CHECKS)
@@ -210,7 +210,7 @@ def forget_runless_events(instance: dg.DagsterInstance, asset: dg.AssetKey, *, b
         before: Timezone-aware.
         most: Of a kind, at one time.
     """
-    from dagster._core.storage.event_log import SqliteEventLogStorage  # noqa: PLC0415 - as the classes below
+    from dagster._core.storage.event_log import SqliteEventLogStorage
 
     storage: Any = instance.event_log_storage
     events, checks, key = _events().c, _checks().c, asset.to_string()
@@ -240,7 +240,7 @@ def forget_runless_events(instance: dg.DagsterInstance, asset: dg.AssetKey, *, b
 
 
 def _forget_events(connection: sa.Connection, which: sa.ColumnElement[bool]) -> None:
-    from dagster._core.storage.event_log.schema import AssetEventTagsTable  # noqa: PLC0415 - as below
+    from dagster._core.storage.event_log.schema import AssetEventTagsTable
 
     ids = sa.select(_events().c.id).where(which)
     connection.execute(sa.delete(AssetEventTagsTable).where(AssetEventTagsTable.c.event_id.in_(ids)))
@@ -261,13 +261,13 @@ def _forget_check(
 
 
 def _events() -> sa.Table:
-    from dagster._core.storage.event_log.schema import SqlEventLogStorageTable  # noqa: PLC0415 - as the classes below
+    from dagster._core.storage.event_log.schema import SqlEventLogStorageTable
 
     return SqlEventLogStorageTable
 
 
 def _checks() -> sa.Table:
-    from dagster._core.storage.event_log.schema import AssetCheckExecutionsTable  # noqa: PLC0415 - as above
+    from dagster._core.storage.event_log.schema import AssetCheckExecutionsTable
 
     return AssetCheckExecutionsTable
 

@@ -54,7 +54,8 @@ def serve(wire_fd: int, task: str, memory_bytes: int, libraries: str, *, insist:
         libraries: What the task imports while it runs, separated by commas.
         insist: Take no job unless the whole cage stands.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for sent_to_all in (signal.SIGINT, signal.SIGTERM):  # of a terminal, of a service that stops: they are the parent's
+        signal.signal(sent_to_all, signal.SIG_IGN)
     lifeline = _die_with_parent()
     wire = socket.socket(fileno=wire_fd)
     module, _, function = task.partition(":")

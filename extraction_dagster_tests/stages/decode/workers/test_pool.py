@@ -262,16 +262,17 @@ def test_an_interruption_while_waiting_stops_every_worker(is_alive):
     assert not any(map(is_alive, pids))
 
 
-def test_a_worker_ignores_ctrl_c_which_is_for_its_parent():
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_worker_ignores_what_a_terminal_or_a_service_sends_to_all_which_is_for_its_parent(sent):
     done = []
 
-    def jobs_and_ctrl_c():
+    def jobs_and_signal():
         yield DecodeJob(0, "v1", "ok")
         yield DecodeJob(1, "v1", "nap")
-        os.kill(int(done[0].frames.partial), signal.SIGINT)
+        os.kill(int(done[0].frames.partial), sent)
         yield DecodeJob(2, "v1", "ok")
 
-    for decoded in filter(None, decode_as_ready(jobs_and_ctrl_c(), options(workers=1))):
+    for decoded in filter(None, decode_as_ready(jobs_and_signal(), options(workers=1))):
         done.append(decoded.outcome)  # noqa: PERF401 - the jobs look at it meanwhile
     assert [outcome.failure for outcome in done] == [None] * 3
     assert len({outcome.frames.partial for outcome in done}) == 1
