@@ -70,7 +70,8 @@ _MOST_STREAMS = 16  # whose packets are not decoded while the file is opened wit
 _MICROSECONDS = 1_000_000
 _MAX_ASPECT = 8.0
 # Containers without times of presentation: the library makes some up from the order of decoding.
-_NO_TIMES = frozenset({"avi", "h264", "hevc", "mpegvideo"})
+_NO_TIMES = frozenset({"avi", "h264", "hevc", "mpegvideo", "m4v", "obu"})
+_CLAIMED_FROM_START = frozenset({"avi", "asf"})  # of each stream; ASF claims the file's length for all of them
 _SAME_SECONDS = 0.001
 _BROADCAST = frozenset({"mpegts", "mpeg"})
 _REORDERING_SECONDS = 0.5  # by which the first picture of a fragmented MP4 may follow what is decoded first
@@ -107,7 +108,10 @@ class VideoFile:
 
     def saying_what(self, why: str) -> str:
         """Why it gives no picture, with what it is, where that is known."""
-        return f"it is {self.kind.words}; {why}" if self.kind is not None else why
+        what = self.kind.words if self.kind is not None else ""
+        if not what and kinds.is_index_alone(self.reading()):
+            what = "an MP4's index without pictures: the first part of a stream, or cut off"
+        return f"it is {what}; {why}" if what else why
 
     @property
     def alias(self) -> str:
@@ -211,14 +215,17 @@ class OpenVideo:
     @property
     def claim_is_shared(self) -> bool:
         """Whether the container claims a duration for all streams together: sound may be what lasts so long."""
-        return _own_seconds(self.stream) is None
+        return _own_seconds(self.stream) is None or self.container.format.name == "asf"
 
-    def claimed_seconds(self, first_tick: float | None = None, *, covered_seconds: float = 0.0) -> float | None:
+    def claimed_seconds(
+        self, first_tick: float | None = None, *, covered_seconds: float = 0.0, late_seconds: float = 0.0
+    ) -> float | None:
         """How long the container claims that the pictures last; None when it claims nothing.
 
         Args:
             first_tick: Where the first picture stands on the stream's clock; without it, where the stream says so.
             covered_seconds: How long they do last, which tells a length from an end where either may be meant.
+            late_seconds: As `late_seconds` gives it: what is claimed for the file counts from the file's start.
         """
         if self.file.kind is not None and self.file.kind.is_photo:
             return None
@@ -231,6 +238,8 @@ class OpenVideo:
         elif "mp4" in self.container.format.name and self.stream.frames == 0 and start > _REORDERING_SECONDS:
             # Of fragments it is their length, or where the last one ends.
             claimed = min(claimed, abs(claimed - start), key=lambda seconds: abs(seconds - covered_seconds))
+        elif own is None or self.container.format.name in _CLAIMED_FROM_START:
+            claimed -= late_seconds
         return claimed if claimed > 0 else None
 
     @property
@@ -248,14 +257,18 @@ class OpenVideo:
         """How long sound lasts, as far as the container says it; 0 without sound."""
         return max((_own_seconds(stream) or 0.0 for stream in self.container.streams.audio), default=0.0)
 
-    def late_seconds(self, tick: float) -> float:
+    def late_seconds(self, tick: float, *, first_dts: int | None = None) -> float:
         """How long after the file's start the frame at a tick of the stream's clock is shown.
 
         A player's zero is where the first of its streams begins: pictures may start after sound.
+
+        Args:
+            tick: Where the first picture stands.
+            first_dts: Where the first packet does, which counts where the container has no times of presentation.
         """
-        own = Fraction(tick) * (self.stream.time_base or 0)
         if self.guesses_times:
-            own = Fraction(self.stream.start_time or 0) * (self.stream.time_base or 0)
+            tick = first_dts if first_dts is not None else self.stream.start_time or 0
+        own = Fraction(tick) * (self.stream.time_base or 0)
         others = (stream for stream in self.container.streams if stream.index != self.stream.index)
         starts = [start for start in map(_start_seconds, others) if start is not None]
         if self.first_sound_seconds is not None:

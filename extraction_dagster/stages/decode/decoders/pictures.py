@@ -7,7 +7,7 @@ is shown, colours and size at once, turning. Frames of several sizes are fitted 
 from __future__ import annotations
 
 import re
-from fractions import Fraction
+from contextlib import suppress
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -15,11 +15,12 @@ import numpy as np
 from extraction_dagster.errors.decode import DolbyVisionError
 from extraction_dagster.stages.decode.decoders.colours import MATRICES, RGB, UNSAID, Colours, Said
 from extraction_dagster.stages.decode.decoders.container import sound_aspect
-from extraction_dagster.stages.decode.decoders.geometry import Geometry, in_one_size
+from extraction_dagster.stages.decode.decoders.geometry import Geometry, filter_graph, in_one_size
 from extraction_dagster.stages.decode.decoders.library_log import described
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from fractions import Fraction
 
     from av.filter import FilterContext, Graph
     from av.video.codeccontext import VideoCodecContext
@@ -37,7 +38,8 @@ _SIDE_DATA = ("mov", "matroska", "mpegts")  # containers that crop, or say what 
 _OPAQUE = 0xFF  # of 8 bits
 _has_alpha: dict[str, bool] = {}  # by pixel format: asking one costs as much as many a step
 _NO_SURPRISE = MATRICES | {RGB, UNSAID}
-_BOTTOM_FIRST = frozenset({3, 4})  # of libavcodec's field orders: bottom shown first, coded first or not
+# Which field is first a frame knows itself, and PyAV can't say; what containers and codecs say of all may be wrong.
+_FIRST_FIELD = ("separatefields", "")
 
 
 class Pictures:
@@ -126,8 +128,7 @@ class Pictures:
                 frame.color_range = 1
         if frame.interlaced_frame and height > 1:
             self.notes["interlaced: one field of each frame"] = None
-            bottom = self._video.stream.codec_context.field_order in _BOTTOM_FIRST
-            steps.append(("field", f"type={'bottom' if bottom else 'top'}"))
+            steps.append(_FIRST_FIELD)
         if self._crop is not None and self._size == (width, height):
             left, top, width, height = self._crop
             self.notes[f"cropped to {width}x{height} as the file says"] = None
@@ -138,10 +139,14 @@ class Pictures:
     def _filtered(self, frame: VideoFrame, steps: Iterable[tuple[str, str]]) -> VideoFrame:
         key = (frame.format.name, frame.width, frame.height, *steps)
         if key not in self._graphs:
-            self._graphs[key] = _graph(frame, steps)
+            self._graphs[key] = filter_graph(frame, steps)
         _, source, sink = self._graphs[key]
         source.push(frame)
-        return sink.pull()  # type: ignore[return-value] # a video's graph
+        shown = sink.pull()
+        if _FIRST_FIELD in steps:  # before this one's first field comes the second of the one before
+            with suppress(BlockingIOError):
+                shown = sink.pull()
+        return shown  # type: ignore[return-value] # a video's graph
 
 
 def _cropping(said: str, context: VideoCodecContext) -> tuple[int, int, int, int] | None:
@@ -177,16 +182,3 @@ def _is_transparent(frame: VideoFrame) -> bool:
             return bool(pixels.min() < _OPAQUE << 24)
         return bool((pixels & _OPAQUE).min() < _OPAQUE)
     return True
-
-
-def _graph(frame: VideoFrame, steps: Iterable[tuple[str, str]]) -> tuple[Graph, FilterContext, FilterContext]:
-    from av.filter import Graph
-
-    graph = Graph()
-    graph.threads = 1
-    source = graph.add_buffer(
-        width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1, 1000)
-    )
-    sink = graph.add("buffersink")
-    graph.link_nodes(source, *(graph.add(name, arguments) for name, arguments in steps), sink).configure()
-    return graph, source, sink

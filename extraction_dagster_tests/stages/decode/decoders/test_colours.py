@@ -221,6 +221,26 @@ def test_planes_of_red_green_and_blue_have_a_range_too(pixels, full, draw, decod
     assert farthest(decode(path).frames.data[0]) <= 3
 
 
+@pytest.mark.parametrize("colour_range", [1, 2], ids=["limited", "full"])
+@pytest.mark.parametrize(("codec", "options"), [("ffv1", {}), ("libx265", {"x265-params": "log-level=none:qp=4"})])
+def test_grey_pictures_have_a_range_too(codec, options, colour_range, tmp_path, decode, encoded):  # noqa: PLR0913, PLR0917 - fixtures
+    levels = np.array([0, 64, 128, 255])
+    stored = levels if colour_range == 2 else (levels / 255 * 219 + 16).round()
+    image = np.repeat(stored, 24).astype(np.uint8) * np.ones((72, 1), np.uint8)
+    path = tmp_path / "grey.mkv"
+    encoded(
+        path,
+        [image],
+        codec=codec,
+        pix_fmt="gray",
+        source="gray",
+        options=options,
+        of_context={"color_range": colour_range},
+    )
+    seen = decode(path).frames.data[0][:, 12::24].mean(axis=(0, 2))
+    assert seen == pytest.approx(levels, abs=2)
+
+
 @pytest.mark.parametrize("transfer", [14, 1, 2], ids=["BT.2020", "BT.709", "unsaid"])
 def test_wide_sdr_is_brought_to_the_primaries_that_screens_have(transfer, draw, decode, farthest):
     path = draw(codec="hevc", pix_fmt="yuv422p10le", planes=9, wide=True, said=(9, 9, transfer, 1))

@@ -44,7 +44,9 @@ def remux(source, out, *, moved=lambda _number: 0, sound=None, options=None, ord
 
     with av.open(str(source)) as there, av.open(str(out), "w", options=options or {}) as here:
         pictures = here.add_stream_from_template(there.streams.video[0])
-        tone = here.add_stream("aac", rate=48_000) if sound else None
+        if out.suffix == ".avi":  # which counts frames
+            pictures.time_base = Fraction(1, RATE)
+        tone = here.add_stream("libmp3lame" if out.suffix == ".avi" else "aac", rate=48_000) if sound else None
         for packet in heard(tone, *sound) if sound else ():
             here.mux(packet)
         if talk_seconds:  # one more packet of sound, that long
@@ -77,7 +79,7 @@ def heard(stream, start, end):
     yield from stream.encode(None)
 
 
-@pytest.mark.parametrize("name", ["late.mp4", "late.mkv", "late.ts", "late_fragments.mp4"])
+@pytest.mark.parametrize("name", ["late.mp4", "late.mkv", "late.ts", "late.flv", "late_fragments.mp4"])
 def test_pictures_that_start_after_sound_are_at_the_seconds_of_a_players_clock(name, plain, tmp_path, numbers_of):
     options = {"movflags": "frag_keyframe+empty_moov+delay_moov"} if "fragments" in name else {}
     late = remux(plain, tmp_path / name, moved=lambda _: 5, sound=(0, 7), options=options)
@@ -116,7 +118,20 @@ def test_a_fragmented_file_tells_when_its_sound_starts_without_a_probe(plain, tm
     assert late[0] == late[1] == pytest.approx(0.5, abs=0.03)
 
 
-@pytest.mark.parametrize("name", ["longer.mkv", "longer.mp4", "longer.ts"])
+@pytest.mark.parametrize("name", ["no.mp4", "no.flv"])
+def test_where_only_times_of_decoding_are_said_frames_come_in_their_order(name, render, tmp_path, numbers_of):
+    whole = render(tmp_path / "whole.mp4", frames=48, options=B_FRAMES)
+    path = tmp_path / "no.mp4"  # without the boxes that tell them from those of showing
+    path.write_bytes(whole.read_bytes().replace(b"ctts", b"free").replace(b"edts", b"free"))
+    path = path if name == "no.mp4" else remux(path, tmp_path / name)
+    for count in (48, 5):
+        video = decode(path, Sampling("uniform", num_frames=count))
+        assert len(video.frames) == count
+        assert numbers_of(video) == video.frames.frame_number.tolist()
+        assert video.frames.pts_seconds == pytest.approx(video.frames.frame_number / RATE, abs=0.002)
+
+
+@pytest.mark.parametrize("name", ["longer.mkv", "longer.mp4", "longer.ts", "longer.asf"])
 def test_sound_that_goes_on_makes_no_video_partial(name, plain, tmp_path):
     assert decode(remux(plain, tmp_path / name, sound=(0, 9))).partial is None
 
