@@ -69,7 +69,7 @@ class PacketIndex:
         clean: Whether a decoder that starts at a keyframe gives what it gives when it starts at the beginning.
         irregular: Why the times can't be read off the packets, or None.
         stopped: Why reading ended before the file's end, or None.
-        first_dts: The tick of the first packet, in the order of decoding.
+        dts: int64, shape (P,): when each packet is decoded, in ticks; its pts where that is not said.
         reorders: Whether the container says of any frame that it is shown at another time than it is decoded.
     """
 
@@ -81,8 +81,8 @@ class PacketIndex:
     clean: bool
     irregular: str | None
     stopped: str | None
-    first_dts: int | None = None
-    reorders: bool = True
+    dts: np.ndarray
+    reorders: bool
 
     def __len__(self) -> int:
         """The number of packets, P."""
@@ -260,7 +260,7 @@ class _Builder:
             clean=self._codec in _KEYFRAMES_ARE_CLEAN,
             irregular=self._irregular,
             stopped=stopped,
-            first_dts=self._dts[0] if self._dts else None,
+            dts=np.array(self._dts, np.int64),
             reorders=self._pts != self._dts,
         )
 

@@ -89,14 +89,15 @@ def _decode_planned(  # noqa: PLR0913 - the decoder's arguments, and how to open
             name = video.stream.codec_context.name
             raise UnplannedError(f"codec {name} knows its keyframes only once they are decoded")
         display = _display_order(video, index, limits)
-        ticks = index.pts[display]
+        # Without times of presentation the n-th frame is shown when the n-th packet is due.
+        ticks = np.sort(index.dts[display]) if video.guesses_times else index.pts[display]
         seconds = _seconds(ticks - ticks[0], video)
         selection = select_frames(seconds, sampling, index.keyframe[display])
         targets = display[selection.frame_number]
         pictures = _decode_targets(video, index, targets, painter, limits)
         _check_order(video, index, limits)
         covered = float(_seconds(ticks[-1:] - ticks[0] + index.last_duration, video)[0])
-        late = video.late_seconds(int(ticks[0]), first_dts=index.first_dts)
+        late = video.late_seconds(int(ticks[0]), first_dts=int(index.dts[0]))
         claimed = video.claimed_seconds(int(ticks[0]), covered_seconds=covered, late_seconds=late)
         partial = _missing(video, index, limits, covered_seconds=covered, claimed_seconds=claimed)
         check_length(video, late + float(seconds[-1]), limits)

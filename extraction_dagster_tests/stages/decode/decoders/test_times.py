@@ -95,6 +95,23 @@ def test_pictures_that_start_after_sound_are_at_the_seconds_of_a_players_clock(n
     assert (chosen.target_seconds >= 4.9).all()
 
 
+def test_a_picture_of_avi_stays_as_long_as_empty_packets_follow(tmp_path):
+    import av
+
+    shown = [0, 1, 2, 9, 10, 20, 21, 22]
+    with av.open(str(tmp_path / "held.avi"), "w") as container:
+        pictures = container.add_stream("libx264", rate=10, options={"bf": "0"})
+        pictures.width, pictures.height = 64, 48
+        for number in (*shown, None):
+            frame = None if number is None else av.VideoFrame(64, 48, "yuv420p")
+            if frame is not None:
+                frame.pts, frame.time_base = number, Fraction(1, 10)
+            container.mux(pictures.encode(frame))
+    video = decode(tmp_path / "held.avi", Sampling("uniform", num_frames=40))
+    assert video.frames.pts_seconds == pytest.approx(np.array(shown) / 10, abs=0.002)
+    assert video.partial is None
+
+
 @pytest.mark.parametrize("name", ["late.mp4", "late.mkv"])
 def test_decord_is_told_when_pictures_start(name, plain, tmp_path):
     late = remux(plain, tmp_path / name, moved=lambda _: 5, sound=(0, 7))
