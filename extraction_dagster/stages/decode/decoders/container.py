@@ -27,7 +27,7 @@ from extraction_dagster.errors.decode import (
 )
 from extraction_dagster.stages.decode.decoders import kinds
 from extraction_dagster.stages.decode.decoders.clock import BROADCAST_JUMP_SECONDS, JUMP_SECONDS
-from extraction_dagster.stages.decode.decoders.streams import choose_stream
+from extraction_dagster.stages.decode.decoders.streams import choose_stream, own_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -87,10 +87,12 @@ class VideoFile:
     Attributes:
         path: Where it was opened.
         kind: What it is, where it is no container of videos, or may be none.
+        ignores_edits: Whether its edit lists are left out of account, since they show nothing.
     """
 
     def __init__(self, path: Path, descriptor: int, *, handed_over: bool = False) -> None:
         self.path, self._descriptor, self._handed_over = path, descriptor, handed_over
+        self.ignores_edits = False
         self._start, self._end = 0, os.fstat(descriptor).st_size
         self._start = kinds.motion_part(self.reading()) or 0
         self.kind = kinds.kind_of(self.reading())
@@ -215,7 +217,7 @@ class OpenVideo:
     @property
     def claim_is_shared(self) -> bool:
         """Whether the container claims a duration for all streams together: sound may be what lasts so long."""
-        return _own_seconds(self.stream) is None or self.container.format.name == "asf"
+        return own_seconds(self.stream) is None or self.container.format.name == "asf"
 
     def claimed_seconds(
         self, first_tick: float | None = None, *, covered_seconds: float = 0.0, late_seconds: float = 0.0
@@ -229,7 +231,7 @@ class OpenVideo:
         """
         if self.file.kind is not None and self.file.kind.is_photo:
             return None
-        own = _own_seconds(self.stream)
+        own = own_seconds(self.stream)
         claimed = (self.container.duration or 0) / _MICROSECONDS if own is None else own
         first = (self.stream.start_time or 0) if first_tick is None else first_tick
         start = max(0.0, float(Fraction(first) * (self.stream.time_base or 0)))
@@ -255,7 +257,7 @@ class OpenVideo:
     @property
     def sound_seconds(self) -> float:
         """How long sound lasts, as far as the container says it; 0 without sound."""
-        return max((_own_seconds(stream) or 0.0 for stream in self.container.streams.audio), default=0.0)
+        return max((own_seconds(stream) or 0.0 for stream in self.container.streams.audio), default=0.0)
 
     def late_seconds(self, tick: float, *, first_dts: int | None = None) -> float:
         """How long after the file's start the frame at a tick of the stream's clock is shown.
@@ -290,6 +292,7 @@ class OpenVideo:
         found = [f"{what}: {context.codec.canonical_name}, {context.width}x{context.height}"]
         others = len(self.container.streams.video) - 1
         found += [f"stream {self.stream.index}, one of {others + 1} of pictures"] if others else []
+        found += ["an edit list that shows nothing is left out"] if self.file.ignores_edits else []
         found += [f"pictures start {late_seconds:.3f} s after the file"] if late_seconds else []
         if self.guesses_times:
             return (*found, "the container has no times: frames in the order of decoding")
@@ -358,6 +361,8 @@ def _open_container(file: VideoFile, limits: DecodeLimits, *, probe: bool) -> In
     allowed = named or CONTAINERS
     options = {"protocol_whitelist": "file", "format_whitelist": allowed, "max_pixels": str(limits.max_pixels)}
     options["codec_whitelist"] = ",".join((limits.codecs, *_SOUND))  # of those that find out a stream's parameters
+    if file.ignores_edits:
+        options["ignore_editlist"] = "1"
     unprobed = {"options": options | {"probesize": "32"}, "stream_options": [{"skip_frame": "all"}] * _MOST_STREAMS}
     more = {"options": options} if probe else unprobed
     try:
@@ -435,19 +440,3 @@ def _start_seconds(stream: Stream) -> Fraction | None:
     if not is_played or stream.start_time is None or stream.time_base is None:
         return None
     return stream.start_time * stream.time_base
-
-
-def _own_seconds(stream: Stream) -> float | None:
-    """How long a stream lasts, or when it ends, by itself or by its Matroska tag; None when it does not say."""
-    if stream.duration and stream.duration > 0 and stream.time_base:
-        return float(stream.duration * stream.time_base)
-    return _clock_seconds(stream.metadata["DURATION"]) if "DURATION" in stream.metadata else None
-
-
-def _clock_seconds(clock: str) -> float:
-    """`00:01:05.500` is 65.5; 0 when it is no such thing."""
-    try:
-        hours, minutes, seconds = clock.split(":")
-        return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-    except ValueError:
-        return 0.0

@@ -68,6 +68,7 @@ class Pictures:
         said = described(video) if video.container.format.name.startswith(_SIDE_DATA) else ""
         self._size, self._crop = (context.width, context.height), _cropping(said, context)
         _refuse_dolby_alone(video, _dolby_vision(said))
+        self._is_vp8 = context.name == "vp8"  # it can say nothing but BT.601
         self._may_change_aspect = context.name in _ASPECT_IN_STREAM
         # Width of a pixel over its height, and what the codec says of it; before the first frame nothing is known.
         self._aspect: float | None = None
@@ -91,6 +92,8 @@ class Pictures:
         return geometry.show(shown, self._reformatter, colours, tone_map=self._tone_map)
 
     def _colours_of(self, frame: VideoFrame) -> Colours:
+        if self._is_vp8 and self._opened.matrix in MATRICES:
+            frame.colorspace = self._opened.matrix
         said = frame.colorspace, frame.color_primaries, frame.color_trc, frame.color_range
         key = (*said, frame.format.name, frame.width, frame.height)
         if self._before is None or self._before[0] != key:

@@ -32,12 +32,17 @@ _FAR = 2
 _DEFAULT_TIME_BASE = Fraction(1, 1000)
 
 
+class EditsHideAllError(Exception):
+    """An edit list, of no length or beyond the end, leaves every frame out; caught here, never seen outside."""
+
+
 @dataclass(slots=True)
 class _Tally:
     """What a pass over the stream met.
 
     Attributes:
         packets: Packets with content.
+        hidden: Packets whose frames an edit list leaves out.
         errors: Packets that the codec refused.
         durations: How long packets say that their frames are shown, in ticks, where they say it.
         dts: When each packet is decoded, in ticks; None where it is not said.
@@ -47,6 +52,7 @@ class _Tally:
     """
 
     packets: int = 0
+    hidden: int = 0
     errors: int = 0
     durations: list[int] = field(default_factory=list)
     dts: list[int | None] = field(default_factory=list)
@@ -60,8 +66,12 @@ def decode_sequentially(
 ) -> DecodedVideo:
     """Decode every frame and keep the sampled ones; see `Decoder`."""
     tally = _Tally()
-    with open_video(file, limits) as video:
-        found = _look(video, tally, limits)
+    try:
+        with open_video(file, limits) as video:
+            found = _look(video, tally, limits)
+    except EditsHideAllError:
+        file.ignores_edits = True
+        return decode_sequentially(file, sampling, short_side_px, limits, tone_map=tone_map)
     selection = select_frames(found.seconds, sampling, found.keyframe)
     with open_video(file, limits) as video:
         painter = Pictures(video, short_side_px=short_side_px, limits=limits, tone_map=tone_map)
@@ -94,6 +104,8 @@ class _Found:
 
 def _look(video: OpenVideo, tally: _Tally, limits: DecodeLimits) -> _Found:
     seen = [(frame.pts if frame.pts is not None else frame.dts, frame.key_frame) for frame in _decode_all(video, tally)]
+    if not seen and 0 < tally.packets == tally.hidden:
+        raise EditsHideAllError
     if not seen:
         why = video.file.saying_what(tally.last_words or f"{tally.packets} packets gave no frame")
         raise VideoDecodeError(str(video.path), listed_frames=video.stream.frames, why=why)
@@ -164,6 +176,7 @@ def _decode_all(video: OpenVideo, tally: _Tally) -> Iterator[VideoFrame]:
             tally.durations.append(packet.duration)
         if packet is not None:
             tally.packets += 1
+            tally.hidden += packet.is_discard
             tally.dts.append(packet.dts)
             tally.reorders = tally.reorders or packet.pts != packet.dts
         try:

@@ -40,6 +40,7 @@ CODECS: dict[str, tuple[str, dict[str, str]]] = {
     "h264": ("libx264", {"qp": "4"}),
     "hevc": ("libx265", {"x265-params": "log-level=none:qp=4:pools=none:frame-threads=1"}),
     "vp9": ("libvpx-vp9", {"crf": "4", "b": "0", "cpu-used": "8", "deadline": "realtime"}),
+    "vp8": ("libvpx", {"crf": "4", "b": "20M", "cpu-used": "8", "deadline": "realtime"}),
     "av1": ("libsvtav1", {"crf": "4", "preset": "6", "svtav1-params": "lp=1"}),
     "mpeg2": ("mpeg2video", {"q:v": "1", "qmin": "1", "qmax": "2", "b": "60M", "maxrate": "80M", "bufsize": "60M"}),
     "prores": ("prores_ks", {"profile": "hq", "qscale": "2"}),

@@ -221,6 +221,11 @@ def test_planes_of_red_green_and_blue_have_a_range_too(pixels, full, draw, decod
     assert farthest(decode(path).frames.data[0]) <= 3
 
 
+def test_vp8_can_not_contradict_its_container(draw, decode, farthest):
+    path = draw(codec="vp8", name="a.webm", planes=1, said=(1, 1, 1, 1))
+    assert farthest(decode(path).frames.data[0]) <= 4
+
+
 @pytest.mark.parametrize("colour_range", [1, 2], ids=["limited", "full"])
 @pytest.mark.parametrize(("codec", "options"), [("ffv1", {}), ("libx265", {"x265-params": "log-level=none:qp=4"})])
 def test_grey_pictures_have_a_range_too(codec, options, colour_range, tmp_path, decode, encoded):  # noqa: PLR0913, PLR0917 - fixtures

@@ -135,6 +135,16 @@ def test_a_fragmented_file_tells_when_its_sound_starts_without_a_probe(plain, tm
     assert late[0] == late[1] == pytest.approx(0.5, abs=0.03)
 
 
+def test_an_edit_list_that_shows_nothing_is_left_out(plain, tmp_path, numbers_of):
+    content = bytearray(plain.read_bytes())
+    at = content.index(b"elst")
+    content[at + 12 : at + 16] = bytes(4)  # as long as the whole, in some files
+    (tmp_path / "none.mp4").write_bytes(content)
+    video = decode(tmp_path / "none.mp4", Sampling("uniform", num_frames=48))
+    assert numbers_of(video) == list(range(48))
+    assert "an edit list that shows nothing is left out" in video.notes
+
+
 @pytest.mark.parametrize("name", ["no.mp4", "no.flv"])
 def test_where_only_times_of_decoding_are_said_frames_come_in_their_order(name, render, tmp_path, numbers_of):
     whole = render(tmp_path / "whole.mp4", frames=48, options=B_FRAMES)
