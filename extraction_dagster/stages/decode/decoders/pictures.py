@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from extraction_dagster.errors.decode import DolbyVisionError
-from extraction_dagster.stages.decode.decoders.colours import MATRICES, RGB, UNSAID, Colours, Said
+from extraction_dagster.stages.decode.decoders.colours import FULL, MATRICES, RGB, UNSAID, Colours, Said
 from extraction_dagster.stages.decode.decoders.container import sound_aspect
 from extraction_dagster.stages.decode.decoders.geometry import Geometry, filter_graph, in_one_size
 from extraction_dagster.stages.decode.decoders.library_log import described
@@ -37,6 +37,8 @@ _ASPECT_IN_STREAM = frozenset({"h264", "hevc", "vvc", "mpeg1video", "mpeg2video"
 _SIDE_DATA = ("mov", "matroska", "mpegts")  # containers that crop, or say what Dolby Vision is
 _OPAQUE = 0xFF  # of 8 bits
 _has_alpha: dict[str, bool] = {}  # by pixel format: asking one costs as much as many a step
+# Their decoders say "limited" where the stream says nothing.
+_LIMITED_BY_DEFAULT = frozenset({"hevc", "mpeg2video", "prores"})
 _NO_SURPRISE = MATRICES | {RGB, UNSAID}
 # Which field is first a frame knows itself, and PyAV can't say; what containers and codecs say of all may be wrong.
 _FIRST_FIELD = ("separatefields", "")
@@ -68,7 +70,7 @@ class Pictures:
         said = described(video) if video.container.format.name.startswith(_SIDE_DATA) else ""
         self._size, self._crop = (context.width, context.height), _cropping(said, context)
         _refuse_dolby_alone(video, _dolby_vision(said))
-        self._is_vp8 = context.name == "vp8"  # it can say nothing but BT.601
+        self._is_put_right = context.name == "vp8" or context.name in _LIMITED_BY_DEFAULT
         self._may_change_aspect = context.name in _ASPECT_IN_STREAM
         # Width of a pixel over its height, and what the codec says of it; before the first frame nothing is known.
         self._aspect: float | None = None
@@ -92,8 +94,8 @@ class Pictures:
         return geometry.show(shown, self._reformatter, colours, tone_map=self._tone_map)
 
     def _colours_of(self, frame: VideoFrame) -> Colours:
-        if self._is_vp8 and self._opened.matrix in MATRICES:
-            frame.colorspace = self._opened.matrix
+        if self._is_put_right:
+            self._put_right(frame)
         said = frame.colorspace, frame.color_primaries, frame.color_trc, frame.color_range
         key = (*said, frame.format.name, frame.width, frame.height)
         if self._before is None or self._before[0] != key:
@@ -103,6 +105,14 @@ class Pictures:
             self.notes[f"colours: {colours}" + (", shown as SDR" if colours.is_hdr and self._tone_map else "")] = None
             self._before = key, colours
         return self._before[1]
+
+    def _put_right(self, frame: VideoFrame) -> None:
+        """Let the container speak where the codec can say only one thing, or its decoder says it by default."""
+        matrix, _, _, colour_range = self._opened
+        if self._video.stream.codec_context.name == "vp8":  # whose every stream is BT.601
+            frame.colorspace = matrix if matrix in MATRICES else frame.colorspace
+        elif colour_range == FULL and frame.colorspace == frame.color_primaries == frame.color_trc == UNSAID:
+            frame.color_range = FULL
 
     def together(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
         """All pictures in one size: uint8, shape (N, H, W, 3)."""

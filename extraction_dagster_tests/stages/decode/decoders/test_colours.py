@@ -1,6 +1,7 @@
 """Twelve patches and a number, drawn by the standards' formulas, come back through every way to say what they mean."""
 
 import itertools
+import struct
 from fractions import Fraction
 
 import numpy as np
@@ -218,6 +219,16 @@ def test_colours_that_change_in_mid_file_are_those_of_each_frame(draw, decode, f
 @pytest.mark.parametrize(("pixels", "full"), [("gbrp", True), ("gbrp", False), ("gbrp10le", True), ("gbrp10le", False)])
 def test_planes_of_red_green_and_blue_have_a_range_too(pixels, full, draw, decode, farthest):
     path = draw(codec="hevc", name="a.mkv", pix_fmt=pixels, planes=0, full=full, said=(0, 1, 1, 2 if full else 1))
+    assert farthest(decode(path).frames.data[0]) <= 3
+
+
+def test_full_range_that_the_container_alone_says_counts(draw, decode, farthest, box_inserted):
+    import av
+
+    path = draw(codec="hevc", planes=1, full=True)
+    box_inserted(path, b"hev1", struct.pack(">I4s4sHHHB", 19, b"colr", b"nclx", 1, 1, 1, 0x80))
+    with av.open(str(path)) as opened:
+        assert next(opened.decode(video=0)).color_range == 1  # by default
     assert farthest(decode(path).frames.data[0]) <= 3
 
 
