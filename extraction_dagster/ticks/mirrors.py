@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from extraction_dagster.errors import ExtractionError, one_line
 from extraction_dagster.errors.runs import LegacyCheckpointError, LostCursorError, MirrorError
 from extraction_dagster.files import read_small, write_atomically
-from extraction_dagster.stages.catalog.database import STATE_SCHEMA, describe, reading, writing
+from extraction_dagster.stages.catalog.database import STATE_SCHEMA, describe, quiet_reflection, reading, writing
 from extraction_dagster.stages.catalog.state_tables import UtcDateTime, schema_of
 from extraction_dagster.ticks.cursor import MAX_BYTES, is_id, parse_strictly
 
@@ -285,7 +285,7 @@ def _from_file(file: Path) -> LegacyCheckpoint:
 def _from_table(engines: Sequence[sa.Engine]) -> LegacyCheckpoint:
     for engine in engines:
         where = f"table {_NAME} at {describe(engine.url)}"
-        with reading(engine, what="read the checkpoint table") as connection:
+        with reading(engine, what="read the checkpoint table") as connection, quiet_reflection():
             if not sa.inspect(connection).has_table(_NAME):
                 continue
             table = sa.Table(_NAME, sa.MetaData(), autoload_with=connection)

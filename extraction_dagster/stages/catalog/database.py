@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -123,6 +124,14 @@ def writing(engine: sa.Engine, *, what: str) -> Iterator[sa.Connection]:
     """
     with _translated(engine, what), engine.connect().execution_options(writes=True) as connection, connection.begin():
         yield connection
+
+
+@contextmanager
+def quiet_reflection() -> Iterator[None]:
+    """Look at a table's columns without warnings of types and indexes that SQLAlchemy does not know."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", sa.exc.SAWarning)
+        yield
 
 
 def fetch_all(connection: sa.Connection, query: sa.Select[*tuple[Any, ...]]) -> Sequence[sa.Row[*tuple[Any, ...]]]:

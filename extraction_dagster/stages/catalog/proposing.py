@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 
 from extraction_dagster.errors.catalog import SourceTableError
-from extraction_dagster.stages.catalog.database import describe, file_is_there, make_engine, reading
+from extraction_dagster.stages.catalog.database import describe, file_is_there, make_engine, quiet_reflection, reading
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,7 +53,7 @@ def propose(url: str) -> Proposal:
     engine = make_engine(url, setting="--propose")
     if not file_is_there(engine.url):
         raise SourceTableError("?", f"there is no file {describe(engine.url)}", "Correct the URL after --propose.")
-    with reading(engine, what="look at the tables") as connection:
+    with reading(engine, what="look at the tables") as connection, quiet_reflection():
         inspector, found = sa.inspect(connection), list[tuple[int, str, dict[str, str]]]()
         for name in inspector.get_table_names()[:_MOST_TABLES]:
             if not name.startswith(_OWN):

@@ -17,7 +17,7 @@ from sqlalchemy.dialects import postgresql
 
 from extraction_dagster.errors import one_line
 from extraction_dagster.errors.catalog import PredicateError, SourceTableError
-from extraction_dagster.stages.catalog.database import describe, file_is_there, reading
+from extraction_dagster.stages.catalog.database import describe, file_is_there, quiet_reflection, reading
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,7 +65,8 @@ class SourceColumns:
             raise SourceTableError(self.name, f"there is no file {describe(self._engine.url)}", fix)
         with reading(self._engine, what=f"read source table {self.name!r}") as connection:
             try:
-                table = sa.Table(name, sa.MetaData(), schema=schema, autoload_with=connection)
+                with quiet_reflection():
+                    table = sa.Table(name, sa.MetaData(), schema=schema, autoload_with=connection)
             except sa.exc.NoSuchTableError:
                 fix = self._where_it_is(connection)
             else:

@@ -12,7 +12,7 @@ import uuid
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, time
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
@@ -216,7 +216,7 @@ def _json_value(value: object, record_id: int, column: str) -> object:  # noqa: 
             return None
         case datetime():
             return rfc3339(value)
-        case date():
+        case date() | time():
             return value.isoformat()
         case uuid.UUID():
             return str(value)

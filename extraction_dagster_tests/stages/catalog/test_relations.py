@@ -221,3 +221,16 @@ def test_rows_are_read_and_marked_through_a_pooler(pooled_url, database, make_da
         assert catalog.status()["done"] == 39
         catalog.close()
     pooled.engine.dispose()
+
+
+@pytest.mark.filterwarnings("error")
+def test_types_that_nobody_here_knows_are_passed_over_in_silence(database):
+    database.execute("CREATE TYPE both_ends AS (a int, b int)")
+    database.execute(f"CREATE TABLE insta_content ({COLUMNS}, place point, ends both_ends, PRIMARY KEY (id))")
+    database.execute("CREATE INDEX lower_codes ON insta_content (lower(code))")
+    database.insert(1, 2)
+    catalog = database.catalog(source_payload_columns=("place", "ends"))
+    database.execute("UPDATE insta_content SET place = '(1,2)', ends = ROW(3, 4)")
+    plan = catalog.begin(ALL, TODAY)
+    assert [planned.row.video.payload for planned in plan.values()] == [{"place": "(1,2)", "ends": "(3,4)"}] * 2
+    catalog.close()

@@ -2,7 +2,7 @@
 
 import pickle
 import uuid
-from datetime import UTC, date, datetime, timedelta, timezone
+from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
 
 import numpy as np
@@ -91,6 +91,7 @@ def test_a_payload_holds_no_password_and_no_signature():
         (datetime(2026, 1, 2, 3, 4, 5, 678000, tzinfo=timezone(timedelta(hours=2))), "2026-01-02T01:04:05.678Z"),
         (datetime(2026, 1, 2, 3, 4, 5), "2026-01-02T03:04:05.000Z"),
         (date(2026, 1, 2), "2026-01-02"),
+        (time(3, 4, 5, tzinfo=UTC), "03:04:05+00:00"),
         (uuid.UUID(int=1), "00000000-0000-0000-0000-000000000001"),
         (np.float32(0.5), 0.5),
         ("caf\udce9.mp4", "caf\\udce9.mp4"),
