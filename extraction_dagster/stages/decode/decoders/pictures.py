@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from extraction_dagster.errors.decode import DolbyVisionError
-from extraction_dagster.stages.decode.decoders.colours import FULL, MATRICES, RGB, UNSAID, Colours, Said
+from extraction_dagster.stages.decode.decoders.colours import BT601, FULL, MATRICES, RGB, UNSAID, Colours, Said
 from extraction_dagster.stages.decode.decoders.container import sound_aspect
 from extraction_dagster.stages.decode.decoders.geometry import Geometry, filter_graph, in_one_size
 from extraction_dagster.stages.decode.decoders.library_log import described
@@ -39,6 +39,8 @@ _OPAQUE = 0xFF  # of 8 bits
 _has_alpha: dict[str, bool] = {}  # by pixel format: asking one costs as much as many a step
 # Their decoders say "limited" where the stream says nothing.
 _LIMITED_BY_DEFAULT = frozenset({"hevc", "mpeg2video", "prores"})
+# Of AVIF and HEIC, whose matrix is BT.601 where nothing says it, whatever the size (ISO/IEC 23000-22).
+_PICTURE_BRANDS = frozenset({"avif", "avis", "heic", "heix", "hevc", "hevx", "mif1", "msf1"})
 _NO_SURPRISE = MATRICES | {RGB, UNSAID}
 # Which field is first a frame knows itself, and PyAV can't say; what containers and codecs say of all may be wrong.
 _FIRST_FIELD = ("separatefields", "")
@@ -70,7 +72,8 @@ class Pictures:
         said = described(video) if video.container.format.name.startswith(_SIDE_DATA) else ""
         self._size, self._crop = (context.width, context.height), _cropping(said, context)
         _refuse_dolby_alone(video, _dolby_vision(said))
-        self._is_put_right = context.name == "vp8" or context.name in _LIMITED_BY_DEFAULT
+        self._is_item = video.container.metadata.get("major_brand", "") in _PICTURE_BRANDS
+        self._is_put_right = self._is_item or context.name == "vp8" or context.name in _LIMITED_BY_DEFAULT
         self._may_change_aspect = context.name in _ASPECT_IN_STREAM
         # Width of a pixel over its height, and what the codec says of it; before the first frame nothing is known.
         self._aspect: float | None = None
@@ -111,6 +114,8 @@ class Pictures:
         matrix, _, _, colour_range = self._opened
         if self._video.stream.codec_context.name == "vp8":  # whose every stream is BT.601
             frame.colorspace = matrix if matrix in MATRICES else frame.colorspace
+        elif self._is_item and matrix not in MATRICES and frame.colorspace == UNSAID:
+            frame.colorspace = BT601
         elif colour_range == FULL and frame.colorspace == frame.color_primaries == frame.color_trc == UNSAID:
             frame.color_range = FULL
 

@@ -232,6 +232,11 @@ def test_full_range_that_the_container_alone_says_counts(draw, decode, farthest,
     assert farthest(decode(path).frames.data[0]) <= 3
 
 
+def test_the_size_of_an_avif_decides_nothing(draw, decode, farthest):
+    path = draw(codec="av1", name="a.avif", size=(1280, 144), planes=6, full=True, said=(2, 2, 2, 2), frames=2)
+    assert farthest(decode(path).frames.data[0]) <= 3
+
+
 def test_vp8_can_not_contradict_its_container(draw, decode, farthest):
     path = draw(codec="vp8", name="a.webm", planes=1, said=(1, 1, 1, 1))
     assert farthest(decode(path).frames.data[0]) <= 4
