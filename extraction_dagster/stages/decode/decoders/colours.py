@@ -167,7 +167,9 @@ def picture_of(
     mapped = tone_map and colours.is_hdr
     wide = colours.primaries in _WIDE and not colours.is_hdr
     limited_rgb = colours.matrix == RGB and frame.color_range == LIMITED
-    if mapped or wide or limited_rgb or colours.matrix in _NUMERIC:
+    # libswscale takes every grey for one of full range.
+    limited_grey = colours.full_range is False and frame.format.name.startswith("gray")
+    if mapped or wide or limited_rgb or limited_grey or colours.matrix in _NUMERIC:
         planes, bits = _planes(frame, size, reformatter), frame.format.components[0].bits
         made = np.empty(planes.shape, np.uint8)
         for start in range(0, planes.shape[1], _AT_ONCE):

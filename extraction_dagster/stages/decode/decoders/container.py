@@ -27,7 +27,7 @@ from extraction_dagster.errors.decode import (
 )
 from extraction_dagster.stages.decode.decoders import kinds
 from extraction_dagster.stages.decode.decoders.clock import BROADCAST_JUMP_SECONDS, JUMP_SECONDS
-from extraction_dagster.stages.decode.decoders.streams import choose_stream
+from extraction_dagster.stages.decode.decoders.streams import choose_stream, own_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,7 +70,8 @@ _MOST_STREAMS = 16  # whose packets are not decoded while the file is opened wit
 _MICROSECONDS = 1_000_000
 _MAX_ASPECT = 8.0
 # Containers without times of presentation: the library makes some up from the order of decoding.
-_NO_TIMES = frozenset({"avi", "h264", "hevc", "mpegvideo"})
+_NO_TIMES = frozenset({"avi", "h264", "hevc", "mpegvideo", "m4v", "obu"})
+_CLAIMED_FROM_START = frozenset({"avi", "asf"})  # of each stream; ASF claims the file's length for all of them
 _SAME_SECONDS = 0.001
 _BROADCAST = frozenset({"mpegts", "mpeg"})
 _REORDERING_SECONDS = 0.5  # by which the first picture of a fragmented MP4 may follow what is decoded first
@@ -86,10 +87,12 @@ class VideoFile:
     Attributes:
         path: Where it was opened.
         kind: What it is, where it is no container of videos, or may be none.
+        ignores_edits: Whether its edit lists are left out of account, since they show nothing.
     """
 
     def __init__(self, path: Path, descriptor: int, *, handed_over: bool = False) -> None:
         self.path, self._descriptor, self._handed_over = path, descriptor, handed_over
+        self.ignores_edits = False
         self._start, self._end = 0, os.fstat(descriptor).st_size
         self._start = kinds.motion_part(self.reading()) or 0
         self.kind = kinds.kind_of(self.reading())
@@ -107,7 +110,10 @@ class VideoFile:
 
     def saying_what(self, why: str) -> str:
         """Why it gives no picture, with what it is, where that is known."""
-        return f"it is {self.kind.words}; {why}" if self.kind is not None else why
+        what = self.kind.words if self.kind is not None else ""
+        if not what and kinds.is_index_alone(self.reading()):
+            what = "an MP4's index without pictures: the first part of a stream, or cut off"
+        return f"it is {what}; {why}" if what else why
 
     @property
     def alias(self) -> str:
@@ -211,18 +217,21 @@ class OpenVideo:
     @property
     def claim_is_shared(self) -> bool:
         """Whether the container claims a duration for all streams together: sound may be what lasts so long."""
-        return _own_seconds(self.stream) is None
+        return own_seconds(self.stream) is None or self.container.format.name == "asf"
 
-    def claimed_seconds(self, first_tick: float | None = None, *, covered_seconds: float = 0.0) -> float | None:
+    def claimed_seconds(
+        self, first_tick: float | None = None, *, covered_seconds: float = 0.0, late_seconds: float = 0.0
+    ) -> float | None:
         """How long the container claims that the pictures last; None when it claims nothing.
 
         Args:
             first_tick: Where the first picture stands on the stream's clock; without it, where the stream says so.
             covered_seconds: How long they do last, which tells a length from an end where either may be meant.
+            late_seconds: As `late_seconds` gives it: what is claimed for the file counts from the file's start.
         """
         if self.file.kind is not None and self.file.kind.is_photo:
             return None
-        own = _own_seconds(self.stream)
+        own = own_seconds(self.stream)
         claimed = (self.container.duration or 0) / _MICROSECONDS if own is None else own
         first = (self.stream.start_time or 0) if first_tick is None else first_tick
         start = max(0.0, float(Fraction(first) * (self.stream.time_base or 0)))
@@ -231,6 +240,8 @@ class OpenVideo:
         elif "mp4" in self.container.format.name and self.stream.frames == 0 and start > _REORDERING_SECONDS:
             # Of fragments it is their length, or where the last one ends.
             claimed = min(claimed, abs(claimed - start), key=lambda seconds: abs(seconds - covered_seconds))
+        elif own is None or self.container.format.name in _CLAIMED_FROM_START:
+            claimed -= late_seconds
         return claimed if claimed > 0 else None
 
     @property
@@ -246,16 +257,20 @@ class OpenVideo:
     @property
     def sound_seconds(self) -> float:
         """How long sound lasts, as far as the container says it; 0 without sound."""
-        return max((_own_seconds(stream) or 0.0 for stream in self.container.streams.audio), default=0.0)
+        return max((own_seconds(stream) or 0.0 for stream in self.container.streams.audio), default=0.0)
 
-    def late_seconds(self, tick: float) -> float:
+    def late_seconds(self, tick: float, *, first_dts: int | None = None) -> float:
         """How long after the file's start the frame at a tick of the stream's clock is shown.
 
         A player's zero is where the first of its streams begins: pictures may start after sound.
+
+        Args:
+            tick: Where the first picture stands.
+            first_dts: Where the first packet does, which counts where the container has no times of presentation.
         """
-        own = Fraction(tick) * (self.stream.time_base or 0)
         if self.guesses_times:
-            own = Fraction(self.stream.start_time or 0) * (self.stream.time_base or 0)
+            tick = first_dts if first_dts is not None else self.stream.start_time or 0
+        own = Fraction(tick) * (self.stream.time_base or 0)
         others = (stream for stream in self.container.streams if stream.index != self.stream.index)
         starts = [start for start in map(_start_seconds, others) if start is not None]
         if self.first_sound_seconds is not None:
@@ -277,6 +292,7 @@ class OpenVideo:
         found = [f"{what}: {context.codec.canonical_name}, {context.width}x{context.height}"]
         others = len(self.container.streams.video) - 1
         found += [f"stream {self.stream.index}, one of {others + 1} of pictures"] if others else []
+        found += ["an edit list that shows nothing is left out"] if self.file.ignores_edits else []
         found += [f"pictures start {late_seconds:.3f} s after the file"] if late_seconds else []
         if self.guesses_times:
             return (*found, "the container has no times: frames in the order of decoding")
@@ -345,6 +361,8 @@ def _open_container(file: VideoFile, limits: DecodeLimits, *, probe: bool) -> In
     allowed = named or CONTAINERS
     options = {"protocol_whitelist": "file", "format_whitelist": allowed, "max_pixels": str(limits.max_pixels)}
     options["codec_whitelist"] = ",".join((limits.codecs, *_SOUND))  # of those that find out a stream's parameters
+    if file.ignores_edits:
+        options["ignore_editlist"] = "1"
     unprobed = {"options": options | {"probesize": "32"}, "stream_options": [{"skip_frame": "all"}] * _MOST_STREAMS}
     more = {"options": options} if probe else unprobed
     try:
@@ -422,19 +440,3 @@ def _start_seconds(stream: Stream) -> Fraction | None:
     if not is_played or stream.start_time is None or stream.time_base is None:
         return None
     return stream.start_time * stream.time_base
-
-
-def _own_seconds(stream: Stream) -> float | None:
-    """How long a stream lasts, or when it ends, by itself or by its Matroska tag; None when it does not say."""
-    if stream.duration and stream.duration > 0 and stream.time_base:
-        return float(stream.duration * stream.time_base)
-    return _clock_seconds(stream.metadata["DURATION"]) if "DURATION" in stream.metadata else None
-
-
-def _clock_seconds(clock: str) -> float:
-    """`00:01:05.500` is 65.5; 0 when it is no such thing."""
-    try:
-        hours, minutes, seconds = clock.split(":")
-        return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-    except ValueError:
-        return 0.0

@@ -51,7 +51,8 @@ def _decode(
 ) -> DecodedVideo:
     with open_video(file, limits) as opened:
         (width, height), first = _first_frame(opened, short_side_px)
-        claimed, late, notes = opened.claimed_seconds(first), opened.late_seconds(first), opened.notes(0.0)
+        late, notes = opened.late_seconds(first), opened.notes(0.0)
+        claimed = opened.claimed_seconds(first, late_seconds=late)
     _require_firm_magic(file)  # after the look by PyAV, which says what else it is
     try:
         reader = decord.VideoReader(

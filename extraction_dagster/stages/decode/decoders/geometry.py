@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -12,13 +14,14 @@ from extraction_dagster.stages.decode.decoders.colours import Colours, picture_o
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from av.filter import FilterContext, Graph
     from av.video.frame import VideoFrame
     from av.video.reformatter import VideoReformatter
 
 _MAX_SIDE_PX = 16_384
 _MATRIX_ENTRIES = 9
-# By counterclockwise quarter turns.
-_QUARTER_TURNS = ((1, 0, 0, 1), (0, -1, 1, 0), (-1, 0, 0, -1), (0, 1, -1, 0))
+_UNNAMED = re.compile(r"(\d+) is not a valid")  # of PyAV: the number of a kind of side data
+_MOST_UNNAMED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,16 +125,40 @@ def _fitted(picture: np.ndarray, shape: tuple[int, ...], reformatter: VideoRefor
 
 def _display_matrix(frame: VideoFrame) -> tuple[int, int, int, int]:
     """The turning part (a, b, c, d) of the display matrix: x' = a*x + c*y, y' = b*x + d*y."""
-    try:
-        side_data = next(
-            (item for item in cast("Iterable[Any]", frame.side_data) if item.type.name == "DISPLAYMATRIX"), None
-        )
-    except ValueError:  # side data that PyAV has no name for (Exif, say) hides the rest
-        return _QUARTER_TURNS[round(frame.rotation / 90) % 4]
+    side_data = next((item for item in _side_data(frame) if item.type.name == "DISPLAYMATRIX"), None)
     matrix = np.frombuffer(cast("bytes", side_data), np.int32) if side_data is not None else np.empty(0)
     if len(matrix) >= _MATRIX_ENTRIES:
         return int(matrix[0]), int(matrix[1]), int(matrix[3]), int(matrix[4])
     return 1, 0, 0, 1
+
+
+def _side_data(frame: VideoFrame) -> list[Any]:
+    """A frame's side data, but for kinds that PyAV can't name: one of them, a photo's Exif say, hides all others."""
+    for _ in range(_MOST_UNNAMED):
+        try:
+            return list(cast("Iterable[Any]", frame.side_data))
+        except ValueError as error:
+            unnamed = _UNNAMED.match(str(error))
+            if unnamed is None:
+                raise
+            _, source, sink = filter_graph(frame, [("sidedata", f"mode=delete:type={unnamed[1]}")])
+            source.push(frame)
+            frame = cast("VideoFrame", sink.pull())
+    return []
+
+
+def filter_graph(frame: VideoFrame, steps: Iterable[tuple[str, str]]) -> tuple[Graph, FilterContext, FilterContext]:
+    """A graph of these filters and their arguments, for frames like this one: itself, its beginning and its end."""
+    from av.filter import Graph
+
+    graph = Graph()
+    graph.threads = 1
+    source = graph.add_buffer(
+        width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1, 1000)
+    )
+    sink = graph.add("buffersink")
+    graph.link_nodes(source, *(graph.add(name, arguments) for name, arguments in steps), sink).configure()
+    return graph, source, sink
 
 
 def _turn(matrix: tuple[int, int, int, int]) -> tuple[bool, bool, bool]:

@@ -2,10 +2,13 @@
 
 A table of videos holds photos, web pages with an error, playlists and archives as well. What begins like a container of
 videos is left to the library, which looks closer.
+
+Long because it is tables: each kind of content that its beginning gives away.
 """
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 import struct
@@ -21,6 +24,9 @@ _CHUNK_BYTES = 2**20
 _MOST_JPEG_BYTES = 2**28
 # Steps through a file that is made of nothing but tiny pieces.
 _MOST_SEGMENTS, _MOST_BOXES, _MOST_BRANDS = 10_000, 2_000, 32
+_INDEX_HEAD_BYTES = 2**18  # of a Matroska: where its tracks are, as a rule
+_EBML = b"\x1a\x45\xdf\xa3"
+_MATROSKA_CODEC = re.compile(rb"\x86[\x80-\xff]([VASB]_[A-Za-z0-9_/.]{1,40})")
 _MOST_INDEX_BYTES = 2**25  # of an MP4's index that is searched for names
 # A box's head: size and name.
 _BOX, _BOX_BYTES = struct.Struct(">I4s"), 8
@@ -29,6 +35,7 @@ _PICTURE_BRANDS = frozenset({b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"avif
 _H264_BEGINS = frozenset({0x67, 0x47, 0x27, 0x09, 0x06})  # parameter set, delimiter, information
 _HEVC_BEGINS = frozenset({0x40, 0x42, 0x46, 0x4E})
 _MPEG_VIDEO_BEGINS = 0xB3
+_MPEG4_BEGINS = 0xB0  # a sequence of objects; an object may come first as well
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +70,7 @@ _MAGIC: tuple[tuple[int, bytes, Kind], ...] = (
     (8, b"WEBP", Kind("a WebP", "webp_pipe", is_photo=True)),
     (0, b"YUV4MPEG2 ", Kind("a y4m stream", "yuv4mpegpipe")),
     (0, b"DKIF", Kind("an IVF stream", "ivf")),
+    (0, b"\x12\0\x0a", Kind("a raw AV1 stream", "obu")),  # a delimiter without content, then the sequence's header
     (0, b"%PDF-", Kind("a PDF", is_foreign=True)),
     (0, b"PK\x03\x04", Kind("a ZIP archive", is_foreign=True)),
     (0, b"PK\x05\x06", Kind("an empty ZIP archive", is_foreign=True)),
@@ -83,32 +91,44 @@ _MAGIC: tuple[tuple[int, bytes, Kind], ...] = (
     (4, b"jP  ", Kind("a JPEG 2000 picture", is_foreign=True)),
     (0, b"ID3", Kind("an MP3 file, sound only", is_foreign=True)),
     (0, b"\xff\xfb", Kind("an MP3 file, sound only", is_foreign=True)),
+    *((0, bytes((0xFF, second)), Kind("an MP3 file, sound only")) for second in (0xF2, 0xF3, 0xFA)),
+    *((0, bytes((0xFF, second)), Kind("an AAC file, sound only")) for second in (0xF0, 0xF1, 0xF8, 0xF9)),
+    (0, b"#!AMR", Kind("an AMR file, sound only", is_foreign=True)),
+    (0, b"MThd", Kind("a MIDI file, no pictures", is_foreign=True)),
+    (8, b"AIFF", Kind("an AIFF file, sound only", is_foreign=True)),
     (0, b"fLaC", Kind("a FLAC file, sound only", is_foreign=True)),
     (8, b"WAVE", Kind("a WAV file, sound only", is_foreign=True)),
     (0, b"ffconcat", Kind("a playlist (ffconcat script)", is_foreign=True)),
     (0, b".RMF", Kind("a RealMedia file", is_foreign=True)),
+    (0, b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", Kind("an Office document", is_foreign=True)),
+    *((0, letter + b"WS", Kind("a Flash program (SWF)", is_foreign=True)) for letter in (b"F", b"C", b"Z")),
     (0, b"SQLite format 3", Kind("an SQLite database", is_foreign=True)),
 )
-_PROLOGUE = rb"(<\?xml.{0,200}?\?>\s*)?(<!--.{0,1000}?-->\s*)?"
-# Texts, by how they begin once white space and a byte order mark are gone.
-_PRINTABLE = bytes(range(0x20, 0x7F)) + b"\t\n\r"  # ASCII
+# Texts, by how they begin once white space, a byte order mark and what precedes the first element are gone.
 _TEXTS: tuple[tuple[re.Pattern[bytes], Kind], ...] = tuple(
     (re.compile(pattern, re.IGNORECASE | re.DOTALL), kind)
     for pattern, kind in (
         (rb"#EXTM3U", Kind("a playlist (HLS)", is_foreign=True)),
+        (rb"<(\w{1,20}:)?MPD\b", Kind("a playlist (DASH manifest)", is_foreign=True)),
+        (rb"<(asx|smil|playlist|SmoothStreamingMedia)\b|\[playlist\]", Kind("a playlist", is_foreign=True)),
+        (rb"<svg\b", Kind("an SVG drawing", is_foreign=True)),
         (
-            rb"(<\?xml.{0,200}?\?>\s*)?(<!--.{0,1000}?-->\s*)?<MPD\b",
-            Kind("a playlist (DASH manifest)", is_foreign=True),
+            rb"<(!doctype html|html|head|body|title|meta|link|style|script|noscript|iframe|h[1-6]|div|p|span|center)\b",
+            Kind("a web page"),
         ),
-        (rb"(<\?xml.{0,200}?\?>\s*)?(<!--.{0,1000}?-->\s*)?<svg\b", Kind("an SVG drawing", is_foreign=True)),
-        (rb"(<\?xml.{0,200}?\?>\s*)?(<!--.{0,1000}?-->\s*)?(<!doctype html|<html|<head|<body)", Kind("a web page")),
-        (rb"<\?xml|<Error>", Kind("an XML document")),
+        (rb"<Error>", Kind("an XML document")),
         (rb"\{\s*[\"}]|\[\s*[\[\]{\"]", Kind("a JSON document")),
         (rb"version https://git-lfs", Kind("a Git LFS pointer")),
+        (rb"BM.{4}\0{4}", Kind("a BMP picture", is_foreign=True)),
     )
 )
+_XML = Kind("an XML document")
+_PROLOGUE = ((b"<?xml", b"?>"), (b"<!--", b"-->"))
+_MOST_COMMENTS = 16
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 # Codecs without a decoder, by the code that a container gives them.
 _CODECS = {
+    "encv": "encrypted",
     "bvc1": "ByteDance",
     "bvc2": "ByteDance",
     "vvc1": "H.266",
@@ -200,15 +220,43 @@ def _raw_stream(head: bytes) -> Kind | None:
         return Kind("a raw HEVC stream", "hevc")
     if first[0] in _H264_BEGINS:
         return Kind("a raw H.264 stream", "h264")
+    if first[0] == _MPEG4_BEGINS or (first[0] == 0 and head[start + 4 : start + 7] == b"\0\0\1"):
+        return Kind("a raw MPEG-4 stream", "m4v")
     return Kind("a raw MPEG video stream", "mpegvideo") if first[0] == _MPEG_VIDEO_BEGINS else None
 
 
 def _text(head: bytes) -> Kind | None:
-    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    for pattern, kind in _TEXTS:
-        if pattern.match(text):
-            return Kind(f"{kind.words} ({shown(text)!r})", is_foreign=kind.is_foreign) if not kind.is_foreign else kind
-    return Kind(f"text ({shown(text)!r})") if not head.translate(None, _PRINTABLE) else None
+    if head.startswith(_UTF_16):
+        head = head.decode("utf-16", "ignore").encode()
+    text = head.removeprefix(b"\xef\xbb\xbf").strip()
+    content = _after_prologue(text)
+    found = next((kind for pattern, kind in _TEXTS if pattern.match(content)), None)
+    if found is None and text.startswith(b"<?xml"):
+        found = _XML
+    if found is None and _is_text(text):
+        found = Kind("text")
+    if found is None:
+        return None if any(head) else Kind(f"nothing but zeros in its first {len(head)} bytes")
+    return found if found.is_foreign else replace(found, words=f"{found.words} ({shown(text)!r})")
+
+
+def _after_prologue(text: bytes) -> bytes:
+    """What follows an XML declaration and comments, as far as that is in the beginning that was read."""
+    for _ in range(_MOST_COMMENTS):
+        ending = next((after for before, after in _PROLOGUE if text.startswith(before)), None)
+        if ending is None:
+            break
+        text = text.partition(ending)[2].lstrip()
+    return text
+
+
+def _is_text(text: bytes) -> bool:
+    """Whether it is UTF-8, cut off anywhere, without control characters."""
+    try:
+        letters, _ = codecs.utf_8_decode(text, "strict", False)  # noqa: FBT003 - its third is not named
+    except UnicodeDecodeError:
+        return False
+    return bool(letters) and all(letter.isprintable() or letter in "\t\r\n\f" for letter in letters)
 
 
 def _jpeg(reading: Reading) -> Kind:
@@ -306,18 +354,34 @@ def boxes(reading: Reading, at: int = 0) -> Iterator[tuple[bytes, int, int]]:
 
 def index_faults(reading: Reading) -> str | None:
     """What is wrong with an MP4 whose index is missing; None where it has one, or is no MP4."""
-    found = {name for name, _, _ in boxes(reading)}
-    if not found & {b"ftyp", b"styp", b"mdat", b"moof"} or b"moov" in found:
+    size = reading.seek(0, os.SEEK_END)
+    found = {name: (start, end) for name, start, end in boxes(reading)}
+    names = found.keys()
+    if b"moov" in names:
+        start, end = found[b"moov"]
+        reading.seek(start)
+        is_cut = end == size < start + int.from_bytes(reading.read(4))
+        return "an MP4 whose index is cut off" if is_cut else None
+    if not names & {b"ftyp", b"styp", b"mdat", b"moof"}:
         return None
-    if b"moof" in found or b"styp" in found:
+    if b"moof" in names or b"styp" in names:
         return "a fragment of a stream without its beginning (no moov box)"
-    if found & {b"meta"}:
+    if b"meta" in names:
         return None
     return "an MP4 without its index (no moov box): cut off, or still being written"
 
 
+def is_index_alone(reading: Reading) -> bool:
+    """Whether it is an MP4's index without any pictures: a stream's first part, or a file that is cut off behind it."""
+    found = {name: end - start for name, start, end in boxes(reading)}
+    return b"moov" in found and b"moof" not in found and found.get(b"mdat", 0) <= 2 * _BOX_BYTES
+
+
 def codes_in_index(reading: Reading) -> list[str]:
-    """The codes of the codecs that an MP4's index names, track by track; empty where there is no such index."""
+    """The codes of the codecs that an MP4's or a Matroska's index names, track by track; empty for any other."""
+    begin = reading.read(_INDEX_HEAD_BYTES)
+    if begin.startswith(_EBML):
+        return [name.decode() for name in _MATROSKA_CODEC.findall(begin)]
     codes = []
     for track in _index(reading).split(b"trak")[1:]:
         at = track.find(b"stsd")

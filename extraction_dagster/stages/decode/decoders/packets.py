@@ -36,7 +36,7 @@ _BEFORE_ALL = -(2**63)
 _MICROSECONDS = 1_000_000
 # A packet may wait for its turn for some seconds, where pictures stand still; for longer, its pts is looked into.
 _LATEST_SECONDS = 10.0
-_REORDERED = frozenset({"h264", "hevc"})  # of which the library makes up a pts in AVI that is none
+REORDERED = frozenset({"h264", "hevc"})  # of which the library makes up a pts where the container has none
 _VP9_FRAME, _VP9_PROFILE, _VP9_PACK = 0b10_00_0000, 0b00_11_0000, 0b110_00_000
 # An MPEG-4 packet of so few bytes may say that the picture before it stays: it gives no frame. (In a small picture it
 # may also be a frame, and then nothing is lost but time.)
@@ -69,6 +69,8 @@ class PacketIndex:
         clean: Whether a decoder that starts at a keyframe gives what it gives when it starts at the beginning.
         irregular: Why the times can't be read off the packets, or None.
         stopped: Why reading ended before the file's end, or None.
+        dts: int64, shape (P,): when each packet is decoded, in ticks; its pts where that is not said.
+        reorders: Whether the container says of any frame that it is shown at another time than it is decoded.
     """
 
     pts: np.ndarray
@@ -79,6 +81,8 @@ class PacketIndex:
     clean: bool
     irregular: str | None
     stopped: str | None
+    dts: np.ndarray
+    reorders: bool
 
     def __len__(self) -> int:
         """The number of packets, P."""
@@ -256,6 +260,8 @@ class _Builder:
             clean=self._codec in _KEYFRAMES_ARE_CLEAN,
             irregular=self._irregular,
             stopped=stopped,
+            dts=np.array(self._dts, np.int64),
+            reorders=self._pts != self._dts,
         )
 
     def _look_at_times(self, pts: np.ndarray, shown: np.ndarray) -> str | None:
@@ -269,7 +275,7 @@ class _Builder:
             return "the clock jumps"
         if len(pts) and np.ptp(pts - np.array(self._dts, np.int64)) > self._late_ticks:
             return "a pts far from its packet's turn"
-        if self._codec in _REORDERED and self._video.guesses_times and self._video.stream.codec_context.has_b_frames:
+        if self._codec in REORDERED and self._video.guesses_times and self._video.stream.codec_context.has_b_frames:
             return "a container without times of presentation"
         return None
 

@@ -7,19 +7,20 @@ is shown, colours and size at once, turning. Frames of several sizes are fitted 
 from __future__ import annotations
 
 import re
-from fractions import Fraction
+from contextlib import suppress
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from extraction_dagster.errors.decode import DolbyVisionError
-from extraction_dagster.stages.decode.decoders.colours import MATRICES, RGB, UNSAID, Colours, Said
+from extraction_dagster.stages.decode.decoders.colours import BT601, FULL, MATRICES, RGB, UNSAID, Colours, Said
 from extraction_dagster.stages.decode.decoders.container import sound_aspect
-from extraction_dagster.stages.decode.decoders.geometry import Geometry, in_one_size
+from extraction_dagster.stages.decode.decoders.geometry import Geometry, filter_graph, in_one_size
 from extraction_dagster.stages.decode.decoders.library_log import described
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from fractions import Fraction
 
     from av.filter import FilterContext, Graph
     from av.video.codeccontext import VideoCodecContext
@@ -36,8 +37,13 @@ _ASPECT_IN_STREAM = frozenset({"h264", "hevc", "vvc", "mpeg1video", "mpeg2video"
 _SIDE_DATA = ("mov", "matroska", "mpegts")  # containers that crop, or say what Dolby Vision is
 _OPAQUE = 0xFF  # of 8 bits
 _has_alpha: dict[str, bool] = {}  # by pixel format: asking one costs as much as many a step
+# Their decoders say "limited" where the stream says nothing.
+_LIMITED_BY_DEFAULT = frozenset({"hevc", "mpeg2video", "prores"})
+# Of AVIF and HEIC, whose matrix is BT.601 where nothing says it, whatever the size (ISO/IEC 23000-22).
+_PICTURE_BRANDS = frozenset({"avif", "avis", "heic", "heix", "hevc", "hevx", "mif1", "msf1"})
 _NO_SURPRISE = MATRICES | {RGB, UNSAID}
-_BOTTOM_FIRST = frozenset({3, 4})  # of libavcodec's field orders: bottom shown first, coded first or not
+# Which field is first a frame knows itself, and PyAV can't say; what containers and codecs say of all may be wrong.
+_FIRST_FIELD = ("separatefields", "")
 
 
 class Pictures:
@@ -66,6 +72,8 @@ class Pictures:
         said = described(video) if video.container.format.name.startswith(_SIDE_DATA) else ""
         self._size, self._crop = (context.width, context.height), _cropping(said, context)
         _refuse_dolby_alone(video, _dolby_vision(said))
+        self._is_item = video.container.metadata.get("major_brand", "") in _PICTURE_BRANDS
+        self._is_put_right = self._is_item or context.name == "vp8" or context.name in _LIMITED_BY_DEFAULT
         self._may_change_aspect = context.name in _ASPECT_IN_STREAM
         # Width of a pixel over its height, and what the codec says of it; before the first frame nothing is known.
         self._aspect: float | None = None
@@ -89,6 +97,8 @@ class Pictures:
         return geometry.show(shown, self._reformatter, colours, tone_map=self._tone_map)
 
     def _colours_of(self, frame: VideoFrame) -> Colours:
+        if self._is_put_right:
+            self._put_right(frame)
         said = frame.colorspace, frame.color_primaries, frame.color_trc, frame.color_range
         key = (*said, frame.format.name, frame.width, frame.height)
         if self._before is None or self._before[0] != key:
@@ -98,6 +108,16 @@ class Pictures:
             self.notes[f"colours: {colours}" + (", shown as SDR" if colours.is_hdr and self._tone_map else "")] = None
             self._before = key, colours
         return self._before[1]
+
+    def _put_right(self, frame: VideoFrame) -> None:
+        """Let the container speak where the codec can say only one thing, or its decoder says it by default."""
+        matrix, _, _, colour_range = self._opened
+        if self._video.stream.codec_context.name == "vp8":  # whose every stream is BT.601
+            frame.colorspace = matrix if matrix in MATRICES else frame.colorspace
+        elif self._is_item and matrix not in MATRICES and frame.colorspace == UNSAID:
+            frame.colorspace = BT601
+        elif colour_range == FULL and frame.colorspace == frame.color_primaries == frame.color_trc == UNSAID:
+            frame.color_range = FULL
 
     def together(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
         """All pictures in one size: uint8, shape (N, H, W, 3)."""
@@ -126,8 +146,7 @@ class Pictures:
                 frame.color_range = 1
         if frame.interlaced_frame and height > 1:
             self.notes["interlaced: one field of each frame"] = None
-            bottom = self._video.stream.codec_context.field_order in _BOTTOM_FIRST
-            steps.append(("field", f"type={'bottom' if bottom else 'top'}"))
+            steps.append(_FIRST_FIELD)
         if self._crop is not None and self._size == (width, height):
             left, top, width, height = self._crop
             self.notes[f"cropped to {width}x{height} as the file says"] = None
@@ -138,10 +157,14 @@ class Pictures:
     def _filtered(self, frame: VideoFrame, steps: Iterable[tuple[str, str]]) -> VideoFrame:
         key = (frame.format.name, frame.width, frame.height, *steps)
         if key not in self._graphs:
-            self._graphs[key] = _graph(frame, steps)
+            self._graphs[key] = filter_graph(frame, steps)
         _, source, sink = self._graphs[key]
         source.push(frame)
-        return sink.pull()  # type: ignore[return-value] # a video's graph
+        shown = sink.pull()
+        if _FIRST_FIELD in steps:  # before this one's first field comes the second of the one before
+            with suppress(BlockingIOError):
+                shown = sink.pull()
+        return shown  # type: ignore[return-value] # a video's graph
 
 
 def _cropping(said: str, context: VideoCodecContext) -> tuple[int, int, int, int] | None:
@@ -177,16 +200,3 @@ def _is_transparent(frame: VideoFrame) -> bool:
             return bool(pixels.min() < _OPAQUE << 24)
         return bool((pixels & _OPAQUE).min() < _OPAQUE)
     return True
-
-
-def _graph(frame: VideoFrame, steps: Iterable[tuple[str, str]]) -> tuple[Graph, FilterContext, FilterContext]:
-    from av.filter import Graph
-
-    graph = Graph()
-    graph.threads = 1
-    source = graph.add_buffer(
-        width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1, 1000)
-    )
-    sink = graph.add("buffersink")
-    graph.link_nodes(source, *(graph.add(name, arguments) for name, arguments in steps), sink).configure()
-    return graph, source, sink

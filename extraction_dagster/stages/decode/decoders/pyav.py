@@ -25,6 +25,7 @@ from extraction_dagster.stages.decode.decoders.container import (
 from extraction_dagster.stages.decode.decoders.decoder import DecodedVideo, DecodeLimits
 from extraction_dagster.stages.decode.decoders.kinds import ANIMATED_WEBP
 from extraction_dagster.stages.decode.decoders.packets import (
+    REORDERED,
     PacketIndex,
     Run,
     check_length,
@@ -49,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 # libdav1d loses targets when told to skip; vp8 and vp9 gain nothing.
 _SKIPS_NONREF = frozenset({"h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4"})
+_LOOKED_AT = 64  # frames that are decoded to see in which order they come out
 
 
 class UnplannedError(Exception):
@@ -87,15 +89,17 @@ def _decode_planned(  # noqa: PLR0913 - the decoder's arguments, and how to open
             name = video.stream.codec_context.name
             raise UnplannedError(f"codec {name} knows its keyframes only once they are decoded")
         display = _display_order(video, index, limits)
-        ticks = index.pts[display]
+        # Without times of presentation the n-th frame is shown when the n-th packet is due.
+        ticks = np.sort(index.dts[display]) if video.guesses_times else index.pts[display]
         seconds = _seconds(ticks - ticks[0], video)
         selection = select_frames(seconds, sampling, index.keyframe[display])
         targets = display[selection.frame_number]
         pictures = _decode_targets(video, index, targets, painter, limits)
+        _check_order(video, index, limits)
         covered = float(_seconds(ticks[-1:] - ticks[0] + index.last_duration, video)[0])
-        claimed = video.claimed_seconds(int(ticks[0]), covered_seconds=covered)
+        late = video.late_seconds(int(ticks[0]), first_dts=int(index.dts[0]))
+        claimed = video.claimed_seconds(int(ticks[0]), covered_seconds=covered, late_seconds=late)
         partial = _missing(video, index, limits, covered_seconds=covered, claimed_seconds=claimed)
-        late = video.late_seconds(int(ticks[0]))
         check_length(video, late + float(seconds[-1]), limits)
         frames = selection.batch(painter.together(pictures), seconds, start_seconds=late)
         return DecodedVideo(frames, claimed, partial, (*video.notes(late), *painter.notes))
@@ -138,6 +142,23 @@ def _decode_targets(
     if len(found) < len(pictures):
         raise UnplannedError(f"{len(pictures) - len(found)} targets did not decode")
     return found
+
+
+def _check_order(video: OpenVideo, index: PacketIndex, limits: DecodeLimits) -> None:
+    """Where a codec reorders, and the container knows nothing of it, see whether the first frames come out in order.
+
+    An MP4 without ctts, or FLV without composition times, says when each frame is decoded, not when it is shown.
+
+    Raises:
+        UnplannedError: They don't.
+    """
+    context = video.stream.codec_context
+    if index.reorders or context.name not in REORDERED or not context.has_b_frames:
+        return
+    first = Run(0, min(len(index), _LOOKED_AT) - 1)
+    shown = [frame.pts for frame in _decode_runs(video, index, [first], limits, targets=None) if frame.pts is not None]
+    if shown != sorted(shown):
+        raise UnplannedError("times in the order of decoding")
 
 
 def _decode_runs(

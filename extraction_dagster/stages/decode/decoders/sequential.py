@@ -16,7 +16,7 @@ from extraction_dagster.errors.decode import VideoDecodeError
 from extraction_dagster.stages.decode.decoders.clock import display_times
 from extraction_dagster.stages.decode.decoders.container import open_video, packets_of, raise_out_of_memory
 from extraction_dagster.stages.decode.decoders.decoder import DecodedVideo, DecodeLimits
-from extraction_dagster.stages.decode.decoders.packets import check_length, missing, sound_of
+from extraction_dagster.stages.decode.decoders.packets import REORDERED, check_length, missing, sound_of
 from extraction_dagster.stages.decode.decoders.pictures import Pictures
 from extraction_dagster.stages.decode.sampling import Sampling, Selection, select_frames
 
@@ -32,21 +32,31 @@ _FAR = 2
 _DEFAULT_TIME_BASE = Fraction(1, 1000)
 
 
+class EditsHideAllError(Exception):
+    """An edit list, of no length or beyond the end, leaves every frame out; caught here, never seen outside."""
+
+
 @dataclass(slots=True)
 class _Tally:
     """What a pass over the stream met.
 
     Attributes:
         packets: Packets with content.
+        hidden: Packets whose frames an edit list leaves out.
         errors: Packets that the codec refused.
         durations: How long packets say that their frames are shown, in ticks, where they say it.
+        dts: When each packet is decoded, in ticks; None where it is not said.
+        reorders: Whether the container says of any frame that it is shown at another time than it is decoded.
         stopped: Why reading ended before the file's end, or None.
         last_words: The library's last complaint.
     """
 
     packets: int = 0
+    hidden: int = 0
     errors: int = 0
     durations: list[int] = field(default_factory=list)
+    dts: list[int | None] = field(default_factory=list)
+    reorders: bool = False
     stopped: str | None = None
     last_words: str = ""
 
@@ -56,8 +66,12 @@ def decode_sequentially(
 ) -> DecodedVideo:
     """Decode every frame and keep the sampled ones; see `Decoder`."""
     tally = _Tally()
-    with open_video(file, limits) as video:
-        found = _look(video, tally, limits)
+    try:
+        with open_video(file, limits) as video:
+            found = _look(video, tally, limits)
+    except EditsHideAllError:
+        file.ignores_edits = True
+        return decode_sequentially(file, sampling, short_side_px, limits, tone_map=tone_map)
     selection = select_frames(found.seconds, sampling, found.keyframe)
     with open_video(file, limits) as video:
         painter = Pictures(video, short_side_px=short_side_px, limits=limits, tone_map=tone_map)
@@ -90,16 +104,22 @@ class _Found:
 
 def _look(video: OpenVideo, tally: _Tally, limits: DecodeLimits) -> _Found:
     seen = [(frame.pts if frame.pts is not None else frame.dts, frame.key_frame) for frame in _decode_all(video, tally)]
+    if not seen and 0 < tally.packets == tally.hidden:
+        raise EditsHideAllError
     if not seen:
         why = video.file.saying_what(tally.last_words or f"{tally.packets} packets gave no frame")
         raise VideoDecodeError(str(video.path), listed_frames=video.stream.frames, why=why)
     base = video.stream.time_base or _DEFAULT_TIME_BASE
-    times = [time for time, _ in seen]
+    times = _times(video, tally, [time for time, _ in seen])
+    # A codec that reorders, and a container that knows nothing of it: these are times of decoding.
+    context = video.stream.codec_context
+    guessed = video.guesses_times or (context.name in REORDERED and context.has_b_frames and not tally.reorders)
     gap, jump = _gap(video, tally, times, base), float(_jump_seconds(video, times, base, limits) / base)
-    ticks, first = display_times(times, gap_ticks=gap, jump_ticks=jump, guessed=video.guesses_times)
+    ticks, first = display_times(times, gap_ticks=gap, jump_ticks=jump, guessed=guessed)
     seconds = ticks * base.numerator / base.denominator
     covered = float((ticks[-1] + gap) * base)
-    late, claimed = video.late_seconds(first), video.claimed_seconds(first, covered_seconds=covered)
+    late = video.late_seconds(first, first_dts=tally.dts[0])
+    claimed = video.claimed_seconds(first, covered_seconds=covered, late_seconds=late)
     check_length(video, late + float(seconds[-1]), limits)
     is_whole = tally.errors == 0 and 0 < video.stream.frames <= tally.packets
     # Where a jump was closed, the container's claim is as wrong as its stamps.
@@ -109,6 +129,12 @@ def _look(video: OpenVideo, tally: _Tally, limits: DecodeLimits) -> _Found:
     mended = sum(time is None or abs(tick + first - time) >= gap / 2 for tick, time in zip(ticks, times, strict=True))
     keyframe = np.array([key for _, key in seen], bool)
     return _Found(seconds, keyframe, late, claimed, short, video.notes(late, mended=mended))
+
+
+def _times(video: OpenVideo, tally: _Tally, stamps: list[int | None]) -> list[int | None]:
+    """The frames' stamps; where the container has none of presentation, those of the packets, if each gave a frame."""
+    each = [dts for dts in tally.dts if dts is not None]
+    return list(each) if video.guesses_times and len(each) == len(tally.dts) == len(stamps) else stamps
 
 
 def _jump_seconds(video: OpenVideo, times: list[int | None], base: Fraction, limits: DecodeLimits) -> float:
@@ -148,7 +174,11 @@ def _decode_all(video: OpenVideo, tally: _Tally) -> Iterator[VideoFrame]:
         draining = packet is None
         if packet is not None and packet.duration:
             tally.durations.append(packet.duration)
-        tally.packets += not draining
+        if packet is not None:
+            tally.packets += 1
+            tally.hidden += packet.is_discard
+            tally.dts.append(packet.dts)
+            tally.reorders = tally.reorders or packet.pts != packet.dts
         try:
             frames = context.decode(packet)
         except av.error.FFmpegError as error:

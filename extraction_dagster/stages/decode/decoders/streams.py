@@ -40,7 +40,7 @@ def choose_stream(path: str, container: InputContainer, reading: kinds.Reading) 
         width, height = stream.codec_context.width, stream.codec_context.height
         is_enabled = bool(stream.disposition & Disposition.default)
         seen = min(width, height) >= _LEAST_SIDE_PX
-        return seen, not _is_still(stream), is_enabled, _num_frames(stream), width * height, -stream.index
+        return seen, not _is_still(stream), is_enabled, _expected_frames(stream), width * height, -stream.index
 
     return max(filled, key=rank)
 
@@ -52,11 +52,33 @@ def _is_still(stream: VideoStream) -> bool:
     return stream.frames == 1 and not stream.duration
 
 
+def _expected_frames(stream: VideoStream) -> int:
+    """How many frames the container lists, or a Matroska track's length and rate let expect; 0 for unknown."""
+    tagged = own_seconds(stream) if "DURATION" in stream.metadata else None
+    return _num_frames(stream) or round((tagged or 0.0) * float(stream.average_rate or 0))
+
+
 def _num_frames(stream: VideoStream) -> int:
     """How many frames the container lists; 0 when it does not say."""
     tags = {name.upper(): value for name, value in stream.metadata.items()}
     tag = next((value for name, value in tags.items() if name.startswith("NUMBER_OF_FRAMES")), "")
     return stream.frames or (int(tag) if tag.isascii() and tag.isdigit() and len(tag) < _LONGEST_NUMBER else 0)
+
+
+def own_seconds(stream: Stream) -> float | None:
+    """How long a stream lasts, or when it ends, by itself or by its Matroska tag; None when it does not say."""
+    if stream.duration and stream.duration > 0 and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    return _clock_seconds(stream.metadata["DURATION"]) if "DURATION" in stream.metadata else None
+
+
+def _clock_seconds(clock: str) -> float:
+    """`00:01:05.500` is 65.5; 0 when it is no such thing."""
+    try:
+        hours, minutes, seconds = clock.split(":")
+        return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+    except ValueError:
+        return 0.0
 
 
 def _describe(stream: Stream, codes: list[str]) -> str:

@@ -40,6 +40,7 @@ CODECS: dict[str, tuple[str, dict[str, str]]] = {
     "h264": ("libx264", {"qp": "4"}),
     "hevc": ("libx265", {"x265-params": "log-level=none:qp=4:pools=none:frame-threads=1"}),
     "vp9": ("libvpx-vp9", {"crf": "4", "b": "0", "cpu-used": "8", "deadline": "realtime"}),
+    "vp8": ("libvpx", {"crf": "4", "b": "20M", "cpu-used": "8", "deadline": "realtime"}),
     "av1": ("libsvtav1", {"crf": "4", "preset": "6", "svtav1-params": "lp=1"}),
     "mpeg2": ("mpeg2video", {"q:v": "1", "qmin": "1", "qmax": "2", "b": "60M", "maxrate": "80M", "bufsize": "60M"}),
     "prores": ("prores_ks", {"profile": "hq", "qscale": "2"}),
@@ -280,12 +281,28 @@ def drawn_number() -> Callable[[np.ndarray], int]:
     return number_of
 
 
+TOP_FIRST = {"qp": "4", "x264-params": "tff=1"}
+
+
 def encode(  # noqa: PLR0913 - fixtures
-    path, images, *, codec="libx264", pix_fmt="yuv420p", rate=10, first=0, options=None, of_context=None, source="rgb24"
+    path,
+    images,
+    *,
+    codec="libx264",
+    pix_fmt="yuv420p",
+    rate=10,
+    first=0,
+    options=None,
+    of_context=None,
+    source="rgb24",
+    first_field=None,
+    form=None,
 ):
     import av
 
-    with av.open(str(path), "w") as container:
+    flag = flagged(first_field) if first_field else None
+
+    with av.open(str(path), "w", format=form) as container:
         stream = container.add_stream(codec, rate=rate, options={"qp": "10"} if options is None else options)
         stream.height, stream.width = images[0].shape[:2]
         stream.pix_fmt = pix_fmt
@@ -294,10 +311,30 @@ def encode(  # noqa: PLR0913 - fixtures
             setattr(stream.codec_context, name, value)
         for number, image in enumerate(images):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format=source)
+            frame = flag(frame) if flag else frame
             frame.pts, frame.time_base = number + first, Fraction(1, rate)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return path
+
+
+def flagged(first_field):
+    """Marks frames as interlaced, "tff" or "bff", as a camera does."""
+    from av.filter import Graph
+
+    ends = []
+
+    def mark(frame):
+        if not ends:
+            graph = Graph()
+            source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=1)
+            sink = graph.add("buffersink")
+            graph.link_nodes(source, graph.add("setfield", first_field), sink).configure()
+            ends.extend((graph, source, sink))
+        ends[1].push(frame)
+        return ends[2].pull()
+
+    return mark
 
 
 def insert_box(path, entry, box):
@@ -389,7 +426,7 @@ def interlaced_clip(tmp_path) -> Path:
     """A bar that moves by 12 pixels from field to field."""
     single = fields(24)
     images = [woven(first, second, top_first=True) for first, second in zip(single[::2], single[1::2], strict=True)]
-    return encode(tmp_path / "interlaced.mp4", images, rate=25, options={"qp": "4", "x264-params": "tff=1"})
+    return encode(tmp_path / "interlaced.mp4", images, rate=25, options=TOP_FIRST, first_field="tff")
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Twelve patches and a number, drawn by the standards' formulas, come back through every way to say what they mean."""
 
 import itertools
+import struct
 from fractions import Fraction
 
 import numpy as np
@@ -219,6 +220,46 @@ def test_colours_that_change_in_mid_file_are_those_of_each_frame(draw, decode, f
 def test_planes_of_red_green_and_blue_have_a_range_too(pixels, full, draw, decode, farthest):
     path = draw(codec="hevc", name="a.mkv", pix_fmt=pixels, planes=0, full=full, said=(0, 1, 1, 2 if full else 1))
     assert farthest(decode(path).frames.data[0]) <= 3
+
+
+def test_full_range_that_the_container_alone_says_counts(draw, decode, farthest, box_inserted):
+    import av
+
+    path = draw(codec="hevc", planes=1, full=True)
+    box_inserted(path, b"hev1", struct.pack(">I4s4sHHHB", 19, b"colr", b"nclx", 1, 1, 1, 0x80))
+    with av.open(str(path)) as opened:
+        assert next(opened.decode(video=0)).color_range == 1  # by default
+    assert farthest(decode(path).frames.data[0]) <= 3
+
+
+def test_the_size_of_an_avif_decides_nothing(draw, decode, farthest):
+    path = draw(codec="av1", name="a.avif", size=(1280, 144), planes=6, full=True, said=(2, 2, 2, 2), frames=2)
+    assert farthest(decode(path).frames.data[0]) <= 3
+
+
+def test_vp8_can_not_contradict_its_container(draw, decode, farthest):
+    path = draw(codec="vp8", name="a.webm", planes=1, said=(1, 1, 1, 1))
+    assert farthest(decode(path).frames.data[0]) <= 4
+
+
+@pytest.mark.parametrize("colour_range", [1, 2], ids=["limited", "full"])
+@pytest.mark.parametrize(("codec", "options"), [("ffv1", {}), ("libx265", {"x265-params": "log-level=none:qp=4"})])
+def test_grey_pictures_have_a_range_too(codec, options, colour_range, tmp_path, decode, encoded):  # noqa: PLR0913, PLR0917 - fixtures
+    levels = np.array([0, 64, 128, 255])
+    stored = levels if colour_range == 2 else (levels / 255 * 219 + 16).round()
+    image = np.repeat(stored, 24).astype(np.uint8) * np.ones((72, 1), np.uint8)
+    path = tmp_path / "grey.mkv"
+    encoded(
+        path,
+        [image],
+        codec=codec,
+        pix_fmt="gray",
+        source="gray",
+        options=options,
+        of_context={"color_range": colour_range},
+    )
+    seen = decode(path).frames.data[0][:, 12::24].mean(axis=(0, 2))
+    assert seen == pytest.approx(levels, abs=2)
 
 
 @pytest.mark.parametrize("transfer", [14, 1, 2], ids=["BT.2020", "BT.709", "unsaid"])

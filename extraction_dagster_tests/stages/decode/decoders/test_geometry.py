@@ -94,9 +94,23 @@ def write_motion_jpeg(path, source, orientation):
             written.mux(copy)
 
 
-# What an Exif orientation asks for, in counterclockwise quarter turns.
-@pytest.mark.parametrize(("orientation", "turns"), [(1, 0), (3, 2), (6, -1), (8, 1)])
-def test_a_turn_is_kept_where_pyav_can_not_name_a_frames_other_side_data(orientation, turns, clip_path, tmp_path):
+# What an Exif orientation asks for: mirrored left to right or not, then counterclockwise quarter turns.
+@pytest.mark.parametrize(
+    ("orientation", "mirrored", "turns"),
+    [
+        (1, False, 0),
+        (2, True, 0),
+        (3, False, 2),
+        (4, True, 2),
+        (5, True, 1),
+        (6, False, -1),
+        (7, True, -1),
+        (8, False, 1),
+    ],
+)
+def test_a_turn_is_kept_where_pyav_can_not_name_a_frames_other_side_data(
+    orientation, mirrored, turns, clip_path, tmp_path
+):
     import av
 
     path = tmp_path / "camera.avi"
@@ -107,5 +121,6 @@ def test_a_turn_is_kept_where_pyav_can_not_name_a_frames_other_side_data(orienta
     def shown(video):
         return decode_with_pyav(video, sampling=Sampling(), short_side_px=500, limits=DecodeLimits()).frames.data
 
-    expected = np.stack([np.rot90(picture, turns) for picture in shown(clip_path("mjpeg in AVI"))])
+    upright = [picture[:, ::-1] if mirrored else picture for picture in shown(clip_path("mjpeg in AVI"))]
+    expected = np.stack([np.rot90(picture, turns) for picture in upright])
     assert np.array_equal(shown(path), expected)

@@ -126,9 +126,13 @@ def test_an_aspect_that_changes_in_mid_file_is_that_of_each_frame(reordered, tmp
         ("libx264", "a.mp4", {"qp": "4", "x264-params": "tff=1"}, True),
         ("libx264", "a.mp4", {"qp": "4", "x264-params": "bff=1"}, False),
         ("libx264", "a.ts", {"qp": "4", "x264-params": "tff=1"}, True),
+        # FFmpeg writes the order in which fields are stored, and reads it as that in which they are shown.
+        ("libx264", "a.mkv", {"qp": "4", "x264-params": "tff=1"}, True),
+        ("prores_ks", "a.mov", {"flags": "+ildct"}, True),
+        ("prores_ks", "a.mov", {"flags": "+ildct"}, False),
         ("mpeg2video", "a.mpg", {"flags": "+ilme+ildct", "b": "8M", "qmin": "1"}, False),
     ],
-    ids=["h264, top first", "h264, bottom first", "h264 in TS", "mpeg2, bottom first"],
+    ids=lambda value: value if isinstance(value, (str, bool)) else "",
 )
 def test_interlaced_frames_show_their_first_field(  # noqa: PLR0913, PLR0917 - fixtures
     codec, name, options, top_first, tmp_path, decode, encoded, weave, moments
@@ -138,7 +142,10 @@ def test_interlaced_frames_show_their_first_field(  # noqa: PLR0913, PLR0917 - f
     path = tmp_path / name
     pairs = zip(moments[::2], moments[1::2], strict=True)
     images = [weave(first, second, top_first=top_first) for first, second in pairs]
-    encoded(path, images, codec=codec, rate=25, options=options)
+    kept_apart = {"field_order": 4 if top_first else 5} if name.endswith(("mkv", "mov")) else {}
+    pixels = {"pix_fmt": "yuv422p10le"} if codec == "prores_ks" else {}
+    order = "tff" if top_first else "bff"
+    encoded(path, images, codec=codec, rate=25, options=options, first_field=order, of_context=kept_apart, **pixels)
     with av.open(str(path)) as container:
         assert next(container.decode(video=0)).interlaced_frame
     video = decode(path, fps=25.0)
@@ -149,6 +156,22 @@ def test_interlaced_frames_show_their_first_field(  # noqa: PLR0913, PLR0917 - f
         columns = np.flatnonzero(picture[110, :, 0] > 150)
         left = columns.min() * 360 / picture.shape[1]
         assert left == pytest.approx(24 * number, abs=3)  # the moment of the first field
+
+
+def test_which_field_is_first_is_said_by_each_frame(tmp_path, decode, encoded, weave, moments):
+    pairs = list(zip(moments[::2], moments[1::2], strict=True))
+    parts = []
+    for number, order in enumerate(("tff", "bff")):
+        images = [weave(*pair, top_first=order == "tff") for pair in pairs[6 * number : 6 * number + 6]]
+        options = {"qp": "4", "bf": "0", "x264-params": f"{order}=1"}
+        parts.append(
+            encoded(
+                tmp_path / order, images, rate=25, first=6 * number, options=options, first_field=order, form="mpegts"
+            )
+        )
+    pictures = decode(joined(tmp_path, *parts), fps=25.0).frames.data
+    left = [np.flatnonzero(picture[110, :, 0] > 150).min() * 360 / picture.shape[1] for picture in pictures]
+    assert left == pytest.approx([24 * number for number in range(12)], abs=3)
 
 
 def test_progressive_frames_keep_all_their_rows(tmp_path, decode, encoded, moments):

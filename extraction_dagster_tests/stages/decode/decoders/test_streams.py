@@ -52,8 +52,9 @@ def test_the_enabled_track_is_shown_whatever_its_size(name, default, make):
     assert grey_of(make(name, *tracks)) == [40, 200][default]
 
 
-def test_of_enabled_tracks_the_one_with_more_frames_is_shown(make):
-    assert grey_of(make("tracks.mp4", (LARGE, 12, 40, True), (SMALL, 48, 200, True))) == 200
+@pytest.mark.parametrize("name", ["tracks.mp4", "tracks.mkv"])
+def test_of_enabled_tracks_the_one_with_more_frames_is_shown(name, make):
+    assert grey_of(make(name, (LARGE, 12, 40, True), (SMALL, 48, 200, True))) == 200
 
 
 def test_of_tracks_with_as_many_frames_the_larger_is_shown(make):

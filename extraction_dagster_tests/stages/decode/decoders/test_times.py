@@ -44,7 +44,9 @@ def remux(source, out, *, moved=lambda _number: 0, sound=None, options=None, ord
 
     with av.open(str(source)) as there, av.open(str(out), "w", options=options or {}) as here:
         pictures = here.add_stream_from_template(there.streams.video[0])
-        tone = here.add_stream("aac", rate=48_000) if sound else None
+        if out.suffix == ".avi":  # which counts frames
+            pictures.time_base = Fraction(1, RATE)
+        tone = here.add_stream("libmp3lame" if out.suffix == ".avi" else "aac", rate=48_000) if sound else None
         for packet in heard(tone, *sound) if sound else ():
             here.mux(packet)
         if talk_seconds:  # one more packet of sound, that long
@@ -77,7 +79,7 @@ def heard(stream, start, end):
     yield from stream.encode(None)
 
 
-@pytest.mark.parametrize("name", ["late.mp4", "late.mkv", "late.ts", "late_fragments.mp4"])
+@pytest.mark.parametrize("name", ["late.mp4", "late.mkv", "late.ts", "late.flv", "late_fragments.mp4"])
 def test_pictures_that_start_after_sound_are_at_the_seconds_of_a_players_clock(name, plain, tmp_path, numbers_of):
     options = {"movflags": "frag_keyframe+empty_moov+delay_moov"} if "fragments" in name else {}
     late = remux(plain, tmp_path / name, moved=lambda _: 5, sound=(0, 7), options=options)
@@ -91,6 +93,23 @@ def test_pictures_that_start_after_sound_are_at_the_seconds_of_a_players_clock(n
     chosen = decode(late, SIXTEEN).frames
     assert chosen.frame_number.tolist() == decode(plain, SIXTEEN).frames.frame_number.tolist()
     assert (chosen.target_seconds >= 4.9).all()
+
+
+def test_a_picture_of_avi_stays_as_long_as_empty_packets_follow(tmp_path):
+    import av
+
+    shown = [0, 1, 2, 9, 10, 20, 21, 22]
+    with av.open(str(tmp_path / "held.avi"), "w") as container:
+        pictures = container.add_stream("libx264", rate=10, options={"bf": "0"})
+        pictures.width, pictures.height = 64, 48
+        for number in (*shown, None):
+            frame = None if number is None else av.VideoFrame(64, 48, "yuv420p")
+            if frame is not None:
+                frame.pts, frame.time_base = number, Fraction(1, 10)
+            container.mux(pictures.encode(frame))
+    video = decode(tmp_path / "held.avi", Sampling("uniform", num_frames=40))
+    assert video.frames.pts_seconds == pytest.approx(np.array(shown) / 10, abs=0.002)
+    assert video.partial is None
 
 
 @pytest.mark.parametrize("name", ["late.mp4", "late.mkv"])
@@ -116,7 +135,30 @@ def test_a_fragmented_file_tells_when_its_sound_starts_without_a_probe(plain, tm
     assert late[0] == late[1] == pytest.approx(0.5, abs=0.03)
 
 
-@pytest.mark.parametrize("name", ["longer.mkv", "longer.mp4", "longer.ts"])
+def test_an_edit_list_that_shows_nothing_is_left_out(plain, tmp_path, numbers_of):
+    content = bytearray(plain.read_bytes())
+    at = content.index(b"elst")
+    content[at + 12 : at + 16] = bytes(4)  # as long as the whole, in some files
+    (tmp_path / "none.mp4").write_bytes(content)
+    video = decode(tmp_path / "none.mp4", Sampling("uniform", num_frames=48))
+    assert numbers_of(video) == list(range(48))
+    assert "an edit list that shows nothing is left out" in video.notes
+
+
+@pytest.mark.parametrize("name", ["no.mp4", "no.flv"])
+def test_where_only_times_of_decoding_are_said_frames_come_in_their_order(name, render, tmp_path, numbers_of):
+    whole = render(tmp_path / "whole.mp4", frames=48, options=B_FRAMES)
+    path = tmp_path / "no.mp4"  # without the boxes that tell them from those of showing
+    path.write_bytes(whole.read_bytes().replace(b"ctts", b"free").replace(b"edts", b"free"))
+    path = path if name == "no.mp4" else remux(path, tmp_path / name)
+    for count in (48, 5):
+        video = decode(path, Sampling("uniform", num_frames=count))
+        assert len(video.frames) == count
+        assert numbers_of(video) == video.frames.frame_number.tolist()
+        assert video.frames.pts_seconds == pytest.approx(video.frames.frame_number / RATE, abs=0.002)
+
+
+@pytest.mark.parametrize("name", ["longer.mkv", "longer.mp4", "longer.ts", "longer.asf"])
 def test_sound_that_goes_on_makes_no_video_partial(name, plain, tmp_path):
     assert decode(remux(plain, tmp_path / name, sound=(0, 9))).partial is None
 
