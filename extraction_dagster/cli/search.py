@@ -1,6 +1,7 @@
 """`extraction search`: which frames, or which videos, look like this."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,10 +18,12 @@ from extraction_dagster.settings import Settings, load_settings
 from extraction_dagster.stages.decode.jpeg import encode_small
 from extraction_dagster.stages.embed.models.interface import EmbeddingModel, TextEmbeddingModel
 from extraction_dagster.stages.embed.passes import normalise
+from extraction_dagster.stages.index.moments import Moment, SharedSpan, find_span, search_diverse, search_moments
 from extraction_dagster.stages.index.points import PointFilter
 from extraction_dagster.stages.index.protocol import CollectionSpec, Hit
 from extraction_dagster.stages.index.search import (
     VideoHit,
+    combine_examples,
     open_for_search,
     require_place,
     search_images,
@@ -31,22 +34,39 @@ from extraction_dagster.stages.index.stage import open_point_store
 
 _MOST_QUERY_PICTURES = 8
 _QUERY_PX = 1024  # of the query's picture in a gallery
+_MOST_VOTES = 32  # frames of a query video that vote
+_MOST_FRAMES = 128  # of a query video, to say which stretch of it was found
+Found = Hit | VideoHit | Moment
 
 
 @dataclass(frozen=True, slots=True)
 class _Query:
-    """What is searched with: one vector, or one for each frame of a video."""
+    """What is searched with: one vector, or one for each frame of a video, which is shown at its second."""
 
     kind: str
     shown: str
     vectors: np.ndarray
     jpegs: tuple[bytes, ...]
     spec: CollectionSpec
+    seconds: np.ndarray | None = None
+
+    def some(self) -> np.ndarray:
+        """Places of frames spread evenly over a video, which vote."""
+        return np.unique(np.linspace(0, len(self.vectors) - 1, min(_MOST_VOTES, len(self.vectors))).round()).astype(int)
 
 
 def command(  # noqa: PLR0913 - the options of the command
     *,
-    image: Annotated[Path | None, typer.Option("--image", help="Picture to search with.", metavar="FILE")] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--image", help="Picture to search with; several, or words beside them, count as one.", metavar="FILE"
+        ),
+    ] = None,
+    unlike: Annotated[
+        list[Path] | None,
+        typer.Option("--not", help="Picture of what is not wanted, beside --image or --text.", metavar="FILE"),
+    ] = None,
     video: Annotated[Path | None, typer.Option("--video", help="Video to search with.", metavar="FILE")] = None,
     text: Annotated[str | None, typer.Option("--text", help="Words to search with, if the model knows words.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="Most hits shown, best first.")] = 10,
@@ -64,6 +84,12 @@ def command(  # noqa: PLR0913 - the options of the command
     group: Annotated[
         bool, typer.Option("--group/--frames", help="One hit a video, its best frame; or every frame by itself.")
     ] = True,
+    moments: Annotated[
+        bool, typer.Option("--moments", help="Stretches of videos: neighbouring frames that were found, as one.")
+    ] = False,
+    diverse: Annotated[
+        bool, typer.Option("--diverse", help="Frames that are unlike each other, though like the query.")
+    ] = False,
     min_score: Annotated[
         float | None, typer.Option("--min-score", min=-1, max=1, help="Only hits with at least this score.")
     ] = None,
@@ -74,14 +100,14 @@ def command(  # noqa: PLR0913 - the options of the command
 ) -> None:
     """Search the collection for what looks like a picture or a video; 1 is the same, and more is more alike.
 
-    A video is compared frame by frame: the score is the mean over its frames of the best match in the found video.
+    A video is compared frame by frame: the score is the mean over its frames of the best match in the found video, and
+    the stretch that both share is shown as it lies in yours and in it.
 
     For example: extraction search --image photo.jpg --platform insta --min-score 0.5
+
+    For example: extraction search --image beach.jpg --image surfer.jpg --not crowd.jpg --moments
     """
-    if sum(item is not None for item in (image, video, text)) != 1:
-        raise typer.BadParameter("give exactly one of --image, --video and --text")
-    if video is not None and not group:
-        raise typer.BadParameter("--frames goes with --image or --text; a search by video finds videos")
+    _check_usage(image, unlike, video, text, frames=not group, moments=moments, diverse=diverse)
     since, until = _moment(after, "--after"), _moment(before, "--before")
     if since and until and since >= until:
         raise typer.BadParameter(f"--after {after} is not earlier than --before {before}: nothing lies between them")
@@ -89,49 +115,75 @@ def command(  # noqa: PLR0913 - the options of the command
         require_place(html)
     filters = PointFilter(record_id_range=ids, platform=platform, created_from=since, created_before=until)
     settings = load_settings()
-    query = _query(settings, image=image, video=video, text=text)
+    query = _query(settings, images=image or [], unlike=unlike or [], video=video, text=text)
     with open_point_store(settings) as store:
         open_for_search(store, query.spec)
         asked: dict[str, Any] = {"limit": limit, "filters": filters, "score_threshold": min_score}
-        hits: list[Hit] | list[VideoHit] = (
-            search_videos(store, query.vectors, **asked)
-            if query.kind == "video"
-            else search_images(store, query.vectors[0], group_by_video=group, **asked)
-        )
+        hits: Sequence[Found]
+        spans: dict[int, SharedSpan | None] = {}
+        if query.seconds is not None:
+            hits = videos = search_videos(store, query.vectors[query.some()], **asked)
+            spans = {hit.record_id: find_span(store, hit.record_id, query.vectors, query.seconds) for hit in videos}
+        elif moments:
+            hits = search_moments(store, query.vectors[0], **asked)
+        elif diverse:
+            hits = search_diverse(store, query.vectors[0], **asked)
+        else:
+            hits = search_images(store, query.vectors[0], group_by_video=group, **asked)
         notes = [] if hits else why_nothing(store, filters, score_threshold=min_score)
     if html is not None:
-        _write_gallery(settings, query, hits, html)
+        _write_gallery(settings, query, hits, spans, html)
     if as_json:
-        found = {"query": query.shown, "kind": query.kind, "hits": [_plain(hit) for hit in hits]}
+        found = {"query": query.shown, "kind": query.kind, "hits": [_plain(hit, spans) for hit in hits]}
         console.print_json({**found, "notes": notes})
         return
     if not hits:
         console.out.print(" ".join(["Nothing was found.", *notes]), markup=False)
     else:
-        console.out.print(hits_table(hits), soft_wrap=False)
+        console.out.print(hits_table(hits, spans), soft_wrap=False)
     if html is not None:
         console.out.print(f"Gallery: {html}", markup=False)
 
 
 def search_image(settings: Settings, image: Path, *, limit: int) -> list[Hit]:
     """The frames most like a picture, one per video, best first."""
-    query = _query(settings, image=image, video=None, text=None)
+    query = _query(settings, images=[image], unlike=[], video=None, text=None)
     with open_point_store(settings) as store:
         open_for_search(store, query.spec)
         return search_images(store, query.vectors[0], limit=limit, group_by_video=True)
 
 
-def hits_table(hits: list[Hit] | list[VideoHit]) -> Table:
-    """Hits as a table."""
-    by_video = any(isinstance(hit, VideoHit) for hit in hits)
-    table = Table("score", *(["votes"] if by_video else []), "record", "second", "platform", "code")
+def hits_table(hits: Sequence[Found], spans: Mapping[int, SharedSpan | None] | None = None) -> Table:
+    """Hits as a table; `spans` are the stretches that videos share with the query."""
+    told = [_told(item, spans or {}) for item in hits]
+    table = Table("score", *(told[0] if told else {}), "record", "second", "platform", "code")
     table.add_column("path", overflow="fold")
-    for item in hits:
+    for item, more in zip(hits, told, strict=True):
         hit = _frame(item)
-        votes = [f"{item.votes} of {item.query_frames}"] if isinstance(item, VideoHit) else []
         texts = [_cell(text) for text in (hit.platform, hit.video_code, hit.path)]
-        table.add_row(f"{item.score:.4f}", *votes, str(hit.record_id), f"{hit.frame_second:.2f}", *texts)
+        table.add_row(f"{item.score:.4f}", *more.values(), str(hit.record_id), f"{hit.frame_second:.2f}", *texts)
     return table
+
+
+def _told(item: Found, spans: Mapping[int, SharedSpan | None]) -> dict[str, str]:
+    """What is said of a hit beside its best frame, by the heading of its column."""
+    if isinstance(item, Moment):
+        return {"moment": _stretch(item.begin_seconds, item.end_seconds), "frames": str(item.num_frames)}
+    if isinstance(item, Hit):
+        return {}
+    span = spans.get(item.record_id)
+    yours = _stretch(span.begin_seconds, span.end_seconds) if span else "-"
+    theirs = _stretch(span.other_begin_seconds, span.other_end_seconds) if span else "-"
+    return {"votes": f"{item.votes} of {item.query_frames}", "yours": yours, "is its": theirs}
+
+
+def _stretch(begin: float, end: float) -> str:
+    return f"{_clock(begin)} - {_clock(end)}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    return f"{minutes}:{rest:02}"
 
 
 def _cell(text: str | None) -> Text:
@@ -139,20 +191,52 @@ def _cell(text: str | None) -> Text:
     return Text(console.plain_line(text or "-"))
 
 
-def _query(settings: Settings, *, image: Path | None, video: Path | None, text: str | None) -> _Query:
+def _check_usage(  # noqa: PLR0913 - the options of the command
+    images: list[Path] | None,
+    unlike: list[Path] | None,
+    video: Path | None,
+    text: str | None,
+    *,
+    frames: bool,
+    moments: bool,
+    diverse: bool,
+) -> None:
+    is_picture = bool(images) or text is not None
+    if is_picture == (video is not None):
+        raise typer.BadParameter("give --image or --text, or both, or --video alone")
+    if unlike and not is_picture:
+        raise typer.BadParameter("--not goes with --image or --text")
+    for is_given, name in ((frames, "--frames"), (moments, "--moments"), (diverse, "--diverse")):
+        if is_given and video is not None:
+            raise typer.BadParameter(f"{name} goes with --image or --text; a search by video finds videos")
+    if moments and diverse:
+        raise typer.BadParameter("give --moments or --diverse, not both")
+
+
+def _query(
+    settings: Settings, *, images: Sequence[Path], unlike: Sequence[Path], video: Path | None, text: str | None
+) -> _Query:
     from extraction_dagster.stages.embed.models.registry import load_model
     from extraction_dagster.stages.embed.query import embed_query_image, embed_query_video, load_query_image
 
-    picture = None if image is None else load_query_image(image)  # a wrong file is refused before the model is loaded
+    paths = [*images, *unlike]
+    pictures = [load_query_image(path) for path in paths]  # a wrong file is refused before the model is loaded
     model = load_model(settings, may_compile=False)
     spec = CollectionSpec(settings.collection_name, model.dim, model.fingerprint)
-    if image is not None and picture is not None:
-        vector = embed_query_image(model, picture, shown=str(image))
-        return _Query("image", str(image), vector[None], (encode_small(picture, longest_px=_QUERY_PX),), spec)
     if video is not None:
-        found = embed_query_video(model, video, settings)
-        return _Query("video", str(video), found.vectors, found.jpegs, spec)
-    return _Query("text", text or "", _embed_text(model, text or ""), (), spec)
+        found = embed_query_video(model, video, settings, max_frames=_MOST_FRAMES)
+        query = _Query("video", str(video), found.vectors, found.jpegs, spec, found.pts_seconds)
+        return replace(query, jpegs=tuple(found.jpegs[index] for index in query.some().tolist()))
+    vectors = [
+        embed_query_image(model, picture, shown=str(path)) for picture, path in zip(pictures, paths, strict=True)
+    ]
+    wanted = vectors[: len(images)] + ([] if text is None else [_embed_text(model, text)])
+    vector = combine_examples(wanted, vectors[len(images) :])
+    shown = " and ".join([*map(str, images), *([] if text is None else [text])])
+    if unlike:
+        shown += f", not like {' or '.join(map(str, unlike))}"
+    jpegs = tuple(encode_small(picture, longest_px=_QUERY_PX) for picture in pictures[: len(images)])
+    return _Query("image" if images else "text", shown, vector[None], jpegs, spec)
 
 
 def _embed_text(model: EmbeddingModel, text: str) -> np.ndarray:
@@ -173,18 +257,24 @@ def _moment(date: str | None, option: str) -> datetime | None:
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
-def _frame(hit: Hit | VideoHit) -> Hit:
-    return hit.best if isinstance(hit, VideoHit) else hit
+def _frame(item: Found) -> Hit:
+    return item if isinstance(item, Hit) else item.best
 
 
-def _plain(hit: Hit | VideoHit) -> dict[str, Any]:
-    if isinstance(hit, Hit):
-        return asdict(hit)
-    votes = {"votes": hit.votes, "query_frames": hit.query_frames, "best_score": hit.best.score}
-    return {**asdict(hit.best), "score": hit.score, **votes}
+def _plain(item: Found, spans: Mapping[int, SharedSpan | None] | None = None) -> dict[str, Any]:
+    if isinstance(item, Hit):
+        return asdict(item)
+    if isinstance(item, Moment):
+        stretch = {"begin_seconds": item.begin_seconds, "end_seconds": item.end_seconds, "num_frames": item.num_frames}
+        return {**asdict(item.best), **stretch}
+    votes = {"votes": item.votes, "query_frames": item.query_frames, "best_score": item.best.score}
+    span = (spans or {}).get(item.record_id)
+    return {**asdict(item.best), "score": item.score, **votes, "span": asdict(span) if span else None}
 
 
-def _write_gallery(settings: Settings, query: _Query, hits: list[Hit] | list[VideoHit], path: Path) -> None:
+def _write_gallery(
+    settings: Settings, query: _Query, hits: Sequence[Found], spans: Mapping[int, SharedSpan | None], path: Path
+) -> None:
     from extraction_dagster.shards.frame_export import find_frames
     from extraction_dagster.shards.frame_store import FrameStore
     from extraction_dagster.shards.place import Source
@@ -197,9 +287,9 @@ def _write_gallery(settings: Settings, query: _Query, hits: list[Hit] | list[Vid
     cards = []
     for item in hits:
         hit = _frame(item)
-        votes = [f"{item.votes} of {item.query_frames} frames found it first"] if isinstance(item, VideoHit) else []
+        more = [f"{name} {told}" for name, told in _told(item, spans).items()]
         of = " · ".join(part for part in (hit.platform, hit.video_code) if part)
-        lines = [f"record {hit.record_id} at {hit.frame_second:.2f} s", *votes, of, hit.path]
+        lines = [f"record {hit.record_id} at {hit.frame_second:.2f} s", *more, of, hit.path]
         cards.append(Card(f"{item.score:.4f}", lines, pictures.get((hit.record_id, hit.frame_number))))
     title = f"What looks like {query.shown}"
     write_gallery(path, render_gallery(title, query_jpegs=query.jpegs[:_MOST_QUERY_PICTURES], cards=cards))

@@ -11,6 +11,7 @@ from extraction_dagster.cli import search
 from extraction_dagster.cli.main import app
 from extraction_dagster.errors import PartitionKeyError
 from extraction_dagster.errors.embed import QueryVideoError, TextSearchError
+from extraction_dagster.stages.index.moments import Moment, SharedSpan
 from extraction_dagster.stages.index.protocol import Hit
 from extraction_dagster.stages.index.search import VideoHit
 
@@ -24,8 +25,13 @@ def invoke(*words):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "give exactly one of --image, --video and --text"),
-        (("--image", "a.jpg", "--text", "cat"), "give exactly one of --image, --video and --text"),
+        ((), "give --image or --text, or both, or --video alone"),
+        (("--image", "a.jpg", "--video", "a.mp4"), "give --image or --text, or both, or --video alone"),
+        (("--not", "a.jpg"), "give --image or --text, or both, or --video alone"),
+        (("--video", "a.mp4", "--not", "a.jpg"), "--not goes with --image or --text"),
+        (("--video", "a.mp4", "--moments"), "--moments goes with --image or --text"),
+        (("--video", "a.mp4", "--diverse"), "--diverse goes with --image or --text"),
+        (("--image", "a.jpg", "--diverse", "--moments"), "give --moments or --diverse, not both"),
         (("--video", "a.mp4", "--frames"), "--frames goes with --image or --text"),
         (("--image", "a.jpg", "--after", "yesterday"), "--after is 'yesterday', expected for example 2026-01-31"),
         (("--image", "a.jpg", "--after", "2026-02-01", "--before", "2026-02-01"), "nothing lies between them"),
@@ -79,4 +85,22 @@ def test_a_video_hit_in_json_says_its_score_votes_and_best_frame():
         "votes": 2,
         "query_frames": 3,
         "best_score": 0.9,
+        "span": None,
     }
+
+
+def test_a_moment_and_a_shared_span_are_told_in_the_table_and_in_json():
+    moment, video = Moment(61.4, 75.0, 12, FRAME), VideoHit(7, 0.5, 2, 3, FRAME)
+    assert search._told(moment, {}) == {"moment": "1:01 - 1:15", "frames": "12"}
+    assert search._plain(moment)["begin_seconds"] == 61.4
+    spans = {7: SharedSpan(0.0, 9.6, 3600.0, 3609.6, 10, 0.95)}
+    assert search._told(video, spans) == {"votes": "2 of 3", "yours": "0:00 - 0:10", "is its": "60:00 - 60:10"}
+    assert search._plain(video, spans)["span"] == {
+        "begin_seconds": 0.0,
+        "end_seconds": 9.6,
+        "other_begin_seconds": 3600.0,
+        "other_end_seconds": 3609.6,
+        "num_frames": 10,
+        "score": 0.95,
+    }
+    assert search._told(video, {7: None}) == {"votes": "2 of 3", "yours": "-", "is its": "-"}

@@ -14,6 +14,7 @@ from extraction_dagster.stages.embed.models.registry import load_model
 from extraction_dagster.stages.embed.passes import normalise
 from extraction_dagster.stages.embed.query import embed_query_image, embed_query_video, load_query_image
 from extraction_dagster.stages.index.edge.store import EdgeStore
+from extraction_dagster.stages.index.moments import find_span
 from extraction_dagster.stages.index.protocol import CollectionSpec
 from extraction_dagster.stages.index.search import search_images, search_videos
 from extraction_dagster.stages.index.stage import replace_records
@@ -108,3 +109,15 @@ def test_a_video_finds_itself_with_every_frame(demo_store, model, settings, demo
     assert (first.record_id, first.votes, first.query_frames) == (3, 8, 8)
     assert first.score == pytest.approx(1.0, abs=1e-3)
     assert second.score < 0.7
+
+
+def test_a_video_shares_all_of_itself_with_itself_and_a_part_its_part(demo_store, model, settings, demo_folder):
+    query = embed_query_video(model, demo_folder / "rendered" / "balls.mp4", settings)
+    whole = find_span(demo_store, 3, query.vectors, query.pts_seconds)
+    assert whole is not None
+    assert (whole.begin_seconds, whole.end_seconds, whole.num_frames) == (0, 7, 8)
+    assert (whole.other_begin_seconds, whole.other_end_seconds) == (0, 7)
+    part = find_span(demo_store, 3, query.vectors[3:6], query.pts_seconds[3:6] - 3)
+    assert part is not None
+    assert (part.begin_seconds, part.end_seconds) == (0, 2)
+    assert (part.other_begin_seconds, part.other_end_seconds) == (3, 5)

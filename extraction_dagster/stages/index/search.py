@@ -34,6 +34,8 @@ _TIES = 32
 _FRAMES_PER_VIDEO = 8
 # Videos for which each frame of a query video votes, at least.
 _VOTES_PER_FRAME = 50
+_AWAY = 0.5  # as far as a query moves away from what it must not be like
+_NOTHING_LEFT = 1e-3
 _FRAMES_LOOKED_AT = 4096  # for the platforms that there are
 _PLATFORMS_SHOWN = 5
 _THUMBNAIL_PX = 200
@@ -93,6 +95,24 @@ def open_for_search(store: PointStore, spec: CollectionSpec) -> None:
         StoreBusyError: Another process holds the embedded store.
     """
     spec.require_same_vectors(store.open_collection(spec.name), repr(store))
+
+
+def combine_examples(examples: Sequence[np.ndarray], counter_examples: Sequence[np.ndarray] = ()) -> np.ndarray:
+    """One vector to search with: the mean of the examples, moved away from the counter-examples by half of theirs.
+
+    Args:
+        examples: Each float32, shape (dim,), length 1; at least one.
+        counter_examples: Of the same kind.
+
+    Returns:
+        float32, shape (dim,), length 1; the examples' own mean where the two cancel out.
+    """
+    mean = np.mean(examples, axis=0)
+    vector = mean - _AWAY * np.mean(counter_examples, axis=0) if len(counter_examples) else mean
+    norm = float(np.linalg.norm(vector))
+    if norm < _NOTHING_LEFT:
+        vector, norm = mean, float(np.linalg.norm(mean))
+    return np.asarray(vector / norm, dtype=np.float32) if norm else np.asarray(examples[0], dtype=np.float32)
 
 
 def search_images(  # noqa: PLR0913 - what a person may combine

@@ -12,6 +12,7 @@ from extraction_dagster.stages.index.moments import (
 )
 from extraction_dagster.stages.index.points import PointBatch, PointFilter, point_id
 from extraction_dagster.stages.index.protocol import Hit
+from extraction_dagster.stages.index.search import combine_examples
 
 
 def vector(*parts):
@@ -164,3 +165,20 @@ def test_a_span_with_a_record_is_read_from_the_store(written):
         12,
     )
     assert find_span(store, 8, own, np.arange(3.0)) is None
+
+
+def test_examples_are_met_in_the_middle_and_counter_examples_left_behind():
+    first, second, unwanted = vector(1.0), vector(0, 1.0), vector(0, 0, 1.0)
+    assert combine_examples([first]).tolist() == first.tolist()
+    middle = combine_examples([first, second])
+    assert middle @ first == pytest.approx(middle @ second)
+    away = combine_examples([first, unwanted], [unwanted])
+    assert away @ first > combine_examples([first, unwanted]) @ first
+    assert away @ unwanted < combine_examples([first, unwanted]) @ unwanted
+    assert np.linalg.norm(away) == pytest.approx(1)
+
+
+def test_examples_that_cancel_out_still_give_a_vector():
+    first = vector(1.0)
+    assert np.linalg.norm(combine_examples([first, -first])) == pytest.approx(1)
+    assert combine_examples([first, vector(0, 1.0)], [first, first]).dtype == np.float32
