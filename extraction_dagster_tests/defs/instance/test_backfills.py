@@ -137,6 +137,17 @@ def test_a_backfill_is_dagsters_own_and_its_ranges_are_registered(instance, cata
     assert backfills.progress(backfill_id) == BackfillProgress("running", 4, 0, (), queued=0, started=0)
 
 
+@pytest.mark.parametrize(
+    ("assets", "amounts"),
+    [(ASSETS, '{"cpu": "4", "nvidia.com/gpu": "1"}'), (ASSETS[2:], '{"cpu": "4"}')],
+)
+def test_runs_of_a_backfill_get_the_pods_that_the_settings_ask_for(instance, catalog, assets, amounts):
+    settings = catalog.settings.model_copy(update={"run_cpu": "4", "run_gpus": 1})
+    backfill_id = Backfills(instance).start(plan(instance, catalog, assets=assets), settings)
+    expected = f'{{"container_config": {{"resources": {{"limits": {amounts}, "requests": {amounts}}}}}}}'
+    assert instance.get_backfill(backfill_id).tags["dagster-k8s/config"] == expected
+
+
 def test_more_new_ranges_than_one_call_takes_are_registered_all(settings, on_disk):
     many = tuple(IdRange(number, number) for number in range(1, 40_002))
     wanted = BackfillPlan(IdRange(1, 40_001), ASSETS, many, many, {}, ())
