@@ -75,7 +75,14 @@ def set_(
         int, typer.Argument(metavar="ID", parser=console.parse_id, help="The last id that counts as processed.")
     ],
     *,
-    reprocess: Annotated[bool, typer.Option("--reprocess", help="Rows above ID that are done become pending.")] = False,
+    reprocess: Annotated[
+        bool,
+        typer.Option(
+            "--reprocess",
+            help="Rows above ID that are done become pending, and are decoded again; those that new state tables do not "
+            "know take what is stored.",
+        ),
+    ] = False,
     as_json: console.AsJson = False,
 ) -> None:
     """Start after ID: rows at or below are left alone, rows above are processed; done ones stay done.

@@ -27,14 +27,7 @@ from extraction_dagster.stages.catalog.planning import (
     taken_up,
 )
 from extraction_dagster.stages.catalog.source_table import SourceRow, SourceTable, Step
-from extraction_dagster.stages.catalog.state_tables import (
-    lock_claim_base,
-    note_purged,
-    note_reprocessed,
-    prepare,
-    revisions_of_unknown,
-    take_over,
-)
+from extraction_dagster.stages.catalog.state_tables import lock_claim_base, note_purged, prepare, take_over
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -164,11 +157,10 @@ class Catalog:
             base = lock_claim_base(connection)
             there = self.ledger.lock(connection, [key for key, item in wanted.items() if item.entry is not None])
             changed, added = dict[int, LedgerEntry](), dict[int, LedgerEntry]()
-            revisions = revisions_of_unknown(connection)
             for key in sorted(wanted):
                 planned, before = wanted[key], there.get(key)
                 if planned.entry is None or before is None:
-                    fresh = fresh_entry(planned, claim=base + 1, claimed_by=run_id or None, revisions=revisions)
+                    fresh = fresh_entry(planned, claim=base + 1, claimed_by=run_id or None)
                     added[key] = revised(planned, fresh) if force and revises else fresh
                 elif before.claim == planned.entry.claim:
                     taken = replace(before, claim=before.claim + 1, claimed_by=run_id or None)
@@ -348,9 +340,7 @@ class Catalog:
                 note_purged(connection, record_ids, purged_at)
 
     def reprocess_after(self, after_id: int) -> None:
-        """Make every row above an id pending, whatever became of it, and whatever is stored of it."""
-        with writing(self.state_engine, what="write the ledger") as connection:
-            note_reprocessed(connection, after_id)
+        """Make every row above an id pending, whatever became of it."""
         self.ledger.forget_done(after_id)
         if not self.source.has_marks:
             return

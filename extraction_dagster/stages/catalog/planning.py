@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from extraction_dagster.stages.catalog.ledger import LedgerEntry
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from extraction_dagster.records import VideoRow
     from extraction_dagster.stages.catalog.pending import Status
     from extraction_dagster.stages.catalog.source_rows import SourceRow
@@ -120,25 +117,15 @@ def revised(planned: PlannedRow, entry: LedgerEntry) -> LedgerEntry:
     )
 
 
-def fresh_entry(
-    planned: PlannedRow, *, claim: int, claimed_by: str | None, revisions: Mapping[int, int] = MappingProxyType({})
-) -> LedgerEntry:
-    """The entry of a row that the ledger does not know yet.
-
-    Args:
-        planned: The row.
-        claim: Its first.
-        claimed_by: The run that takes it up.
-        revisions: That of rows above an id, by this id: whatever is stored of an earlier one counts no more.
-    """
+def fresh_entry(planned: PlannedRow, *, claim: int, claimed_by: str | None) -> LedgerEntry:
+    """The entry of a row that the ledger does not know yet."""
     video = planned.row.video
-    revision = max((number for first, number in revisions.items() if video.record_id > first), default=0)
+    version = video.content_version
     return LedgerEntry(
         video.record_id,
         "todo",
-        source_version=video.content_version,
-        content_version=_content_version(video.content_version, revision),
-        revision=revision,
+        source_version=version,
+        content_version=version,
         claim=claim,
         claimed_by=claimed_by,
     )

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _SOURCE, _VERSION, _RELEASE, _CLAIM_BASE = "source", "state_version", "state_release", "claim_base"
-_REVISED = "revised_above:"  # and the id
 _TOLD, _FORMER = "source_told", "source_former"
 _LOCK = 0x657874726163
 _INSERTS = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
@@ -364,21 +363,3 @@ def note_purged(connection: sa.Connection, record_ids: Sequence[int], moment: da
     rows = [{"record_id": key, "seen_at": moment, "purged_at": moment} for key in sorted(record_ids)]
     if rows:
         connection.execute(update, rows)
-
-
-def note_reprocessed(connection: sa.Connection, after_id: int) -> None:
-    """Note that what is stored of rows above an id is to be made again, of rows that the ledger does not know as well.
-
-    A ledger that was lost and begun anew knows of none, and an earlier one's frames and vectors may still be there.
-    """
-    above = revisions_of_unknown(connection)
-    revision = max([int(datetime.now(UTC).timestamp()), *(number + 1 for number in above.values())])
-    superseded = [f"{_REVISED}{first}" for first in above if first >= after_id]
-    connection.execute(sa.delete(META_TABLE).where(META_TABLE.c.key.in_(superseded)))
-    write_meta(connection, {f"{_REVISED}{after_id}": str(revision)})
-
-
-def revisions_of_unknown(connection: sa.Connection) -> dict[int, int]:
-    """The first revisions of rows that the ledger does not know, by the id above which each holds; no other has one."""
-    query = sa.select(META_TABLE.c.key, META_TABLE.c.value).where(META_TABLE.c.key.startswith(_REVISED))
-    return {int(key.removeprefix(_REVISED)): int(value) for key, value in connection.execute(query)}

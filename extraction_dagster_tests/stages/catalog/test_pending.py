@@ -363,22 +363,6 @@ def test_what_is_to_be_reprocessed_is_due_and_decoded_afresh(database, opened):
     assert look(catalog) == Scan((), None, 3)
 
 
-def test_rows_that_the_ledger_does_not_know_are_decoded_afresh_as_well(database, opened):
-    database.create(ids=(1, 2, 3, 4))
-    catalog = opened()
-    catalog.reprocess_after(1)
-    catalog.reprocess_after(3)
-    catalog.reprocess_after(2)  # takes the place of the one before
-    versions = {key: planned.video.content_version for key, planned in catalog.begin(ALL, TODAY).items()}
-    first, second, third, fourth = (int(version.removeprefix("~") or 0) for version in versions.values())
-    assert (first, second < third, third == fourth, second > 1_700_000_000) == (0, True, True, True)
-    finish(catalog, 1, 2, 3, 4)
-    assert look(catalog) == Scan((), None, 4)
-    catalog.reprocess_after(0)
-    again = {key: planned.video.content_version for key, planned in catalog.begin(ALL, TODAY).items()}
-    assert again == {1: "~1", 2: f"~{second + 1}", 3: f"~{third + 1}", 4: f"~{third + 1}"}
-
-
 # Every query of a scan goes through an index, however large the tables are.
 
 
