@@ -54,7 +54,9 @@ FLOORS = {
 # rights, outages and states of a Qdrant server.
 # 176 files and 32,500: pictures, seconds and streams as a player has them, photos, `preview`; the cage and its reports,
 # limits for what rows and shards hold; changed rows by their versions' order; rights, signs of life, MariaDB, `show`.
-MOST_FILES, MOST_LINES, MOST_LINES_A_FILE = 176, 32_500, 400
+# 183 files and 35,000: `points import`, moments and examples in a search, Dagster's history, pods of runs, looks at
+# Dagster's storage without Dagster, and pictures, times and names of a few dozen more kinds of files.
+MOST_FILES, MOST_LINES, MOST_LINES_A_FILE = 183, 35_000, 400
 # Folders whose files are named after what they serve, so that a name occurs elsewhere too.
 NAMED_AFTER_OTHERS = ("cli", "defs", "errors", "ranges")
 # Names that stand for the same part in several rooms: a stage's entry, a store's class, a child process' loop.
