@@ -627,8 +627,8 @@ class World:
         """Without a version column nobody sees it: an operator says so.
 
         A late one commits with a version that is older than what was seen since. Of rows that the ledger does not know
-        what an earlier ledger's frames say counts, so that lost state tables can be made anew out of what is stored: only
-        a forced run decodes them again, and here nobody asks for one.
+        what an earlier ledger's frames say counts, so that lost state tables can be made anew out of what is stored:
+        only a forced run decodes them again, and here nobody asks for one.
         """
         ids = [record_id for record_id, row in self.rows.items() if self.path(row) == path]
         if not self.kind.has_version and self.is_fresh and not self.entries("true").keys() >= set(ids):

@@ -79,8 +79,8 @@ def set_(
         bool,
         typer.Option(
             "--reprocess",
-            help="Rows above ID that are done become pending, and are decoded again; those that new state tables do not "
-            "know take what is stored.",
+            help="Rows above ID that are done become pending, and are decoded again; those that new state tables do "
+            "not know take what is stored.",
         ),
     ] = False,
     as_json: console.AsJson = False,
