@@ -244,7 +244,8 @@ def _embed_text(model: EmbeddingModel, text: str) -> np.ndarray:
         raise TextSearchError(model.name)
     if not text.strip():
         raise typer.BadParameter("--text is empty")
-    return normalise(model.embed_text([text]))[0]
+    vectors, _ = normalise(model.embed_text([text]))
+    return vectors[0]
 
 
 def _moment(date: str | None, option: str) -> datetime | None:
