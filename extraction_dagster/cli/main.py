@@ -74,7 +74,7 @@ COMMANDS = {
         "The collections under EXTRACTION_COLLECTION_NAME: one in use, others beside it.",
     ),
     "frames": ("frames:app", "Take the stored frames elsewhere; merge small shards, remove needless ones."),
-    "points": ("collection:points", "Take the collection's points elsewhere."),
+    "points": ("collection:points", "Take the collection's points elsewhere, and back."),
 }
 _TAKE_IDS = ("launch", "retry", "reconcile", "backfill", "show", "preview")
 

@@ -103,9 +103,8 @@ def command(  # noqa: PLR0913 - the options of the command
     A video is compared frame by frame: the score is the mean over its frames of the best match in the found video, and
     the stretch that both share is shown as it lies in yours and in it.
 
-    For example: extraction search --image photo.jpg --platform insta --min-score 0.5
-
-    For example: extraction search --image beach.jpg --image surfer.jpg --not crowd.jpg --moments
+    For example: extraction search --image photo.jpg --platform insta --min-score 0.5, or
+    extraction search --image beach.jpg --image surfer.jpg --not crowd.jpg --moments
     """
     _check_usage(image, unlike, video, text, frames=not group, moments=moments, diverse=diverse)
     since, until = _moment(after, "--after"), _moment(before, "--before")
@@ -244,8 +243,8 @@ def _embed_text(model: EmbeddingModel, text: str) -> np.ndarray:
         raise TextSearchError(model.name)
     if not text.strip():
         raise typer.BadParameter("--text is empty")
-    vectors, _ = normalise(model.embed_text([text]))
-    return vectors[0]
+    vector: np.ndarray = normalise(model.embed_text([text]))[0][0]
+    return vector
 
 
 def _moment(date: str | None, option: str) -> datetime | None:

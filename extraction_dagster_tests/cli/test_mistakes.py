@@ -343,7 +343,7 @@ MISTAKES = {
     "an id beyond BIGINT": ({}, f"show {2**63}", 2, str(2**63), "does not fit BIGINT"),
     "nothing to retry": ({}, "retry", 2, "give record ids", "exactly one"),
     "two ways to retry": ({}, "retry 1 --all", 2, "give record ids", "exactly one"),
-    "nothing to search for": ({}, "search", 2, "--image, --video and --text", "exactly one"),
+    "nothing to search for": ({}, "search", 2, "--image or --text", "or --video alone"),
     "a date that is none": ({}, "search --text x --after soon", 2, "--after is 'soon'", "2026-01-31"),
     "a time that runs back": (
         {},

@@ -3,6 +3,7 @@
 import json
 from io import StringIO
 
+import numpy as np
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
@@ -11,6 +12,7 @@ from extraction_dagster.cli import search
 from extraction_dagster.cli.main import app
 from extraction_dagster.errors import PartitionKeyError
 from extraction_dagster.errors.embed import QueryVideoError, TextSearchError
+from extraction_dagster.stages.embed.models import registry
 from extraction_dagster.stages.index.moments import Moment, SharedSpan
 from extraction_dagster.stages.index.protocol import Hit
 from extraction_dagster.stages.index.search import VideoHit
@@ -104,3 +106,36 @@ def test_a_moment_and_a_shared_span_are_told_in_the_table_and_in_json():
         "score": 0.95,
     }
     assert search._told(video, {7: None}) == {"votes": "2 of 3", "yours": "-", "is its": "-"}
+
+
+class KnowsWords:
+    """A model that makes a picture's vector of its first pixel, and of words their number."""
+
+    name, fingerprint, dim, device = "words", "f", 3, "cpu"
+
+    def embed_images(self, images):
+        return np.array([image[0, 0] for image in images], np.float32)
+
+    def embed_text(self, texts):
+        return np.array([[0, 0, len(text.split())] for text in texts], np.float32)
+
+
+def test_pictures_and_words_are_searched_for_as_one(tmp_path, monkeypatch, settings):
+    import cv2
+
+    for name, colour in (("red", (255, 0, 0)), ("green", (0, 255, 0))):
+        cv2.imwrite(str(tmp_path / f"{name}.png"), np.full((8, 8, 3), colour[::-1], np.uint8))
+    monkeypatch.setattr(registry, "load_model", lambda *_, **__: KnowsWords())
+    red, green = tmp_path / "red.png", tmp_path / "green.png"
+
+    def asked(**words):
+        query = search._query(settings(), **{"images": [], "unlike": [], "video": None, "text": None, **words})
+        assert query.vectors.shape == (1, 3)
+        return [round(value, 3) for value in query.vectors[0].tolist()], query.kind, query.shown
+
+    assert asked(text="two cats") == ([0, 0, 1], "text", "two cats")
+    assert asked(images=[red]) == ([1, 0, 0], "image", str(red))
+    assert asked(images=[red], text="cats") == ([0.707, 0, 0.707], "image", f"{red} and cats")
+    vector, _, shown = asked(images=[red, green], unlike=[green])
+    assert vector == [1, 0, 0]
+    assert shown == f"{red} and {green}, not like {green}"
