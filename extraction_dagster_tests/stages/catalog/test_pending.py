@@ -462,7 +462,7 @@ def test_the_figures_of_progress_are_counted_through_indexes(database, large):
     assert LEDGER_KEY[dialect] in changed
     (newest,) = plans_of(large, engine, large.source.newest_id)
     (ahead,) = plans_of(large, engine, large.source.count_next, 19_000, 1000)
-    assert SOURCE_KEY[dialect] in ahead
+    assert "extraction_pending_insta_content" in ahead  # the rows that no mark calls done
     if dialect == "postgresql":  # SQLite walks the table itself backwards, and says SCAN to that
         assert SOURCE_KEY[dialect] in newest
         assert "Backward" in newest
