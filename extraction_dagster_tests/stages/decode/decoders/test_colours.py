@@ -243,7 +243,9 @@ def test_vp8_can_not_contradict_its_container(draw, decode, farthest):
 
 
 @pytest.mark.parametrize("colour_range", [1, 2], ids=["limited", "full"])
-@pytest.mark.parametrize(("codec", "options"), [("ffv1", {}), ("libx265", {"x265-params": "log-level=none:qp=4"})])
+@pytest.mark.parametrize(
+    ("codec", "options"), [("ffv1", {}), ("libx265", {"x265-params": "log-level=none:qp=4:bframes=0"})]
+)
 def test_grey_pictures_have_a_range_too(codec, options, colour_range, tmp_path, decode, encoded):  # noqa: PLR0913, PLR0917 - fixtures
     levels = np.array([0, 64, 128, 255])
     stored = levels if colour_range == 2 else (levels / 255 * 219 + 16).round()
