@@ -328,8 +328,8 @@ MUTANTS = (
     ),
     mutant(
         "a generation ignores the file's version",
-        "frames=frames_fingerprint, content=content_version)",
-        'frames=frames_fingerprint, content="")',
+        '"frames": frames_fingerprint, "content": content_version}',
+        '"frames": frames_fingerprint, "content": ""}',
         "test_a_generation_follows_from_what_the_points_are_made_from",
     ),
     # The cursor and the planner
