@@ -104,7 +104,7 @@ class _Found:
 
 def _look(video: OpenVideo, tally: _Tally, limits: DecodeLimits) -> _Found:
     seen = [(frame.pts if frame.pts is not None else frame.dts, frame.key_frame) for frame in _decode_all(video, tally)]
-    if not seen and 0 < tally.packets == tally.hidden:
+    if not seen and 0 < tally.packets == tally.hidden and not video.file.ignores_edits:
         raise EditsHideAllError
     if not seen:
         why = video.file.saying_what(tally.last_words or f"{tally.packets} packets gave no frame")

@@ -5,7 +5,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from extraction_dagster.errors.decode import VideoTooLongError
+from extraction_dagster.errors.decode import VideoDecodeError, VideoTooLongError
+from extraction_dagster.stages.decode.decoders import sequential
 from extraction_dagster.stages.decode.decoders.container import open_file, open_video
 from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits
 from extraction_dagster.stages.decode.decoders.decord import decode_with_decord
@@ -143,6 +144,20 @@ def test_an_edit_list_that_shows_nothing_is_left_out(plain, tmp_path, numbers_of
     video = decode(tmp_path / "none.mp4", Sampling("uniform", num_frames=48))
     assert numbers_of(video) == list(range(48))
     assert "an edit list that shows nothing is left out" in video.notes
+
+
+def test_a_file_whose_every_packet_stays_hidden_is_refused_after_a_second_look(plain, monkeypatch):
+    looks = []
+
+    def see_nothing(video, tally):
+        looks.append(video.file.ignores_edits)
+        tally.packets = tally.hidden = 3
+        return iter(())
+
+    monkeypatch.setattr(sequential, "_decode_all", see_nothing)
+    with open_file(plain) as file, pytest.raises(VideoDecodeError, match="3 packets gave no frame"):
+        sequential.decode_sequentially(file, Sampling("uniform", num_frames=2), 112, DecodeLimits())
+    assert looks == [False, True]
 
 
 @pytest.mark.parametrize("name", ["no.mp4", "no.flv"])
