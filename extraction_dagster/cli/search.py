@@ -1,7 +1,7 @@
 """`extraction search`: which frames, or which videos, look like this."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,14 +34,20 @@ from extraction_dagster.stages.index.stage import open_point_store
 
 _MOST_QUERY_PICTURES = 8
 _QUERY_PX = 1024  # of the query's picture in a gallery
-_MOST_VOTES = 32  # frames of a query video that vote
 _MOST_FRAMES = 128  # of a query video, to say which stretch of it was found
 Found = Hit | VideoHit | Moment
 
 
 @dataclass(frozen=True, slots=True)
 class _Query:
-    """What is searched with: one vector, or one for each frame of a video, which is shown at its second."""
+    """What is searched with: one vector, or one for each frame of a video, of which a few vote.
+
+    Attributes:
+        vectors: float32, shape (N, dim).
+        jpegs: Pictures of the query; of a video, the frames that vote.
+        seconds: Of a video, float64, shape (N,): when each frame is shown.
+        voters: Of a video, the places of the frames that vote.
+    """
 
     kind: str
     shown: str
@@ -49,10 +55,7 @@ class _Query:
     jpegs: tuple[bytes, ...]
     spec: CollectionSpec
     seconds: np.ndarray | None = None
-
-    def some(self) -> np.ndarray:
-        """Places of frames spread evenly over a video, which vote."""
-        return np.unique(np.linspace(0, len(self.vectors) - 1, min(_MOST_VOTES, len(self.vectors))).round()).astype(int)
+    voters: np.ndarray | None = None
 
 
 def command(  # noqa: PLR0913 - the options of the command
@@ -121,7 +124,7 @@ def command(  # noqa: PLR0913 - the options of the command
         hits: Sequence[Found]
         spans: dict[int, SharedSpan | None] = {}
         if query.seconds is not None:
-            hits = videos = search_videos(store, query.vectors[query.some()], **asked)
+            hits = videos = search_videos(store, query.vectors[query.voters], **asked)
             spans = {hit.record_id: find_span(store, hit.record_id, query.vectors, query.seconds) for hit in videos}
         elif moments:
             hits = search_moments(store, query.vectors[0], **asked)
@@ -216,7 +219,13 @@ def _query(
     settings: Settings, *, images: Sequence[Path], unlike: Sequence[Path], video: Path | None, text: str | None
 ) -> _Query:
     from extraction_dagster.stages.embed.models.registry import load_model
-    from extraction_dagster.stages.embed.query import embed_query_image, embed_query_video, load_query_image
+    from extraction_dagster.stages.embed.query import (
+        MAX_QUERY_FRAMES,
+        embed_query_image,
+        embed_query_video,
+        load_query_image,
+        spread,
+    )
 
     paths = [*images, *unlike]
     pictures = [load_query_image(path) for path in paths]  # a wrong file is refused before the model is loaded
@@ -224,8 +233,9 @@ def _query(
     spec = CollectionSpec(settings.collection_name, model.dim, model.fingerprint)
     if video is not None:
         found = embed_query_video(model, video, settings, max_frames=_MOST_FRAMES)
-        query = _Query("video", str(video), found.vectors, found.jpegs, spec, found.pts_seconds)
-        return replace(query, jpegs=tuple(found.jpegs[index] for index in query.some().tolist()))
+        voters = spread(len(found.vectors), MAX_QUERY_FRAMES)
+        jpegs = tuple(found.jpegs[index] for index in voters.tolist())
+        return _Query("video", str(video), found.vectors, jpegs, spec, found.pts_seconds, voters)
     vectors = [
         embed_query_image(model, picture, shown=str(path)) for picture, path in zip(pictures, paths, strict=True)
     ]

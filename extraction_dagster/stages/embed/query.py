@@ -113,8 +113,7 @@ def embed_query_video(
     if not file.is_file():
         raise QueryVideoError(shown, "there is no such file.")
     frames = _decode(file.resolve(), _for_few_frames(settings, max_frames), shown)
-    chosen = np.unique(np.linspace(0, len(frames) - 1, min(max_frames, len(frames))).round().astype(int))
-    frames = _only(frames, chosen)
+    frames = _only(frames, spread(len(frames), max_frames))
     pictures = decode_frames(frames).data
     size = batch_size(settings, model.device)
     raw = np.concatenate(
@@ -126,6 +125,11 @@ def embed_query_video(
         raise QueryVideoError(shown, f"model {model.name!r} gives its frames vectors with {faults[0]}.")
     kept = np.flatnonzero(good)
     return QueryVideo(vectors[good], frames.pts_seconds[kept], tuple(frames.jpegs[index] for index in kept.tolist()))
+
+
+def spread(count: int, most: int) -> np.ndarray:
+    """Indices of `most` of `count` frames, or of all of them: evenly spread, the first and the last among them."""
+    return np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(int))
 
 
 def _for_few_frames(settings: Settings, most: int) -> Settings:

@@ -95,13 +95,12 @@ def search_diverse(
     if not found:
         return []
     matrix, scores = np.stack([vectors[_key(hit)] for hit in found]), np.array([hit.score for hit in found])
-    chosen, likest = list[int](), np.zeros(len(found))
+    chosen, likest = [0], matrix @ matrix[0]  # the best comes first
     while len(chosen) < min(limit, len(found)):
         worth = _LIKENESS * scores - (1 - _LIKENESS) * likest
         worth[chosen] = -np.inf
         chosen.append(int(worth.argmax()))
-        cosines = matrix @ matrix[chosen[-1]]
-        likest = cosines if len(chosen) == 1 else np.maximum(likest, cosines)
+        likest = np.maximum(likest, matrix @ matrix[chosen[-1]])
     return [found[index] for index in chosen]
 
 
@@ -130,8 +129,7 @@ def search_moments(
 ) -> list[Moment]:
     """The moments whose best frames are nearest to a vector. Arguments and errors as `search_images`.
 
-    Frames that are found belong to one moment where no other lies between: more frames are looked at, up to 8,192,
-    until there are enough moments.
+    A long one can fill any number of hits: more frames are looked at, up to 8,192, until there are enough moments.
     """
     most = _FRAMES_PER_MOMENT * limit
     while True:
