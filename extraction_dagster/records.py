@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Stage = Literal["catalog", "fetch", "decode", "embed", "index"]
 _KEY = re.compile(r"(-?(?:0|[1-9][0-9]{0,18}))-(-?(?:0|[1-9][0-9]{0,18}))")  # BIGINT has up to 19 digits
 _LONGEST_MESSAGE, _LONGEST_DETAILS = 4_000, 16_000
-_MIN_ID, _MAX_ID = -(2**63), 2**63 - 1
+MIN_INT, MAX_INT = -(2**63), 2**63 - 1  # of ids, and of the numbers that databases and stores hold
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -38,7 +38,7 @@ class IdRange:
 
     def __post_init__(self) -> None:
         """Refuse a range that is empty or does not fit BIGINT."""
-        if not _MIN_ID <= self.first_id <= self.last_id <= _MAX_ID:
+        if not MIN_INT <= self.first_id <= self.last_id <= MAX_INT:
             why = "the first id must not be greater than the last, and both must fit BIGINT"
             raise PartitionKeyError(self.partition_key, why)
 

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from extraction_dagster.errors import PartitionKeyError, one_line
 from extraction_dagster.errors.decode import ShardError
-from extraction_dagster.records import IdRange
+from extraction_dagster.records import MAX_INT, MIN_INT, IdRange
 from extraction_dagster.shards.place import Place, Source
 
 if TYPE_CHECKING:
@@ -49,7 +49,6 @@ _MAGIC = b"PAR1"
 _TAIL_BYTES = 64 * 1024
 _MOST_FOOTER_BYTES = 2**26
 MOST_BYTES = 2**32  # of a file: a shard is written at 128 MiB, and a single video's frames take at most 2 GiB
-_MIN_INT, _MAX_INT = -(2**63), 2**63 - 1
 _LONGEST_TEXT = 2**16
 _MOST_FOOTERS = 256  # remembered; of 50 records each, a few MB
 _STAMPS = ("ino", "mtime", "created", "ETag", "LastModified", "generation", "updated")  # of a listed file
@@ -101,7 +100,7 @@ class ShardRecord:
         """Whether its values are of the types that they should be: a footer may be anybody's."""
         numbers, texts = (self.record_id, self.num_frames, self.claim), (self.content_version, self.address)
         return (
-            all(type(number) is int and _MIN_INT <= number <= _MAX_INT for number in numbers)
+            all(type(number) is int and MIN_INT <= number <= MAX_INT for number in numbers)
             and all(isinstance(text, str) and len(text) <= _LONGEST_TEXT for text in texts)
             and self.num_frames >= 0
         )

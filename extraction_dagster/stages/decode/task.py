@@ -11,7 +11,6 @@ from extraction_dagster.stages.decode.decoders.decoder import DecodeLimits, Deco
 from extraction_dagster.stages.decode.decoders.decord import decode_with_decord
 from extraction_dagster.stages.decode.decoders.library_log import write_errors
 from extraction_dagster.stages.decode.decoders.pyav import decode_with_pyav
-from extraction_dagster.stages.decode.fingerprint import frames_fingerprint
 from extraction_dagster.stages.decode.jpeg import encode_frames
 from extraction_dagster.stages.decode.quality import Quality, refine
 from extraction_dagster.stages.decode.sampling import Sampling
@@ -19,8 +18,6 @@ from extraction_dagster.stages.decode.sampling import Sampling
 if TYPE_CHECKING:
     from extraction_dagster.records import EncodedFrames, VideoRow
     from extraction_dagster.settings import Settings
-
-__all__ = ["DECODERS", "DecodeJob", "NamedDecoder", "decode_job", "frames_fingerprint", "make_decoder"]
 
 # By the names of the setting EXTRACTION_DECODER; a decoder imports its library once it decodes.
 DECODERS: dict[str, Decoder] = {"pyav": decode_with_pyav, "decord": decode_with_decord}

@@ -16,6 +16,7 @@ import numpy as np
 from extraction_dagster.addresses import shown_address
 from extraction_dagster.errors import one_line
 from extraction_dagster.errors.index import PointFileError, PointsMissingError
+from extraction_dagster.records import MAX_INT, MIN_INT
 from extraction_dagster.settings import RESERVED_PAYLOAD_KEYS
 from extraction_dagster.stages.catalog.database import is_text
 from extraction_dagster.stages.catalog.lengths import size_bytes
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from extraction_dagster.stages.index.point_files import Head, PointFile, RawPoints
     from extraction_dagster.stages.index.protocol import CollectionSpec, PointStore
 
-_MIN_INT, _MAX_INT = -(2**63), 2**63 - 1
 # A byte that is no text is spelled out in a payload, as six.
 _SPELLED_OUT = 2
 _CREATED_AT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,9})?Z", re.ASCII)
@@ -239,9 +239,9 @@ def _wrong(key: object, payload: object, caps: Caps) -> str:
     if any(isinstance(value, dict | list) and is_deep(value) for value in payload.values()):
         return "its payload is nested too deeply"
     record_id, number, second = (payload[name] for name in ("record_id", "frame_number", "frame_second"))
-    if type(record_id) is not int or not _MIN_INT <= record_id <= _MAX_INT:
+    if type(record_id) is not int or not MIN_INT <= record_id <= MAX_INT:
         return f"record_id is {_told(record_id)}, expected an integer of 64 bits"
-    if type(number) is not int or not 0 <= number <= _MAX_INT:
+    if type(number) is not int or not 0 <= number <= MAX_INT:
         return f"frame_number is {_told(number)}, expected a frame's index"
     if type(second) not in {int, float} or not abs(second) < float("inf"):
         return f"frame_second is {_told(second)}, expected seconds"
@@ -280,7 +280,7 @@ def _wrong_value(payload: Mapping[str, Any]) -> str:
         item = left.pop()
         if isinstance(item, str) and not is_text(item):
             return "its payload holds a text that is no UTF-8"
-        if type(item) is int and not _MIN_INT <= item <= _MAX_INT:
+        if type(item) is int and not MIN_INT <= item <= MAX_INT:
             return f"its payload holds {_told(item)}, expected integers of 64 bits"
         if type(item) is float and not abs(item) < float("inf"):
             return "its payload holds a number that is too large"

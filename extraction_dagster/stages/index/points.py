@@ -21,7 +21,7 @@ import numpy as np
 from extraction_dagster.addresses import shown_address
 from extraction_dagster.errors import RecordShapeError, SettingsError
 from extraction_dagster.errors.index import PayloadError, VectorNormError
-from extraction_dagster.records import fingerprint
+from extraction_dagster.records import MAX_INT, MIN_INT, fingerprint
 from extraction_dagster.settings import RESERVED_PAYLOAD_KEYS
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 _NAMESPACE = uuid.UUID("8c1f4bb4-5d0a-5b6e-9c3e-2f6f1f0d7a51")
 # Vectors come in float16, whose rounding moves a unit norm by about 0.0005.
 NORM_TOLERANCE = 0.01
-_MIN_INT, _MAX_INT = -(2**63), 2**63 - 1
 
 
 def point_id(record_id: int, frame_number: int) -> str:
@@ -207,7 +206,7 @@ def _json_value(value: object, record_id: int, column: str) -> object:  # noqa: 
         case str():
             return _text(value)
         case int():
-            if _MIN_INT <= value <= _MAX_INT:
+            if MIN_INT <= value <= MAX_INT:
                 return value
             raise PayloadError(record_id, column, f"{value} does not fit 64 bits")
         case float() | Decimal():
@@ -347,7 +346,7 @@ def _add_range(ids: IdRange, dialect: Dialect, must: list[Any], must_not: list[A
     low, high = _float_at_most(ids.first_id), -_float_at_most(-ids.last_id)
     must.append(dialect.models.FieldCondition(key="record_id", range=dialect.number_range(gte=low, lte=high)))
     below, above = range(int(low) - _slack(low), ids.first_id), range(ids.last_id + 1, int(high) + _slack(high) + 1)
-    extra = [record_id for record_id in (*below, *above) if _MIN_INT <= record_id <= _MAX_INT]
+    extra = [record_id for record_id in (*below, *above) if MIN_INT <= record_id <= MAX_INT]
     if extra:
         must_not.append(_records(extra, dialect))
 

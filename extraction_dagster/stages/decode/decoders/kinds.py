@@ -30,7 +30,7 @@ _MATROSKA_CODEC = re.compile(rb"\x86[\x80-\xff]([VASB]_[A-Za-z0-9_/.]{1,40})")
 _MOST_INDEX_BYTES = 2**25  # of an MP4's index that is searched for names
 # A box's head: size and name.
 _BOX, _BOX_BYTES = struct.Struct(">I4s"), 8
-_PICTURE_BRANDS = frozenset({b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"avif"})
+PICTURE_BRANDS = frozenset({b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"avif"})
 # An NAL unit's type is the lower 5 bits in H.264, and 6 bits in the middle of the first byte in HEVC.
 _H264_BEGINS = frozenset({0x67, 0x47, 0x27, 0x09, 0x06})  # parameter set, delimiter, information
 _HEVC_BEGINS = frozenset({0x40, 0x42, 0x46, 0x4E})
@@ -314,7 +314,7 @@ def motion_part(reading: Reading) -> int | None:
     if head.startswith(b"\xff\xd8\xff"):
         end, _ = jpeg_end(reading)
         return None if end is None else _mp4_from(reading, end)
-    if head[4:8] == b"ftyp" and head[8:12] in _PICTURE_BRANDS:
+    if head[4:8] == b"ftyp" and head[8:12] in PICTURE_BRANDS:
         return next((at + _BOX_BYTES for name, at, _ in boxes(reading) if name == b"mpvd"), None)
     return None
 

@@ -16,6 +16,7 @@ from extraction_dagster.errors.decode import DolbyVisionError
 from extraction_dagster.stages.decode.decoders.colours import BT601, FULL, MATRICES, RGB, UNSAID, Colours, Said
 from extraction_dagster.stages.decode.decoders.container import sound_aspect
 from extraction_dagster.stages.decode.decoders.geometry import Geometry, filter_graph, in_one_size
+from extraction_dagster.stages.decode.decoders.kinds import PICTURE_BRANDS
 from extraction_dagster.stages.decode.decoders.library_log import described
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ _has_alpha: dict[str, bool] = {}  # by pixel format: asking one costs as much as
 # Their decoders say "limited" where the stream says nothing.
 _LIMITED_BY_DEFAULT = frozenset({"hevc", "mpeg2video", "prores"})
 # Of AVIF and HEIC, whose matrix is BT.601 where nothing says it, whatever the size (ISO/IEC 23000-22).
-_PICTURE_BRANDS = frozenset({"avif", "avis", "heic", "heix", "hevc", "hevx", "mif1", "msf1"})
+_ITEM_BRANDS = frozenset(brand.decode() for brand in PICTURE_BRANDS) | {"avis", "hevx"}
 _NO_SURPRISE = MATRICES | {RGB, UNSAID}
 # Which field is first a frame knows itself, and PyAV can't say; what containers and codecs say of all may be wrong.
 _FIRST_FIELD = ("separatefields", "")
@@ -72,7 +73,7 @@ class Pictures:
         said = described(video) if video.container.format.name.startswith(_SIDE_DATA) else ""
         self._size, self._crop = (context.width, context.height), _cropping(said, context)
         _refuse_dolby_alone(video, _dolby_vision(said))
-        self._is_item = video.container.metadata.get("major_brand", "") in _PICTURE_BRANDS
+        self._is_item = video.container.metadata.get("major_brand", "") in _ITEM_BRANDS
         self._is_put_right = self._is_item or context.name == "vp8" or context.name in _LIMITED_BY_DEFAULT
         self._may_change_aspect = context.name in _ASPECT_IN_STREAM
         # Width of a pixel over its height, and what the codec says of it; before the first frame nothing is known.
